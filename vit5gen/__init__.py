@@ -1,0 +1,27 @@
+"""Class-conditional image generation by flow matching, with ViT-5, SiT or your own transformer backbone."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Public names and the modules that hold them: resolved on first use, so that `import vit5gen` stays fast.
+_EXPORTS = {
+    "SiTTransformer2DModel": "vit5gen.models",
+    "ViT5": "vit5gen.models",
+    "SiTPipeline": "vit5gen.pipeline",
+    "SiTScheduler": "vit5gen.pipeline",
+}
+_SUBMODULES = ("config", "data", "evaluation", "flow", "models", "pipeline", "training")
+__all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
+
+
+def __getattr__(name: str) -> object:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f"vit5gen.{name}")
+    raise AttributeError(f"module 'vit5gen' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
