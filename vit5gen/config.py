@@ -1,0 +1,213 @@
+"""Every setting of a run with its type, range and default: the one place where a default lives.
+
+A configuration is a YAML file of the sections below. Each key is also an option of the command line
+(``--section.key value``). Unknown keys, wrong types and values out of range are errors of one line.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from vit5gen.errors import UserError, nearest
+
+# YAML 1.1 reads 1e-4 (no dot) as a string.
+Float = Annotated[float, BeforeValidator(lambda value: float(value) if isinstance(value, str) else value)]
+Positive = Annotated[Float, Field(gt=0)]
+NonNegative = Annotated[Float, Field(ge=0)]
+Unit = Annotated[Float, Field(ge=0, le=1)]
+Decay = Annotated[Float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+T = TypeVar("T", bound=BaseModel)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class ModelConfig(Section):
+    """The transformer. Latent size, channels and classes follow from the data."""
+
+    backbone: str = Field("vit5", description="registered backbone: vit5, sit or your own")
+    backbone_kwargs: dict[str, Any] = Field({}, description="switches of the backbone, e.g. {gamma_init: 1}")
+    preset: str | None = Field(None, description="S/2 ... XL/8: sets the four sizes below")
+    hidden_size: Count | None = Field(None, description="width of a token; default: the preset's")
+    num_layers: Count | None = Field(None, description="number of blocks; default: the preset's")
+    num_attention_heads: Count | None = Field(None, description="heads of an attention; default: the preset's")
+    patch_size: Count | None = Field(None, description="latent pixels along a side of a patch; default: the preset's")
+    mlp_ratio: Positive = Field(4.0, description="hidden width of the MLP over the width of a token")
+    class_dropout_prob: Unit = Field(0.1, description="probability that training replaces a label by the null label")
+    learn_sigma: bool = Field(False, description="twice the output channels, of which the second half is discarded")
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "ModelConfig":
+        sizes = (self.hidden_size, self.num_layers, self.num_attention_heads, self.patch_size)
+        if self.preset is None and None in sizes:
+            raise ValueError("needs preset, or hidden_size, num_layers, num_attention_heads and patch_size")
+        return self
+
+
+class FlowConfig(Section):
+    """The path from noise to data, what the network predicts and how training draws the time."""
+
+    path: Literal["linear", "gvp", "vp"] = Field("linear", description="interpolant between noise and data")
+    prediction: Literal["velocity", "score", "noise"] = Field("velocity", description="what the network predicts")
+    loss_weight: Literal["velocity", "likelihood"] | None = Field(None, description="weight of the loss over time")
+    time_distribution: Literal["uniform", "logit_normal"] = Field("uniform", description="draw of t in training")
+    logit_mean: Float = Field(0.0, description="mean of logit(t) for logit_normal")
+    logit_std: Positive = Field(1.0, description="standard deviation of logit(t) for logit_normal")
+    time_shift: Positive = Field(1.0, description="shift of t towards noise; 1 = none")
+    stratified: bool = Field(False, description="one t from each of global_batch_size equal strata")
+    direction_weight: NonNegative = Field(0.0, description="weight of the cosine loss of the velocity's direction")
+
+
+class VaeConfig(Section):
+    """The autoencoder between images and latents."""
+
+    name: str = Field("stabilityai/sd-vae-ft-ema", description="hub name, folder, or 'emoji' (ships with the package)")
+    latent_channels: Count = Field(4, description="channels of a latent; checked against the autoencoder")
+    downsample: Count = Field(8, description="image pixels along a side of a latent pixel; checked likewise")
+    batch_size: Count = Field(16, description="images encoded at once, per process")
+
+
+class DataConfig(Section):
+    """Labelled images, or latents that were encoded from them."""
+
+    source: Literal["emoji", "fashion-mnist", "folder", "huggingface"] = Field("folder", description="kind of data set")
+    path: str | None = Field(None, description="folder of class folders, idx files, or data set name")
+    split: str = Field("train", description="split to train on")
+    resolution: Count = Field(256, description="side of the square images, in pixels")
+    classes: list[str] | None = Field(None, description="keep these classes only; default: all")
+    num_classes: Count = Field(1000, description="number of classes; checked against the data")
+    horizontal_flip: bool = Field(True, description="mirror half of the images at random")
+    on_broken_image: Literal["fail", "skip"] = Field("fail", description="what a file that does not decode does")
+    latents: str | None = Field(None, description="folder written by `vit5gen encode`; default: encode once to a cache")
+    from_images: bool = Field(False, description="encode every batch anew instead of reading latents")
+    shard_dtype: Literal["float16", "bfloat16", "float32"] = Field(
+        "float16", description="numbers in the latent shards"
+    )
+    num_workers: Natural = Field(0, description="processes that read data; 0 = the trainer's own")
+
+
+class TrainingConfig(Section):
+    """The optimisation, its precision, and what is kept of it."""
+
+    num_steps: Natural = Field(400_000, description="optimizer steps in all")
+    global_batch_size: Count = Field(256, description="samples of one step, over all processes")
+    micro_batch_size: Count | None = Field(
+        None, description="samples of one forward, per process; default: all at once"
+    )
+    seed: Natural = Field(0, description="fixes initialisation, data order and every draw")
+    precision: Literal["fp32", "tf32", "bf16"] = Field("tf32", description="arithmetic of matrix products")
+    learning_rate: Positive = Field(1e-4, description="peak learning rate of AdamW")
+    adam_betas: list[Decay] = Field([0.9, 0.999], min_length=2, max_length=2, description="decay rates of AdamW")
+    weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
+    warmup_steps: Natural = Field(0, description="steps of linear warm-up")
+    max_grad_norm: Positive | None = Field(None, description="clip the gradient to this norm; default: off")
+    ema_decays: list[Decay] = Field(
+        [0.9999], min_length=1, description="decays of the weight averages; the first is used"
+    )
+    compile: bool = Field(False, description="torch.compile every block")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    checkpoint_every: Count = Field(10_000, description="steps between checkpoints")
+    keep_last: Count = Field(2, description="newest checkpoints that are kept")
+    keep_every: Count | None = Field(None, description="checkpoints at multiples of this step are kept for good")
+    log_every: Count = Field(100, description="steps between lines of log.jsonl")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field([], description="experiment trackers")
+    max_nonfinite_steps: Count = Field(10, description="stop after so many non-finite steps in a row")
+
+
+class SamplingConfig(Section):
+    """How images are drawn: for previews and evaluation in training, and by `sample.py`."""
+
+    sampler: str = Field("ode-heun", description="ode-<method> or sde-<method>")
+    num_inference_steps: Count = Field(50, description="solver steps")
+    guidance_scale: NonNegative = Field(1.0, description="classifier-free guidance; 1 = off, one forward")
+    guidance_interval: list[Unit] = Field([0.0, 1.0], min_length=2, max_length=2, description="times of guidance")
+    guidance_channels: Count | None = Field(None, description="guide the first k channels only; default: all")
+
+
+class EvaluationConfig(Section):
+    """Frechet distance and grids while training."""
+
+    every: Count | None = Field(None, description="steps between evaluations; default: first and last step only")
+    num_images: Count = Field(1000, description="images generated for the distance")
+    batch_size: Count = Field(100, description="images generated at once, per process")
+    extractor: str = Field("effnet-lite0", description="feature network")
+    seed: Natural = Field(0, description="seed of the generated images")
+    images_per_class: Count = Field(8, description="columns of samples.png")
+
+
+class Config(Section):
+    """One training run."""
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    vae: VaeConfig = VaeConfig()
+    flow: FlowConfig = FlowConfig()
+    training: TrainingConfig = TrainingConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping; raise `UserError` when the file is missing, unreadable or no mapping."""
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"configuration {path}: {error.strerror}; expected a YAML file, e.g. configs/quickstart.yaml"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        detail = " ".join(str(error).split())
+        raise UserError(f"configuration {path} is not valid YAML: {detail}; mend the file") from error
+    if not isinstance(data, dict):
+        raise UserError(
+            f"configuration {path}: expected sections such as 'model:' at the top, found {type(data).__name__}"
+        )
+    return data
+
+
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Read a run's configuration from YAML, replace single keys (``{"training.seed": 1}``) and check every value."""
+    data = read_yaml(path)
+    for dotted, value in (overrides or {}).items():
+        *sections, key = dotted.split(".")
+        target = data
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[key] = value
+    return validate(Config, data, f"configuration {path}")
+
+
+def validate(kind: type[T], data: dict[str, Any], what: str) -> T:
+    """Build ``kind`` from plain values; or raise a one-line `UserError` naming ``what`` and the first bad key."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{what}: {_first_problem(kind, error)}") from None
+
+
+def _first_problem(kind: type[BaseModel], error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    path = [str(part) for part in problem["loc"]]
+    where = ".".join(path)
+    more = f" ({error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        known = _keys(kind, path[:-1])
+        return f"unknown key {where!r}; expected one of {', '.join(known)}.{nearest(path[-1], known)}{more}"
+    if problem["type"] == "missing":
+        return f"{where!r} is missing; add it{more}"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    value = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"
+    return f"{where}{value}: {message}{more}"
+
+
+def _keys(kind: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        kind = kind.model_fields[part].annotation  # type: ignore[assignment]
+    return list(kind.model_fields)
