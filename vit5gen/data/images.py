@@ -1,0 +1,267 @@
+"""Labelled images from folders, Hugging Face data sets and the embedded sets, all as uint8 RGB squares."""
+
+import gzip
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from vit5gen.config import DataConfig
+from vit5gen.data.emoji import CLASSES, load_emoji
+from vit5gen.errors import UserError, choose
+
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_FASHION_CLASSES = [
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle-boot",
+]
+_FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"  # of Debian's package dataset-fashion-mnist
+
+
+class BrokenImage(UserError):
+    """An image that does not decode."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images that are read one at a time: ``set[i]`` is (uint8 (3, H, W), int label)."""
+
+    class_names: list[str]
+    labels: torch.Tensor  # (N,) int64
+    read: Callable[[int], torch.Tensor]  # raises BrokenImage, which names the file
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.read(index), int(self.labels[index])
+
+    def select(self, indices: Sequence[int] | torch.Tensor) -> "ImageSet":
+        """Return the set of these images only, in this order."""
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        return replace(self, labels=self.labels[chosen], read=partial(_read_selected, self.read, chosen))
+
+
+def open_images(data: DataConfig, split: str | None = None) -> ImageSet:
+    """Open the images of a configuration without decoding any; ``split`` replaces ``data.split``.
+
+    Raises `UserError` when the data are absent, hold no classes or not `data.classes`.
+    """
+    opened = _SOURCES[data.source](data, split or data.split)
+    if not len(opened):
+        raise UserError(f"data: {data.source} {data.path or ''} split {split or data.split!r} holds no images")
+    return opened if data.classes is None else _keep_classes(opened, data.classes)
+
+
+def drop_broken(images: ImageSet) -> tuple[ImageSet, list[str]]:
+    """Decode every image once; return the set without the broken ones, and what is wrong with each of those."""
+    good, problems = [], []
+    for index in range(len(images)):
+        try:
+            images.read(index)
+            good.append(index)
+        except BrokenImage as error:
+            problems.append(str(error))
+    return images.select(good), problems
+
+
+def centre_crop(image: Image.Image, resolution: int) -> torch.Tensor:
+    """Scale the short side to ``resolution`` and cut the centre square, as ADM does; return uint8 (3, H, W).
+
+    Halves with a box filter while the short side is at least twice too long, then bicubic. Transparent pixels turn
+    white. Source: preprocessing of "Diffusion Models Beat GANs" (arXiv 2105.05233).
+    """
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    return _to_tensor(np.asarray(image)[top : top + resolution, left : left + resolution])
+
+
+def imagenet_names(wnids: list[str]) -> list[str]:
+    """Return the English names of ImageNet-1k's 1000 sorted WordNet ids; any other list is a `UserError`."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    known = info.label_names()
+    if wnids != known:
+        missing, extra = sorted(set(known) - set(wnids)), sorted(set(wnids) - set(known))
+        raise UserError(
+            f"data.path: not the 1000 classes of ImageNet-1k: {len(missing)} missing {missing[:3]}, {len(extra)} extra"
+            f" {extra[:3]}; complete the folders, or name them otherwise for a data set of your own"
+        )
+    names = [info.index_to_description(index).split(",")[0] for index in range(len(known))]
+    # Two names stand for two classes each (crane, maillot): the later one gets its number, so that names identify.
+    return [name if names.index(name) == index else f"{name} ({index})" for index, name in enumerate(names)]
+
+
+def _open_folder(data: DataConfig, split: str) -> ImageSet:
+    root = _path(data)
+    if (root / split).is_dir():
+        root = root / split
+    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not folders:
+        raise UserError(f"data.path {root}: no class folders; expected one folder of images for each class")
+    names = folders
+    # Anything close to ImageNet's thousand ids is meant to be ImageNet; ten of them are a set of one's own.
+    if sum(bool(re.fullmatch(r"n\d{8}", name)) for name in folders) >= 900:
+        names = imagenet_names(folders)
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, folder in enumerate(folders):
+        found = sorted(file for file in (root / folder).rglob("*") if file.suffix.lower() in _EXTENSIONS)
+        files += found
+        labels += [label] * len(found)
+    if not files:
+        raise UserError(
+            f"data.path {root}: no images in its {len(folders)} folders; expected files such as .png or .jpg"
+        )
+    return ImageSet(names, torch.tensor(labels), partial(_read_file, files, data.resolution))
+
+
+def _open_huggingface(data: DataConfig, split: str) -> ImageSet:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError("data.source 'huggingface' needs the package datasets; run: pip install datasets") from error
+    if data.path is None:
+        raise UserError("data.path: needs the name of a Hugging Face data set or a folder saved by datasets")
+    try:
+        if Path(data.path).is_dir():
+            table = datasets.load_from_disk(data.path)
+            if isinstance(table, datasets.DatasetDict):
+                table = table[choose(f"data.split of {data.path}", split, table)]
+        else:
+            table = datasets.load_dataset(data.path, split=split)
+    except UserError:
+        raise
+    except Exception as error:  # the library raises its own, requests' and pyarrow's errors
+        detail = " ".join(str(error).split())
+        raise UserError(
+            f"data.path {data.path}: no data set could be opened: {detail}; check name and network"
+        ) from error
+    image = _column(data, table.features, datasets.Image, "images")
+    label = _column(data, table.features, datasets.ClassLabel, "class labels")
+    labels = torch.tensor(table[label][:], dtype=torch.int64)
+    if len(labels) and labels.min() < 0:
+        raise UserError(f"data.path {data.path}: split {split!r} has images without a label; choose another data.split")
+    return ImageSet(table.features[label].names, labels, partial(_read_row, table, image, data))
+
+
+def _column(data: DataConfig, features: dict[str, Any], kind: type, what: str) -> str:
+    for name, feature in features.items():
+        if isinstance(feature, kind):
+            return name
+    raise UserError(f"data.path {data.path}: no column of {what}; it has {', '.join(features)}")
+
+
+def _open_emoji(data: DataConfig, split: str) -> ImageSet:
+    images, labels = load_emoji(data.resolution, choose("data.split", split, ["train", "test"]))
+    return ImageSet(CLASSES, labels, partial(_read_array, images))
+
+
+def _open_fashion_mnist(data: DataConfig, split: str) -> ImageSet:
+    prefix = {"train": "train", "test": "t10k"}[choose("data.split", split, ["train", "test"])]
+    root = _path(data, _FASHION_FOLDER, "; install Debian's dataset-fashion-mnist or set data.path to the idx files")
+    pixels = torch.from_numpy(_read_idx(root, f"{prefix}-images-idx3-ubyte"))
+    labels = torch.from_numpy(_read_idx(root, f"{prefix}-labels-idx1-ubyte").astype(np.int64))
+    if len(pixels) != len(labels) or labels.max() >= len(_FASHION_CLASSES):
+        raise UserError(f"data.path {root}: images and labels do not belong together; fetch the files again")
+    return ImageSet(_FASHION_CLASSES, labels, partial(_read_grey, pixels, data.resolution))
+
+
+def _read_idx(root: Path, name: str) -> np.ndarray:
+    for folder in (root, root / "FashionMNIST" / "raw"):
+        for path in (folder / name, folder / f"{name}.gz"):
+            if not path.is_file():
+                continue
+            try:
+                content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+                dimensions = content[3]
+                shape = np.frombuffer(content, ">i4", dimensions, offset=4)
+                return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
+            except (OSError, EOFError, ValueError, IndexError) as error:
+                raise UserError(f"data.path: {path} is not an idx file ({error}); fetch it again") from error
+    raise UserError(f"data.path {root}: no file {name} or {name}.gz; expected the four idx files of Fashion-MNIST")
+
+
+def _path(data: DataConfig, default: str | None = None, hint: str = "; check the path") -> Path:
+    if data.path is None and default is None:
+        raise UserError(f"data.path: source {data.source!r} needs a folder of class folders; set data.path")
+    path = Path(data.path or default or "").expanduser()
+    if not path.is_dir():
+        raise UserError(f"data.path {path}: no such folder{hint}")
+    return path
+
+
+def _keep_classes(images: ImageSet, classes: list[str]) -> ImageSet:
+    wanted = [images.class_names.index(choose("data.classes", name, images.class_names)) for name in classes]
+    if len(set(wanted)) < len(wanted):
+        raise UserError(f"data.classes: a class is listed twice in {classes}; list each once")
+    renumber = torch.full((len(images.class_names),), -1)
+    renumber[wanted] = torch.arange(len(wanted))
+    labels = renumber[images.labels]
+    kept = images.select(torch.nonzero(labels >= 0)[:, 0])
+    return replace(kept, class_names=list(classes), labels=labels[labels >= 0])
+
+
+def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+def _read_selected(read: Callable[[int], torch.Tensor], chosen: torch.Tensor, index: int) -> torch.Tensor:
+    return read(int(chosen[index]))
+
+
+def _read_file(files: list[Path], resolution: int, index: int) -> torch.Tensor:
+    try:
+        with Image.open(files[index]) as image:
+            return centre_crop(image, resolution)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BrokenImage(f"image {files[index]} does not decode ({error}); mend or remove it{_SKIP_HINT}") from error
+
+
+def _read_row(table: Any, column: str, data: DataConfig, index: int) -> torch.Tensor:
+    try:
+        return centre_crop(table[index][column], data.resolution)
+    except (OSError, SyntaxError, ValueError, AttributeError) as error:
+        raise BrokenImage(f"image {index} of {data.path} does not decode ({error}); mend it{_SKIP_HINT}") from error
+
+
+def _read_array(images: torch.Tensor, index: int) -> torch.Tensor:
+    return images[index]
+
+
+def _read_grey(pixels: torch.Tensor, resolution: int, index: int) -> torch.Tensor:
+    """28x28 grey, padded to 32 with the black of the background, scaled only when another size is asked for."""
+    image = functional.pad(pixels[index], (2, 2, 2, 2)).expand(3, 32, 32)
+    return image if resolution == 32 else centre_crop(Image.fromarray(image.permute(1, 2, 0).numpy()), resolution)
+
+
+_SKIP_HINT = ", or set data.on_broken_image to skip"
+_SOURCES: dict[str, Callable[[DataConfig, str], ImageSet]] = {
+    "emoji": _open_emoji,
+    "fashion-mnist": _open_fashion_mnist,
+    "folder": _open_folder,
+    "huggingface": _open_huggingface,
+}
