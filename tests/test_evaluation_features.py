@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from vit5gen.errors import UserError
+from vit5gen.evaluation import frechet_distance, frechet_of, load_extractor
+from vit5gen.evaluation.features import load_weights
+
+
+@pytest.fixture(scope="module")
+def effnet():
+    return load_extractor("effnet-lite0")
+
+
+def pictures(count: int, side: int = 32, seed: int = 0) -> torch.Tensor:
+    """Smooth random colours, uint8 ``(count, 3, side, side)``."""
+    coarse = torch.randint(0, 256, (count, 3, 4, 4), generator=torch.Generator().manual_seed(seed)).float()
+    return torch.nn.functional.interpolate(coarse, size=side, mode="bilinear").to(torch.uint8)
+
+
+def test_effnet_is_a_working_classifier_backbone(effnet) -> None:
+    assert (effnet.name, effnet.metric, effnet.dim) == ("EffNetLite0@96", "FD-EffNetLite0@96", 1280)
+    features = effnet(pictures(4)).pooled
+    assert features.shape == (4, 1280)
+    assert features.dtype == torch.float32
+    assert features.std(dim=0).mean() > 0.05  # trained weights tell the pictures apart
+
+
+def test_effnet_resize_is_the_identity_at_96_pixels(effnet) -> None:
+    images = pictures(2, side=96)
+    with torch.no_grad():
+        expected = effnet.network(images.float() / 127.5 - 1)
+    torch.testing.assert_close(effnet(images).pooled, expected, rtol=0, atol=0)
+
+
+def test_distance_in_effnet_features_grows_with_noise(effnet) -> None:
+    images = pictures(24)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    reference = frechet_of(images.split(10), effnet)
+    distances = []
+    for amount in (0, 10, 40):
+        noisy = (images + amount * noise).clamp(0, 255).to(torch.uint8)
+        generated = frechet_of(noisy.split(10), effnet)
+        distances.append(frechet_distance(generated.mean, generated.covariance, reference.mean, reference.covariance))
+    assert distances[0] == pytest.approx(0, abs=1e-6)
+    assert distances[0] < distances[1] < distances[2]
+
+
+def test_autocast_and_tf32_around_the_extractor_change_nothing(effnet) -> None:
+    images, before = pictures(2), torch.get_float32_matmul_precision()
+    expected = effnet(images).pooled
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = effnet(images).pooled
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_bad_images_and_weights_are_errors_of_one_line(effnet, tmp_path) -> None:
+    for images in (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, 3, 8, 8), pictures(1)[0]):
+        with pytest.raises(UserError, match=r"expected torch.uint8 \(B, 3, H, W\)"):
+            effnet(images)
+    with pytest.raises(UserError, match="Did you mean 'effnet-lite0'"):
+        load_extractor("efnet-lite0")
+    (tmp_path / "weights.pth").write_bytes(b"other")
+    with pytest.raises(UserError, match=r"weights.pth: sha256 .* expected 57934424"):
+        load_extractor("effnet-lite0", weights=tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="no such file"):
+        load_weights(tmp_path / "absent.pth", "00")

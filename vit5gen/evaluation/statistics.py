@@ -1,0 +1,164 @@
+"""Streaming mean and covariance of features, in float64: any batches, any order, any number of processes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vit5gen.errors import UserError
+
+GROUPS = 10
+
+
+class FeatureStatistics:
+    """Count, mean and scatter of feature rows, updated and merged by the pairwise rule of Chan et al. (1983).
+
+    Memory is constant: ``(dim, dim)`` float64, whatever the number of rows. Rounding does not grow with a common offset
+    of the features, because every batch is centred before it is squared.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self.count = 0
+        self._mean = torch.zeros(dim, dtype=torch.float64)
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
+
+    @classmethod
+    def from_moments(cls, mean: object, covariance: object, count: int) -> "FeatureStatistics":
+        """Rebuild statistics from ``mean (D,)``, ``covariance (D, D)`` with ddof 1, and the count of rows."""
+        mean, covariance = torch.as_tensor(mean), torch.as_tensor(covariance)
+        result = cls(len(mean))
+        result.count = count
+        result._mean = mean.double().clone()
+        result._scatter = covariance.double() * (count - 1)
+        return result
+
+    def update(self, features: object) -> "FeatureStatistics":
+        """Add the rows of ``features (B, dim)``; raise `UserError` on another shape or on NaN and infinity."""
+        rows = torch.as_tensor(features).detach().to("cpu", torch.float64)
+        if rows.ndim != 2 or rows.shape[1] != self.dim:
+            raise UserError(f"features: shape {tuple(rows.shape)}; expected (B, {self.dim}); check the extractor")
+        if not rows.isfinite().all():
+            bad = int((~rows.isfinite()).any(dim=1).nonzero()[0])
+            raise UserError(
+                f"features: NaN or infinity in row {self.count + bad}; expected finite numbers; check that image"
+            )
+        if len(rows):
+            mean = rows.mean(dim=0)
+            rows = rows - mean
+            self._add(len(rows), mean, rows)
+        return self
+
+    def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
+        """Add the rows that ``other`` has seen; the order of merges does not matter."""
+        self._check(other)
+        if other.count:
+            self._scatter += other._scatter
+            self._add(other.count, other._mean, torch.zeros(0, self.dim, dtype=torch.float64))
+        return self
+
+    def without(self, other: "FeatureStatistics") -> "FeatureStatistics":
+        """Return the statistics of the rows left when the rows of ``other``, all of them seen here, are taken out."""
+        self._check(other)
+        rest = FeatureStatistics(self.dim)
+        rest.count = self.count - other.count
+        if rest.count < 0:
+            raise UserError(f"statistics: cannot take {other.count} rows out of {self.count}")
+        if rest.count:
+            rest._mean = self._mean + (self._mean - other._mean) * (other.count / rest.count)
+            shift = other._mean - rest._mean
+            rest._scatter = self._scatter - other._scatter
+            rest._scatter.addr_(shift, shift, alpha=-rest.count * other.count / self.count)
+        return rest
+
+    def all_reduce(self) -> "FeatureStatistics":
+        """Sum over the processes of ``torch.distributed`` with their exact counts; without processes, do nothing."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        count, local_mean = self.count, self._mean
+        total = _sum_over_processes(torch.tensor([count], dtype=torch.float64))
+        self.count = int(total)
+        if self.count:
+            self._mean = _sum_over_processes(local_mean * (count / self.count))
+            shift = local_mean - self._mean
+            self._scatter = _sum_over_processes(self._scatter.addr_(shift, shift, alpha=count))
+        return self
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean ``(dim,)`` in float64."""
+        self._need(1)
+        return self._mean
+
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased covariance ``(dim, dim)`` in float64 (ddof 1)."""
+        self._need(2)
+        return self._scatter / (self.count - 1)
+
+    def _add(self, count: int, mean: Tensor, centred: Tensor) -> None:
+        total = self.count + count
+        shift = mean - self._mean
+        between = shift * (self.count * count / total) ** 0.5
+        rows = torch.cat([centred, between[None]])  # one product adds the spread within the batch and between the means
+        self._scatter.addmm_(rows.T, rows)
+        self._mean = self._mean + shift * (count / total)
+        self.count = total
+
+    def _check(self, other: "FeatureStatistics") -> None:
+        if other.dim != self.dim:
+            raise UserError(f"statistics: {other.dim} dimensions against {self.dim}; use the same extractor for both")
+
+    def _need(self, count: int) -> None:
+        if self.count < count:
+            raise UserError(f"statistics: {self.count} samples; expected at least {count}; give more images")
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """The rows of a set dealt into groups by sample index, so that a delete-group jackknife needs no second pass."""
+
+    groups: tuple[FeatureStatistics, ...]
+
+    @classmethod
+    def empty(cls, dim: int, groups: int = GROUPS) -> "Grouped":
+        return cls(tuple(FeatureStatistics(dim) for _ in range(groups)))
+
+    def update(self, features: Tensor, indices: Tensor) -> None:
+        """Add ``features (B, D)`` whose positions in the whole set are ``indices (B,)``."""
+        for residue, group in enumerate(self.groups):
+            group.update(features[indices % len(self.groups) == residue])
+
+    def all_reduce(self) -> None:
+        for group in self.groups:
+            group.all_reduce()
+
+    def total(self) -> FeatureStatistics:
+        """Statistics of all groups together."""
+        result = FeatureStatistics(self.groups[0].dim)
+        for group in self.groups:
+            result.merge(group)
+        return result
+
+    def leave_one_out(self, total: FeatureStatistics) -> Iterator[FeatureStatistics]:
+        """Yield the statistics without each group that is not empty."""
+        return (total.without(group) for group in self.groups if group.count)
+
+
+def gather_rows(rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows of all processes sorted by sample index ``(N, ...)``, and the sorted indices ``(N,)``."""
+    if dist.is_available() and dist.is_initialized():
+        parts: list[tuple[Tensor, Tensor]] = [(rows, indices)] * dist.get_world_size()
+        dist.all_gather_object(parts, (rows.cpu(), indices.cpu()))
+        rows, indices = (torch.cat(part) for part in zip(*parts, strict=True))
+    order = indices.argsort()
+    return rows[order], indices[order]
+
+
+def _sum_over_processes(values: Tensor) -> Tensor:
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    values = values.to(device)
+    dist.all_reduce(values)
+    return values.cpu()
