@@ -1,0 +1,16 @@
+"""Generator, classifier, backbones and the loaders of published checkpoints."""
+
+from . import sit, vit5  # noqa: F401 (registers the two backbones)
+from .backbone import Backbone, backbone_names, register_backbone
+from .transformer import PRESETS, SiTTransformer2DModel
+from .vit5 import VARIANTS, ViT5Block
+
+__all__ = [
+    "PRESETS",
+    "VARIANTS",
+    "Backbone",
+    "SiTTransformer2DModel",
+    "ViT5Block",
+    "backbone_names",
+    "register_backbone",
+]

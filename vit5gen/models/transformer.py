@@ -1,0 +1,179 @@
+"""The generator: patch, time and label embedding, a backbone from the registry, and the adaLN head."""
+
+import contextlib
+import math
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..errors import UserError, choose
+from .backbone import make_backbone
+from .layers import init_linears, make_norm, modulate
+
+SIZES = {  # name: hidden_size, num_layers, num_attention_heads
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+PRESETS = {
+    f"{size}/{patch}": {"hidden_size": d, "num_layers": n, "num_attention_heads": h, "patch_size": patch}
+    for size, (d, n, h) in SIZES.items()
+    for patch in (2, 4, 8)
+}
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoid of 256 features, then an MLP, all in fp32 whatever the weights' dtype: t (B,) in [0, 1] -> (B, D).
+
+    The time enters unscaled, with frequencies ``10000 ** (-i / 128)`` (SiT; diffusers divides by 127 instead).
+    """
+
+    def __init__(self, hidden_size: int, num_frequencies: int = 128) -> None:
+        super().__init__()
+        self.num_frequencies = num_frequencies
+        self.fc1 = nn.Linear(2 * num_frequencies, hidden_size)
+        self.fc2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, t: Tensor) -> Tensor:
+        steps = torch.arange(self.num_frequencies, dtype=torch.float32, device=t.device)
+        angles = t.float()[:, None] * torch.exp(-math.log(10000) / self.num_frequencies * steps)
+        x = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        kind = t.device.type
+        autocast_exists = torch.amp.is_autocast_available(kind)  # not on the meta device
+        with torch.autocast(kind, enabled=False) if autocast_exists else contextlib.nullcontext():
+            x = F.silu(F.linear(x, self.fc1.weight.float(), self.fc1.bias.float()))
+            return F.linear(x, self.fc2.weight.float(), self.fc2.bias.float())
+
+
+class Head(nn.Module):
+    """adaLN, then a linear map to pixels of a patch; starts at zero, and so does the model's output."""
+
+    def __init__(self, hidden_size: int, out_features: int) -> None:
+        super().__init__()
+        self.norm = make_norm("layer", hidden_size, affine=False)
+        self.modulation = nn.Linear(hidden_size, 2 * hidden_size)
+        self.linear = nn.Linear(hidden_size, out_features)
+
+    def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
+        shift, scale = self.modulation(F.silu(conditioning))[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+
+class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """Class-conditional velocity network of SiT (arXiv 2401.08740) with a backbone by name.
+
+    ``model(latents (B, C, H, W), timestep (B,) in [0, 1], class_labels (B,))`` returns the prediction (B, C, H, W).
+    H and W may differ and may differ from `sample_size` (int or (H, W)); absolute positions are then resampled and
+    rotary ones rescaled. `null_label` is the label of "no class"; its row exists when `class_dropout_prob` > 0.
+
+    The forward pass never drops labels: the training loop draws the mask with `class_dropout_prob`, reproducibly, and
+    hands in `null_label`. With `learn_sigma` the head has 2C channels, of which the second half is discarded (the
+    published checkpoints). `backbone_kwargs` go to the backbone; see docs/backbones.md.
+    Raises `UserError` for values that do not fit together.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["SiTBlock", "ViT5Block"]  # noqa: RUF012 (diffusers' convention), FSDP wraps these too
+    _repeated_blocks = ["SiTBlock", "ViT5Block"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = ["patch_embed", "pos_embed", "time_embed", "norm"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self,
+        backbone: str = "vit5",
+        sample_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        num_classes: int = 1000,
+        hidden_size: int = 1152,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        learn_sigma: bool = False,
+        backbone_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        counts = {"patch_size": patch_size, "in_channels": in_channels, "num_classes": num_classes}
+        for name, value in (counts | {"hidden_size": hidden_size, "num_layers": num_layers}).items():
+            if value < 1:
+                raise UserError(f"{name}: {value} is not a count; expected 1 or more.")
+        if not 0 <= class_dropout_prob <= 1:
+            raise UserError(f"class_dropout_prob: {class_dropout_prob} is not a probability; expected 0 to 1.")
+        if hidden_size % 4:
+            raise UserError(f"hidden_size: {hidden_size} is not a multiple of 4, which position tables need.")
+        self._patch, self._channels, self._discard = patch_size, in_channels, learn_sigma
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        self.null_label = num_classes
+        self.patch_embed = nn.Linear(in_channels * patch_size**2, hidden_size)
+        self.time_embed = TimeEmbedding(hidden_size)
+        self.label_embed = nn.Embedding(num_classes + (class_dropout_prob > 0), hidden_size)
+        self.head = Head(hidden_size, patch_size**2 * in_channels * (2 if learn_sigma else 1))
+        self._init_weights()
+        plug = make_backbone(
+            backbone,
+            hidden_size,
+            num_layers,
+            num_attention_heads,
+            mlp_ratio,
+            self._grid(height, width),
+            backbone_kwargs or {},
+        )
+        self.add_module("backbone", plug)
+
+    @classmethod
+    def from_preset(cls, name: str, backbone: str = "vit5", **overrides: Any) -> "SiTTransformer2DModel":
+        """Build ``S/2`` ... ``XL/8`` (size / patch); `overrides` are further arguments of the constructor."""
+        return cls(**{"backbone": backbone, **PRESETS[choose("preset", name, PRESETS)], **overrides})
+
+    @property
+    def backbone(self) -> nn.Module:  # the option of the same name would hide the module in diffusers' __getattr__
+        return cast(nn.Module, self._modules["backbone"])
+
+    def _init_weights(self) -> None:
+        init_linears(self)
+        for layer in (self.time_embed.fc1, self.time_embed.fc2, self.label_embed):
+            nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.head.linear.weight)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        if height % self._patch or width % self._patch or min(height, width) < 1:
+            raise UserError(f"latent size: {height}x{width} is not divisible by patch_size {self._patch}.")
+        return height // self._patch, width // self._patch
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor,
+        taps: tuple[int, ...] = (),
+        extra_tokens: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
+        """Return the prediction in the latents' dtype; with taps (k, ...) also ``{k: hidden state after k blocks}``.
+
+        latents (B, C, H, W), timestep (B,) or scalar, class_labels (B,) int64. extra_tokens (B, M, D) take part in
+        attention behind the N patches; hidden states (B, N + M, D) include them, the prediction does not.
+        """
+        batch, channels, height, width = latents.shape
+        if channels != self._channels:
+            raise UserError(f"latents: {channels} channels; this model takes in_channels={self._channels}.")
+        grid, p = self._grid(height, width), self._patch
+        patches = rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+        dtype = self.patch_embed.weight.dtype
+        tokens = self.patch_embed(patches.to(dtype))
+        conditioning = (self.time_embed(timestep.expand(batch)) + self.label_embed(class_labels)).to(dtype)
+        hook: dict[str, Any] = {"taps": taps} if taps else {}
+        if extra_tokens is not None:
+            hook["extra_tokens"] = extra_tokens
+        out = self.backbone(tokens, conditioning, grid, **hook)
+        x, hidden = out if taps else (out, {})
+        x = rearrange(self.head(x, conditioning), "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], p=p, q=p)
+        x = x[:, :channels].to(latents.dtype) if self._discard else x.to(latents.dtype)
+        return (x, hidden) if taps else x

@@ -1,0 +1,226 @@
+"""The ViT-5 block and the ViT-5 backbone for generation (arXiv 2602.08071), every design decision a switch."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from ..errors import UserError, choose
+from .backbone import Backbone, register_backbone
+from .layers import Attention, Mlp, SwiGLU, check_heads, init_linears, make_norm, modulate
+from .rope import Grid, Segment, resample_positions, rope_tables, sincos_table
+
+LAYER_SCALES = ("gate_times_gamma", "none", "gamma_only")
+
+# Our reading of each architecture, as options of the backbone "vit5".
+VARIANTS: dict[str, dict[str, Any]] = {
+    "vit5": {},
+    "deit3": {"norm": "layer", "rope": False, "num_registers": 0, "qk_norm": False, "qkv_bias": True},
+    "dinov2": {
+        "norm": "layer",
+        "gamma_init": 1e-5,
+        "rope": False,
+        "register_rope": False,
+        "qk_norm": False,
+        "qkv_bias": True,
+    },
+    "dinov3": {
+        "norm": "layer",
+        "gamma_init": 1e-5,
+        "absolute_position": "none",
+        "register_rope": False,
+        "qk_norm": False,
+        "qkv_bias": True,
+    },
+    "llama": {
+        "activation": "swiglu",
+        "layer_scale": "none",
+        "absolute_position": "none",
+        "num_registers": 0,
+        "qk_norm": False,
+    },
+    "qwen3": {"activation": "swiglu", "layer_scale": "none", "absolute_position": "none", "num_registers": 0},
+}
+
+
+def check_registers(count: int) -> None:
+    """Raise `UserError` unless the registers fill a square grid (0 means none)."""
+    if count < 0 or math.isqrt(count) ** 2 != count:
+        raise UserError(f"num_registers: {count} is not a square; expected 0, 1, 4, 9, 16, ...")
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a * b
+
+
+class ViT5Block(nn.Module):
+    """``x + g1 * attn(norm(x))``, then ``x + g2 * mlp(norm(x))``: the one block of classifier and generator.
+
+    x (B, N, D) -> (B, N, D). Without conditioning g is LayerScale's gamma. With conditioning (B, D), for blocks built
+    with `modulated`, shift and scale follow each norm, and g is gate * gamma (`layer_scale` "gate_times_gamma"),
+    gate ("none") or gamma ("gamma_only"). shift = scale = 0 and gate = 1 give the unconditioned block bit for bit.
+    """
+
+    gamma_1: nn.Parameter | None
+    gamma_2: nn.Parameter | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        *,
+        modulated: bool = False,
+        norm: str = "rms",
+        affine_norms: bool = True,
+        activation: str = "gelu",
+        layer_scale: str = "gate_times_gamma",
+        gamma_init: float = 1e-4,
+        qk_norm: bool = True,
+        qkv_bias: bool = False,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        mlp = {"gelu": Mlp, "swiglu": SwiGLU}[choose("activation", activation, ("gelu", "swiglu"))]
+        choose("layer_scale", layer_scale, LAYER_SCALES)
+        self.norm1 = make_norm(norm, hidden_size, affine_norms)
+        self.attn = Attention(hidden_size, num_heads, qkv_bias, qk_norm)
+        self.norm2 = make_norm(norm, hidden_size, affine_norms)
+        self.mlp = mlp(hidden_size, mlp_ratio)
+        self.gated = layer_scale != "gamma_only"
+        for name in ("gamma_1", "gamma_2"):
+            gamma = nn.Parameter(torch.full((hidden_size,), gamma_init)) if layer_scale != "none" else None
+            self.register_parameter(name, gamma)
+        self.modulation = nn.Linear(hidden_size, (6 if self.gated else 4) * hidden_size) if modulated else None
+        self.drop_path = DropPath(drop_path)
+
+    def _modulation(self, conditioning: Tensor | None) -> list[list[Tensor | None]]:
+        """Return ``[shift, scale, gate]`` for attention and MLP; None stands for identity."""
+        if conditioning is None:
+            return [[None, None, None]] * 2
+        assert self.modulation is not None, "conditioning needs a block built with modulated=True"
+        halves = self.modulation(F.silu(conditioning))[:, None].chunk(2, dim=-1)
+        return [list(half.chunk(3, -1)) if self.gated else [*half.chunk(2, -1), None] for half in halves]
+
+    def _residual(self, x: Tensor, update: Tensor, gate: Tensor | None, gamma: Tensor | None) -> Tensor:
+        factor = _product(gate, gamma)
+        if self.training and self.drop_path.drop_prob:
+            return x + self.drop_path(update if factor is None else factor * update)
+        return x + update if factor is None else torch.addcmul(x, factor, update)
+
+    def forward(
+        self,
+        x: Tensor,
+        conditioning: Tensor | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        (shift1, scale1, gate1), (shift2, scale2, gate2) = self._modulation(conditioning)
+        x = self._residual(x, self.attn(modulate(self.norm1(x), shift1, scale1), rope), gate1, self.gamma_1)
+        return self._residual(x, self.mlp(modulate(self.norm2(x), shift2, scale2)), gate2, self.gamma_2)
+
+
+@register_backbone("vit5")
+class ViT5Backbone(Backbone):
+    """ViT-5 blocks with adaLN conditioning over ``[patches, extra tokens, registers]``; registers never leave it.
+
+    The switches:
+    norm "rms" | "layer"; affine_norms: weights in the modulated norms. activation "gelu" (exact) | "swiglu" (as many
+    parameters). layer_scale: what multiplies a residual, see `ViT5Block`; gamma_init: 1e-4 as published, 1 for short
+    runs. absolute_position "learnable" (starts as sin-cos) | "sincos_fixed" | "none". rope: rotate patches by row and
+    column. num_registers: a square; register_rope: rotate them on a grid of their own, low theta = high frequency.
+    qk_norm, qkv_bias: see `Attention`. weight_init "xavier" as in SiT | "trunc_normal" as in the classifier: how the
+    published generator started is not known.
+    """
+
+    pos_embed: Tensor | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_layers: int,
+        num_attention_heads: int,
+        mlp_ratio: float,
+        grid: Grid,
+        *,
+        norm: str = "rms",
+        activation: str = "gelu",
+        layer_scale: str = "gate_times_gamma",
+        gamma_init: float = 1e-4,
+        absolute_position: str = "learnable",
+        rope: bool = True,
+        rope_theta: float = 10000.0,
+        num_registers: int = 4,
+        register_rope: bool = True,
+        register_theta: float = 100.0,
+        qk_norm: bool = True,
+        qkv_bias: bool = False,
+        affine_norms: bool = False,
+        weight_init: str = "xavier",
+    ) -> None:
+        super().__init__()
+        check_registers(num_registers)
+        check_heads(hidden_size, num_attention_heads, rope=rope or (register_rope and num_registers > 0))
+        choose("absolute_position", absolute_position, ("learnable", "sincos_fixed", "none"))
+        self.grid, self.head_dim = grid, hidden_size // num_attention_heads
+        self.rope_theta = rope_theta if rope else None
+        self.register_theta = register_theta if register_rope else None
+        self.num_registers = num_registers
+        self.reg_token = nn.Parameter(torch.empty(1, num_registers, hidden_size)) if num_registers else None
+        table = None if absolute_position == "none" else sincos_table(hidden_size, grid)
+        if absolute_position == "sincos_fixed":
+            self.register_buffer("pos_embed", table)
+        else:
+            self.register_parameter("pos_embed", None if table is None else nn.Parameter(table))
+        self.blocks = nn.ModuleList(
+            ViT5Block(
+                hidden_size,
+                num_attention_heads,
+                mlp_ratio,
+                modulated=True,
+                norm=norm,
+                affine_norms=affine_norms,
+                activation=activation,
+                layer_scale=layer_scale,
+                gamma_init=gamma_init,
+                qk_norm=qk_norm,
+                qkv_bias=qkv_bias,
+            )
+            for _ in range(num_layers)
+        )
+        init_linears(self, weight_init)
+        if self.reg_token is not None:
+            nn.init.trunc_normal_(self.reg_token, std=0.02)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        conditioning: Tensor,
+        grid: Grid,
+        taps: tuple[int, ...] = (),
+        extra_tokens: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
+        """tokens (B, N, D), extra_tokens (B, M, D) -> (B, N, D); see `Backbone.run_blocks` for taps."""
+        if self.pos_embed is not None:
+            tokens = tokens + resample_positions(self.pos_embed, self.grid, grid)
+        parts = [tokens]
+        if extra_tokens is not None:
+            parts.append(extra_tokens.to(tokens.dtype))
+        num_kept = sum(part.shape[1] for part in parts)
+        if self.reg_token is not None:
+            parts.append(self.reg_token.expand(len(tokens), -1, -1).to(tokens.dtype))
+        x = torch.cat(parts, dim=1)
+        return self.run_blocks(x, tokens.shape[1], num_kept, taps, conditioning, self._rope(grid, num_kept, x.device))
+
+    def _rope(self, grid: Grid, num_kept: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        if self.rope_theta is None and (self.register_theta is None or not self.num_registers):
+            return None
+        side = math.isqrt(self.num_registers)
+        segments = (
+            Segment(grid, self.rope_theta, self.grid),
+            Segment((1, num_kept - grid[0] * grid[1])),  # extra tokens have no place
+            Segment((side, side), self.register_theta),
+        )
+        return rope_tables(segments, self.head_dim, device)
