@@ -126,7 +126,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             self._grid(height, width),
             backbone_kwargs or {},
         )
-        self.add_module("backbone", plug)
+        self.backbone = plug  # type: ignore[misc]  # nn.Module sets it, past the property
 
     @classmethod
     def from_preset(cls, name: str, backbone: str = "vit5", **overrides: Any) -> "SiTTransformer2DModel":
