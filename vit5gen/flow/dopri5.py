@@ -1,0 +1,107 @@
+"""Dormand and Prince's Runge-Kutta pair of order 5(4), with an own time and step size for every sample."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from vit5gen.flow.flow import NonFiniteError
+
+# J. Comput. Appl. Math. 6 (1980), table 2: nodes, stages (the last row is the solution of order 5), error weights.
+_NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
+_STAGES = (
+    (),
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+_ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+
+
+def _weighted(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+    terms = [weight * slope for weight, slope in zip(weights, slopes, strict=True) if weight]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _norms(x: Tensor, scale: Tensor) -> list[float]:
+    """Return the root mean square of ``x / scale`` for each sample, each reduced alone: its bits know no neighbours."""
+    ratio = (x / scale).flatten(1).double()
+    return torch.stack([row.square().mean().sqrt() for row in ratio.unbind()]).tolist()
+
+
+def _column(values: list[float], x: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).to(x).reshape(-1, *[1] * (x.dim() - 1))
+
+
+def _first_step(
+    field: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    slope: Tensor,
+    start: float,
+    end: float,
+    rtol: float,
+    atol: float,
+) -> list[float]:
+    """Guess a step for each sample from two slopes (Hairer, Norsett and Wanner, Solving ODEs I, section II.4)."""
+    scale, span = atol + rtol * x.abs(), abs(end - start)
+    sizes, slopes = _norms(x, scale), _norms(slope, scale)
+    trial = [0.01 * a / b if min(a, b) > 1e-5 else 1e-6 for a, b in zip(sizes, slopes, strict=True)]
+    trial = [min(h, span) for h in trial]
+    signed = [math.copysign(h, end - start) for h in trial]
+    times = torch.tensor([start + h for h in signed], dtype=torch.float64)
+    bends = _norms(field(x + _column(signed, x) * slope, times) - slope, scale)
+    steps = []
+    for h, first, bend in zip(trial, slopes, bends, strict=True):
+        steepest = max(first, bend / h)
+        steps.append(min(100 * h, (0.01 / steepest) ** 0.2 if steepest > 1e-15 else max(1e-6, h * 1e-3), span))
+    return steps
+
+
+def dopri5_steps(
+    field: Callable[[Tensor, Tensor], Tensor], x: Tensor, start: float, end: float, rtol: float, atol: float
+) -> Iterator[tuple[int, float, Tensor]]:
+    """Yield ``(i, t, x)`` after every round of attempted steps, t being the time of the sample that is furthest behind.
+
+    Every round evaluates the whole batch ``x`` (B, ...) at its own times (B,) (a network may hold a label for each
+    row); a sample that rejects its step or has arrived stays as it is. Raises `NonFiniteError` where no step works.
+    """
+    sign = math.copysign(1.0, end - start)
+    times = [start] * len(x)
+    slope = field(x, torch.tensor(times, dtype=torch.float64))
+    steps = _first_step(field, x, slope, start, end, rtol, atol)
+    i = 0
+    while any(t != end for t in times):
+        left = [abs(end - t) for t in times]
+        taken = [min(h, rest) for h, rest in zip(steps, left, strict=True)]
+        for t, h in zip(times, taken, strict=True):
+            if t != end and not t + sign * h != t:
+                raise NonFiniteError(
+                    f"dopri5: no step works at t = {t:.6g}; expected a finite, smooth model output there."
+                )
+        column = _column([sign * h for h in taken], x)
+        slopes = [slope]
+        for node, weights in zip(_NODES[1:], _STAGES[1:], strict=True):
+            trial = x + column * _weighted(weights, slopes)
+            stage = torch.tensor([t + sign * node * h for t, h in zip(times, taken, strict=True)], dtype=torch.float64)
+            slopes.append(field(trial, stage))
+        ratios = _norms(column * _weighted(_ERROR, slopes), atol + rtol * torch.maximum(x.abs(), trial.abs()))
+        accepted = [ratio <= 1 and t != end for ratio, t in zip(ratios, times, strict=True)]
+        mask = torch.tensor(accepted, device=x.device).reshape(column.shape)
+        x, slope = torch.where(mask, trial, x), torch.where(mask, slopes[-1], slope)
+        for k, ratio in enumerate(ratios):
+            if accepted[k]:
+                times[k] = end if taken[k] == left[k] else times[k] + sign * taken[k]
+            # Grow at most tenfold, shrink at most fivefold; a ratio that is not a number shrinks.
+            factor = 10.0 if ratio == 0 else 0.9 * ratio**-0.2
+            steps[k] = taken[k] * (
+                min(factor, 10.0) if accepted[k] else max(min(factor, 1.0), 0.2) if ratio > 1 else 0.2
+            )
+        yield i, sign * min(sign * t for t in times), x
+        i += 1

@@ -1,0 +1,277 @@
+"""Paths from noise to data, what a network may predict on them, the training loss and the draws of t.
+
+Everywhere ``x0`` is noise, ``x1`` is data and t runs from 0 (noise) to 1 (data): ``x_t = alpha x1 + sigma x0`` and the
+velocity is ``d_alpha x1 + d_sigma x0`` (SiT, arXiv 2401.08740, eq. 1 and 2).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from vit5gen.errors import UserError, choose
+
+ModelFn = Callable[[Tensor, Tensor], Tensor]
+Time = float | Tensor
+
+PREDICTIONS = ("velocity", "score", "noise")
+LOSS_WEIGHTS = ("none", "velocity", "likelihood")
+DIFFUSIONS = ("constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing")
+TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
+EPS = 1e-3  # how far sampling stays from an end of [0, 1] at which a coefficient is infinite
+_VP_TRAINING_EPS = 1e-5
+
+
+class NonFiniteError(UserError, FloatingPointError):
+    """A state that is infinite or not a number, or a step that cannot avoid one."""
+
+
+class Coefficients(NamedTuple):
+    """The path's coefficients and their time derivatives, float64, in the shape of t."""
+
+    alpha: Tensor
+    d_alpha: Tensor
+    sigma: Tensor
+    d_sigma: Tensor
+
+
+# Each path is written once for a float (m is `math`) and for a tensor (m is `torch`).
+def _linear(t: Any, m: ModuleType) -> tuple[Any, Any, Any, Any]:
+    return t, 1.0, 1.0 - t, -1.0
+
+
+def _gvp(t: Any, m: ModuleType) -> tuple[Any, Any, Any, Any]:
+    """Return the trigonometric, variance-preserving interpolant (SiT, section 2.3)."""
+    angle, rate = t * (math.pi / 2), math.pi / 2
+    sine, cosine = m.sin(angle), m.cos(angle)
+    return sine, rate * cosine, cosine, -rate * sine
+
+
+def _vp(t: Any, m: ModuleType) -> tuple[Any, Any, Any, Any]:
+    """Return the VP diffusion with beta from 0.1 at data to 20 at noise (arXiv 2011.13456, eq. 33)."""
+    low, high, u = 0.1, 20.0, 1.0 - t
+    log_alpha = -0.25 * u**2 * (high - low) - 0.5 * u * low
+    half_beta = 0.5 * (low + u * (high - low))
+    alpha = m.exp(log_alpha)
+    sigma = m.sqrt(1e-300 - m.expm1(2 * log_alpha))  # the offset keeps 1/sigma defined at t=1, and nothing else sees it
+    return alpha, alpha * half_beta, sigma, -(alpha**2) * half_beta / sigma
+
+
+PATHS = {"linear": _linear, "gvp": _gvp, "vp": _vp}
+
+
+def _named(what: str, value: object, choices: tuple[str, ...]) -> str:
+    return choose(what, str(value).lower(), choices)
+
+
+def shift_time(u: Any, shift: float) -> Any:
+    """Warp ``u`` in [0, 1]: above 1, ``shift`` moves it towards noise (arXiv 2403.03206, eq. 23, with t for 1 - t)."""
+    if not (math.isfinite(shift) and shift > 0):
+        raise UserError(f"shift: {shift!r}; expected a finite number above 0 (1 changes nothing).")
+    return u / (u + shift * (1 - u))
+
+
+def to_diffusers(t: Any, velocity: Tensor) -> tuple[Any, Tensor]:
+    """Return diffusers' ``(sigma, model output)`` = ``(1 - t, -velocity)``; applied twice it is the identity."""
+    return 1 - t, -velocity
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A path, what the network predicts on it, and how its error is weighted; names ignore case.
+
+    path: linear | gvp | vp.  prediction: velocity | score | noise.
+    loss_weight: None | velocity | likelihood, for noise and score (SiT, section 2.2): ``velocity`` makes the loss that
+    of the implied velocity, ``likelihood`` weighs it by w/sigma^2. A velocity is never reweighed, as published.
+    direction_weight: adds this much of ``1 - cos(velocity, target)`` over channels (FasterDiT, arXiv 2410.10356;
+    LightningDiT, arXiv 2501.01423). Raises `UserError` for unknown names.
+    """
+
+    path: str = "linear"
+    prediction: str = "velocity"
+    loss_weight: str | None = None
+    direction_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        weight = "none" if self.loss_weight is None else self.loss_weight
+        object.__setattr__(self, "path", _named("path", self.path, tuple(PATHS)))
+        object.__setattr__(self, "prediction", _named("prediction", self.prediction, PREDICTIONS))
+        object.__setattr__(self, "loss_weight", _named("loss_weight", weight, LOSS_WEIGHTS))
+        if not (math.isfinite(self.direction_weight) and self.direction_weight >= 0):
+            raise UserError(f"direction_weight: {self.direction_weight!r}; expected a finite number of at least 0.")
+
+    def coefficients(self, t: Time) -> Coefficients:
+        """Return alpha, d_alpha, sigma, d_sigma at ``t`` (a float or any tensor), in float64.
+
+        On the CPU each time is computed as a scalar: vectorised sin and exp may round differently in the last lanes
+        of a vector, and then a sample would depend on its place in the batch.
+        """
+        path = PATHS[self.path]
+        t = torch.as_tensor(t, dtype=torch.float64)
+        if t.is_cpu:
+            table = torch.tensor([path(value, math) for value in t.flatten().tolist()], dtype=torch.float64)
+            return Coefficients(*table.reshape(*t.shape, 4).unbind(-1))
+        return Coefficients(*(c if isinstance(c, Tensor) else torch.full_like(t, c) for c in path(t, torch)))
+
+    def interval(self, training: bool = False) -> tuple[float, float]:
+        """Return the times on which training, or an ODE solver, is free of infinite coefficients."""
+        if self.path == "vp":
+            return 0.0, 1 - (_VP_TRAINING_EPS if training else EPS)
+        return (0.0, 1.0) if self.prediction == "velocity" else (EPS, 1 - EPS)
+
+    def reversed_interval(self) -> tuple[float, float]:
+        """Return the ``(start, end)`` of an ODE from data to noise, as published: ``1 - t`` of each end of `interval`.
+
+        On vp this is not `interval` run backwards, and 1 gives way to the last time that training has seen.
+        """
+        start, end = self.interval()
+        return min(1 - start, self.interval(training=True)[1]), 1 - end
+
+    def sde_interval(self, diffusion: str, last_step_size: float, evaluates_end: bool) -> tuple[float, float]:
+        """Return the times of an SDE solver: it starts and ends where score and diffusion are finite.
+
+        Without a last step, a velocity on linear or gvp runs to 1 as published, unless the solver evaluates its end.
+        """
+        start, end = self.interval()
+        if diffusion == "sbdm" and self.path != "vp":
+            start = EPS
+        if evaluates_end:
+            end = min(end, 1 - EPS)
+        return start, 1 - last_step_size if last_step_size > 0 else end
+
+    def diffusion(self, t: Time, form: str = "sigma", norm: float = 1.0) -> Tensor:
+        """Return D(t), float64 in the shape of ``t``, of the SDE ``dx = (v + D score) dt + sqrt(2 D) dW``.
+
+        SiT (eq. 5) writes ``w/2`` and ``sqrt(w)``: D is half of its w(t), so that form ``sigma`` is w(t) = 2 sigma_t.
+        Of the forms only SBDM, equal to the diffusion of score-based models, is infinite, at t=0 on linear and gvp.
+        """
+        form, t, c = _named("diffusion", form, DIFFUSIONS), torch.as_tensor(t, dtype=torch.float64), None
+        if not (math.isfinite(norm) and norm >= 0):
+            raise UserError(f"diffusion_norm: {norm!r}; expected a finite number of at least 0.")
+        if form == "constant":
+            return torch.full_like(t, norm)
+        if form == "linear":
+            return norm * (1 - t)
+        if form == "decreasing":
+            return 0.25 * (norm * torch.cos(math.pi * t) + 1) ** 2
+        if form == "increasing-decreasing":
+            return norm * torch.sin(math.pi * t) ** 2
+        c = self.coefficients(t)
+        return norm * (c.sigma if form == "sigma" else _score_gain(c))
+
+    def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``x_t`` and the velocity target, both in the shape of ``x1``; ``t`` (B,)."""
+        alpha, d_alpha, sigma, d_sigma = (_like(c, x1) for c in self.coefficients(t))
+        return alpha * x1 + sigma * x0, d_alpha * x1 + d_sigma * x0
+
+    def convert(self, prediction: Tensor, x: Tensor, t: Time, target: str) -> Tensor:
+        """Turn the network's prediction at ``(x, t)`` into ``target``: x0 (or noise), x1, velocity or score.
+
+        With x it fixes x1 and x0: ``target = p prediction + q x``, and (p, q) solves one 2x2 system (Cramer). The score
+        is ``-x0/sigma``, taken out of the system so that a score or noise network is exact at sigma = 0.
+        """
+        target = "noise" if target == "x0" else _named("target", target, (*PREDICTIONS, "x1"))
+        if target == self.prediction:
+            return prediction
+        c = self.coefficients(t)
+        one, zero = torch.ones_like(c.alpha), torch.zeros_like(c.alpha)
+        rows = {"velocity": (c.d_alpha, c.d_sigma), "x1": (one, zero), "noise": (zero, one), "score": (zero, one)}
+        (r1, r0), (g1, g0) = rows[self.prediction], rows[target]
+        determinant = r1 * c.sigma - r0 * c.alpha
+        p, q = (g1 * c.sigma - g0 * c.alpha) / determinant, (r1 * g0 - r0 * g1) / determinant
+        if self.prediction == "score":
+            p = -c.sigma * p
+        if target == "score":
+            p, q = -p / c.sigma, -q / c.sigma
+        return _like(p, x) * prediction + _like(q, x) * x
+
+    def predict(self, model_fn: ModelFn, x: Tensor, t: Time) -> Tensor:
+        """Call the network at ``x`` (B, ...) and ``t`` (float or (B,)); raise `UserError` if its shape is not x's."""
+        times = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(x.shape[0])
+        prediction = model_fn(x, times)
+        if prediction.shape != x.shape:
+            raise UserError(
+                f"model output: shape {tuple(prediction.shape)}; expected that of its input, {tuple(x.shape)}."
+            )
+        return prediction
+
+    def velocity(self, model_fn: ModelFn, x: Tensor, t: Time) -> Tensor:
+        """Return dx/dt at ``x`` (B, ...) and ``t`` (float or (B,)), whatever the network predicts."""
+        return self.convert(self.predict(model_fn, x, t), x, t, "velocity")
+
+    def score(self, model_fn: ModelFn, x: Tensor, t: Time) -> Tensor:
+        """Return the gradient of log p_t at ``x`` (B, ...) and ``t`` (float or (B,)), whatever the network predicts."""
+        return self.convert(self.predict(model_fn, x, t), x, t, "score")
+
+    def loss(self, model_fn: ModelFn, x1: Tensor, x0: Tensor | None = None, t: Tensor | None = None) -> Tensor:
+        """Return the loss of each sample, (B,): pure when noise ``x0`` and times ``t`` (B,) are given, else drawn.
+
+        Raises `UserError` when the shapes of x0, t or the model's output do not match ``x1`` (B, ...).
+        """
+        if t is None:
+            t = draw_timesteps(self, torch.rand(x1.shape[0], dtype=torch.float64))
+        x0 = torch.randn_like(x1) if x0 is None else x0
+        if x0.shape != x1.shape or t.shape != x1.shape[:1]:
+            shapes = f"x0 {tuple(x0.shape)}, t {tuple(t.shape)} for x1 {tuple(x1.shape)}"
+            raise UserError(f"loss: {shapes}; expected x0 in the shape of x1 and t of shape ({x1.shape[0]},).")
+        t = t.to(x1)
+        x_t, velocity = self.interpolate(x0, x1, t)
+        prediction = self.predict(model_fn, x_t, t)
+        if self.prediction == "velocity":
+            error = prediction - velocity
+        else:
+            c = self.coefficients(t)
+            error = prediction - x0 if self.prediction == "noise" else _like(c.sigma, x1) * prediction + x0
+            if self.loss_weight != "none":
+                gain = _score_gain(c) / c.sigma
+                error = error * _like(gain if self.loss_weight == "velocity" else (gain / c.sigma).sqrt(), x1)
+        loss = error.square().flatten(1).mean(1)
+        if self.direction_weight > 0:
+            cosine = cosine_similarity(self.convert(prediction, x_t, t, "velocity"), velocity, dim=1)
+            loss = loss + self.direction_weight * (1 - cosine).reshape(len(x1), -1).mean(1)
+        return loss
+
+
+def _score_gain(c: Coefficients) -> Tensor:
+    """Return what multiplies the score in ``velocity = (d_alpha/alpha) x + gain score``: SBDM's diffusion, too."""
+    return c.d_alpha / c.alpha * c.sigma**2 - c.sigma * c.d_sigma
+
+
+def _like(coefficient: Tensor, x: Tensor) -> Tensor:
+    """Give a coefficient, () or (B,), the type, device and rank of ``x`` (B, ...)."""
+    return coefficient.to(x).reshape(-1, *[1] * (x.dim() - 1))
+
+
+def draw_timesteps(
+    flow: Flow,
+    uniforms: Tensor,
+    time_distribution: str = "uniform",
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+    time_shift: float = 1.0,
+    stratum: tuple[Tensor, int] | None = None,
+) -> Tensor:
+    """Map given uniforms (B,) in [0, 1) to times (B,) on the flow's training interval; pure.
+
+    logit_normal: the logit of t is normal (arXiv 2403.03206, eq. 19, with t for 1 - t: mean > 0 favours data).
+    time_shift: see `shift_time`.  stratum: ``(positions (B,), global batch size N)`` puts the uniform at position i in
+    [i/N, (i+1)/N), so that a whole batch covers the distribution evenly (after arXiv 2107.00630, appendix I.1);
+    positions need no permutation since the data are shuffled. Raises `UserError` for unknown names or bad numbers.
+    """
+    u = uniforms.double()
+    if stratum is not None:
+        positions, size = stratum
+        u = (positions.to(u) + u) / size
+    if _named("time_distribution", time_distribution, TIME_DISTRIBUTIONS) == "logit_normal":
+        if not (math.isfinite(logit_mean) and math.isfinite(logit_std) and logit_std > 0):
+            raise UserError(
+                f"logit_mean, logit_std: {logit_mean!r}, {logit_std!r}; expected finite numbers, std above 0."
+            )
+        u = torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(u))
+    low, high = flow.interval(training=True)
+    return low + (high - low) * shift_time(u, time_shift)
