@@ -2,6 +2,8 @@
 
 from . import sit, vit5  # noqa: F401 (registers the two backbones)
 from .backbone import Backbone, backbone_names, register_backbone
+from .classifier import ViT5
+from .convert import load_sit, load_vit5
 from .transformer import PRESETS, SiTTransformer2DModel
 from .vit5 import VARIANTS, ViT5Block
 
@@ -10,7 +12,10 @@ __all__ = [
     "VARIANTS",
     "Backbone",
     "SiTTransformer2DModel",
+    "ViT5",
     "ViT5Block",
     "backbone_names",
+    "load_sit",
+    "load_vit5",
     "register_backbone",
 ]

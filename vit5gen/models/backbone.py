@@ -77,6 +77,12 @@ class Backbone(nn.Module):
     gradient_checkpointing = False
     _gradient_checkpointing_func = staticmethod(functools.partial(checkpoint, use_reentrant=False))
 
+    def run_block(self, block: nn.Module, *args: Any) -> Tensor:
+        """Apply one block, recomputing its activations in the backward pass if gradient checkpointing is on."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, *args)
+        return block(*args)
+
     def run_blocks(
         self, x: Tensor, num_patches: int, num_kept: int, taps: Sequence[int], *args: Any
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
@@ -90,10 +96,7 @@ class Backbone(nn.Module):
                 raise UserError(f"taps: {k} is not a number of blocks; expected 1 to {len(self.blocks)}.")
         hidden = {}
         for k, block in enumerate(self.blocks, start=1):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, *args)
-            else:
-                x = block(x, *args)
+            x = self.run_block(block, x, *args)
             if k in taps:
                 hidden[k] = x[:, :num_kept]
         return (x[:, :num_patches], hidden) if taps else x[:, :num_patches]

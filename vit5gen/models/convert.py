@@ -1,0 +1,190 @@
+"""Published checkpoints of SiT and ViT-5 -> the models here: sizes are read from the shapes, every key must fit."""
+
+import argparse
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .classifier import ViT5, checkpoint_filter_fn
+from .transformer import SIZES, SiTTransformer2DModel
+
+Source = Mapping[str, Any] | str | Path
+
+_SIT_NAMES = {
+    r"^x_embedder\.proj\.": "patch_embed.",
+    r"^t_embedder\.mlp\.0\.": "time_embed.fc1.",
+    r"^t_embedder\.mlp\.2\.": "time_embed.fc2.",
+    r"^y_embedder\.embedding_table\.": "label_embed.",
+    r"^final_layer\.": "head.",
+    r"^(pos_embed|blocks\.)": r"backbone.\1",
+    r"adaLN_modulation\.1\.": "modulation.",
+}
+
+
+def read_checkpoint(source: Source) -> dict[str, Tensor]:
+    """Return the state dict of a file or mapping: the EMA weights if there are any, wrappers' key prefixes removed.
+
+    Files are .safetensors, or pickles read with ``weights_only=True`` that may hold an `argparse.Namespace`.
+    Raises `UserError` for a file that is absent, unreadable or unsafe.
+    """
+    found: Any = source if isinstance(source, Mapping) else _read_file(Path(source))
+    for key in ("ema", "model_ema", "model", "state_dict"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+            break
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(
+            "checkpoint: holds no state dict; expected tensors by name, or such under ema, model_ema, model."
+        )
+    return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in found.items()}
+
+
+def _read_file(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"checkpoint: {str(path)!r} is not a file; give the path of a .pt, .pth or .safetensors file.")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"checkpoint: {str(path)!r} cannot be read safely as tensors ({reason}); get it again."
+        ) from error
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load `state`; raise `UserError` with at most five missing, unexpected and misshapen keys each unless all fit."""
+    own = model.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    misshapen = [
+        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if not (missing or unexpected or misshapen):
+        model.load_state_dict(dict(state))
+        return
+    if len(missing) == len(own):
+        cause = "it belongs to another kind of model"
+    elif misshapen and not (missing or unexpected):
+        cause = "a size was given that is not the checkpoint's"
+    elif missing and unexpected:
+        cause = "it was written by another version or variant of the model"
+    else:
+        cause = "it is incomplete" if missing else "it has parts that this variant lacks"
+    problems = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
+    listing = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
+    raise UserError(f"checkpoint: does not fit {type(model).__name__}; {listing}. Likely cause: {cause}.")
+
+
+def _shape(state: Mapping[str, Tensor], key: str, layout: str) -> list[int]:
+    if key not in state:
+        keys = _some(list(state)) or "nothing"
+        raise UserError(f"checkpoint: has no {key!r}, so it is not {layout}'s published layout; it holds {keys}.")
+    return list(state[key].shape)
+
+
+def _depth(state: Mapping[str, Tensor]) -> int:
+    return 1 + max((int(found[1]) for key in state if (found := re.match(r"blocks\.(\d+)\.", key))), default=0)
+
+
+def _ratio(rows: int, width: int) -> float:
+    """Return the MLP ratio that ``int(width * ratio)`` turns into `rows` again."""
+    return rows / width if int(width * (rows / width)) == rows else (rows + 0.5) / width
+
+
+def _side(count: int, name: str) -> int:
+    if math.isqrt(count) ** 2 != count:
+        raise UserError(f"checkpoint: its {count} positions are no square; give {name}=(height, width).")
+    return math.isqrt(count)
+
+
+def load_sit(source: Source, num_attention_heads: int | None = None, **overrides: Any) -> SiTTransformer2DModel:
+    """Build the generator from SiT's published state dict (layout of ``SiT-XL-2-256x256.pt``).
+
+    Sizes, classes and `learn_sigma` follow from the shapes; the heads, which no shape tells, from the preset of that
+    width unless given. The label table is taken to end in the null row unless ``class_dropout_prob=0`` is given.
+    `overrides` are further arguments of `SiTTransformer2DModel`. Raises `UserError` if anything does not fit.
+    """
+    state = read_checkpoint(source)
+    hidden_size, channels, patch, _ = _shape(state, "x_embedder.proj.weight", "SiT")
+    if num_attention_heads is None:
+        heads = {d: h for d, _, h in SIZES.values()}
+        if hidden_size not in heads:
+            raise UserError(
+                f"num_attention_heads: no shape tells it and no preset has hidden_size {hidden_size}; "
+                "give num_attention_heads."
+            )
+        num_attention_heads = heads[hidden_size]
+    rows = _shape(state, "y_embedder.embedding_table.weight", "SiT")[0]
+    outputs = _shape(state, "final_layer.linear.weight", "SiT")[0]
+    positions = _shape(state, "pos_embed", "SiT")[1]
+    found = {
+        "backbone": "sit",
+        "patch_size": patch,
+        "in_channels": channels,
+        "num_classes": rows - (overrides.get("class_dropout_prob", 0.1) > 0),
+        "hidden_size": hidden_size,
+        "num_layers": _depth(state),
+        "num_attention_heads": num_attention_heads,
+        "mlp_ratio": _ratio(_shape(state, "blocks.0.mlp.fc1.weight", "SiT")[0], hidden_size),
+        "learn_sigma": outputs == 2 * channels * patch**2,
+    }
+    if "sample_size" not in overrides:
+        found["sample_size"] = _side(positions, "sample_size") * patch
+    model = SiTTransformer2DModel(**(found | overrides))
+    converted = {}
+    for key, value in state.items():
+        for pattern, replacement in _SIT_NAMES.items():
+            key = re.sub(pattern, replacement, key)
+        converted[key] = value.flatten(1) if key == "patch_embed.weight" else value
+    load_exactly(model, converted)
+    return model
+
+
+def load_vit5(
+    source: Source,
+    img_size: int | tuple[int, int] | None = None,
+    patch_size: int | None = None,
+    num_heads: int | None = None,
+    **overrides: Any,
+) -> ViT5:
+    """Build the classifier from ViT-5's published state dict; positions are resampled if `img_size` differs from its.
+
+    Depth, width, classes, registers, channels and heads (by the QK-norm) follow from the shapes. `overrides` are
+    further arguments of `ViT5`. Raises `UserError` if anything does not fit.
+    """
+    state = read_checkpoint(source)
+    width, channels, patch, _ = _shape(state, "patch_embed.proj.weight", "ViT-5")
+    positions = _shape(state, "pos_embed", "ViT-5")[1]
+    found = {
+        "img_size": _side(positions, "img_size") * patch if img_size is None else img_size,
+        "patch_size": patch_size or patch,
+        "in_chans": channels,
+        "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
+        "embed_dim": width,
+        "depth": _depth(state),
+        "num_heads": num_heads or width // _shape(state, "blocks.0.attn.q_norm.weight", "ViT-5")[0],
+        "mlp_ratio": _ratio(_shape(state, "blocks.0.mlp.fc1.weight", "ViT-5")[0], width),
+        "num_registers": state["reg_token"].shape[1] if "reg_token" in state else 0,
+    }
+    model = ViT5(**(found | overrides))
+    load_exactly(model, checkpoint_filter_fn(state, model))
+    return model
