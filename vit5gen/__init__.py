@@ -20,6 +20,8 @@ def __getattr__(name: str) -> object:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
     if name in _SUBMODULES:
         return importlib.import_module(f"vit5gen.{name}")
+    if name in ("ModelMixin", "SchedulerMixin"):  # diffusers looks here for the bases of the classes it loads
+        return getattr(importlib.import_module("diffusers"), name)
     raise AttributeError(f"module 'vit5gen' has no attribute {name!r}")
 
 

@@ -1,0 +1,405 @@
+"""SiTPipeline, the only label -> image code there is, and its scheduler, which holds the path from noise to data."""
+
+import inspect
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.configuration_utils import register_to_config
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor, nn
+
+from vit5gen.card import TrainingFacts, model_card
+from vit5gen.config import FlowConfig, SamplingConfig
+from vit5gen.data.autoencoder import decode, downsample, to_uint8
+from vit5gen.errors import UserError, choose, nearest
+from vit5gen.files import write_text
+from vit5gen.flow import (
+    ODE_METHODS,
+    SDE_METHODS,
+    CountingModel,
+    Flow,
+    guide,
+    ode_steps,
+    sde_steps,
+    shift_time,
+    to_diffusers,
+)
+
+# Without this diffusers stores our classes under their module path, and does not find them by a hub name.
+LOADABLE_CLASSES.setdefault("vit5gen", {})
+
+SAMPLERS = (*(f"ode-{method}" for method in ODE_METHODS), *(f"sde-{method}" for method in SDE_METHODS))
+OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
+_FLOW, _SAMPLING = FlowConfig(), SamplingConfig()
+
+Labels = int | str | Sequence[int | str] | Tensor | np.ndarray
+Generators = torch.Generator | list[torch.Generator] | None
+ModelFn = Callable[[Tensor, Tensor], Tensor]
+
+
+class SiTScheduler(SchedulerMixin, ConfigMixin):
+    """The path from noise to data and what the network predicts, with the finer settings of the solvers.
+
+    shift: of the time grid towards noise (above 1).  rtol, atol: of dopri5.  diffusion, last_step, last_step_size: of
+    the SDE solvers, see `vit5gen.flow.sde_steps`.  Change one with ``SiTScheduler.from_config(config, shift=2.0)``.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        path: str = _FLOW.path,
+        prediction: str = _FLOW.prediction,
+        shift: float = 1.0,
+        rtol: float = 1e-3,
+        atol: float = 1e-6,
+        diffusion: str = "sigma",
+        last_step: str = "mean",
+        last_step_size: float = 0.04,
+    ) -> None:
+        shift_time(0.5, shift)  # raises where shift is no shift
+        self.flow = Flow(path, prediction)
+
+    def steps(
+        self, sampler: str, model_fn: ModelFn, x: Tensor, num_steps: int, noise: Generators
+    ) -> Iterator[tuple[int, float, Tensor]]:
+        """Yield (i, t, x) after each step of the solver ``ode-<method>`` or ``sde-<method>``."""
+        kind, method = choose("sampler", sampler, SAMPLERS).split("-")
+        config = self.config
+        if kind == "ode":
+            tolerances = {"rtol": config.rtol, "atol": config.atol}
+            return ode_steps(self.flow, model_fn, x, num_steps, method, shift=config.shift, **tolerances)
+        ending = {"last_step": config.last_step, "last_step_size": config.last_step_size}
+        options = {"diffusion": config.diffusion, "noise": noise, "shift": config.shift, **ending}
+        return sde_steps(self.flow, model_fn, x, num_steps, method, **options)
+
+
+def foreign_steps(
+    scheduler: Any, flow: Flow, model_fn: ModelFn, x: Tensor, num_steps: int, noise: Generators
+) -> Iterator[tuple[int, float, Tensor]]:
+    """Yield (i, t, x) after each ``step`` of a flow-match scheduler of diffusers, which works in sigma = 1 - t.
+
+    The grid is uniform in t, as ours is, if the scheduler takes sigmas; otherwise its own.
+    Raises `UserError` for a scheduler that is not made for flow matching or a path that is not linear.
+    """
+    name = type(scheduler).__name__
+    if not (name.startswith("FlowMatch") or scheduler.config.get("prediction_type") == "flow_prediction"):
+        raise UserError(
+            f"scheduler: {name} is not made for flow matching; expected SiTScheduler, a FlowMatch one, or one with"
+            " prediction_type='flow_prediction' and use_flow_sigmas=True"
+        )
+    if flow.path != "linear":
+        raise UserError(f"scheduler: {name} knows the linear path only, the model has {flow.path!r}; use SiTScheduler")
+    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+        scheduler.set_timesteps(sigmas=1 - np.arange(num_steps) / num_steps, device=x.device)
+    else:
+        scheduler.set_timesteps(num_steps, device=x.device)
+    scheduler.set_begin_index(0)
+    takes_noise = "generator" in inspect.signature(scheduler.step).parameters
+    options = {"generator": noise} if takes_noise else {}
+    # Not the timesteps: some schedulers round them.
+    sigmas = scheduler.sigmas.tolist()
+    for i, timestep in enumerate(scheduler.timesteps):
+        velocity = flow.velocity(model_fn, x, to_diffusers(sigmas[i], x)[0])
+        _, output = to_diffusers(sigmas[i], velocity)
+        x = scheduler.step(output, timestep, x, return_dict=False, **options)[0]
+        yield i, to_diffusers(sigmas[i + 1], x)[0], x
+
+
+class SiTPipeline(DiffusionPipeline):
+    """Class-conditional images by flow matching.
+
+    transformer: predicts velocity, score or noise from (latents, timestep in [0, 1], class_labels).
+    scheduler: `SiTScheduler`, or a flow-match scheduler of diffusers, whose ``step`` is then used.
+    vae: decodes latents; without it only ``output_type="latent"`` works.
+    guide: the weaker model of autoguidance (arXiv 2406.02507).  id2label: names of the classes by id.
+    """
+
+    model_cpu_offload_seq = "transformer->guide->vae"
+    _optional_components = ["vae", "guide"]  # noqa: RUF012 (diffusers' convention)
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        scheduler: SchedulerMixin,
+        vae: nn.Module | None = None,
+        guide: nn.Module | None = None,
+        id2label: dict | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, guide=guide)
+        # JSON turns ids into strings.
+        self.register_to_config(id2label={int(i): name for i, name in (id2label or {}).items()})
+        self._flow = scheduler.flow if isinstance(scheduler, SiTScheduler) else Flow()
+        self.num_evaluations = 0
+
+    @property
+    def flow(self) -> Flow:
+        """The flow that the transformer was trained for: a foreign scheduler put in its place does not change it."""
+        return self.scheduler.flow if isinstance(self.scheduler, SiTScheduler) else self._flow
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Image pixels along a side of a latent pixel; 1 without an autoencoder."""
+        return 1 if self.vae is None else downsample(self.vae)
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has set ``pipe._interrupt = True`` to end after its step."""
+        return self._interrupt
+
+    def class_ids(self, class_labels: Labels) -> list[int]:
+        """Return the ids of an id, a name, or a list of both; raise `UserError` for a class that does not exist."""
+        if isinstance(class_labels, Tensor | np.ndarray):
+            class_labels = class_labels.tolist()
+        entries = class_labels if isinstance(class_labels, Sequence) and not isinstance(class_labels, str) else None
+        return [self._class_id(entry) for entry in ([class_labels] if entries is None else entries)]
+
+    def class_name(self, class_id: int) -> str:
+        """Return the name of a class, or its id in digits where it has none."""
+        return self.config.id2label.get(class_id, str(class_id))
+
+    def _class_id(self, label: object) -> int:
+        count, names = self.transformer.config.num_classes, self.config.id2label
+        if isinstance(label, str):
+            matches = _ids_by_name(names).get(label.strip().lower(), set())
+            if len(matches) > 1:
+                raise UserError(
+                    f"class {label!r} is the name of several classes; give one of the ids {sorted(matches)}"
+                )
+            if not matches and not label.strip().isdecimal():
+                known = f"one of {len(names)} names or an id" if names else "an id (there are no class names)"
+                guess = nearest(label, names.values())
+                raise UserError(f"class {label!r} does not exist; expected {known} in 0..{count - 1}.{guess}")
+            label = min(matches) if matches else int(label)
+        if isinstance(label, bool) or not isinstance(label, int | np.integer):
+            raise UserError(
+                f"class_labels: {label!r} is neither an id nor a name; expected one of them, or a flat list"
+            )
+        if not 0 <= label < count:
+            raise UserError(f"class {label} does not exist; expected an id in 0..{count - 1}")
+        return int(label)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Labels,
+        guidance_scale: float = _SAMPLING.guidance_scale,
+        num_inference_steps: int = _SAMPLING.num_inference_steps,
+        sampler: str | None = None,
+        guidance_interval: Sequence[float] = tuple(_SAMPLING.guidance_interval),
+        guidance_channels: int | None = _SAMPLING.guidance_channels,
+        autoguidance_scale: float = 1.0,
+        num_images_per_label: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Draw ``num_images_per_label`` images of each label, those of a label next to each other.
+
+        guidance_scale, autoguidance_scale: 1 is off; both act at times in guidance_interval (0 noise, 1 data) and on
+        the first guidance_channels channels.  sampler: ``ode-<method>`` or ``sde-<method>`` of `vit5gen.flow`, for
+        num_inference_steps steps; a foreign scheduler takes none.  height, width: pixels, by default those trained on.
+        generator: one, or one an image, which then depends on no other.  latents (B, C, h, w): the noise to start from.
+        ``callback_on_step_end(pipe, i, t, {"latents": x})`` returns a dictionary; latents in it replace the state.
+        output_type: pil | np (B, H, W, 3) and pt (B, 3, H, W) in [0, 1] | uint8 (B, 3, H, W) | latent (B, C, h, w).
+        Raises `UserError` for bad values.
+        """
+        ids = [
+            i for i in self.class_ids(class_labels) for _ in range(_count("num_images_per_label", num_images_per_label))
+        ]
+        if not ids:
+            raise UserError("class_labels: empty; expected at least one id or name")
+        _count("num_inference_steps", num_inference_steps)
+        choose("output_type", output_type, OUTPUT_TYPES)
+        if output_type != "latent" and self.vae is None:
+            raise UserError(f"output_type = {output_type!r} needs an autoencoder; set pipe.vae or use 'latent'")
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        for name in callback_on_step_end_tensor_inputs:
+            choose("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
+
+        x = self._initial_latents(len(ids), height, width, generator, latents)
+        network = CountingModel(self.transformer)
+        weak = None if self.guide is None else CountingModel(self.guide)
+        model_fn = guide(
+            network,
+            torch.tensor(ids, device=x.device),
+            guidance_scale,
+            self._null_label(guidance_scale),
+            self._interval(guidance_interval),
+            guidance_channels,
+            weak_model=weak,
+            weak_scale=autoguidance_scale,
+        )
+        steps = self._steps(sampler, model_fn, x, num_inference_steps, generator)
+        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, num_inference_steps, False
+        with self.progress_bar(total=num_inference_steps) as bar:
+            for i, t, x in steps:
+                if callback_on_step_end is not None:
+                    given = dict.fromkeys(callback_on_step_end_tensor_inputs, x)
+                    replaced = callback_on_step_end(self, i, t, given).get("latents", x)
+                    if replaced is not x:
+                        x.copy_(replaced)  # the solver goes on from this very tensor
+                bar.update()
+                if self._interrupt:
+                    break
+        self.num_evaluations = (network.rows + (weak.rows if weak else 0)) // len(ids)
+        images = x if output_type == "latent" else self._decode(x, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _interval(self, interval: Sequence[float]) -> tuple[float, float]:
+        if len(interval) != 2:
+            raise UserError(f"guidance_interval: {interval!r}; expected the two times at which it starts and ends")
+        return interval[0], interval[1]
+
+    def _null_label(self, guidance_scale: float) -> int:
+        config = self.transformer.config
+        if guidance_scale != 1 and config.class_dropout_prob == 0:
+            raise UserError(
+                f"guidance_scale = {guidance_scale}: trained without label dropout, this model has no null label;"
+                " use 1, or autoguidance"
+            )
+        return self.transformer.null_label
+
+    def _initial_latents(
+        self, batch: int, height: int | None, width: int | None, generator: Generators, latents: Tensor | None
+    ) -> Tensor:
+        config, factor = self.transformer.config, self.vae_scale_factor
+        size = config.sample_size
+        sides = [size, size] if isinstance(size, int) else list(size)
+        unit = factor * config.patch_size
+        for axis, (name, side) in enumerate({"height": height, "width": width}.items()):
+            if side is None:
+                continue
+            if side < unit or side % unit:
+                raise UserError(
+                    f"{name} = {side} cannot be made; expected a multiple of {unit}, e.g. {max(1, side // unit) * unit}"
+                )
+            sides[axis] = side // factor
+        shape = (batch, config.in_channels, *sides)
+        if isinstance(generator, list) and len(generator) != batch:
+            raise UserError(f"generator: a list of {len(generator)}; expected one for each of the {batch} images")
+        device = self._execution_device
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if tuple(latents.shape) != shape:
+            raise UserError(
+                f"latents: shape {tuple(latents.shape)}; expected {shape} (labels, channels, height, width)"
+            )
+        return latents.to(device, torch.float32)
+
+    def _steps(
+        self, sampler: str | None, model_fn: ModelFn, x: Tensor, num_steps: int, generator: Generators
+    ) -> Iterator[tuple[int, float, Tensor]]:
+        if isinstance(self.scheduler, SiTScheduler):
+            return self.scheduler.steps(sampler or _SAMPLING.sampler, model_fn, x, num_steps, generator)
+        if sampler is not None:
+            raise UserError(
+                f"sampler = {sampler!r}: the scheduler is {type(self.scheduler).__name__}, which steps by itself;"
+                " leave sampler out, or set pipe.scheduler = SiTScheduler()"
+            )
+        return foreign_steps(self.scheduler, self.flow, model_fn, x, num_steps, generator)
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        dtype = self.vae.dtype
+        if dtype != torch.float32:  # bf16 would move two values in five by a grey level
+            nn.Module.to(self.vae, torch.float32)
+        images = decode(self.vae, latents)
+        if dtype != torch.float32:
+            nn.Module.to(self.vae, dtype)
+        if output_type == "uint8":
+            return to_uint8(images)
+        if output_type == "pil":
+            return [Image.fromarray(image) for image in to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()]
+        images = images / 2 + 0.5
+        return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+    def save_pretrained(
+        self, save_directory: str | Path, *args: Any, facts: TrainingFacts | None = None, **kwargs: Any
+    ) -> None:
+        """Save as diffusers does, with a model card and the stub by which ``DiffusionPipeline`` finds this class.
+
+        facts: what the card tells of the training; without them the card that came with the weights is kept.
+        """
+        self._write_extras(Path(save_directory), facts)
+        super().save_pretrained(str(save_directory), *args, **kwargs)
+
+    def _upload_folder(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
+        self._write_extras(Path(working_dir))  # diffusers has just put its empty card in place of ours
+        return super()._upload_folder(working_dir, *args, **kwargs)
+
+    def _write_extras(self, folder: Path, facts: TrainingFacts | None = None) -> None:
+        write_text(folder / "pipeline.py", "from vit5gen import SiTPipeline  # noqa: F401\n")
+        source = Path(self.config.get("_name_or_path") or "")
+        if facts is None and (source / "model_index.json").is_file():
+            for file in [*source.glob("README.md"), *source.glob("*.png")]:
+                if source.resolve() != folder.resolve():
+                    shutil.copyfile(file, folder / file.name)
+            return
+        facts = facts or TrainingFacts()
+        if facts.picture is not None:
+            shutil.copyfile(facts.picture, folder / facts.picture.name)
+        name = None if self.vae is None else self.vae.config.get("_name_or_path") or type(self.vae).__name__
+        card = model_card(dict(self.transformer.config), dict(self.scheduler.config), name or "none", facts)
+        write_text(folder / "README.md", card)
+
+
+def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
+    """Load the pipeline of a run (RUN or RUN/pipeline) or a pipeline folder; raise `UserError` if it is neither."""
+    folder = pipeline_folder(checkpoint)
+    try:
+        return SiTPipeline.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"checkpoint {folder} does not load: {' '.join(str(error).split())}; make it again") from error
+
+
+def pipeline_folder(checkpoint: str | Path) -> Path:
+    """Return the folder that holds ``model_index.json``: the path itself, or its ``pipeline``."""
+    for folder in (Path(checkpoint) / "pipeline", Path(checkpoint)):
+        if (folder / "model_index.json").is_file():
+            return folder
+    raise UserError(
+        f"checkpoint {checkpoint} is neither a run nor a pipeline folder (no model_index.json); expected the"
+        " --output of `vit5gen train` or `vit5gen convert`"
+    )
+
+
+def _count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise UserError(f"{name} = {value!r}; expected a whole number of at least 1")
+    return int(value)
+
+
+def _ids_by_name(names: dict[int, str]) -> dict[str, set[int]]:
+    """Map names, and their synonyms between commas, in lower case, to ids; a whole name outdoes a synonym."""
+    ids: dict[str, set[int]] = {}
+    for i, name in names.items():
+        for synonym in name.split(","):
+            ids.setdefault(synonym.strip().lower(), set()).add(i)
+    whole: dict[str, set[int]] = {}
+    for i, name in names.items():
+        whole.setdefault(name.strip().lower(), set()).add(i)
+    return ids | whole
