@@ -1,0 +1,329 @@
+"""Images encoded once: shards of latent means and deviations, their manifest, and memory-mapped reading."""
+
+import hashlib
+import json
+import shutil
+from bisect import bisect_right
+from functools import cached_property
+from itertools import accumulate
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from vit5gen.config import Config
+from vit5gen.data.autoencoder import downsample, encode, load_autoencoder
+from vit5gen.data.emoji import cache_folder
+from vit5gen.data.images import BrokenImage, ImageSet, open_images
+from vit5gen.errors import UserError
+from vit5gen.files import atomic, read_json, sha256, write_json
+
+MANIFEST = "manifest.json"
+SHARD_SIZE = 4096  # images
+_FIXED_BY_VAE = ("vae_sha256", "resolution", "latent_shape", "scaling_factor", "shift_factor")
+
+
+def encode_dataset(images: ImageSet, vae: AutoencoderKL, folder: str | Path, config: Config) -> None:
+    """Encode images and, with `data.horizontal_flip`, their mirror images into shards with a manifest.
+
+    A shard holds ``mean`` and ``std`` (n, F, C, h, w) in `data.shard_dtype`, scaled as the transformer sees them, with
+    F = 2 (original, mirrored) or 1, and ``labels`` (n,) int64. Process i of n writes shards i, i + n, ...; each appears
+    whole or not at all. A second call keeps shards whose checksum is right, makes the others and ends the manifest.
+    Raises `UserError` when the folder holds other latents, the disk is short, or an image is broken and
+    `data.on_broken_image` is ``"fail"``.
+    """
+    state, folder = PartialState(), Path(folder)
+    vae = vae.to(state.device)
+    settings = _settings(images, vae, config)
+    chunks = torch.arange(len(images)).split(SHARD_SIZE)
+    records = _finished(folder, settings)
+    missing = sum(len(chunk) for k, chunk in enumerate(chunks) if k not in records)
+    if missing and state.is_main_process:
+        _reserve(folder, missing, settings)
+    state.wait_for_everyone()  # every process has looked at the folder before any writes there
+    if state.is_main_process and not (folder / MANIFEST).exists():
+        write_json(folder / MANIFEST, settings | {"shards": None})
+    mine = range(state.process_index, len(chunks), state.num_processes)
+    ours = sum(len(chunks[k]) for k in mine if k not in records)
+    with tqdm(desc="encode", unit="image", total=ours, disable=not (ours and state.is_main_process)) as progress:
+        for k in mine:
+            if k not in records:
+                tensors, broken = _encode_shard(images.select(chunks[k]), vae, config, progress)
+                records[k] = _write_shard(folder / _shard_name(k), tensors, broken)
+    shards = [record for _, record in sorted(gather_object([(k, records[k]) for k in mine]), key=lambda item: item[0])]
+    if missing and state.is_main_process:
+        labels = torch.cat([_read_labels(folder / shard["file"]) for shard in shards])
+        counts = torch.bincount(labels, minlength=len(images.class_names)).tolist()
+        write_json(folder / MANIFEST, settings | {"counts": counts, "shards": shards})
+        for leftover in [*folder.glob("shard_*.json"), *folder.glob(".shard_*.tmp")]:  # the latter of killed processes
+            leftover.unlink(missing_ok=True)
+    if state.is_main_process and (problems := [problem for shard in shards for problem in shard["broken"]]):
+        print(f"{folder}: left out {len(problems)} broken images, listed in {MANIFEST}; the first: {problems[0]}")
+    state.wait_for_everyone()
+
+
+def ensure_latents(config: Config, vae: AutoencoderKL) -> Path:
+    """Return `data.latents`, or a folder in the cache that holds the latents of `data`, encoding them if need be."""
+    if config.data.latents is not None:
+        return Path(config.data.latents).expanduser()
+    images = open_for(config, vae)
+    key = json.dumps(_settings(images, vae, config) | {"path": config.data.path}, sort_keys=True)
+    folder = cache_folder() / f"latents-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    encode_dataset(images, vae, folder, config)
+    return folder
+
+
+def encode_command(config: Config, output: str | Path) -> None:
+    """Encode the images of a configuration into ``output``: the command ``vit5gen encode``."""
+    vae = load_autoencoder(config.vae.name)
+    encode_dataset(open_for(config, vae), vae, output, config)
+    if PartialState().is_main_process:
+        print(f"{output}: {len(LatentDataset(output))} images. Next: train with --data.latents {output}")
+
+
+def open_for(config: Config, vae: AutoencoderKL) -> ImageSet:
+    """Open a run's images; raise `UserError` when classes, resolution or autoencoder are not as configured."""
+    images, data = open_images(config.data), config.data
+    if len(images.class_names) != data.num_classes:
+        raise UserError(
+            f"data.num_classes = {data.num_classes}: the data have {len(images.class_names)} classes; set that"
+        )
+    for key, expected, found in [
+        ("latent_channels", config.vae.latent_channels, vae.config.latent_channels),
+        ("downsample", config.vae.downsample, downsample(vae)),
+    ]:
+        if expected != found:
+            raise UserError(f"vae.{key} = {expected}: the autoencoder {config.vae.name} has {found}; set that")
+    if data.resolution % downsample(vae):
+        raise UserError(f"data.resolution = {data.resolution}: expected a multiple of vae.downsample {downsample(vae)}")
+    return images
+
+
+class LatentDataset:
+    """Latents on disk; opening reads the manifest alone, `get` maps and reads one sample.
+
+    Raises `UserError` when the manifest is absent, unfinished or broken, or a shard has not the size it says.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest: dict[str, Any] = read_json(self.folder / MANIFEST, "latents")
+        try:
+            id2label, shards = self.manifest["id2label"], self.manifest["shards"]
+            self.class_names: list[str] = [id2label[str(label)] for label in range(len(id2label))]
+            self._ends = list(accumulate(shard["images"] for shard in shards or []))
+            sizes = {self.folder / shard["file"]: shard["bytes"] for shard in shards or []}
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"latents {self.folder}: {MANIFEST} is not one of latents ({error!r}); encode again"
+            ) from error
+        if shards is None:
+            raise UserError(f"latents {self.folder}: encoding was interrupted; run the same `vit5gen encode` to end it")
+        for path, size in sizes.items():
+            found = path.stat().st_size if path.is_file() else "no file"
+            if found != size:
+                raise UserError(f"latents: {path} has {found} bytes, its manifest says {size}; encode again to mend it")
+        self._open: dict[int, Any] = {}  # shards by number; a process maps one when it first reads there
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def get(self, index: int, flip: bool = False) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Return mean and std (C, h, w) in fp32 and the label of one image, or of its mirror image."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number = bisect_right(self._ends, index)
+        shard, row = self._shard(number), index - (self._ends[number - 1] if number else 0)
+        mean, std = (shard.get_slice(name)[row, int(flip)].float() for name in ("mean", "std"))
+        return mean, std, int(shard.get_slice("labels")[row : row + 1])
+
+    @cached_property
+    def labels(self) -> torch.Tensor:
+        """All labels (N,) int64, read on first use."""
+        labels = torch.cat([_read_labels(self.folder / shard["file"]) for shard in self.manifest["shards"]])
+        if not 0 <= int(labels.min()) <= int(labels.max()) < len(self.class_names):
+            raise UserError(
+                f"latents {self.folder}: labels from {labels.min()} to {labels.max()}, expected 0 to"
+                f" {len(self.class_names) - 1}; encode again"
+            )
+        return labels
+
+    def verify(self, process_index: int = 0, num_processes: int = 1) -> None:
+        """Compare this process's share of the shards with their checksums; raise `UserError` when one differs."""
+        for shard in self.manifest["shards"][process_index::num_processes]:
+            if sha256(self.folder / shard["file"]) != shard["sha256"]:
+                raise UserError(
+                    f"latents: {self.folder / shard['file']} does not match its checksum; encode again to mend it"
+                )
+
+    def check(self, config: Config, vae: AutoencoderKL) -> None:
+        """Raise `UserError` naming both values unless a run of this configuration can train on these latents."""
+        wanted = _latent_settings(vae, config)
+        for key in _FIXED_BY_VAE:
+            if self.manifest.get(key) != wanted[key]:
+                names = f" ({self.manifest.get('vae')} there, {wanted['vae']} here)" if key == "vae_sha256" else ""
+                self._refuse(key, self.manifest.get(key), wanted[key], names)
+        if config.data.classes is not None and self.class_names != config.data.classes:
+            self._refuse("classes", self.class_names, config.data.classes)
+        if len(self.class_names) != config.data.num_classes:
+            self._refuse("num_classes", len(self.class_names), config.data.num_classes)
+        if config.data.horizontal_flip and not self.manifest["horizontal_flip"]:
+            self._refuse("horizontal_flip", False, True)
+
+    def _refuse(self, key: str, found: Any, wanted: Any, more: str = "") -> None:
+        raise UserError(
+            f"latents {self.folder}: made with {key} {_short(found)}, the run has {_short(wanted)}{more};"
+            f" encode again or change the configuration"
+        )
+
+    def _shard(self, number: int) -> Any:
+        if number not in self._open:
+            self._open[number] = safe_open(self.folder / self.manifest["shards"][number]["file"], framework="pt")
+        return self._open[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}}  # maps stay with their process
+
+
+def _latent_settings(vae: AutoencoderKL, config: Config) -> dict[str, Any]:
+    """Everything about a run that the numbers in its shards depend on, but the images."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.float().cpu().contiguous().numpy())
+    side = config.data.resolution // downsample(vae)
+    return {
+        "vae": config.vae.name,
+        "vae_sha256": digest.hexdigest(),
+        "scaling_factor": vae.config.scaling_factor,
+        "shift_factor": vae.config.shift_factor or 0.0,
+        "resolution": config.data.resolution,
+        "latent_shape": [vae.config.latent_channels, side, side],
+        "horizontal_flip": config.data.horizontal_flip,
+        "dtype": config.data.shard_dtype,
+    }
+
+
+def _settings(images: ImageSet, vae: AutoencoderKL, config: Config) -> dict[str, Any]:
+    return _latent_settings(vae, config) | {
+        "source": config.data.source,
+        "split": config.data.split,
+        "images": len(images),
+        "id2label": {str(label): name for label, name in enumerate(images.class_names)},
+    }
+
+
+def _finished(folder: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Return the records of the shards by number that exist and match their checksum."""
+    if not (folder / MANIFEST).exists():
+        return {}
+    manifest = read_json(folder / MANIFEST, "latents")
+    for key, value in settings.items():
+        if key != "vae" and manifest.get(key) != value:
+            raise UserError(
+                f"output {folder}: holds latents made with {key} {_short(manifest.get(key))}, not {_short(value)};"
+                f" choose another folder or remove this one"
+            )
+    records = (manifest["shards"] or []) + [read_json(path, "record") for path in folder.glob("shard_*.json")]
+    return {
+        int(record["file"].removeprefix("shard_").removesuffix(".safetensors")): record
+        for record in records
+        if (folder / record["file"]).is_file() and sha256(folder / record["file"]) == record["sha256"]
+    }
+
+
+def _shard_name(number: int) -> str:
+    return f"shard_{number:05d}.safetensors"
+
+
+def _read_labels(path: Path) -> torch.Tensor:
+    with safe_open(path, framework="pt") as shard:
+        return shard.get_tensor("labels")
+
+
+def _reserve(folder: Path, count: int, settings: dict[str, Any]) -> None:
+    """Print how much the shards of ``count`` images will take; raise `UserError` unless the disk has as much."""
+    width = getattr(torch, settings["dtype"]).itemsize
+    needed = count * (2 * (1 + settings["horizontal_flip"]) * prod(settings["latent_shape"]) * width + 8)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output {folder}: {error.strerror}; choose a folder that can be written") from error
+    free = shutil.disk_usage(folder).free
+    print(f"encode: {count} images -> {needed / 1e9:.3f} GB in {folder} ({free / 1e9:.1f} GB free)")
+    if needed > free:
+        raise UserError(
+            f"output {folder}: needs {needed / 1e9:.3f} GB, the disk has {free / 1e9:.3f} GB; free some or go elsewhere"
+        )
+
+
+class _Decoded(Dataset):
+    """Images with labels; a broken one becomes its error message, so that a worker can hand it over."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | str:
+        try:
+            return self.images[index]
+        except BrokenImage as error:
+            return str(error)
+
+
+def _encode_shard(
+    images: ImageSet, vae: AutoencoderKL, config: Config, progress: tqdm
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return the tensors of one shard and what is wrong with the images that it leaves out."""
+    data, dtype = config.data, getattr(torch, config.data.shard_dtype)
+    tensors: dict[str, list[torch.Tensor]] = {"mean": [], "std": [], "labels": []}
+    broken: list[str] = []
+    loader = DataLoader(_Decoded(images), config.vae.batch_size, num_workers=data.num_workers, collate_fn=list)
+    for batch in loader:
+        good = [item for item in batch if not isinstance(item, str)]
+        broken += [item for item in batch if isinstance(item, str)]
+        if broken and data.on_broken_image == "fail":
+            raise BrokenImage(broken[0])
+        if good:
+            pixels = torch.stack([image for image, _ in good]).to(vae.device)
+            views = [encode(vae, pixels)] + ([encode(vae, pixels.flip(-1))] if data.horizontal_flip else [])
+            tensors["mean"].append(torch.stack([mean for mean, _ in views], 1).to("cpu", dtype))
+            tensors["std"].append(torch.stack([std for _, std in views], 1).to("cpu", dtype))
+            tensors["labels"].append(torch.tensor([label for _, label in good]))
+        progress.update(len(batch))
+    if not tensors["labels"]:
+        raise UserError(f"data: none of {len(broken)} images decodes; {broken[0]}")
+    return {name: torch.cat(parts) for name, parts in tensors.items()}, broken
+
+
+def _write_shard(path: Path, tensors: dict[str, torch.Tensor], broken: list[str]) -> dict[str, Any]:
+    """Write a shard and, beside it, the record that lets an interrupted encoding go on; return the record."""
+    try:
+        with atomic(path) as temporary:
+            save_file(tensors, temporary)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"shard {path} cannot be written ({error}); make room or choose another folder") from error
+    record = {
+        "file": path.name,
+        "images": len(tensors["labels"]),
+        "bytes": path.stat().st_size,
+        "sha256": sha256(path),
+        "broken": broken,
+    }
+    write_json(path.with_suffix(".json"), record)
+    return record
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
