@@ -58,7 +58,9 @@ def _vp(t: Any, m: ModuleType) -> tuple[Any, Any, Any, Any]:
     log_alpha = -0.25 * u**2 * (high - low) - 0.5 * u * low
     half_beta = 0.5 * (low + u * (high - low))
     alpha = m.exp(log_alpha)
-    sigma = m.sqrt(1e-300 - m.expm1(2 * log_alpha))  # the offset keeps 1/sigma defined at t=1, and nothing else sees it
+    sigma = m.sqrt(
+        abs(m.expm1(2 * log_alpha)) + 1e-300
+    )  # the offset keeps 1/sigma defined at t=1, and shows nowhere else
     return alpha, alpha * half_beta, sigma, -(alpha**2) * half_beta / sigma
 
 
@@ -192,13 +194,13 @@ class Flow:
 
     def predict(self, model_fn: ModelFn, x: Tensor, t: Time) -> Tensor:
         """Call the network at ``x`` (B, ...) and ``t`` (float or (B,)); raise `UserError` if its shape is not x's."""
-        times = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(x.shape[0])
+        times = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(x.shape[0]).contiguous()
         prediction = model_fn(x, times)
         if prediction.shape != x.shape:
             raise UserError(
                 f"model output: shape {tuple(prediction.shape)}; expected that of its input, {tuple(x.shape)}."
             )
-        return prediction
+        return prediction.to(x.dtype)
 
     def velocity(self, model_fn: ModelFn, x: Tensor, t: Time) -> Tensor:
         """Return dx/dt at ``x`` (B, ...) and ``t`` (float or (B,)), whatever the network predicts."""
