@@ -77,7 +77,7 @@ class ViT5(Backbone):
             raise UserError(f"image size: {height}x{width} is not divisible by patch_size {self.patch_size}.")
         return height // self.patch_size, width // self.patch_size
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Grid]:
+    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor, Grid]:
         """Return tokens ``[cls, patches, registers]``, their rotation and the grid of the patches."""
         grid = self._grid(*images.shape[-2:])
         x = self.patch_embed(images)

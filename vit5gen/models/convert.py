@@ -1,23 +1,16 @@
 """Published checkpoints of SiT and ViT-5 -> the models here: sizes are read from the shapes, every key must fit."""
 
-import argparse
 import math
-import pickle
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UserError
 from .classifier import ViT5, checkpoint_filter_fn
+from .loading import Source, load_exactly, read_checkpoint, some
 from .transformer import SIZES, SiTTransformer2DModel
-
-Source = Mapping[str, Any] | str | Path
 
 _SIT_NAMES = {
     r"^x_embedder\.proj\.": "patch_embed.",
@@ -30,73 +23,9 @@ _SIT_NAMES = {
 }
 
 
-def read_checkpoint(source: Source) -> dict[str, Tensor]:
-    """Return the state dict of a file or mapping: the EMA weights if there are any, wrappers' key prefixes removed.
-
-    Files are .safetensors, or pickles read with ``weights_only=True`` that may hold an `argparse.Namespace`.
-    Raises `UserError` for a file that is absent, unreadable or unsafe.
-    """
-    found: Any = source if isinstance(source, Mapping) else _read_file(Path(source))
-    for key in ("ema", "model_ema", "model", "state_dict"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-            break
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UserError(
-            "checkpoint: holds no state dict; expected tensors by name, or such under ema, model_ema, model."
-        )
-    return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in found.items()}
-
-
-def _read_file(path: Path) -> Any:
-    if not path.is_file():
-        raise UserError(f"checkpoint: {str(path)!r} is not a file; give the path of a .pt, .pth or .safetensors file.")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(
-            f"checkpoint: {str(path)!r} cannot be read safely as tensors ({reason}); get it again."
-        ) from error
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
-
-
-def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load `state`; raise `UserError` with at most five missing, unexpected and misshapen keys each unless all fit."""
-    own = model.state_dict()
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    misshapen = [
-        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if not (missing or unexpected or misshapen):
-        model.load_state_dict(dict(state))
-        return
-    if len(missing) == len(own):
-        cause = "it belongs to another kind of model"
-    elif misshapen and not (missing or unexpected):
-        cause = "a size was given that is not the checkpoint's"
-    elif missing and unexpected:
-        cause = "it was written by another version or variant of the model"
-    else:
-        cause = "it is incomplete" if missing else "it has parts that this variant lacks"
-    problems = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
-    listing = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
-    raise UserError(f"checkpoint: does not fit {type(model).__name__}; {listing}. Likely cause: {cause}.")
-
-
 def _shape(state: Mapping[str, Tensor], key: str, layout: str) -> list[int]:
     if key not in state:
-        keys = _some(list(state)) or "nothing"
+        keys = some(list(state)) or "nothing"
         raise UserError(f"checkpoint: has no {key!r}, so it is not {layout}'s published layout; it holds {keys}.")
     return list(state[key].shape)
 

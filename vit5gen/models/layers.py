@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError, choose
-from .rope import Rope, rotate
+from .rope import rotate
 
 EPS = 1e-6
 
@@ -47,7 +47,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention with optional QK-norm (RMS over the head's channels, weight shared by the heads).
 
-    tokens (B, N, D) -> (B, N, D); `rope` holds tables for all N tokens, or is None. Queries and keys are normed before
+    tokens (B, N, D) -> (B, N, D); `rope` is the table of all N tokens, or is None. Queries and keys are normed before
     they are rotated (ViT-5, arXiv 2602.08071).
     """
 
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(head_dim, eps=EPS) if qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:

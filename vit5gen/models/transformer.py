@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import UserError, choose
 from .backbone import make_backbone
 from .layers import init_linears, make_norm, modulate
+from .loading import check_fit
 
 SIZES = {  # name: hidden_size, num_layers, num_attention_heads
     "S": (384, 12, 6),
@@ -132,6 +133,20 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def from_preset(cls, name: str, backbone: str = "vit5", **overrides: Any) -> "SiTTransformer2DModel":
         """Build ``S/2`` ... ``XL/8`` (size / patch); `overrides` are further arguments of the constructor."""
         return cls(**{"backbone": backbone, **PRESETS[choose("preset", name, PRESETS)], **overrides})
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load a folder as diffusers does, except that weights which do not fit are a `UserError`, not a warning."""
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except ValueError as error:
+            if "expected shape" not in str(error):
+                raise
+            reason = str(error).split(" because ")[-1].split(". ")[0]
+            raise UserError(f"checkpoint: {reason}; its config.json belongs to other weights.") from error
+        # keys of another shape get here only by ignore_mismatched_sizes=True, that is, on purpose
+        check_fit(cls.__name__, info["missing_keys"], info["unexpected_keys"], [], len(model.state_dict()))
+        return (model, info) if output_loading_info else model
 
     @property
     def backbone(self) -> nn.Module:  # the option of the same name would hide the module in diffusers' __getattr__

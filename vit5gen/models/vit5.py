@@ -115,7 +115,7 @@ class ViT5Block(nn.Module):
         self,
         x: Tensor,
         conditioning: Tensor | None = None,
-        rope: tuple[Tensor, Tensor] | None = None,
+        rope: Tensor | None = None,
     ) -> Tensor:
         (shift1, scale1, gate1), (shift2, scale2, gate2) = self._modulation(conditioning)
         x = self._residual(x, self.attn(modulate(self.norm1(x), shift1, scale1), rope), gate1, self.gamma_1)
@@ -214,7 +214,7 @@ class ViT5Backbone(Backbone):
         x = torch.cat(parts, dim=1)
         return self.run_blocks(x, tokens.shape[1], num_kept, taps, conditioning, self._rope(grid, num_kept, x.device))
 
-    def _rope(self, grid: Grid, num_kept: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    def _rope(self, grid: Grid, num_kept: int, device: torch.device) -> Tensor | None:
         if self.rope_theta is None and (self.register_theta is None or not self.num_registers):
             return None
         side = math.isqrt(self.num_registers)

@@ -1,0 +1,91 @@
+"""Reading state dicts safely and completely."""
+
+import argparse
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+Source = Mapping[str, Any] | str | Path
+
+
+def read_checkpoint(source: Source) -> dict[str, Tensor]:
+    """Return the state dict of a file or mapping: the EMA weights if there are any, wrappers' key prefixes removed.
+
+    Files are .safetensors, or pickles read with ``weights_only=True`` that may hold an `argparse.Namespace`.
+    Raises `UserError` for a file that is absent, unreadable or unsafe.
+    """
+    found: Any = source if isinstance(source, Mapping) else _read_file(Path(source))
+    for key in ("ema", "model_ema", "model", "state_dict"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+            break
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(
+            "checkpoint: holds no state dict; expected tensors by name, or such under ema, model_ema, model."
+        )
+    return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in found.items()}
+
+
+def _read_file(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"checkpoint: {str(path)!r} is not a file; give the path of a .pt, .pth or .safetensors file.")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"checkpoint: {str(path)!r} cannot be read safely as tensors ({reason}); get it again."
+        ) from error
+
+
+def some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def check_fit(what: str, missing: list[str], unexpected: list[str], misshapen: list[str], total: int) -> None:
+    """Raise `UserError` with at most five names of each kind, and the likely cause, unless all three are empty.
+
+    `total` is the number of keys that the model has.
+    """
+    if not (missing or unexpected or misshapen):
+        return
+    if len(missing) == total:
+        cause = "it belongs to another kind of model"
+    elif misshapen and not (missing or unexpected):
+        cause = "a size was given that is not the checkpoint's"
+    elif missing and unexpected:
+        cause = "it was written by another version or variant of the model"
+    else:
+        cause = "it is incomplete" if missing else "it has parts that this variant lacks"
+    problems = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
+    listing = "; ".join(f"{kind}: {some(names)}" for kind, names in problems.items() if names)
+    raise UserError(f"checkpoint: does not fit {what}; {listing}. Likely cause: {cause}.")
+
+
+def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load `state`; raise `UserError` unless every key and shape fits."""
+    own = model.state_dict()
+    check_fit(
+        type(model).__name__,
+        missing=[key for key in own if key not in state],
+        unexpected=[key for key in state if key not in own],
+        misshapen=[
+            f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}"
+            for key, value in own.items()
+            if key in state and state[key].shape != value.shape
+        ],
+        total=len(own),
+    )
+    model.load_state_dict(dict(state))
