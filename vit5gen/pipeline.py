@@ -152,6 +152,13 @@ class SiTPipeline(DiffusionPipeline):
         return 1 if self.vae is None else downsample(self.vae)
 
     @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images trained on, in pixels."""
+        size, factor = self.transformer.config.sample_size, self.vae_scale_factor
+        height, width = (size, size) if isinstance(size, int) else size
+        return factor * height, factor * width
+
+    @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
 
@@ -288,18 +295,14 @@ class SiTPipeline(DiffusionPipeline):
         self, batch: int, height: int | None, width: int | None, generator: Generators, latents: Tensor | None
     ) -> Tensor:
         config, factor = self.transformer.config, self.vae_scale_factor
-        size = config.sample_size
-        sides = [size, size] if isinstance(size, int) else list(size)
+        sides = [built if side is None else side for side, built in zip((height, width), self.image_size, strict=True)]
         unit = factor * config.patch_size
-        for axis, (name, side) in enumerate({"height": height, "width": width}.items()):
-            if side is None:
-                continue
+        for name, side in zip(("height", "width"), sides, strict=True):
             if side < unit or side % unit:
                 raise UserError(
                     f"{name} = {side} cannot be made; expected a multiple of {unit}, e.g. {max(1, side // unit) * unit}"
                 )
-            sides[axis] = side // factor
-        shape = (batch, config.in_channels, *sides)
+        shape = (batch, config.in_channels, *(side // factor for side in sides))
         if isinstance(generator, list) and len(generator) != batch:
             raise UserError(f"generator: a list of {len(generator)}; expected one for each of the {batch} images")
         device = self._execution_device

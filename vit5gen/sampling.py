@@ -1,15 +1,22 @@
-"""Many images: their labels and noise, their division over processes, and the outputs that hold them."""
+"""Many images: their labels, their noise, and their division over processes."""
 
-from collections.abc import Iterator
+import json
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor
+from tqdm import tqdm
 
+from vit5gen.card import pipeline_hash, versions
 from vit5gen.config import EvaluationConfig, SamplingConfig
 from vit5gen.errors import UserError, choose
-from vit5gen.pipeline import SiTPipeline, SiTScheduler
+from vit5gen.outputs import Output
+from vit5gen.pipeline import SiTPipeline, SiTScheduler, load_pipeline, pipeline_folder
 
 _EVALUATION = EvaluationConfig()
 LABEL_MODES = ("balanced", "random")
@@ -18,73 +25,150 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 
 @dataclass(frozen=True)
 class SamplingJob:
-    """What is drawn: image i depends on (seed, i, its label) and the settings alone.
+    """What is drawn: image i depends on (seed, i, labels[i]) and the settings alone; batch_size is per process."""
 
-    classes: ids to draw from.  label_mode: balanced (each as often as the others, to one) | random; shuffled in both.
-    batch_size: images drawn at once, per process.
-    """
-
-    num_images: int
-    classes: tuple[int, ...]
+    labels: Sequence[int]
     seed: int = _EVALUATION.seed
-    label_mode: str = "balanced"
     batch_size: int = _EVALUATION.batch_size
     settings: SamplingConfig = field(default_factory=SamplingConfig)
 
-    def __post_init__(self) -> None:
-        for name, value, least in (
-            ("num_images", self.num_images, 1),
-            ("batch_size", self.batch_size, 1),
-            ("seed", self.seed, 0),
-        ):
-            if value < least:
-                raise UserError(f"{name} = {value}; expected a whole number of at least {least}")
-        choose("label_mode", self.label_mode, LABEL_MODES)
 
-    def labels(self) -> np.ndarray:
-        """Return the class id of every image, (num_images,) int64, fixed by the seed."""
-        # The second word keeps this stream apart from others that start from the same seed.
-        rng = np.random.default_rng([self.seed, 0x1ABE1])
-        classes = np.asarray(self.classes, dtype=np.int64)
-        if self.label_mode == "random":
-            return rng.choice(classes, self.num_images)
-        return rng.permutation(np.resize(classes, self.num_images))
+def draw_labels(num_images: int, classes: Sequence[int], seed: int, mode: str = "balanced") -> list[int]:
+    """Return the class of every image, fixed by the seed and shuffled.
+
+    mode: balanced (each of ``classes`` as often as the others, or once more) | random (independent draws).
+    Raises `UserError` for an unknown mode.
+    """
+    # The second word keeps this stream apart from others of the same seed.
+    rng = np.random.default_rng([seed, 0x1ABE1])
+    if choose("labels", mode, LABEL_MODES) == "random":
+        return rng.choice(classes, num_images).tolist()
+    return rng.permutation(np.resize(classes, num_images)).tolist()
 
 
 def image_generator(seed: int, index: int) -> torch.Generator:
     """Return the CPU generator of image ``index``: its first noise, then what an SDE solver draws.
 
-    torch's CPU generator keeps 32 bits of a seed, so hashing (seed, index) would give two of 50,000 images the same
-    noise with a probability of a quarter; counting on from a hash of the seed cannot.
+    torch's CPU generator keeps 32 bits of a seed. Hashes of (seed, index) would give two of 50,000 images the same
+    noise in one run out of four; counting on from a hash of the seed never does.
     """
     start = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return torch.Generator().manual_seed((start + index) % 2**32)
 
 
-def generate(
-    pipe: SiTPipeline,
-    job: SamplingJob,
-    process_index: int = 0,
-    num_processes: int = 1,
-    done: np.ndarray | None = None,
-) -> Iterator[tuple[range, Tensor]]:
-    """Yield (indices, images uint8 (B, 3, H, W) on the CPU) of the chunks that fall to this process.
+def generate(pipe: SiTPipeline, job: SamplingJob, done: np.ndarray | None = None) -> Iterator[tuple[range, Tensor]]:
+    """Yield (indices, images (B, 3, H, W) uint8 on the CPU) for this process's share of the job.
 
-    Chunks are ``batch_size`` consecutive indices; those not wholly ``done`` (num_images,) go round the processes. Each
-    is computed whole by one process, so that the number of processes changes no bit of it.
+    Chunks of ``batch_size`` consecutive indices that are not wholly ``done`` (N,) bool go round the processes. One
+    process computes the whole of a chunk, so the number of processes does not change a bit of it.
     """
-    labels = job.labels()
-    chunks = [range(i, min(i + job.batch_size, job.num_images)) for i in range(0, job.num_images, job.batch_size)]
+    state, count = PartialState(), len(job.labels)
+    chunks = [range(i, min(i + job.batch_size, count)) for i in range(0, count, job.batch_size)]
     pending = [chunk for chunk in chunks if done is None or not done[chunk.start : chunk.stop].all()]
     settings = job.settings.model_dump()
     if not isinstance(pipe.scheduler, SiTScheduler):
-        settings.pop("sampler")  # a foreign scheduler is its own
+        del settings["sampler"]  # a scheduler of diffusers steps by itself
     shown = getattr(pipe, "_progress_bar_config", {})
-    pipe.set_progress_bar_config(**{**shown, "disable": True})
+    pipe.set_progress_bar_config(disable=True)
     try:
-        for chunk in pending[process_index::num_processes]:
+        for chunk in pending[state.process_index :: state.num_processes]:
+            labels = list(job.labels[chunk.start : chunk.stop])
             generators = [image_generator(job.seed, i) for i in chunk]
-            ids = labels[chunk.start : chunk.stop]
-            yield chunk, pipe(ids, generator=generators, output_type="uint8", return_dict=False, **settings)[0].cpu()
+            yield chunk, pipe(labels, generator=generators, output_type="uint8", return_dict=False, **settings)[0].cpu()
     finally:
         pipe.set_progress_bar_config(**shown)
+
+
+def start_processes() -> PartialState:
+    """Join the processes that a launcher has started; raise `UserError` where it silently started only one."""
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "`accelerate launch --cpu --num_processes N` starts one process, whatever N is; on CPU use "
+            "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ...`"
+        )
+    return PartialState()
+
+
+def sample_command(
+    checkpoint: str | Path,
+    num_images: int,
+    seed: int,
+    output: str | Path,
+    classes: Sequence[str | int] | None = None,
+    batch_size: int = _EVALUATION.batch_size,
+    settings: SamplingConfig | None = None,
+    label_mode: str = "balanced",
+    precision: str = "fp32",
+    compile: bool = False,
+) -> None:
+    """Draw images of a run or pipeline folder into FILE.png (a grid), FILE.npz or a folder, and write their card.
+
+    classes: names or ids, default all.  precision: of the network; state, decoding and rounding are always fp32.
+    A killed run goes on where it stopped, a finished one is left alone, on any number of processes.
+    Raises `UserError` for bad values, an output of other settings, or a disk that is full; what is drawn is kept.
+    """
+    for name, value, least in (("num_images", num_images, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        if value < least:
+            raise UserError(f"{name} = {value}; expected a whole number of at least {least}")
+    choose("precision", precision, PRECISIONS)
+    state = start_processes()
+    pipe = load_pipeline(checkpoint)
+    if pipe.vae is None:
+        raise UserError(f"checkpoint {checkpoint} has no autoencoder; convert it again with --vae NAME_OR_FOLDER")
+    ids = list(range(pipe.transformer.config.num_classes)) if not classes else pipe.class_ids(list(classes))
+    settings = settings or SamplingConfig()
+    labels = draw_labels(num_images, ids, seed, label_mode)
+    job = SamplingJob(labels, seed, batch_size, settings)
+    target = Output(Path(output), (num_images, *pipe.image_size, 3))
+    decided = {"num_images": num_images, "seed": seed, "labels": label_mode, "classes": ids, **settings.model_dump()}
+    scheduler = json.loads(pipe.scheduler.to_json_string())
+    decided["scheduler"] = {name: scheduler[name] for name in scheduler if name == "_class_name" or name[0] != "_"}
+    folder = pipeline_folder(checkpoint)
+    card = {
+        "settings": decided | {"precision": precision, "compile": compile, "resolution": list(pipe.image_size)},
+        "checkpoint_sha256": pipeline_hash(folder),
+        "versions": versions(),
+        "run": {
+            "checkpoint": str(folder),
+            "vae": pipe.vae.config.get("_name_or_path"),
+            "batch_size": batch_size,
+            "num_processes": state.num_processes,
+            "device": state.device.type,
+        },
+    }
+    target.check(card)
+    state.wait_for_everyone()
+    if target.finished:
+        state.print(f"{target.path} is finished already; nothing to do")
+        return
+    _prepare(pipe, state.device, precision, compile)
+    try:
+        if state.is_main_process:
+            target.begin(card)
+        state.wait_for_everyone()
+        done = target.evaluations() > 0
+        state.wait_for_everyone()
+        progress = tqdm(desc="images", total=num_images, initial=int(done.sum()), disable=not state.is_main_process)
+        for indices, images in generate(pipe, job, done):
+            target.write(indices, images, labels[indices.start : indices.stop], pipe.num_evaluations)
+            progress.update(len(indices) * state.num_processes)
+        progress.close()
+        state.wait_for_everyone()
+        if state.is_main_process:
+            target.finish(card, labels, [pipe.class_name(i) for i in labels])
+        state.wait_for_everyone()
+    except OSError as error:
+        raise UserError(
+            f"output {target.path}: {error.strerror or error}; what is drawn is kept: mend it and run the command again"
+        ) from error
+    state.print(f"{num_images} images: {target.path}, settings: {target.card_file}")
+
+
+def _prepare(pipe: SiTPipeline, device: torch.device, precision: str, compile: bool) -> None:
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = False  # convolutions are the autoencoder's
+    pipe.to(device)
+    if precision == "bf16":
+        pipe.transformer.to(torch.bfloat16)
+    if compile:
+        pipe.transformer.compile()
