@@ -1,7 +1,18 @@
-"""Scores of generated images: ADM's numbers in PyTorch, streaming, distributed, each with its error."""
+"""Scores of generated images: ADM's numbers in PyTorch, streaming, distributed, each with its error.
+
+The metrics are here; whole evaluations, which need the pipeline, are in `vit5gen.evaluation.evaluate`.
+"""
 
 from vit5gen.evaluation.features import Extractor, Features, frechet_of, load_extractor, register_extractor
-from vit5gen.evaluation.metrics import FrechetReference, frechet_distance
+from vit5gen.evaluation.metrics import (
+    FrechetReference,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    spatial_features,
+)
+from vit5gen.evaluation.scores import frechet_report
 from vit5gen.evaluation.statistics import FeatureStatistics
 
 __all__ = [
@@ -11,6 +22,11 @@ __all__ = [
     "FrechetReference",
     "frechet_distance",
     "frechet_of",
+    "frechet_report",
+    "inception_score",
+    "kernel_distance",
     "load_extractor",
+    "precision_recall",
     "register_extractor",
+    "spatial_features",
 ]

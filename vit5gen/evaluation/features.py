@@ -1,6 +1,7 @@
 """Feature networks: images ``(B, 3, H, W)`` uint8 to features, with everything that defines the metric pinned."""
 
 import importlib.util
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ class Extractor:
     """A feature network, the name of the Frechet distance it gives, and what fixes its numbers.
 
     Called with uint8 images ``(B, 3, H, W)`` it returns `Features` in float32, computed without autocast and TF32.
+    ``spatial_dim`` and ``num_classes`` are 0 where `Features` has no spatial features or logits.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Extractor:
     network: nn.Module = field(repr=False)
     features: Callable[[nn.Module, Tensor], Features] = field(repr=False)
     device: torch.device
+    spatial_dim: int = 0
+    num_classes: int = 0
 
     def __call__(self, images: Tensor) -> Features:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
@@ -53,12 +57,15 @@ class Extractor:
             return self.features(self.network, images.to(self.device))
 
 
-ExtractorFactory = Callable[[torch.device, Path | None], Extractor]
+ExtractorFactory = Callable[[torch.device, Path | None, str | None], Extractor]
 _EXTRACTORS: dict[str, ExtractorFactory] = {}
 
 
 def register_extractor(name: str) -> Callable[[ExtractorFactory], ExtractorFactory]:
-    """Register ``factory(device, weights) -> Extractor`` under ``name``; ``weights`` is a file given by the user."""
+    """Register ``factory(device, weights, weights_sha256) -> Extractor`` under ``name``.
+
+    ``weights`` is a file that the user gives, ``weights_sha256`` the hash of one that differs from the published file.
+    """
 
     def register(factory: ExtractorFactory) -> ExtractorFactory:
         _EXTRACTORS[name] = factory
@@ -67,10 +74,17 @@ def register_extractor(name: str) -> Callable[[ExtractorFactory], ExtractorFacto
     return register
 
 
-def load_extractor(name: str, device: str | torch.device = "cpu", weights: str | Path | None = None) -> Extractor:
+def load_extractor(
+    name: str,
+    device: str | torch.device = "cpu",
+    weights: str | Path | None = None,
+    weights_sha256: str | None = None,
+) -> Extractor:
     """Build a registered extractor; raise `UserError` when the name is unknown or its weights are missing."""
+    from vit5gen.evaluation import inception  # noqa: F401  # registers itself
+
     factory = _EXTRACTORS[choose("extractor", name, sorted(_EXTRACTORS))]
-    return factory(torch.device(device), Path(weights) if weights is not None else None)
+    return factory(torch.device(device), Path(weights) if weights is not None else None, weights_sha256)
 
 
 def frechet_of(batches: Iterable[Tensor], extractor: Extractor) -> FeatureStatistics:
@@ -97,19 +111,24 @@ def exact_float32(device: torch.device) -> Iterator[None]:
 
 
 def load_weights(path: Path, expected_sha256: str) -> dict[str, Tensor]:
-    """Read a state dict safely after checking its hash (or a prefix of it); raise `UserError` when it differs."""
+    """Read a state dict safely after checking the file's hash; raise `UserError` when it is absent or differs."""
     if not path.is_file():
         raise UserError(f"extractor weights {path}: no such file; check the path")
     found = sha256(path)
-    if not found.startswith(expected_sha256):
+    if found != expected_sha256:
         raise UserError(
-            f"extractor weights {path}: sha256 {found[:8]}..., expected {expected_sha256[:8]}...; download it again"
+            f"extractor weights {path}: sha256 {found}, expected {expected_sha256[:8]}...; "
+            "download it again, or pass its hash as --weights-sha256 when other weights are meant"
         )
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        detail = str(error).splitlines()[0]
+        raise UserError(f"extractor weights {path}: not a plain file of tensors ({detail}); check the file") from error
 
 
 @register_extractor("effnet-lite0")
-def effnet_lite0(device: torch.device, weights: Path | None) -> Extractor:
+def effnet_lite0(device: torch.device, weights: Path | None, weights_sha256: str | None) -> Extractor:
     """EfficientNet-Lite0 of a pip package, pooled features (1280) of images resized to 96 x 96.
 
     The definition of FD-EffNetLite0@96: uint8 to float32, antialiased bilinear resize to 96 x 96 with half-pixel
@@ -118,14 +137,15 @@ def effnet_lite0(device: torch.device, weights: Path | None) -> Extractor:
     import timm
 
     path = weights or _package_file(EFFNET_PACKAGE, "models/efficientnet-lite0-57934424.pth")
+    digest = weights_sha256 or EFFNET_SHA256
     network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    network.load_state_dict(_by_position(load_weights(path, EFFNET_SHA256), network.state_dict(), path))
+    network.load_state_dict(_by_position(load_weights(path, digest), network.state_dict(), path))
     network.reset_classifier(0)
     return Extractor(
         name="EffNetLite0@96",
         metric="FD-EffNetLite0@96",
         dim=network.num_features,
-        weights_sha256=EFFNET_SHA256,
+        weights_sha256=digest,
         settings={"resize": "bilinear, antialiased, float32, half-pixel centres, to 96x96", "range": "-1..1"},
         network=network.to(device).eval().requires_grad_(False),
         features=_effnet_features,

@@ -1,7 +1,9 @@
 """Distances between sets of features as ADM defines them, each a pure function of features or of their moments."""
 
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,13 +21,16 @@ def frechet_distance(mean1: Any, cov1: Any, mean2: Any, cov2: Any) -> float:
 
 
 class FrechetReference:
-    """One of the two Gaussians with the root of its covariance, which distances to many others share."""
+    """One of the two Gaussians with a root of its covariance, which distances to many others share."""
 
     def __init__(self, mean: Any, covariance: Any) -> None:
         self.mean, self.covariance = _moments(mean, covariance)
-        values, vectors = torch.linalg.eigh(self.covariance)
-        kept = values > _rounding(values)
-        self._root = vectors[:, kept] * values[kept].sqrt()
+        # Any R with R R^T = S1 gives the eigenvalues of S1^1/2 S2 S1^1/2; Cholesky's is the cheapest, if there is one.
+        self._root, failed = torch.linalg.cholesky_ex(self.covariance)
+        if failed:
+            values, vectors = torch.linalg.eigh(self.covariance)
+            kept = values > _rounding(values)
+            self._root = vectors[:, kept] * values[kept].sqrt()
 
     def distance(self, mean: Any, covariance: Any) -> float:
         """Return the squared Frechet distance to the Gaussian with ``mean (D,)`` and ``covariance (D, D)``."""
@@ -39,6 +44,156 @@ class FrechetReference:
         cross = values[values > _rounding(values)].sqrt().sum()
         spread = covariance.trace() + self.covariance.trace()
         return float((mean - self.mean).square().sum() + spread - 2 * cross)
+
+
+class ScoreSums:
+    """Sums behind the Inception Score, kept for each split of consecutive samples, so that order and batches are free.
+
+    Split ``s`` holds the samples with index in ``[s * split_size, (s + 1) * split_size)``, as ADM cuts its unshuffled
+    samples. Memory: ``(splits, K)`` for ``K`` classes.
+    """
+
+    def __init__(self, total: int, num_classes: int, split_size: int = 5000) -> None:
+        if split_size < 1:
+            raise UserError(f"Inception Score: split_size = {split_size}; expected at least 1")
+        splits = -(-total // split_size)
+        self.split_size = split_size
+        # A row: the sum of probabilities of each class, the sum of p log p, the count.
+        self.sums = torch.zeros(splits, num_classes + 2, dtype=torch.float64)
+
+    def update(self, probabilities: Any, indices: Tensor) -> None:
+        """Add ``probabilities (B, K)`` of the samples with these ``indices (B,)``."""
+        rows = torch.as_tensor(probabilities).to("cpu", torch.float64)
+        negative_entropy = torch.xlogy(rows, rows).sum(dim=1, keepdim=True)
+        rows = torch.cat([rows, negative_entropy, torch.ones(len(rows), 1)], dim=1)
+        self.sums.index_add_(0, indices // self.split_size, rows)
+
+    def value(self) -> float:
+        """Return the mean over splits of ``exp(E KL(p(y|x) || p(y)))``; raise `UserError` without samples."""
+        sums = self.sums[self.sums[:, -1] > 0]
+        if not len(sums):
+            raise UserError("Inception Score: no samples; give at least one")
+        sums = sums / sums[:, -1:]
+        marginal = sums[:, :-2]
+        return float((sums[:, -2] - torch.xlogy(marginal, marginal).sum(dim=1)).exp().mean())
+
+
+def inception_score(probabilities: Any, split_size: int = 5000) -> float:
+    """Return ADM's Inception Score of class probabilities ``(N, K)``: consecutive splits, unshuffled, the last shorter.
+
+    Source: Salimans et al. (2016), eq. 1. Raises `UserError` on NaN or on rows that do not sum to 1.
+    """
+    rows = torch.as_tensor(probabilities)
+    if rows.ndim != 2:
+        raise UserError(f"Inception Score: probabilities {tuple(rows.shape)}; expected (N, K)")
+    if not torch.allclose(rows.double().sum(dim=1), torch.ones((), dtype=torch.float64), atol=1e-3):
+        raise UserError("Inception Score: rows do not sum to 1; give probabilities, i.e. the softmax of logits")
+    sums = ScoreSums(rows.shape[0], rows.shape[1], split_size)
+    sums.update(rows, torch.arange(len(rows)))
+    return sums.value()
+
+
+def kernel_distance(
+    real: Any, generated: Any, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+) -> tuple[float, float]:
+    """Return the Kernel Inception Distance and its standard error.
+
+    The mean over random subsets of the unbiased squared MMD with kernel ``(x.y / D + 1)^3`` (Binkowski et al., 2018,
+    eq. 4), in float64; the defaults draw the subsets that torch-fidelity draws. The error is that of the data, not of
+    the draw of subsets: it shrinks with the number of rows, never with ``subsets`` (first-order projection of the
+    U-statistic, Hoeffding 1948; up to sqrt(2) too wide for equal distributions).
+    ``real (N, D)``, ``generated (M, D)``. Raises `UserError` when there are fewer rows than ``subset_size``.
+    """
+    real, generated = _pair(real, generated, subset_size, "KID")
+    draw = np.random.RandomState(seed)
+    values, spreads = [], []
+    for _ in range(subsets):
+        y = generated[draw.choice(len(generated), subset_size, replace=False)].double()
+        x = real[draw.choice(len(real), subset_size, replace=False)].double()
+        own_x, own_y = ((_kernel(rows, rows).fill_diagonal_(0).sum(dim=1)) / (subset_size - 1) for rows in (x, y))
+        cross = _kernel(x, y)
+        values.append(own_x.mean() + own_y.mean() - 2 * cross.mean())
+        projections = torch.stack([own_x - cross.mean(dim=1), own_y - cross.mean(dim=0)])
+        spreads.append(projections.var(dim=1) * 4)
+    variance = torch.stack(spreads).mean(dim=0) / torch.tensor([len(real), len(generated)])
+    return float(torch.stack(values).mean()), float(variance.sum().sqrt())
+
+
+def precision_recall(real: Any, generated: Any, k: int = 3, adm_fp16: bool = False) -> tuple[float, float]:
+    """Return improved precision and recall in blocks of distances, as ADM computes them.
+
+    Precision: the share of ``generated (M, D)`` within the k-nearest-neighbour ball of any of ``real (N, D)``; recall:
+    the reverse (Kynkaanniemi et al., 2019, eq. 2). ``adm_fp16`` rounds squared distances to float16 as ADM does, and
+    like it falls back to float32 for a block with an overflow. Raises `UserError` for ``k`` rows or fewer.
+    """
+    real, generated = _pair(real, generated, k + 1, "precision and recall")
+    radii_real, radii_generated = (_radii(rows, k, adm_fp16) for rows in (real, generated))
+    recalled, precise = [], torch.zeros(len(generated), dtype=torch.bool, device=generated.device)
+    for rows, radii in zip(_blocks(real, len(generated)), _blocks(radii_real, len(generated)), strict=True):
+        distances = _squared_distances(rows, generated, adm_fp16)
+        recalled.append((distances <= radii_generated).any(dim=1))
+        precise |= (distances <= radii[:, None]).any(dim=0)
+    return float(precise.double().mean()), float(torch.cat(recalled).double().mean())
+
+
+def spatial_features(maps: Any) -> Tensor:
+    """Return sFID's features ``(B, 7 * H * W)`` of maps ``(B, C, H, W)``: 7 channels, flattened as (H, W, channel).
+
+    On Inception's Mixed_6d.branch1x1 ``(B, 192, 17, 17)`` this is the ``(B, 2023)`` of ADM, whose graph is NHWC.
+    """
+    return torch.as_tensor(maps)[:, :7].permute(0, 2, 3, 1).flatten(start_dim=1)
+
+
+def jackknife_error(estimates: Iterable[float]) -> float:
+    """Return the delete-group jackknife standard error from the estimates without each of G groups (Wu, 1986)."""
+    values = torch.tensor(list(estimates), dtype=torch.float64)
+    return float((values.var(correction=0) * (len(values) - 1)).sqrt())
+
+
+_BLOCK_BYTES = 2**27
+
+
+def _blocks(rows: Tensor, columns: int) -> tuple[Tensor, ...]:
+    return rows.split(max(1, _BLOCK_BYTES // (4 * columns)))
+
+
+def _radii(rows: Tensor, k: int, adm_fp16: bool) -> Tensor:
+    # The nearest of k + 1 neighbours is the row itself.
+    parts = (
+        _squared_distances(part, rows, adm_fp16).kthvalue(k + 1, dim=1).values for part in _blocks(rows, len(rows))
+    )
+    return torch.cat(list(parts))
+
+
+def _squared_distances(x: Tensor, y: Tensor, adm_fp16: bool) -> Tensor:
+    if adm_fp16:
+        half_x, half_y = x.half(), y.half()
+        norms_x, norms_y = (rows.square().float().sum(dim=1).half() for rows in (half_x, half_y))
+        product = (half_x.float() @ half_y.float().T).half()
+        distances = (norms_x[:, None] - 2 * product + norms_y).clamp_(min=0)
+        if distances.isfinite().all():
+            return distances.float()
+    product = x @ y.T
+    return product.mul_(-2).add_(x.square().sum(dim=1)[:, None]).add_(y.square().sum(dim=1)).clamp_(min=0)
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _pair(real: Any, generated: Any, needed: int, what: str) -> tuple[Tensor, Tensor]:
+    real, generated = (torch.as_tensor(rows) for rows in (real, generated))
+    if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
+        raise UserError(
+            f"{what}: features {tuple(real.shape)} and {tuple(generated.shape)}; expected (N, D) and (M, D)"
+        )
+    for name, rows in (("real", real), ("generated", generated)):
+        if len(rows) < needed:
+            raise UserError(f"{what}: {len(rows)} {name} samples; needs at least {needed}; give more images")
+        if not rows.isfinite().all():
+            raise UserError(f"{what}: NaN or infinity in the {name} features; check the images they come from")
+    dtype = torch.float64 if real.dtype == generated.dtype == torch.float64 else torch.float32
+    return real.to(dtype), generated.to(dtype)
 
 
 def _rounding(values: Tensor) -> float:

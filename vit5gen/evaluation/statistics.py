@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,12 +79,12 @@ class FeatureStatistics:
         if not (dist.is_available() and dist.is_initialized()):
             return self
         count, local_mean = self.count, self._mean
-        total = _sum_over_processes(torch.tensor([count], dtype=torch.float64))
+        total = sum_over_processes(torch.tensor([count], dtype=torch.float64))
         self.count = int(total)
         if self.count:
-            self._mean = _sum_over_processes(local_mean * (count / self.count))
+            self._mean = sum_over_processes(local_mean * (count / self.count))
             shift = local_mean - self._mean
-            self._scatter = _sum_over_processes(self._scatter.addr_(shift, shift, alpha=count))
+            self._scatter = sum_over_processes(self._scatter.addr_(shift, shift, alpha=count))
         return self
 
     @property
@@ -147,18 +148,20 @@ class Grouped:
         return (total.without(group) for group in self.groups if group.count)
 
 
-def gather_rows(rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows of all processes sorted by sample index ``(N, ...)``, and the sorted indices ``(N,)``."""
+def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
+    """Return the rows of all processes, sorted by sample index, on the main process; on others the local rows."""
     if dist.is_available() and dist.is_initialized():
-        parts: list[tuple[Tensor, Tensor]] = [(rows, indices)] * dist.get_world_size()
-        dist.all_gather_object(parts, (rows.cpu(), indices.cpu()))
-        rows, indices = (torch.cat(part) for part in zip(*parts, strict=True))
-    order = indices.argsort()
-    return rows[order], indices[order]
+        parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object((rows, indices), parts)
+        if parts is not None:
+            rows, indices = (torch.cat(part) for part in zip(*parts, strict=True))
+    return rows[indices.argsort()]
 
 
-def _sum_over_processes(values: Tensor) -> Tensor:
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    values = values.to(device)
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Return the sum of ``values`` over the processes of ``torch.distributed``, on the CPU."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(values)
     return values.cpu()

@@ -1,0 +1,279 @@
+"""Samples and a reference to an evaluation card: every score, its error, and every setting that it depends on."""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vit5gen.card import pipeline_hash, versions
+from vit5gen.config import DataConfig, SamplingConfig, load_config
+from vit5gen.errors import UserError, choose
+from vit5gen.evaluation.features import Extractor, load_extractor
+from vit5gen.evaluation.inception import INCEPTION_SHA256
+from vit5gen.evaluation.reference import (
+    REFERENCE_ROWS,
+    Reference,
+    is_adm_reference,
+    local_chunks,
+    read_adm_reference,
+    read_statistics,
+    reference_of,
+    save_statistics,
+    scan,
+)
+from vit5gen.evaluation.scores import RELIABLE_COUNT, Score, check_metrics, scores
+from vit5gen.evaluation.sources import ImageSource, open_data, open_folder, open_npz
+from vit5gen.files import read_json, write_json
+from vit5gen.pipeline import load_pipeline, pipeline_folder
+from vit5gen.sampling import SamplingJob, draw_labels, generate, start_processes
+
+ADM_METRICS = ("fid", "sfid", "is", "pr")
+PROTOCOLS = ("adm",)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """``count`` images to score: ``chunks()`` gives this process's ``(first index, uint8 (B, 3, H, W))``."""
+
+    count: int
+    chunks: Callable[[], Iterable[tuple[int, Tensor]]]
+    identity: dict[str, Any]
+    sorted_by_class: bool = False
+
+
+def open_source(path: str | Path | DataConfig) -> ImageSource:
+    """Open an npz, a folder of images, or the data section of a configuration (a YAML file or the object itself)."""
+    if isinstance(path, DataConfig):
+        return open_data(path)
+    path = Path(path)
+    if path.suffix in (".yaml", ".yml"):
+        return open_data(load_config(path).data)
+    if path.is_dir():
+        return open_folder(path)
+    if path.suffix == ".npz":
+        return open_npz(path)
+    raise UserError(
+        f"{path}: expected an npz, a folder of images, a configuration (.yaml) or a pipeline; check the path"
+    )
+
+
+def open_reference(path: str | Path | DataConfig, extractor: Extractor, batch_size: int) -> Reference:
+    """Open what samples are compared with: ADM's npz, a statistics file, or the images of `open_source`."""
+    if not isinstance(path, DataConfig):
+        file = Path(path)
+        if file.suffix == ".safetensors":
+            return read_statistics(file, extractor)
+        if is_adm_reference(file):
+            return read_adm_reference(file, extractor, batch_size)
+    return reference_of(open_source(path), extractor, batch_size)
+
+
+def samples_of(source: ImageSource, batch_size: int) -> Samples:
+    """Samples that exist as images; the card beside them, if any, tells how they were drawn."""
+    path = Path(source.identity["path"])
+    card = path / "card.json" if path.is_dir() else path.with_suffix(".card.json")
+    sampling = read_json(card, "sampling card") if card.is_file() else None
+    identity = source.identity | {"count": source.count, "sampling": sampling}
+    return Samples(source.count, lambda: local_chunks(source, batch_size), identity, source.sorted_by_class)
+
+
+def samples_from_pipeline(path: str | Path, job: SamplingJob, label_mode: str, device: torch.device) -> Samples:
+    """Samples that a pipeline draws while they are scored; no image is written. ``label_mode`` is for the card."""
+    pipe = load_pipeline(path).to(device)
+    settings = job.settings.model_dump() | {"seed": job.seed, "label_mode": label_mode, "batch_size": job.batch_size}
+    identity = {
+        "kind": "pipeline",
+        "path": str(path),
+        "sha256": pipeline_hash(pipeline_folder(path)),
+        "count": len(job.labels),
+        "sampling": settings | {"labels_sha256": sha256(json.dumps(list(job.labels)).encode()).hexdigest()},
+    }
+
+    def chunks() -> Iterable[tuple[int, Tensor]]:
+        for indices, images in generate(pipe, job):
+            yield indices.start, images
+        identity["network_evaluations"] = pipe.num_evaluations
+
+    return Samples(len(job.labels), chunks, identity)
+
+
+def evaluation_card(
+    samples: Sequence[Samples],
+    reference: Reference,
+    extractor: Extractor,
+    metrics: Sequence[str] | None = None,
+    protocol: str | None = None,
+) -> dict[str, Any]:
+    """Score sets of samples, one for each seed, and return the evaluation card.
+
+    ``protocol="adm"`` fixes ADM's metrics with their settings, and allows the name FID-50K if all of them are met.
+    With several sets every score is their mean, with the deviation between them. Raises `UserError` on bad input.
+    """
+    adm = protocol is not None and choose("protocol", protocol, PROTOCOLS) == "adm"
+    if adm and metrics is not None and set(metrics) != set(ADM_METRICS):
+        raise UserError(f"--protocol adm fixes the metrics {', '.join(ADM_METRICS)}; leave --metrics out")
+    metrics = ADM_METRICS if adm else check_metrics(metrics)
+    needs_rows = reference.rows is not None and (metrics is None or bool({"pr", "kid"} & set(metrics)))
+    runs: list[dict[str, Score]] = []
+    skipped: dict[str, str] = {}
+    for one in samples:
+        found = scan(one.chunks(), one.count, extractor, rows=one.count if needs_rows else 0)
+        if is_main():
+            run, skipped = scores(found, reference, extractor, metrics, adm_fp16=adm)
+            runs.append(run)
+    if not is_main():
+        return {}
+    differences = _differences_from_adm(samples, reference, extractor) if adm else []
+    label = "FID-50K" if adm and not differences else extractor.metric
+    card: dict[str, Any] = {
+        "samples": [one.identity for one in samples],
+        "reference": reference.identity | {"count": reference.count},
+        "extractor": {
+            "name": extractor.name,
+            "weights_sha256": extractor.weights_sha256,
+            "settings": extractor.settings,
+        },
+        "metrics": _join(runs),
+        "skipped": skipped,
+        "protocol": {"name": protocol, "differences": differences, "label": label},
+        "warnings": _warnings(samples, extractor, skipped, differences),
+        "processes": dist.get_world_size() if dist.is_initialized() else 1,
+        "versions": versions() | {"torch-fidelity": version("torch-fidelity"), "scipy": version("scipy")},
+    }
+    card["markdown"] = markdown(card)[-1]
+    return card
+
+
+def markdown(card: dict[str, Any]) -> list[str]:
+    """Return a Markdown table of the card: head, rule and one row."""
+    cells = {"samples": Path(card["samples"][0]["path"]).name, "n": card["samples"][0]["count"]}
+    for name, score in card["metrics"].items():
+        error = score.get("deviation", score.get("standard_error"))
+        shown = f"{score['value']:.4g}" if error is None else f"{score['value']:.4g} ± {error:.2g}"
+        cells[card["protocol"]["label"] if name == "FID" else name] = shown
+    cells["reference"] = Path(card["reference"]["path"]).name
+    rows = [[str(cell) for cell in cells], ["---"] * len(cells), [str(cell) for cell in cells.values()]]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def evaluate_command(
+    samples: Sequence[str],
+    reference: str | None = None,
+    output: str | None = None,
+    save_statistics_to: str | None = None,
+    extractor: str = "inception",
+    inception_weights: str | None = None,
+    weights_sha256: str | None = None,
+    metrics: Sequence[str] | None = None,
+    protocol: str | None = None,
+    batch_size: int = 50,
+    num_images: int = RELIABLE_COUNT,
+    seeds: Sequence[int] = (0,),
+    label_mode: str = "balanced",
+    sampling: SamplingConfig | None = None,
+) -> int:
+    """Score samples and write the card, or build a reference from images; print the result. Return the exit code."""
+    if (reference is None) == (save_statistics_to is None):
+        raise UserError("evaluate: expected either --reference REF or --save-statistics FILE; give one of them")
+    if batch_size < 1:
+        raise UserError(f"--batch-size = {batch_size}; expected at least 1")
+    state = start_processes()
+    network = load_extractor(extractor, state.device, inception_weights, weights_sha256)
+    if save_statistics_to is not None:
+        if len(samples) != 1:
+            raise UserError(f"--save-statistics: {len(samples)} sets of images; expected one")
+        made = reference_of(open_source(samples[0]), network, batch_size)
+        if is_main():
+            save_statistics(made, network, Path(save_statistics_to))
+            print(f"{save_statistics_to}: {made.count} images, {network.name}")
+        return 0
+    assert reference is not None
+    opened = [
+        one
+        for path in samples
+        for one in _open_samples(path, batch_size, num_images, seeds, label_mode, sampling, state.device)
+    ]
+    card = evaluation_card(opened, open_reference(reference, network, batch_size), network, metrics, protocol)
+    if is_main():
+        for warning in card["warnings"]:
+            print(f"warning: {warning}", file=sys.stderr)
+        if output is not None:
+            write_json(output, card)
+        print("\n".join(markdown(card)))
+    return 0
+
+
+def is_main() -> bool:
+    """Whether this process holds the results."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _open_samples(
+    path: str,
+    batch_size: int,
+    num_images: int,
+    seeds: Sequence[int],
+    label_mode: str,
+    sampling: SamplingConfig | None,
+    device: torch.device,
+) -> list[Samples]:
+    if not any((Path(path) / part / "model_index.json").is_file() for part in ("", "pipeline")):
+        return [samples_of(open_source(path), batch_size)]
+    classes = range(load_pipeline(path).transformer.config.num_classes)
+    settings = sampling or SamplingConfig()
+    jobs = [
+        SamplingJob(draw_labels(num_images, classes, seed, label_mode), seed, batch_size, settings) for seed in seeds
+    ]
+    return [samples_from_pipeline(path, job, label_mode, device) for job in jobs]
+
+
+def _join(runs: Sequence[dict[str, Score]]) -> dict[str, Score]:
+    if len(runs) == 1:
+        return runs[0]
+    joined: dict[str, Score] = {}
+    for name, first in runs[0].items():
+        values = [run[name]["value"] for run in runs]
+        joined[name] = first | {
+            "value": statistics.mean(values),
+            "deviation": statistics.stdev(values),
+            "runs": [run[name] for run in runs],
+        }
+    return joined
+
+
+def _differences_from_adm(samples: Sequence[Samples], reference: Reference, extractor: Extractor) -> list[str]:
+    found = [f"{one.count} samples instead of 50000" for one in samples if one.count != RELIABLE_COUNT]
+    if extractor.weights_sha256 != INCEPTION_SHA256:
+        found.append(f"features of {extractor.name} with weights {extractor.weights_sha256[:8]}, not ADM's Inception")
+    if reference.identity["kind"] != "adm":
+        found.append(f"the reference is of kind {reference.identity['kind']!r}, not ADM's npz with mu and sigma")
+    elif reference.identity["images"] != REFERENCE_ROWS:
+        found.append(f"the reference batch has {reference.identity['images']} images instead of {REFERENCE_ROWS}")
+    return found
+
+
+def _warnings(
+    samples: Sequence[Samples], extractor: Extractor, skipped: dict[str, str], differences: Sequence[str]
+) -> list[str]:
+    found = [f"{metric} is left out: {reason}" for metric, reason in skipped.items()]
+    found += [f"not FID-50K: {difference}" for difference in differences]
+    fewest = min(one.count for one in samples)
+    if fewest < RELIABLE_COUNT:
+        found.append(
+            f"{fewest} samples: below {RELIABLE_COUNT} {extractor.metric} is biased upwards; compare it at equal n only"
+        )
+    found += [
+        f"{one.identity['path']} is sorted by class: its Inception Score would be wrong; shuffle the samples"
+        for one in samples
+        if one.sorted_by_class
+    ]
+    return found

@@ -1,0 +1,211 @@
+"""One pass over images and what it leaves; references made of such a pass, of ADM's npz or of a statistics file."""
+
+import json
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vit5gen.card import versions
+from vit5gen.errors import UserError
+from vit5gen.evaluation.features import Extractor
+from vit5gen.evaluation.metrics import FrechetReference, ScoreSums
+from vit5gen.evaluation.sources import ImageSource, open_npz
+from vit5gen.evaluation.statistics import GROUPS, FeatureStatistics, Grouped, gather_rows, sum_over_processes
+from vit5gen.files import atomic, sha256
+
+FORMAT = "vit5gen statistics 1"
+# The size of ADM's reference batch, on which it computes precision and recall.
+REFERENCE_ROWS = 10_000
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a pass over ``count`` images leaves: moments, Inception Score sums, and ``rows (K, D)`` of pooled features.
+
+    The same on every process, but for ``rows``, which only the main process has whole.
+    """
+
+    count: int
+    pooled: Grouped
+    spatial: Grouped | None
+    score: ScoreSums | None
+    rows: Tensor
+
+
+def scan(
+    chunks: Iterable[tuple[int, Tensor]], total: int, extractor: Extractor, rows: int = 0, groups: int = GROUPS
+) -> Scan:
+    """Extract features of this process's ``(first index, uint8 images)`` and join them with those of the others.
+
+    ``total`` images in all; pooled features of ``rows`` of them, evenly spaced, are kept.
+    Raises `UserError` when an image has features that are not finite, or when images are missing.
+    """
+    pooled = Grouped.empty(extractor.dim, groups)
+    spatial = Grouped.empty(extractor.spatial_dim, groups) if extractor.spatial_dim else None
+    score = ScoreSums(total, extractor.num_classes) if extractor.num_classes else None
+    kept, kept_indices = [torch.zeros(0, extractor.dim)], [torch.zeros(0, dtype=torch.int64)]
+    for first, images in chunks:
+        features = extractor(images)
+        values = features.pooled.cpu()
+        indices = torch.arange(first, first + len(values))
+        broken = ~values.isfinite().all(dim=1)
+        if broken.any():
+            raise UserError(f"image {int(indices[broken][0])}: NaN or infinity in its features; check that image")
+        pooled.update(values, indices)
+        if spatial is not None and features.spatial is not None:
+            spatial.update(features.spatial.cpu(), indices)
+        if score is not None and features.logits is not None:
+            score.update(features.logits.double().softmax(dim=1), indices)
+        chosen = (indices * rows) // total != ((indices + 1) * rows) // total
+        kept.append(values[chosen])
+        kept_indices.append(indices[chosen])
+    pooled.all_reduce()
+    if spatial is not None:
+        spatial.all_reduce()
+    if score is not None:
+        score.sums = sum_over_processes(score.sums)
+    count = sum(group.count for group in pooled.groups)
+    if count != total:
+        raise UserError(f"images: {count} of {total} were read; give them all")
+    return Scan(count, pooled, spatial, score, gather_rows(torch.cat(kept), torch.cat(kept_indices)))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean ``(D,)`` and covariance ``(D, D)`` in float64."""
+
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def of(cls, statistics: FeatureStatistics) -> "Moments":
+        return cls(statistics.mean, statistics.covariance)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with: moments of ``count`` images (None: unknown), and ``rows`` of their features."""
+
+    pooled: Moments
+    spatial: Moments | None
+    count: int | None
+    rows: Tensor | None
+    identity: dict[str, Any]
+
+    def floor(self, count: int) -> float | None:
+        """Return the Frechet distance of ``count`` of the reference's own images to the rest of it.
+
+        None when it has fewer than twice as many images, or when their features are not at hand.
+        ADM's statistics are of the whole training set, beside which the images of its batch do not count.
+        """
+        if self.rows is None or not 2 <= count <= len(self.rows) or (self.count or 2 * count) < 2 * count:
+            return None
+        held_out = FeatureStatistics(self.rows.shape[1])
+        held_out.update(self.rows[torch.arange(count) * len(self.rows) // count])
+        rest = self.pooled
+        if self.count is not None:
+            whole = FeatureStatistics.from_moments(self.pooled.mean, self.pooled.covariance, self.count)
+            rest = Moments.of(whole.without(held_out))
+        return FrechetReference(rest.mean, rest.covariance).distance(held_out.mean, held_out.covariance)
+
+
+def reference_of(source: ImageSource, extractor: Extractor, batch_size: int) -> Reference:
+    """Extract a reference from images."""
+    found = scan(
+        local_chunks(source, batch_size), source.count, extractor, rows=min(source.count, REFERENCE_ROWS), groups=1
+    )
+    spatial = Moments.of(found.spatial.total()) if found.spatial is not None else None
+    return Reference(Moments.of(found.pooled.total()), spatial, found.count, found.rows, source.identity)
+
+
+def local_chunks(source: ImageSource, batch_size: int) -> Iterable[tuple[int, Tensor]]:
+    """The chunks of ``source`` that fall to this process."""
+    if dist.is_available() and dist.is_initialized():
+        return source.chunks(batch_size, dist.get_rank(), dist.get_world_size())
+    return source.chunks(batch_size)
+
+
+def is_adm_reference(path: Path) -> bool:
+    """Whether ``path`` is an npz with ADM's ``mu`` and ``sigma``."""
+    return path.suffix == ".npz" and zipfile.is_zipfile(path) and "mu.npy" in zipfile.ZipFile(path).namelist()
+
+
+def read_adm_reference(path: Path, extractor: Extractor, batch_size: int) -> Reference:
+    """Read ADM's reference batch: ``mu, sigma``, perhaps ``mu_s, sigma_s``, perhaps images ``arr_0`` for precision."""
+    if extractor.metric != "FID":
+        raise UserError(
+            f"reference {path}: its mu and sigma are of Inception features; extractor {extractor.name} needs images "
+            "or a statistics file made with it"
+        )
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = set(archive.files)
+            arrays = {name: torch.from_numpy(archive[name]).double() for name in names & set(_ADM_SHAPES)}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"reference {path} cannot be read ({error}); fetch it again") from error
+    for name, shape in _ADM_SHAPES.items():
+        if name in arrays and (arrays[name].shape != shape or not arrays[name].isfinite().all()):
+            raise UserError(f"reference {path}: {name} is {tuple(arrays[name].shape)}; expected {shape}, all finite")
+    if "sigma" not in arrays:
+        raise UserError(f"reference {path}: has mu but no sigma; fetch it again")
+    spatial = Moments(arrays["mu_s"], arrays["sigma_s"]) if {"mu_s", "sigma_s"} <= arrays.keys() else None
+    rows = reference_of(open_npz(path), extractor, batch_size).rows if "arr_0" in names else None
+    identity = {"kind": "adm", "path": str(path), "sha256": sha256(path), "images": 0 if rows is None else len(rows)}
+    return Reference(Moments(arrays["mu"], arrays["sigma"]), spatial, None, rows, identity)
+
+
+def save_statistics(reference: Reference, extractor: Extractor, path: Path) -> None:
+    """Write a reference as safetensors, with the extractor that it belongs to."""
+    tensors = {"mean": reference.pooled.mean, "covariance": reference.pooled.covariance}
+    if reference.spatial is not None:
+        tensors |= {"spatial_mean": reference.spatial.mean, "spatial_covariance": reference.spatial.covariance}
+    if reference.rows is not None:
+        tensors["rows"] = reference.rows
+    content = {"count": reference.count, "source": reference.identity, "versions": versions()}
+    metadata = {"format": FORMAT, "extractor": json.dumps(_identity(extractor)), "content": json.dumps(content)}
+    with atomic(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def read_statistics(path: Path, extractor: Extractor) -> Reference:
+    """Read a file of `save_statistics`; raise `UserError` when another extractor made it."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"reference {path} cannot be read ({error}); write it with --save-statistics") from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"reference {path}: not a statistics file; write one with --save-statistics")
+    made_with, wanted = json.loads(metadata["extractor"]), _identity(extractor)
+    for key, value in wanted.items():
+        if made_with.get(key) != value:
+            raise UserError(
+                f"reference {path}: from another extractor ({key} {made_with.get(key)!r}, now {value!r}); "
+                "write it anew with --save-statistics and this extractor"
+            )
+    content = json.loads(metadata["content"])
+    spatial = Moments(tensors["spatial_mean"], tensors["spatial_covariance"]) if "spatial_mean" in tensors else None
+    identity = {"kind": "statistics", "path": str(path), "sha256": sha256(path), "source": content["source"]}
+    pooled = Moments(tensors["mean"], tensors["covariance"])
+    return Reference(pooled, spatial, content["count"], tensors.get("rows"), identity)
+
+
+def _identity(extractor: Extractor) -> dict[str, Any]:
+    return {
+        "name": extractor.name,
+        "weights_sha256": extractor.weights_sha256,
+        "settings": extractor.settings,
+    }
+
+
+_ADM_SHAPES = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}

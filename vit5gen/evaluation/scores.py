@@ -1,0 +1,144 @@
+"""Every score of a set of samples against a reference, each with its error, or the reason why it cannot be had."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from scipy.stats import t as student_t
+
+from vit5gen.errors import UserError, choose
+from vit5gen.evaluation.features import Extractor
+from vit5gen.evaluation.metrics import FrechetReference, jackknife_error, kernel_distance, precision_recall
+from vit5gen.evaluation.reference import Moments, Reference, Scan
+from vit5gen.evaluation.statistics import FeatureStatistics, Grouped
+
+METRICS = ("fid", "sfid", "is", "pr", "kid")
+NEIGHBOURS = 3
+SUBSET_SIZE = 1000
+CONFIDENCE = 0.95
+RELIABLE_COUNT = 50_000
+
+Score = dict[str, Any]
+
+
+def scores(
+    scan: Scan,
+    reference: Reference,
+    extractor: Extractor,
+    metrics: Sequence[str] | None = None,
+    adm_fp16: bool = False,
+) -> tuple[dict[str, Score], dict[str, str]]:
+    """Return scores by name, and the reasons of the metrics that cannot be had.
+
+    ``metrics``: some of `METRICS`; `UserError` when one of these cannot be had. Default: all that can be had.
+    FID, sFID, IS, precision, recall and KID are names of Inception features alone; other extractors have their own.
+    """
+    found: dict[str, Score] = {}
+    skipped: dict[str, str] = {}
+    for metric in check_metrics(metrics) or METRICS:
+        obstacle = _obstacle(metric, scan, reference, extractor)
+        if obstacle is None:
+            found |= _COMPUTE[metric](scan, reference, extractor, adm_fp16)
+        elif metrics:
+            raise UserError(f"metric {metric}: {obstacle}")
+        else:
+            skipped[metric] = obstacle
+    return found, skipped
+
+
+def check_metrics(metrics: Sequence[str] | None) -> Sequence[str] | None:
+    """Return ``metrics``; raise `UserError` for a name that is not known."""
+    return [choose("metrics", metric, METRICS) for metric in metrics] if metrics else None
+
+
+def frechet_report(
+    generated: FeatureStatistics, reference: FeatureStatistics | FrechetReference, floor: float | None
+) -> Score:
+    """Return a Frechet distance with its count and its floor, the distance of as many real images, as one entry."""
+    if isinstance(reference, FeatureStatistics):
+        reference = FrechetReference(reference.mean, reference.covariance)
+    return {
+        "value": reference.distance(generated.mean, generated.covariance),
+        "n": generated.count,
+        "floor": floor,
+    }
+
+
+def frechet_with_error(samples: Grouped, reference: FrechetReference) -> Score:
+    """Return the Frechet distance with its jackknife standard error and interval.
+
+    The error is that of the finite sample around the mean distance of samples of this size. It does not hold the bias
+    that a finite sample has: compare distances at the same count only.
+    """
+    total = samples.total()
+    score: Score = {"value": reference.distance(total.mean, total.covariance), "n": total.count}
+    rest = list(samples.leave_one_out(total))
+    if len(rest) < 2 or min(part.count for part in rest) < 2:
+        return score | {"standard_error": None, "interval": None}
+    error = jackknife_error(reference.distance(part.mean, part.covariance) for part in rest)
+    margin = error * float(student_t.ppf((1 + CONFIDENCE) / 2, len(rest) - 1))
+    return score | {"standard_error": error, "interval": [score["value"] - margin, score["value"] + margin]}
+
+
+def _obstacle(metric: str, scan: Scan, reference: Reference, extractor: Extractor) -> str | None:
+    if metric == "sfid" and scan.spatial is None:
+        return f"extractor {extractor.name} has no spatial features; use inception"
+    if metric == "sfid" and reference.spatial is None:
+        return "the reference has no mu_s and sigma_s; use ADM's full reference file or images"
+    if metric == "is":
+        return None if scan.score is not None else f"extractor {extractor.name} has no class scores; use inception"
+    if metric in ("fid", "sfid"):
+        return None if scan.count >= 2 else f"{scan.count} sample; needs at least 2"
+    if reference.rows is None:
+        return "the reference has no images; use one with arr_0, a statistics file of ours or images"
+    needed = {"pr": NEIGHBOURS + 1, "kid": 2}[metric]
+    for what, count in (("samples", scan.count), ("reference images", len(reference.rows))):
+        if count < needed:
+            return f"{count} {what}; needs at least {needed}"
+    return None
+
+
+def _fid(scan: Scan, reference: Reference, extractor: Extractor, adm_fp16: bool) -> dict[str, Score]:
+    moments = reference.pooled
+    score = frechet_with_error(scan.pooled, FrechetReference(moments.mean, moments.covariance))
+    return {extractor.metric: score | {"floor": reference.floor(scan.count)}}
+
+
+def _sfid(scan: Scan, reference: Reference, extractor: Extractor, adm_fp16: bool) -> dict[str, Score]:
+    assert scan.spatial is not None
+    assert isinstance(reference.spatial, Moments)
+    moments = FrechetReference(reference.spatial.mean, reference.spatial.covariance)
+    return {"sFID": frechet_with_error(scan.spatial, moments)}
+
+
+def _inception_score(scan: Scan, reference: Reference, extractor: Extractor, adm_fp16: bool) -> dict[str, Score]:
+    assert scan.score is not None
+    return {"IS": {"value": scan.score.value(), "n": scan.count, "split_size": scan.score.split_size}}
+
+
+def _precision_recall(scan: Scan, reference: Reference, extractor: Extractor, adm_fp16: bool) -> dict[str, Score]:
+    assert reference.rows is not None
+    rows = [part.to(extractor.device) for part in (reference.rows, scan.rows)]
+    values = precision_recall(rows[0], rows[1], NEIGHBOURS, adm_fp16)
+    settings = {"n": scan.count, "reference_n": len(reference.rows), "k": NEIGHBOURS, "adm_fp16": adm_fp16}
+    suffix = "" if extractor.metric == "FID" else f"-{extractor.name}"
+    return {
+        f"{name}{suffix}": {"value": value} | settings
+        for name, value in zip(("precision", "recall"), values, strict=True)
+    }
+
+
+def _kernel_distance(scan: Scan, reference: Reference, extractor: Extractor, adm_fp16: bool) -> dict[str, Score]:
+    assert reference.rows is not None
+    size = min(SUBSET_SIZE, len(reference.rows), len(scan.rows))
+    value, error = kernel_distance(reference.rows, scan.rows, subset_size=size)
+    name = "KID" if extractor.metric == "FID" else extractor.metric.replace("FD-", "KD-", 1)
+    return {name: {"value": value, "n": scan.count, "standard_error": error, "subset_size": size}}
+
+
+_COMPUTE: dict[str, Callable[[Scan, Reference, Extractor, bool], dict[str, Score]]] = {
+    "fid": _fid,
+    "sfid": _sfid,
+    "is": _inception_score,
+    "pr": _precision_recall,
+    "kid": _kernel_distance,
+}
