@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from huggingface_hub import model_info, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from torch.nn import functional
 from torchvision.utils import make_grid
@@ -27,14 +29,27 @@ def load_autoencoder(name: str) -> AutoencoderKL:
     """
     source = EMOJI if name == "emoji" else Path(name).expanduser()
     try:
-        vae = AutoencoderKL.from_pretrained(source if source.is_dir() else name)
-    except (OSError, ValueError, RuntimeError) as error:
-        detail = " ".join(str(error).split())[:200]
+        if source.is_dir():
+            vae = AutoencoderKL.from_pretrained(source)
+        elif _is_cached(name):
+            vae = AutoencoderKL.from_pretrained(name, local_files_only=True)
+        else:
+            model_info(name, timeout=10)  # without a network this says so at once; the download would retry for long
+            vae = AutoencoderKL.from_pretrained(name)
+    except Exception as error:  # file, hub and http errors are those of many libraries
+        detail = " ".join(str(error).split())[:120]
         raise UserError(
-            f"vae.name {name!r}: no AutoencoderKL could be loaded ({detail}); "
-            f"expected 'emoji', a folder with config.json and safetensors, or a hub name and a network"
+            f"vae.name {name!r}: no autoencoder can be loaded ({detail}); expected 'emoji', the folder of one"
+            f" (config.json, safetensors), or a hub name and a network"
         ) from error
     return vae.float().eval().requires_grad_(False)
+
+
+def _is_cached(name: str) -> bool:
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return False
 
 
 def downsample(vae: AutoencoderKL) -> int:

@@ -158,7 +158,7 @@ def _open_huggingface(data: DataConfig, split: str) -> ImageSet:
     except Exception as error:  # the library raises its own, requests' and pyarrow's errors
         detail = " ".join(str(error).split())
         raise UserError(
-            f"data.path {data.path}: no data set could be opened: {detail}; check name and network"
+            f"data.path {data.path}: no data set can be opened: {detail}; check name and network"
         ) from error
     image = _column(data, table.features, datasets.Image, "images")
     label = _column(data, table.features, datasets.ClassLabel, "class labels")

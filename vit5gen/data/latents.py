@@ -251,8 +251,7 @@ def _read_labels(path: Path) -> torch.Tensor:
 
 def _reserve(folder: Path, count: int, settings: dict[str, Any]) -> None:
     """Print how much the shards of ``count`` images will take; raise `UserError` unless the disk has as much."""
-    width = getattr(torch, settings["dtype"]).itemsize
-    needed = count * (2 * (1 + settings["horizontal_flip"]) * prod(settings["latent_shape"]) * width + 8)
+    needed = _bytes(count, settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -263,6 +262,12 @@ def _reserve(folder: Path, count: int, settings: dict[str, Any]) -> None:
         raise UserError(
             f"output {folder}: needs {needed / 1e9:.3f} GB, the disk has {free / 1e9:.3f} GB; free some or go elsewhere"
         )
+
+
+def _bytes(count: int, settings: dict[str, Any]) -> int:
+    """Return the size of ``count`` images' means, deviations and labels, with or without mirror images."""
+    width = getattr(torch, settings["dtype"]).itemsize
+    return count * (2 * (1 + settings["horizontal_flip"]) * prod(settings["latent_shape"]) * width + 8)
 
 
 class _Decoded(Dataset):

@@ -1,0 +1,192 @@
+"""Image sets: cropping, class names, sources, and what a user reads when something is wrong."""
+
+import gzip
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vit5gen.config import DataConfig
+from vit5gen.data.images import BrokenImage, centre_crop, drop_broken, imagenet_names, open_images
+from vit5gen.errors import UserError
+
+
+def save(path: Path, color: object = "red", mode: str = "RGB", size: tuple[int, int] = (20, 16)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, color).save(path)
+
+
+def folder(root: Path, **settings: object) -> DataConfig:
+    return DataConfig(source="folder", path=str(root), resolution=8, **settings)
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    save(tmp_path / "dog" / "b.png", "red")
+    save(tmp_path / "dog" / "deep" / "a.jpg", "blue")
+    save(tmp_path / "cat" / "a.PNG", "lime")
+    (tmp_path / "cat" / "notes.txt").write_text("not an image")
+    return tmp_path
+
+
+def test_crop_halves_by_box_then_cuts_the_centre() -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(96, 132, 3), dtype=np.uint8)
+    expected = pixels.astype(int)
+    for _ in range(2):  # 96 -> 48 -> 24, then nothing is left to scale; each mean of two is rounded up
+        expected = (expected[:, 0::2] + expected[:, 1::2] + 1) // 2
+        expected = (expected[0::2] + expected[1::2] + 1) // 2
+    assert centre_crop(Image.fromarray(pixels), 24).tolist() == expected[:, 4:28].transpose(2, 0, 1).tolist()
+
+
+def test_crop_scales_by_bicubic() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(256, size=(30, 20, 3), dtype=np.uint8))
+    expected = np.asarray(image.resize((16, 24), Image.Resampling.BICUBIC))[4:20].transpose(2, 0, 1)
+    assert torch.equal(centre_crop(image, 16), torch.from_numpy(expected.copy()))
+
+
+def test_folder_labels_are_the_sorted_names(pets: Path) -> None:
+    images = open_images(folder(pets))
+    assert images.class_names == ["cat", "dog"]
+    assert images.labels.tolist() == [0, 1, 1]
+    pixels = torch.stack([pixels for pixels, _ in images]).float().mean((2, 3))
+    assert pixels[0].tolist() == [0, 255, 0]
+    assert pixels[1].tolist() == [255, 0, 0]
+    assert pixels[2, 2] > 250  # a jpeg of blue
+    assert [label for _, label in images] == [0, 1, 1]
+    assert images[0][0].shape == (3, 8, 8)
+    assert torch.equal(pickle.loads(pickle.dumps(images))[1][0], images[1][0])  # noqa: S301 - for workers that are spawned
+
+
+def test_split_is_a_subfolder_when_there_is_one(tmp_path: Path) -> None:
+    save(tmp_path / "train" / "a" / "1.png")
+    save(tmp_path / "test" / "b" / "1.png")
+    assert open_images(folder(tmp_path)).class_names == ["a"]
+    assert open_images(folder(tmp_path), "test").class_names == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "color", "expected"),
+    [
+        ("L", 77, [77, 77, 77]),
+        ("LA", (77, 0), [255, 255, 255]),
+        ("RGBA", (0, 0, 0, 0), [255, 255, 255]),
+        ("RGBA", (9, 8, 7, 255), [9, 8, 7]),
+        ("P", 0, [0, 0, 0]),
+        ("1", 1, [255, 255, 255]),
+    ],
+)
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str, color: object, expected: list[int]) -> None:
+    save(tmp_path / "a" / "1.png", color, mode)
+    pixels, _ = open_images(folder(tmp_path))[0]
+    assert pixels[:, 4, 4].tolist() == expected
+
+
+def test_classes_select_and_renumber(pets: Path) -> None:
+    save(pets / "eel" / "a.png")
+    images = open_images(folder(pets, classes=["eel", "cat"]))
+    assert images.class_names == ["eel", "cat"]
+    assert images.labels.tolist() == [1, 0]
+    assert images[0][0][1, 0, 0] == 255  # still the cat's lime
+
+
+def test_broken_image_is_named_or_dropped(pets: Path) -> None:
+    whole = (pets / "dog" / "b.png").read_bytes()
+    (pets / "dog" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (pets / "dog" / "empty.png").touch()
+    images = open_images(folder(pets))
+    with pytest.raises(BrokenImage, match=r"cut\.png does not decode.*on_broken_image"):
+        images[2]
+    kept, problems = drop_broken(images)
+    assert kept.labels.tolist() == [0, 1, 1]
+    assert len(problems) == 2
+    assert "empty.png" in problems[1]
+
+
+def test_a_thousand_wordnet_ids_are_imagenet(tmp_path: Path) -> None:
+    from timm.data import ImageNetInfo
+
+    wnids = ImageNetInfo().label_names()
+    for wnid in wnids:
+        (tmp_path / wnid).mkdir()
+    save(tmp_path / "n02099601" / "1.JPEG")
+    images = open_images(folder(tmp_path))
+    assert images.class_names[207] == "golden retriever"
+    assert images.labels.tolist() == [207]
+    assert len(set(images.class_names)) == 1000
+    (tmp_path / wnids[3]).rmdir()
+    with pytest.raises(UserError, match=r"1 missing.*n01491361"):
+        open_images(folder(tmp_path))
+    with pytest.raises(UserError, match=r"0 missing.*1 extra.*n99999999"):
+        imagenet_names([*wnids, "n99999999"])
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        (lambda root: None, {}, "no class folders"),
+        (lambda root: (root / "cat").mkdir(), {}, "no images"),
+        (lambda root: root.rmdir(), {}, "no such folder"),
+        (lambda root: save(root / "cat" / "1.png"), {"classes": ["cats"]}, "Did you mean 'cat'"),
+        (lambda root: save(root / "cat" / "1.png"), {"classes": ["cat", "cat"]}, "listed twice"),
+    ],
+)
+def test_bad_folders(tmp_path: Path, make: object, settings: dict, message: str) -> None:
+    make(tmp_path)
+    with pytest.raises(UserError, match=message) as raised:
+        open_images(folder(tmp_path, **settings))
+    assert "\n" not in str(raised.value)
+
+
+def test_folder_without_path() -> None:
+    with pytest.raises(UserError, match=r"set data\.path"):
+        open_images(DataConfig(source="folder"))
+
+
+def test_huggingface_folder(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(picture=datasets.Image(), kind=datasets.ClassLabel(names=["cat", "dog"]))
+    rows = {"picture": [Image.new("L", (9, 12), level) for level in (5, 250)], "kind": [1, 0]}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(train=table).save_to_disk(tmp_path / "set")
+    data = DataConfig(source="huggingface", path=str(tmp_path / "set"), resolution=8)
+    images = open_images(data)
+    assert (images.class_names, images.labels.tolist()) == (["cat", "dog"], [1, 0])
+    assert images[1][0].unique().tolist() == [250]
+    with pytest.raises(UserError, match=r"data\.split.*'tests' is not known; expected one of train"):
+        open_images(data, "tests")
+    table.remove_columns("kind").save_to_disk(tmp_path / "plain")
+    with pytest.raises(UserError, match="no column of class labels"):
+        open_images(DataConfig(source="huggingface", path=str(tmp_path / "plain"), resolution=8))
+    with pytest.raises(UserError, match="no data set can be opened"):
+        open_images(DataConfig(source="huggingface", path=str(tmp_path), resolution=8))
+
+
+def write_idx(path: Path, values: np.ndarray, compress: bool) -> None:
+    content = struct.pack(f">BBBB{values.ndim}i", 0, 0, 8, values.ndim, *values.shape) + values.tobytes()
+    path.write_bytes(gzip.compress(content) if compress else content)
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_fashion_mnist(tmp_path: Path, compress: bool) -> None:
+    suffix = ".gz" if compress else ""
+    pixels = np.random.default_rng(0).integers(256, size=(5, 28, 28), dtype=np.uint8)
+    write_idx(tmp_path / f"t10k-images-idx3-ubyte{suffix}", pixels, compress)
+    write_idx(tmp_path / f"t10k-labels-idx1-ubyte{suffix}", np.array([9, 0, 3, 3, 1], np.uint8), compress)
+    data = DataConfig(source="fashion-mnist", path=str(tmp_path), resolution=32)
+    images = open_images(data, "test")
+    assert images.labels.tolist() == [9, 0, 3, 3, 1]
+    assert images.class_names[9] == "ankle-boot"
+    image, _ = images[2]
+    assert torch.equal(image[:, 2:30, 2:30], torch.from_numpy(pixels[2]).expand(3, 28, 28))
+    assert image[:, :2].max() == 0
+    assert open_images(data.model_copy(update={"resolution": 16}), "test")[0][0].shape == (3, 16, 16)
+    with pytest.raises(UserError, match="train-images-idx3-ubyte"):
+        open_images(data)
+    broken = tmp_path / f"t10k-images-idx3-ubyte{suffix}"
+    broken.write_bytes(broken.read_bytes()[:100])
+    with pytest.raises(UserError, match="is not an idx file"):
+        open_images(data, "test")
