@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import UserError, choose
 from .backbone import Backbone
 from .layers import check_heads, init_linears, make_norm
-from .rope import Grid, Segment, resample_positions, rope_tables
+from .rope import Grid, Segment, resample_positions, rope_table
 from .vit5 import ViT5Block, check_registers
 
 ROPE_THETA, REGISTER_THETA = 10000.0, 100.0
@@ -90,7 +90,7 @@ class ViT5(Backbone):
             Segment(grid, ROPE_THETA, self.grid),
             Segment((side, side), REGISTER_THETA),
         )
-        return x, rope_tables(segments, self.head_dim, x.device), grid
+        return x, rope_table(segments, self.head_dim, x.device), grid
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images -> tokens ``[cls, patches, registers]`` (B, 1 + N + R, D) after the final norm."""

@@ -1,10 +1,12 @@
 """Positions: rotary tables over two axes, the fixed sin-cos table, and resampling to another grid."""
 
+import contextlib
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from timm.layers import resample_abs_pos_embed
+import torch.nn.functional as F
 from torch import Tensor
 
 Grid = tuple[int, int]
@@ -37,25 +39,28 @@ def axial_angles(segment: Segment, head_dim: int) -> Tensor:
     return torch.cat([rows[:, None].expand(-1, w, -1), columns[None].expand(h, -1, -1)], dim=-1).flatten(0, 1)
 
 
-def make_rope(segments: tuple[Segment, ...], head_dim: int, device: torch.device) -> Tensor:
+def _remembered(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Remember constant tensors by their arguments; trace them anew while compiling.
+
+    Such tables are not buffers, because ``model.to(torch.bfloat16)`` would round them.
+    """
+    cached = functools.lru_cache(maxsize=64)(make)
+
+    @functools.wraps(make)
+    def get(*args: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return make(*args)
+        with torch.inference_mode(False):  # a table first made while sampling must be usable in training too
+            return cached(*args)
+
+    return get
+
+
+@_remembered
+def rope_table(segments: tuple[Segment, ...], head_dim: int, device: torch.device) -> Tensor:
     """Build one fp32 table (N, head_dim/2, 2) of cos and sin for the tokens of all segments, in order."""
     angles = torch.cat([axial_angles(segment, head_dim) for segment in segments])
     return torch.stack([angles.cos(), angles.sin()], dim=-1).to(device)
-
-
-@functools.lru_cache(maxsize=64)
-def _cached_rope(segments: tuple[Segment, ...], head_dim: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # a table first made while sampling must be usable in training too
-        return make_rope(segments, head_dim, device)
-
-
-def rope_tables(segments: tuple[Segment, ...], head_dim: int, device: torch.device) -> Tensor:
-    """`make_rope`, remembered by its arguments; traced instead while compiling.
-
-    The tables are not buffers: ``model.to(torch.bfloat16)`` would round them.
-    """
-    make = make_rope if torch.compiler.is_compiling() else _cached_rope
-    return make(segments, head_dim, device)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -79,6 +84,28 @@ def sincos_table(hidden_size: int, grid: Grid) -> Tensor:
     return torch.cat(halves, dim=-1).flatten(0, 1)[None].float()
 
 
+@_remembered
+def _resampling(built: int, length: int, device: torch.device) -> Tensor:
+    """Weights (length, built) of bicubic resampling with antialiasing along one axis."""
+    impulses = torch.eye(built, device="cpu")[None, None]
+    return F.interpolate(impulses, size=(length, built), mode="bicubic", antialias=True)[0, 0].to(device)
+
+
 def resample_positions(table: Tensor, built: Grid, grid: Grid) -> Tensor:
-    """Resample an absolute table (1, h*w, D) from one grid to another (bicubic with antialiasing, timm's)."""
-    return resample_abs_pos_embed(table, list(grid), list(built), num_prefix_tokens=0)
+    """Resample an absolute table (1, h*w, D) from the grid `built` to `grid`, as timm's `resample_abs_pos_embed` does.
+
+    Written as two matrix products, whose backward pass is deterministic on GPUs and compiles for any grid.
+    """
+    if built == grid:
+        return table
+    rows, columns = (_resampling(n, m, table.device) for n, m in zip(built, grid, strict=True))
+    with without_autocast(table.device):
+        resampled = torch.einsum("hi,wj,ijd->hwd", rows, columns, table[0].float().unflatten(0, built))
+    return resampled.flatten(0, 1)[None].to(table.dtype)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Context in which autocast does not round fp32 arithmetic."""
+    if torch.amp.is_autocast_available(device.type):  # not on the meta device
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()

@@ -1,6 +1,5 @@
 """The generator: patch, time and label embedding, a backbone from the registry, and the adaLN head."""
 
-import contextlib
 import math
 from typing import Any, cast
 
@@ -8,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import UserError, choose
-from .backbone import make_backbone
+from .backbone import Backbone, make_backbone
 from .layers import init_linears, make_norm, modulate
 from .loading import check_fit
+from .rope import without_autocast
 
 SIZES = {  # name: hidden_size, num_layers, num_attention_heads
     "S": (384, 12, 6),
@@ -46,9 +45,7 @@ class TimeEmbedding(nn.Module):
         steps = torch.arange(self.num_frequencies, dtype=torch.float32, device=t.device)
         angles = t.float()[:, None] * torch.exp(-math.log(10000) / self.num_frequencies * steps)
         x = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        kind = t.device.type
-        autocast_exists = torch.amp.is_autocast_available(kind)  # not on the meta device
-        with torch.autocast(kind, enabled=False) if autocast_exists else contextlib.nullcontext():
+        with without_autocast(t.device):
             x = F.silu(F.linear(x, self.fc1.weight.float(), self.fc1.bias.float()))
             return F.linear(x, self.fc2.weight.float(), self.fc2.bias.float())
 
@@ -67,7 +64,7 @@ class Head(nn.Module):
         return self.linear(modulate(self.norm(x), shift, scale))
 
 
-class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class SiTTransformer2DModel(ModelMixin, ConfigMixin):
     """Class-conditional velocity network of SiT (arXiv 2401.08740) with a backbone by name.
 
     ``model(latents (B, C, H, W), timestep (B,) in [0, 1], class_labels (B,))`` returns the prediction (B, C, H, W).
@@ -81,8 +78,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["SiTBlock", "ViT5Block"]  # noqa: RUF012 (diffusers' convention), FSDP wraps these too
-    _repeated_blocks = ["SiTBlock", "ViT5Block"]  # noqa: RUF012
+    _no_split_modules = ["SiTBlock", "ViT5Block"]  # noqa: RUF012 (diffusers' convention; FSDP wraps these)
+    _repeated_blocks = _no_split_modules
     _skip_layerwise_casting_patterns = ["patch_embed", "pos_embed", "time_embed", "norm"]  # noqa: RUF012
 
     @register_to_config
@@ -128,6 +125,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             backbone_kwargs or {},
         )
         self.backbone = plug  # type: ignore[misc]  # nn.Module sets it, past the property
+        if isinstance(plug, Backbone):
+            self._no_split_modules = self._repeated_blocks = sorted({type(block).__name__ for block in plug.blocks})
 
     @classmethod
     def from_preset(cls, name: str, backbone: str = "vit5", **overrides: Any) -> "SiTTransformer2DModel":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import UserError, choose
 from .backbone import Backbone, register_backbone
 from .layers import Attention, Mlp, SwiGLU, check_heads, init_linears, make_norm, modulate
-from .rope import Grid, Segment, resample_positions, rope_tables, sincos_table
+from .rope import Grid, Segment, resample_positions, rope_table, sincos_table
 
 LAYER_SCALES = ("gate_times_gamma", "none", "gamma_only")
 
@@ -223,4 +223,4 @@ class ViT5Backbone(Backbone):
             Segment((1, num_kept - grid[0] * grid[1])),  # extra tokens have no place
             Segment((side, side), self.register_theta),
         )
-        return rope_tables(segments, self.head_dim, device)
+        return rope_table(segments, self.head_dim, device)
