@@ -135,6 +135,8 @@ class SiTPipeline(DiffusionPipeline):
         id2label: dict | None = None,
     ) -> None:
         super().__init__()
+        for module in (transformer, vae, guide):
+            _align(module)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, guide=guide)
         # JSON turns ids into strings.
         self.register_to_config(id2label={int(i): name for i, name in (id2label or {}).items()})
@@ -247,6 +249,9 @@ class SiTPipeline(DiffusionPipeline):
         for name in callback_on_step_end_tensor_inputs:
             choose("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
 
+        if autoguidance_scale != 1 and self.guide is None:
+            raise UserError(f"autoguidance_scale = {autoguidance_scale} needs a second transformer; set pipe.guide")
+
         x = self._initial_latents(len(ids), height, width, generator, latents)
         network = CountingModel(self.transformer)
         weak = None if self.guide is None else CountingModel(self.guide)
@@ -347,6 +352,7 @@ class SiTPipeline(DiffusionPipeline):
 
         facts: what the card tells of the training; without them the card that came with the weights is kept.
         """
+        self.register_modules(**self.components)  # diffusers overlooks a component that was assigned over None
         self._write_extras(Path(save_directory), facts)
         super().save_pretrained(str(save_directory), *args, **kwargs)
 
@@ -388,6 +394,13 @@ def pipeline_folder(checkpoint: str | Path) -> Path:
         f"checkpoint {checkpoint} is neither a run nor a pipeline folder (no model_index.json); expected the"
         " --output of `vit5gen train` or `vit5gen convert`"
     )
+
+
+def _align(module: nn.Module | None) -> None:
+    """Copy weights out of a mapped file: CPU kernels round otherwise at addresses that are no multiple of 64 bytes."""
+    for tensor in [] if module is None else [*module.parameters(), *module.buffers()]:
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
 
 
 def _count(name: str, value: int) -> int:

@@ -1,0 +1,509 @@
+"""The pipeline against ten-line loops, diffusers' own schedulers, and the habits of diffusers' pipelines."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.callbacks import PipelineCallback
+from tiny import NAMES, tiny_pipeline, tiny_transformer
+
+from vit5gen import SiTPipeline, SiTScheduler
+from vit5gen.card import TrainingFacts, pipeline_hash
+from vit5gen.errors import UserError
+from vit5gen.flow import Flow, sample_ode, sample_sde
+from vit5gen.pipeline import SAMPLERS, load_pipeline
+
+EULER = {"num_inference_steps": 6, "sampler": "ode-euler", "output_type": "latent"}
+
+
+@pytest.fixture
+def pipe() -> SiTPipeline:
+    return tiny_pipeline()
+
+
+def seeds(*values: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(value) for value in values]
+
+
+def seed(value: int = 0) -> torch.Generator:
+    return seeds(value)[0]
+
+
+# --- labels
+
+
+@pytest.mark.parametrize(
+    ("given", "ids"),
+    [
+        (3, [3]),
+        (np.int64(2), [2]),
+        ("Golden Retriever", [0]),
+        ("golden retriever, retriever", [0]),
+        ("retriever", [0]),
+        ("7", [3]),  # a name wins over a number
+        ("4", [4]),
+        ([0, "smileys & emotion", np.int32(1)], [0, 4, 1]),
+        ((1, 2), [1, 2]),
+        (range(2), [0, 1]),
+        (torch.tensor([4, 0]), [4, 0]),
+        (torch.tensor(4), [4]),
+        (np.array([1]), [1]),
+    ],
+)
+def test_class_labels_are_ids_names_or_both(pipe: SiTPipeline, given: object, ids: list[int]) -> None:
+    assert pipe.class_ids(given) == ids
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("golden retreiver", "Did you mean 'golden retriever"),
+        ("zzz", "one of 5 names or an id in 0..4"),
+        ("crane", r"several classes; give one of the ids \[1, 2\]"),
+        (5, r"class 5 does not exist; expected an id in 0\.\.4"),
+        (-1, "class -1 does not exist"),
+        ("12", "class 12 does not exist"),
+        (True, "True is neither an id nor a name"),
+        (None, "None is neither"),
+        (1.5, "1.5 is neither"),
+        ([[0, 1], ["retriever"]], r"\[0, 1\] is neither an id nor a name; expected one of them, or a flat list"),
+        (np.array([0.5]), "0.5 is neither"),
+        ([], "class_labels: empty"),
+    ],
+)
+def test_labels_that_do_not_exist(pipe: SiTPipeline, given: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pipe(given, **EULER)
+
+
+# --- numbers
+
+
+def test_equals_a_plain_euler_loop_with_guided_channels(pipe: SiTPipeline) -> None:
+    x = torch.randn(2, 4, 8, 8, generator=seed())
+    options = {"guidance_scale": 1.5, "guidance_channels": 3, "latents": x}
+    result = pipe([0, 4], **EULER, **options).images
+    labels, null = torch.tensor([0, 4]), torch.full((2,), 5)
+    with torch.no_grad():
+        for i in range(6):
+            t = torch.full((2,), i / 6)
+            c, u = pipe.transformer(x, t, labels), pipe.transformer(x, t, null)
+            guided = torch.cat([(u + 1.5 * (c - u))[:, :3], c[:, 3:]], dim=1)
+            x = x + guided / 6
+    torch.testing.assert_close(result, x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("prediction", ["velocity", "noise"])
+def test_equals_the_flows_own_solver(pipe: SiTPipeline, sampler: str, prediction: str) -> None:
+    pipe.scheduler = SiTScheduler(prediction=prediction)
+    result = pipe(1, num_inference_steps=5, sampler=sampler, output_type="latent", generator=seed()).images
+    kind, method = sampler.split("-")
+    noise, flow = seed(), Flow(prediction=prediction)
+    x = torch.randn(1, 4, 8, 8, generator=noise)
+
+    def model_fn(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return pipe.transformer(x, t, torch.tensor([1]))
+
+    if kind == "ode":
+        expected = sample_ode(flow, model_fn, x, 5, method=method)
+    else:
+        expected = sample_sde(flow, model_fn, x, 5, method=method, noise=noise)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+def test_default_is_fifty_steps_of_heun(pipe: SiTPipeline) -> None:
+    default = pipe(1, generator=seed(), output_type="latent").images
+    explicit = pipe(1, generator=seed(), output_type="latent", num_inference_steps=50, sampler="ode-heun").images
+    assert torch.equal(default, explicit)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 50])
+def test_diffusers_euler_equals_ours(pipe: SiTPipeline, steps: int) -> None:
+    options = {"num_inference_steps": steps, "output_type": "latent", "guidance_scale": 2.0}
+    ours = pipe([0, 1], sampler="ode-euler", generator=seed(), **options).images
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    theirs = pipe([0, 1], generator=seed(), **options).images
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["score", "noise"])
+def test_a_foreign_scheduler_gets_the_velocity_of_any_prediction(prediction: str) -> None:
+    pipe = SiTPipeline(tiny_transformer(), SiTScheduler(prediction=prediction))
+    pipe.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, 4, 8, 8, generator=seed())
+    times: list[float] = []
+    pipe.transformer.register_forward_pre_hook(lambda module, args: times.append(args[1][0].item()))
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    sigmas = 1 - 0.05 - np.arange(4) / 8  # away from both ends, where score and noise say nothing
+    pipe.scheduler.set_timesteps = lambda sigmas_, device: None
+    FlowMatchEulerDiscreteScheduler.set_timesteps(pipe.scheduler, sigmas=sigmas)
+    result = pipe(1, num_inference_steps=4, latents=latents.clone(), output_type="latent").images
+    flow, x = Flow(prediction=prediction), latents
+    grid = [*(1 - sigmas), 1.0]
+    with torch.no_grad():
+        for t, end in pairwise(grid):
+            x = x + (end - t) * flow.velocity(lambda x, t: pipe.transformer(x, t, torch.tensor([1])), x, t)
+    torch.testing.assert_close(result, x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        FlowMatchHeunDiscreteScheduler(),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ],
+)
+def test_diffusers_flow_schedulers_reach_the_same_images(pipe: SiTPipeline, scheduler: object) -> None:
+    exact = pipe([0, 1], num_inference_steps=100, sampler="ode-rk4", generator=seed(), output_type="latent").images
+    pipe.scheduler = scheduler
+    theirs = pipe([0, 1], num_inference_steps=100, generator=seed(), output_type="latent").images
+    assert (theirs - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+def test_autoguidance_is_linear_in_both_models(pipe: SiTPipeline) -> None:
+    pipe.guide = tiny_transformer(seed=9)
+    x = torch.randn(1, 4, 8, 8, generator=seed())
+    options = EULER | {"num_inference_steps": 1}
+    result = pipe(1, autoguidance_scale=3.0, latents=x, **options).images
+    t, label = torch.zeros(1), torch.tensor([1])
+    with torch.no_grad():
+        strong, weak = pipe.transformer(x, t, label), pipe.guide(x, t, label)
+    torch.testing.assert_close(result, x + weak + 3 * (strong - weak), rtol=0, atol=1e-5)
+
+
+# --- costs
+
+
+@pytest.mark.parametrize(
+    ("options", "forwards", "rows"),
+    [
+        ({}, 8, 16),
+        ({"guidance_scale": 2.0}, 8, 32),  # one batched forward
+        ({"guidance_scale": 2.0, "guidance_interval": (0.5, 1.0)}, 8, 24),
+        ({"guidance_scale": 2.0, "guidance_interval": (0.99, 1.0)}, 8, 16),
+    ],
+)
+def test_forwards(pipe: SiTPipeline, options: dict, forwards: int, rows: int) -> None:
+    calls: list[int] = []
+    pipe.transformer.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    pipe([0, 1], **EULER | {"num_inference_steps": 8}, **options)
+    assert (len(calls), sum(calls)) == (forwards, rows)
+    assert pipe.num_evaluations == rows // 2
+
+
+def test_guidance_scale_one_is_off_bit_for_bit(pipe: SiTPipeline) -> None:
+    plain = pipe([0, 1], generator=seed(), **EULER).images
+    assert torch.equal(plain, pipe([0, 1], generator=seed(), guidance_scale=1, guidance_channels=3, **EULER).images)
+    assert not torch.equal(plain, pipe([0, 1], generator=seed(), guidance_scale=1.1, **EULER).images)
+
+
+# --- batching, sizes, types
+
+
+@pytest.mark.parametrize("sampler", ["ode-heun", "ode-dopri5", "sde-euler"])
+def test_an_image_depends_on_its_generator_alone(pipe: SiTPipeline, sampler: str) -> None:
+    options = {"num_inference_steps": 4, "sampler": sampler, "output_type": "latent", "guidance_scale": 2.0}
+    together = pipe([0, 1, 2], generator=seeds(5, 6, 7), **options).images
+    alone = pipe(1, generator=seeds(6), **options).images
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_images_of_a_label_lie_next_to_each_other(pipe: SiTPipeline) -> None:
+    several = pipe([0, 1], num_images_per_label=2, generator=seeds(1, 2, 3, 4), **EULER).images
+    assert torch.equal(several, pipe([0, 0, 1, 1], generator=seeds(1, 2, 3, 4), **EULER).images)
+
+
+def test_other_sizes(pipe: SiTPipeline) -> None:
+    assert pipe.image_size == (16, 16)
+    images = pipe(0, height=24, width=8, num_inference_steps=1, output_type="pt", generator=seed()).images
+    assert images.shape == (1, 3, 24, 8)
+
+
+def test_output_types_agree(pipe: SiTPipeline) -> None:
+    types = ("pil", "np", "pt", "uint8", "latent")
+    pil, array, tensor, whole, latent = (
+        pipe([0, 1], num_inference_steps=2, generator=seed(), output_type=kind).images for kind in types
+    )
+    assert [image.size for image in pil] == [(16, 16)] * 2
+    assert array.shape == (2, 16, 16, 3)
+    assert tensor.shape == (2, 3, 16, 16)
+    assert latent.shape == (2, 4, 8, 8)
+    assert 0 <= array.min() < array.max() <= 1
+    assert np.array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(np.stack([np.asarray(image) for image in pil]), whole.permute(0, 2, 3, 1).numpy())
+    # trunc(127.5 x + 128), as SiT and ADM round
+    levels = torch.trunc(127.5 * (2 * tensor.double() - 1) + 128).clamp(0, 255)
+    assert (levels - whole).abs().max() <= 1
+    assert (levels != whole).float().mean() < 1e-3
+
+
+def test_return_dict(pipe: SiTPipeline) -> None:
+    result = pipe(0, num_inference_steps=1, return_dict=False)
+    assert isinstance(result, tuple)
+    assert result[0][0].size == (16, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_keep_an_fp32_state(pipe: SiTPipeline, dtype: torch.dtype) -> None:
+    expected = pipe(0, generator=seed(), **EULER).images
+    pipe.to(dtype)
+    assert pipe.dtype == dtype
+    latents = pipe(0, generator=seed(), **EULER).images
+    assert latents.dtype == torch.float32
+    assert 0 < (latents - expected).abs().max() < 0.05
+    assert pipe(0, generator=seed(), num_inference_steps=1, output_type="pt").images.dtype == torch.float32
+    assert pipe.vae.dtype == dtype
+
+
+def test_the_autoencoder_decodes_in_fp32(pipe: SiTPipeline) -> None:
+    seen: list[torch.dtype] = []
+    pipe.to(torch.bfloat16)
+    pipe.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    pipe(0, num_inference_steps=1)
+    assert seen == [torch.float32]
+
+
+def test_compiled_transformer(pipe: SiTPipeline) -> None:
+    expected = pipe(0, generator=seed(), guidance_scale=2.0, **EULER).images
+    pipe.transformer.compile(backend="aot_eager")
+    torch.testing.assert_close(pipe(0, generator=seed(), guidance_scale=2.0, **EULER).images, expected)
+    pipe = tiny_pipeline()
+    pipe.transformer = torch.compile(pipe.transformer, backend="aot_eager")
+    torch.testing.assert_close(pipe(0, generator=seed(), guidance_scale=2.0, **EULER).images, expected)
+
+
+# --- callbacks
+
+
+def test_callback_sees_every_step_and_may_replace_the_latents(pipe: SiTPipeline) -> None:
+    seen: list[tuple[int, float]] = []
+
+    def watch(p: SiTPipeline, i: int, t: float, given: dict) -> dict:
+        assert p is pipe
+        assert set(given) == {"latents"}
+        seen.append((i, t))
+        return given
+
+    plain = pipe(0, generator=seed(), callback_on_step_end=watch, **EULER).images
+    assert [i for i, _ in seen] == list(range(6))
+    np.testing.assert_allclose([t for _, t in seen], np.arange(1, 7) / 6)
+    assert torch.equal(plain, pipe(0, generator=seed(), **EULER).images)
+
+    def clear(p: SiTPipeline, i: int, t: float, given: dict) -> dict:
+        return {"latents": torch.zeros_like(given["latents"])} if i == 2 else {}
+
+    changed = pipe(0, generator=seed(), callback_on_step_end=clear, **EULER).images
+    x = torch.zeros(1, 4, 8, 8)
+    with torch.no_grad():
+        for i in range(3, 6):
+            x = x + pipe.transformer(x, torch.tensor([i / 6]), torch.tensor([0])) / 6
+    torch.testing.assert_close(changed, x, rtol=0, atol=1e-5)
+
+
+def test_callback_with_a_foreign_scheduler(pipe: SiTPipeline) -> None:
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    times: list[float] = []
+
+    def clear(p: SiTPipeline, i: int, t: float, given: dict) -> dict:
+        times.append(t)
+        return {"latents": torch.zeros_like(given["latents"])}
+
+    options = {"num_inference_steps": 4, "output_type": "latent", "callback_on_step_end": clear}
+    assert not pipe(0, **options).images.any()
+    np.testing.assert_allclose(times, [0.25, 0.5, 0.75, 1.0], atol=1e-6)
+
+
+def test_callback_may_interrupt(pipe: SiTPipeline) -> None:
+    steps: list[int] = []
+
+    def stop(p: SiTPipeline, i: int, t: float, given: dict) -> dict:
+        steps.append(i)
+        p._interrupt = i == 1
+        return given
+
+    pipe(0, callback_on_step_end=stop, **EULER)
+    assert steps == [0, 1]
+    assert pipe.interrupt
+    pipe(0, **EULER)
+    assert not pipe.interrupt
+
+
+def test_official_callback_class(pipe: SiTPipeline) -> None:
+    class Zero(PipelineCallback):
+        tensor_inputs = ("latents",)
+
+        def callback_fn(self, pipeline: SiTPipeline, i: int, t: float, given: dict) -> dict:
+            return {"latents": given["latents"] * 0}
+
+    assert not pipe(0, callback_on_step_end=Zero(), **EULER).images.any()
+
+
+def test_progress_bar(pipe: SiTPipeline, capsys: pytest.CaptureFixture) -> None:
+    pipe.set_progress_bar_config(disable=False)
+    pipe(0, **EULER)
+    assert "6/6" in capsys.readouterr().err
+
+
+# --- saving and loading
+
+
+def test_save_and_load_in_a_fresh_process(pipe: SiTPipeline, tmp_path: Path) -> None:
+    pipe.scheduler = SiTScheduler(prediction="noise", shift=2.0)
+    pipe.guide = tiny_transformer(seed=9)
+    call = "(['retriever', 4], generator=g, num_inference_steps=3, autoguidance_scale=2.0, output_type='np').images"
+    script = f"""
+import numpy, sys, torch
+from {{0}} import {{1}}
+g = torch.Generator().manual_seed(0)
+pipe = {{1}}.from_pretrained({str(tmp_path)!r}{{2}})
+assert type(pipe).__name__ == "SiTPipeline", type(pipe)
+numpy.save({str(tmp_path / "out.npy")!r}, pipe{call})
+"""
+    expected = eval("pipe" + call, {"pipe": pipe, "g": seed()})
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["transformer"] == ["vit5gen", "SiTTransformer2DModel"]
+    assert index["scheduler"] == ["vit5gen", "SiTScheduler"]
+    assert index["_class_name"] == "SiTPipeline"
+    stub = f", custom_pipeline={str(tmp_path)!r}, trust_remote_code=True"
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    for names in (("vit5gen", "SiTPipeline", ""), ("diffusers", "DiffusionPipeline", stub)):
+        subprocess.run([sys.executable, "-c", script.format(*names)], check=True, env=environment, capture_output=True)
+        assert np.array_equal(np.load(tmp_path / "out.npy"), expected)
+
+
+def test_save_and_load_without_an_autoencoder(tmp_path: Path) -> None:
+    pipe = SiTPipeline(tiny_transformer(), SiTScheduler())
+    pipe.save_pretrained(tmp_path)
+    again = SiTPipeline.from_pretrained(tmp_path)
+    assert again.vae is None
+    assert again.guide is None
+    assert torch.equal(pipe(0, generator=seed(), **EULER).images, again(0, generator=seed(), **EULER).images)
+    with pytest.raises(UserError, match="needs an autoencoder"):
+        again(0)
+
+
+def test_load_in_bf16(pipe: SiTPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    again = SiTPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert again.transformer.dtype == torch.bfloat16
+    assert again.config.id2label == NAMES
+
+
+def test_a_hub_name_resolves_our_components(pipe: SiTPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe.save_pretrained(tmp_path)
+    monkeypatch.setattr(SiTPipeline, "download", classmethod(lambda cls, name, **options: str(tmp_path)))
+    assert SiTPipeline.from_pretrained("user/repository").config.id2label == NAMES
+
+
+def test_model_card_is_filled_in(pipe: SiTPipeline, tmp_path: Path) -> None:
+    picture = tmp_path / "samples.png"
+    pipe(0, num_inference_steps=1).images[0].save(picture)
+    facts = TrainingFacts("vit5gen train configs/x.yaml", {"FD": 12.5}, picture)
+    pipe.save_pretrained(tmp_path / "a", facts=facts)
+    card = (tmp_path / "a" / "README.md").read_text()
+    for part in ("vit5gen train configs/x.yaml", "| FD | 12.5 |", "![samples](samples.png)", '"hidden_size": 32'):
+        assert part in card
+    assert card.startswith("---\nlibrary_name: diffusers\n")
+    SiTPipeline.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    assert (tmp_path / "b" / "README.md").read_text() == card
+    assert (tmp_path / "b" / "samples.png").read_bytes() == picture.read_bytes()
+    uploaded = tmp_path / "c"
+    uploaded.mkdir()
+    (uploaded / "README.md").write_text("an empty card")
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(DiffusionPipeline, "_upload_folder", lambda *args, **options: None)
+    SiTPipeline.from_pretrained(tmp_path / "a")._upload_folder(uploaded, "user/repository")
+    monkey.undo()
+    assert (uploaded / "README.md").read_text() == card
+
+
+def test_hash_is_of_what_decides_the_images(pipe: SiTPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    before = pipeline_hash(tmp_path)
+    (tmp_path / "README.md").write_text("other")
+    assert pipeline_hash(tmp_path) == before
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text("{}")
+    assert pipeline_hash(tmp_path) != before
+
+
+def test_load_pipeline_takes_a_run_or_its_pipeline(pipe: SiTPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "run" / "pipeline")
+    assert load_pipeline(tmp_path / "run").config.id2label == NAMES
+    assert load_pipeline(tmp_path / "run" / "pipeline").config.id2label == NAMES
+    with pytest.raises(UserError, match="neither a run nor a pipeline folder"):
+        load_pipeline(tmp_path)
+    (tmp_path / "run" / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="does not load"):
+        load_pipeline(tmp_path / "run")
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps = 0; expected a whole number of at least 1"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps = 2.5"),
+        ({"num_images_per_label": 0}, "num_images_per_label = 0"),
+        ({"sampler": "ode-hen"}, "Did you mean 'ode-heun'"),
+        ({"sampler": "heun"}, "sampler: 'heun' is not known; expected one of ode-euler"),
+        ({"generator": [torch.Generator()]}, "generator: a list of 1; expected one for each of the 2 images"),
+        ({"latents": torch.zeros(2, 4, 8, 4)}, r"latents: shape \(2, 4, 8, 4\); expected \(2, 4, 8, 8\)"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents: shape \(1, 4, 8, 8\)"),
+        ({"height": 18}, "height = 18 cannot be made; expected a multiple of 4, e.g. 16"),
+        ({"width": 0}, "width = 0 cannot be made; expected a multiple of 4, e.g. 4"),
+        ({"output_type": "jpg"}, "output_type: 'jpg'"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"guidance_interval": (0.5, 0.2)}, "guidance_interval"),
+        ({"guidance_interval": (0.5,)}, "guidance_interval"),
+        ({"guidance_channels": 5, "guidance_scale": 2.0}, "guidance_channels: 5"),
+        ({"autoguidance_scale": 2.0}, "autoguidance_scale = 2.0 needs a second transformer"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback_on_step_end_tensor_inputs: 'noise'"),
+    ],
+)
+def test_bad_values(pipe: SiTPipeline, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        pipe([0, 1], **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_schedulers(pipe: SiTPipeline) -> None:
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(UserError, match="sampler = 'ode-heun': the scheduler is FlowMatchEulerDiscreteScheduler"):
+        pipe(0, sampler="ode-heun")
+    pipe.scheduler = DDIMScheduler()
+    with pytest.raises(UserError, match="DDIMScheduler is not made for flow matching"):
+        pipe(0)
+    pipe = SiTPipeline(tiny_transformer(), SiTScheduler(path="gvp"))
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(UserError, match="linear path only, the model has 'gvp'"):
+        pipe(0, output_type="latent")
+    with pytest.raises(UserError, match="shift"):
+        SiTScheduler(shift=0)
+
+
+def test_guidance_needs_a_null_label() -> None:
+    pipe = tiny_pipeline(class_dropout_prob=0.0)
+    pipe(0, **EULER)
+    with pytest.raises(UserError, match="without label dropout"):
+        pipe(0, guidance_scale=2.0, **EULER)
