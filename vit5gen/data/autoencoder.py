@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,7 +193,8 @@ def main(arguments: list[str] | None = None) -> None:
         config = validate(AutoencoderTraining, read_yaml(options.config), f"configuration {options.config}")
         score = train_autoencoder(config, options.output)
     except UserError as error:
-        parser.error(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     print(f"{options.output}: held-out PSNR {score:.2f} dB after {time.perf_counter() - start:.0f} s")
 
 
