@@ -1,0 +1,65 @@
+"""Log-likelihood against closed forms."""
+
+import math
+
+import pytest
+import torch
+from flow_mixture import Mixture
+from torch import Tensor
+
+from vit5gen.errors import UserError
+from vit5gen.flow import Flow, log_likelihood
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def gaussian(flow: Flow, mean: Tensor, variance: float) -> Mixture:
+    return Mixture(flow, torch.ones(1).double(), mean[None], torch.tensor([variance], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("dim", "variance"), [(2, 0.2), (16, 0.6), (5, 3.0)])
+@pytest.mark.parametrize("path", ["linear", "gvp", "vp"])
+def test_gaussian(path: str, dim: int, variance: float) -> None:
+    # At t = 0 the VP path still holds 0.7 % of the data, so that only a centred Gaussian flows from N(0, 1) there.
+    mixture = gaussian(Flow(path), normal(dim, seed=1) * (path != "vp"), variance)
+    x1 = mixture.sample(1.0, 4, torch.Generator().manual_seed(2))
+    logp, x0 = log_likelihood(mixture.flow, mixture.predict, x1, probes="exact", rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(logp, mixture.log_density(x1, 1.0), rtol=0, atol=1e-3)
+    torch.testing.assert_close(x0, (x1 - mixture.means) / math.sqrt(variance), rtol=0, atol=1e-3)
+
+
+def test_fixed_probes_make_an_unbiased_estimate_that_the_solver_can_follow() -> None:
+    mixture = Mixture(Flow())
+    x1 = mixture.sample(1.0, 1, torch.Generator().manual_seed(2))
+    exact, _ = log_likelihood(mixture.flow, mixture.predict, x1, probes="exact", rtol=1e-6)
+    estimates, _ = log_likelihood(
+        mixture.flow, mixture.predict, x1.expand(400, 2), generator=torch.Generator().manual_seed(3), rtol=1e-6
+    )
+    assert estimates.std() > 0  # the Jacobian of a mixture is not diagonal
+    assert abs(estimates.mean() - exact) < 4 * estimates.std() / 20
+
+
+def test_probes_follow_the_generator_and_solvers_agree() -> None:
+    mixture, x1 = Mixture(Flow("gvp")), normal(3, 2)
+    logp = [
+        log_likelihood(mixture.flow, mixture.predict, x1, 200, method, generator=torch.Generator().manual_seed(5))[0]
+        for method in ("dopri5", "heun", "dopri5")
+    ]
+    assert torch.equal(logp[0], logp[2])
+    torch.testing.assert_close(logp[0], logp[1], rtol=0, atol=5e-3)
+
+
+def test_a_model_that_ignores_its_input_keeps_the_density() -> None:
+    x1 = normal(3, 2, 2)
+    for probes in ("rademacher", "exact"):
+        logp, x0 = log_likelihood(Flow(), lambda x, t: torch.ones_like(x), x1, 4, "euler", probes)
+        torch.testing.assert_close(x0, x1 - 1)
+        torch.testing.assert_close(logp, torch.distributions.Normal(0, 1).log_prob(x1 - 1).flatten(1).sum(1))
+
+
+def test_bad_input() -> None:
+    for options in ({"probes": "gaussian"}, {"num_steps": 0}, {"method": "rk5"}, {"rtol": -1.0}):
+        with pytest.raises(UserError, match="expected"):
+            log_likelihood(Flow(), lambda x, t: x, normal(2, 3), **options)
