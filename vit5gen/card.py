@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import vit5gen
 from vit5gen.files import sha256
 
@@ -26,8 +28,9 @@ class TrainingFacts:
 
 def versions() -> dict[str, str]:
     """Return the versions of everything that can change an image."""
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "timm", "numpy")}
-    return {"vit5gen": vit5gen.__version__, "python": platform.python_version(), **packages}
+    packages = {name: importlib.metadata.version(name) for name in ("diffusers", "timm", "numpy")}
+    own = {"vit5gen": vit5gen.__version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    return own | packages
 
 
 def pipeline_hash(folder: Path) -> str:

@@ -125,6 +125,11 @@ class Output:
         write_json(self.card_file, {**card, "network_evaluations": counts})
         shutil.rmtree(self.part)
 
+    def discard_if_empty(self) -> None:
+        """Remove the hidden folder if nothing is drawn yet, as after a setting that the pipeline refuses."""
+        if self.part.exists() and not self.evaluations().any():
+            shutil.rmtree(self.part)
+
     def _save_npz(self, labels: np.ndarray) -> None:
         """Stream ``arr_0`` (N, H, W, 3) uint8 and ``arr_1``, the labels (N,) int64; equal images give equal bytes."""
         header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}

@@ -187,14 +187,15 @@ class SiTPipeline(DiffusionPipeline):
     def _class_id(self, label: object) -> int:
         count, names = self.transformer.config.num_classes, self.config.id2label
         if isinstance(label, str):
-            matches = _ids_by_name(names).get(label.strip().lower(), set())
+            known_names = _ids_by_name(names)
+            matches = known_names.get(label.strip().lower(), set())
             if len(matches) > 1:
                 raise UserError(
                     f"class {label!r} is the name of several classes; give one of the ids {sorted(matches)}"
                 )
             if not matches and not label.strip().isdecimal():
                 known = f"one of {len(names)} names or an id" if names else "an id (there are no class names)"
-                guess = nearest(label, names.values())
+                guess = nearest(label, known_names)
                 raise UserError(f"class {label!r} does not exist; expected {known} in 0..{count - 1}.{guess}")
             label = min(matches) if matches else int(label)
         if isinstance(label, bool) or not isinstance(label, int | np.integer):

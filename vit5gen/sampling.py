@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from tqdm import tqdm
 
@@ -62,7 +63,7 @@ def generate(pipe: SiTPipeline, job: SamplingJob, done: np.ndarray | None = None
     Chunks of ``batch_size`` consecutive indices that are not wholly ``done`` (N,) bool go round the processes. One
     process computes the whole of a chunk, so the number of processes does not change a bit of it.
     """
-    state, count = PartialState(), len(job.labels)
+    state, count = _processes(), len(job.labels)
     chunks = [range(i, min(i + job.batch_size, count)) for i in range(0, count, job.batch_size)]
     pending = [chunk for chunk in chunks if done is None or not done[chunk.start : chunk.stop].all()]
     settings = job.settings.model_dump()
@@ -86,7 +87,12 @@ def start_processes() -> PartialState:
             "`accelerate launch --cpu --num_processes N` starts one process, whatever N is; on CPU use "
             "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ...`"
         )
-    return PartialState()
+    return _processes()
+
+
+def _processes() -> PartialState:
+    # As Accelerator does; PartialState alone overlooks the variable and stays alone.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def sample_command(
@@ -157,6 +163,10 @@ def sample_command(
         if state.is_main_process:
             target.finish(card, labels, [pipe.class_name(i) for i in labels])
         state.wait_for_everyone()
+    except UserError:
+        if state.is_main_process:
+            target.discard_if_empty()
+        raise
     except OSError as error:
         raise UserError(
             f"output {target.path}: {error.strerror or error}; what is drawn is kept: mend it and run the command again"
