@@ -16,6 +16,7 @@ from ..errors import UserError, choose
 from .backbone import Backbone
 from .layers import check_heads, init_linears, make_norm
 from .rope import Grid, Segment, resample_positions, rope_table
+from .transformer import SIZES
 from .vit5 import ViT5Block, check_registers
 
 ROPE_THETA, REGISTER_THETA = 10000.0, 100.0
@@ -219,8 +220,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, embed_dim: int, depth: int, num_heads: int, **kwargs: Any) -> ViT5:
-    sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+def _create(variant: str, size: str, pretrained: bool, kwargs: dict[str, Any]) -> ViT5:
+    embed_dim, depth, num_heads = SIZES[size]
     with torch.serialization.safe_globals([argparse.Namespace]):  # the published files carry their arguments
         return build_model_with_cfg(
             ViT5,
@@ -228,29 +229,29 @@ def _create(variant: str, pretrained: bool, embed_dim: int, depth: int, num_head
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-            **(sizes | kwargs),
+            **({"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads} | kwargs),
         )
 
 
 @register_model
 def vit5_small(pretrained: bool = False, **kwargs: Any) -> ViT5:
     """ViT-5-S/16, 22.0 M parameters, ImageNet-1k top-1 82.2."""
-    return _create("vit5_small", pretrained, 384, 12, 6, **kwargs)
+    return _create("vit5_small", "S", pretrained, kwargs)
 
 
 @register_model
 def vit5_base(pretrained: bool = False, **kwargs: Any) -> ViT5:
     """ViT-5-B/16, 86.5 M parameters, top-1 84.2 (384 pixels: 85.4)."""
-    return _create("vit5_base", pretrained, 768, 12, 12, **kwargs)
+    return _create("vit5_base", "B", pretrained, kwargs)
 
 
 @register_model
 def vit5_large(pretrained: bool = False, **kwargs: Any) -> ViT5:
     """ViT-5-L/16, 304.3 M parameters, top-1 84.9 (384 pixels: 86.0)."""
-    return _create("vit5_large", pretrained, 1024, 24, 16, **kwargs)
+    return _create("vit5_large", "L", pretrained, kwargs)
 
 
 @register_model
 def vit5_xlarge(pretrained: bool = False, **kwargs: Any) -> ViT5:
     """ViT-5-XL/16, 448.5 M parameters; no weights were published."""
-    return _create("vit5_xlarge", pretrained, 1152, 28, 16, **kwargs)
+    return _create("vit5_xlarge", "XL", pretrained, kwargs)
