@@ -100,7 +100,7 @@ class TrainingConfig(Section):
         None, description="samples of one forward, per process; default: all at once"
     )
     seed: Natural = Field(0, description="fixes initialisation, data order and every draw")
-    precision: Literal["fp32", "tf32", "bf16"] = Field("tf32", description="arithmetic of matrix products")
+    precision: Literal["fp64", "fp32", "tf32", "bf16"] = Field("tf32", description="arithmetic of matrix products")
     learning_rate: Positive = Field(1e-4, description="peak learning rate of AdamW")
     adam_betas: list[Decay] = Field([0.9, 0.999], min_length=2, max_length=2, description="decay rates of AdamW")
     weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
@@ -134,11 +134,14 @@ class EvaluationConfig(Section):
     """Frechet distance and grids while training."""
 
     every: Count | None = Field(None, description="steps between evaluations; default: first and last step only")
-    num_images: Count = Field(1000, description="images generated for the distance")
+    num_images: Count = Field(1000, description="images generated for the distance, at most as many as are held out")
+    num_reference: Count = Field(10_000, description="training images that they are held against")
+    held_out_split: str = Field("test", description="split of real images that give the floor at the same number")
     batch_size: Count = Field(100, description="images generated at once, per process")
     extractor: str = Field("effnet-lite0", description="feature network")
     seed: Natural = Field(0, description="seed of the generated images")
     images_per_class: Count = Field(8, description="columns of samples.png")
+    grid_classes: Count = Field(10, description="rows of samples.png: the first so many classes")
 
 
 class Config(Section):

@@ -1,0 +1,239 @@
+"""The command line: ``vit5gen train | encode | sample | evaluate | convert | classify | benchmark``.
+
+Parsing only: a command imports its module when it runs, so that ``--help`` answers at once.
+Bad input ends as one line on standard error and exit code 2.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import yaml
+from pydantic import BaseModel
+
+from vit5gen.classify import HELP as CLASSIFY_HELP
+from vit5gen.config import Config, EvaluationConfig, SamplingConfig, load_config, validate
+from vit5gen.errors import UserError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations and with errors of one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; `{self.prog} --help` lists the options")
+
+
+def _sections() -> dict[str, type[BaseModel]]:
+    return {name: field.annotation for name, field in Config.model_fields.items()}  # type: ignore[misc]
+
+
+def _add_key(group: Any, option: str, section: type[BaseModel], key: str) -> None:
+    field = section.model_fields[key]
+    default = "" if field.default is None else f" [{field.default}]"
+    text = f"{field.description}{default}".replace("%", "%%")
+    group.add_argument(option, dest=option, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+
+
+def _value(section: type[BaseModel], key: str, option: str, text: str) -> Any:
+    """Read an option's text as YAML, unless its key takes a string."""
+    kind = section.model_fields[key].annotation
+    if kind is str or (kind == str | None and text != "null"):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{option} = {text!r} is not valid YAML; expected e.g. 3, '[a, b]' or '{{key: 1}}'") from error
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Take CONFIG, and make every key of it an option ``--section.key VALUE``."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, e.g. configs/quickstart.yaml")
+    for name, section in _sections().items():
+        group = parser.add_argument_group(name, section.__doc__)
+        for key in section.model_fields:
+            _add_key(group, f"--{name}.{key}", section, key)
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """Load CONFIG with the keys that were given as options."""
+    sections = _sections()
+    overrides = {}
+    for option, text in vars(args).items():
+        if option.startswith("--") and "." in option:
+            name, key = option[2:].split(".")
+            overrides[option[2:]] = _value(sections[name], key, option, text)
+    return load_config(args.config, overrides)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Make every key of the section ``sampling`` an option ``--key-with-dashes VALUE``."""
+    group = parser.add_argument_group("sampling", SamplingConfig.__doc__)
+    for key in SamplingConfig.model_fields:
+        _add_key(group, f"--{key.replace('_', '-')}", SamplingConfig, key)
+
+
+def read_sampling(args: argparse.Namespace) -> SamplingConfig:
+    """Collect the options of `add_sampling`."""
+    given = {}
+    for key in SamplingConfig.model_fields:
+        option = f"--{key.replace('_', '-')}"
+        if option in args:
+            given[key] = _value(SamplingConfig, key, option, getattr(args, option))
+    return validate(SamplingConfig, given, "sampling")
+
+
+def train(args: argparse.Namespace) -> int:
+    from vit5gen.training.loop import train
+
+    return train(read_config(args), args.output, args.resume, args.accept_changes)
+
+
+def encode(args: argparse.Namespace) -> None:
+    from vit5gen.data.latents import encode_command
+
+    encode_command(read_config(args), args.output)
+
+
+def sample(args: argparse.Namespace) -> None:
+    from vit5gen.sampling import sample_command
+
+    classes = None if args.classes is None else [name for names in args.classes for name in names]
+    sample_command(
+        args.checkpoint,
+        args.num_images,
+        args.seed,
+        args.output,
+        classes,
+        args.batch_size,
+        read_sampling(args),
+        args.labels,
+        args.precision,
+        args.compile,
+    )
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    from vit5gen.evaluation.evaluate import evaluate_command
+
+    return evaluate_command(
+        args.samples,
+        args.reference,
+        args.output,
+        args.save_statistics,
+        args.extractor,
+        args.weights,
+        args.weights_sha256,
+        args.metrics,
+        args.protocol,
+        args.batch_size,
+        args.num_images,
+        args.seed,
+        args.labels,
+        read_sampling(args),
+    )
+
+
+def convert(args: argparse.Namespace) -> None:
+    from vit5gen.convert import convert_command
+
+    convert_command(args.checkpoint, args.output, args.vae, args.weights, args.num_attention_heads)
+
+
+def classify(args: argparse.Namespace) -> None:
+    from vit5gen.classify import classify
+
+    result = classify(args.folder, args.model, args.checkpoint, args.batch_size, args.num_workers)
+    print(f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, {result['num_images']:.0f} images")
+
+
+def build_parser() -> Parser:
+    """Build the parser of all commands."""
+    parser = Parser(prog="vit5gen", description=__doc__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+
+    def command(function: Any, text: str, description: str | None = None) -> Parser:
+        sub: Parser = commands.add_parser(function.__name__, help=text, description=description or text)
+        sub.set_defaults(run=function, parser=sub)
+        return sub
+
+    evaluation = EvaluationConfig()
+
+    sub = command(train, "train a model; run again, it goes on from its newest checkpoint")
+    add_config(sub)
+    sub.add_argument("--output", metavar="RUN", required=True, help="folder of the run")
+    sub.add_argument("--resume", metavar="WHERE", default="auto", help="auto | never | a checkpoint folder [auto]")
+    sub.add_argument("--accept-changes", action="store_true", help="resume although the configuration differs")
+
+    sub = command(encode, "encode images once to latent shards")
+    add_config(sub)
+    sub.add_argument("--output", metavar="FOLDER", required=True, help="folder of the shards and their manifest")
+
+    sub = command(sample, "draw images from a run or a pipeline folder; run again, it goes on where it stopped")
+    sub.add_argument("--checkpoint", metavar="RUN", required=True, help="folder of a run, or a pipeline folder")
+    sub.add_argument("--num-images", type=int, metavar="N", required=True, help="number of images")
+    sub.add_argument("--seed", type=int, default=evaluation.seed, help=f"[{evaluation.seed}]")
+    sub.add_argument("--output", metavar="FILE|FOLDER", required=True, help="FILE.png (grid), FILE.npz, or a folder")
+    sub.add_argument(
+        "--class",
+        dest="classes",
+        nargs="+",
+        action="append",
+        metavar="CLASS",
+        help="names or ids of classes; default: all",
+    )
+    sub.add_argument("--labels", default="balanced", help="balanced | random, both fixed by the seed [balanced]")
+    sub.add_argument("--batch-size", type=int, default=evaluation.batch_size, help=f"[{evaluation.batch_size}]")
+    sub.add_argument("--precision", default="fp32", help="fp32 | tf32 | bf16, of the network alone [fp32]")
+    sub.add_argument("--compile", action="store_true", help="compile the network")
+    add_sampling(sub)
+
+    sub = command(evaluate, "score images against a reference, or build a reference")
+    sub.add_argument(
+        "samples", nargs="+", help="ADM npz, folder of images, run or pipeline folder; several: mean and std"
+    )
+    sub.add_argument("--reference", metavar="REF", help="ADM npz, statistics file, folder of images, or configuration")
+    sub.add_argument("--output", metavar="CARD.json", help="card with every setting and number")
+    sub.add_argument("--save-statistics", metavar="FILE", help="build a reference from SAMPLES instead")
+    sub.add_argument("--extractor", default="inception", help="inception | effnet-lite0 [inception]")
+    sub.add_argument("--weights", metavar="FILE", help="weights of the extractor; default: its cache, or a download")
+    sub.add_argument("--weights-sha256", metavar="HASH", help="expected hash of --weights, if not the published file")
+    sub.add_argument("--metrics", nargs="+", metavar="NAME", help="default: all that the inputs allow")
+    sub.add_argument("--protocol", metavar="adm", help="adm: everything as ADM does, or an error")
+    sub.add_argument("--batch-size", type=int, default=50, help="[50]")
+    sub.add_argument("--num-images", type=int, default=50_000, help="of a run or pipeline folder [50000]")
+    sub.add_argument("--seed", type=int, nargs="+", default=[0], help="of a run; several give mean and deviation [0]")
+    sub.add_argument("--labels", default="balanced", help="of a run or pipeline folder: balanced | random [balanced]")
+    add_sampling(sub)
+
+    sub = command(convert, "turn a published SiT file, or a run's checkpoint, into a pipeline folder")
+    sub.add_argument("checkpoint", help="e.g. SiT-XL-2-256x256.pt, RUN, or RUN/checkpoints/step_00000010")
+    sub.add_argument("--output", metavar="FOLDER", required=True, help="new pipeline folder")
+    sub.add_argument("--vae", help="name or folder of the autoencoder, or none; default: SiT's, or the run's")
+    sub.add_argument("--weights", help="of a run: ema_<decay> or model; default: its first average")
+    sub.add_argument("--num-attention-heads", type=int, help="of a SiT file whose width is no preset's")
+
+    sub = command(classify, "top-1 and top-5 of a published ViT-5 classifier", CLASSIFY_HELP)
+    sub.add_argument("folder", help="folder of class folders, e.g. ImageNet's val")
+    sub.add_argument("--model", required=True, help="vit5_small | vit5_base | vit5_large | vit5_xlarge")
+    sub.add_argument("--checkpoint", metavar="FILE", required=True, help="published .pth file")
+    sub.add_argument("--batch-size", type=int, default=64, help="[64]")
+    sub.add_argument("--num-workers", type=int, default=0, help="[0]")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit: 0 done, 2 bad input (one line on standard error), or the command's own code."""
+    try:
+        args, unknown = build_parser().parse_known_args(argv)
+        if unknown:
+            prog, known = args.parser.prog, args.parser._option_string_actions
+            hint = nearest(unknown[0].split("=")[0], known)
+            raise UserError(f"{prog}: unknown argument {unknown[0]!r}.{hint} `{prog} --help` lists the options")
+        sys.exit(args.run(args) or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,73 @@
+"""What a configuration stands for: the model, the flow, the optimizer and its learning rate."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from vit5gen.config import Config, TrainingConfig
+from vit5gen.errors import UserError
+from vit5gen.flow import Flow
+from vit5gen.models import SiTTransformer2DModel
+
+
+def latent_shape(config: Config) -> tuple[int, int, int]:
+    """Return (C, h, w) of the run's latents; raise `UserError` when the resolution does not fit the autoencoder."""
+    side, rest = divmod(config.data.resolution, config.vae.downsample)
+    if rest:
+        raise UserError(
+            f"data.resolution = {config.data.resolution} is not a multiple of vae.downsample = "
+            f"{config.vae.downsample}; choose e.g. {max(side, 1) * config.vae.downsample}"
+        )
+    return config.vae.latent_channels, side, side
+
+
+def build_model(config: Config) -> SiTTransformer2DModel:
+    """Construct the transformer on the present default device, initialised from ``training.seed``."""
+    channels, side, _ = latent_shape(config)
+    section = config.model
+    sizes = ("hidden_size", "num_layers", "num_attention_heads", "patch_size")
+    arguments: dict[str, Any] = {name: getattr(section, name) for name in sizes if getattr(section, name) is not None}
+    arguments |= section.model_dump(include={"mlp_ratio", "class_dropout_prob", "learn_sigma", "backbone_kwargs"})
+    arguments |= {"sample_size": side, "in_channels": channels, "num_classes": config.data.num_classes}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        if section.preset is None:
+            return SiTTransformer2DModel(backbone=section.backbone, **arguments)
+        return SiTTransformer2DModel.from_preset(section.preset, backbone=section.backbone, **arguments)
+
+
+def build_flow(config: Config) -> Flow:
+    """Construct the flow of a run."""
+    section = config.flow
+    return Flow(section.path, section.prediction, section.loss_weight, direction_weight=section.direction_weight)
+
+
+def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
+    """Construct fused AdamW; norms, biases and what ``model.no_weight_decay()`` names are not decayed."""
+    excluded: set[str] = getattr(model, "no_weight_decay", set)()
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[parameter.ndim >= 2 and name not in excluded].append(parameter)
+    decay = {True: training.weight_decay, False: 0.0}
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": decay[decayed]}
+            for decayed, parameters in groups.items()
+            if parameters
+        ],
+        lr=training.learning_rate,
+        betas=(training.adam_betas[0], training.adam_betas[1]),
+        fused=True,
+    )
+
+
+def learning_rate(step: int, training: TrainingConfig) -> float:
+    """Return the learning rate of ``step`` (0-based): linear warm-up, then constant or a cosine to 0 at the end."""
+    if step < training.warmup_steps:
+        return training.learning_rate * (step + 1) / training.warmup_steps
+    if training.schedule == "constant":
+        return training.learning_rate
+    done = (step - training.warmup_steps) / max(1, training.num_steps - training.warmup_steps)
+    return training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))

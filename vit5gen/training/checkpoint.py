@@ -1,0 +1,152 @@
+"""Checkpoints that are whole or absent: ``RUN/checkpoints/step_00000010/``.
+
+A checkpoint holds ``model``, ``ema_<decay>`` and ``optimizer`` as safetensors of whole (unsharded) tensors, so that any
+number of processes, DDP or FSDP, resumes it; ``state.json``, ``config.yaml`` and, last, the checksums of all of them.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from vit5gen.errors import UserError
+from vit5gen.files import read_json, sha256, write_json
+from vit5gen.training.ema import EMA
+
+_CHECKSUMS = "checksums.json"
+
+
+def gather(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, dict[str, Tensor]]:
+    """Collect whole CPU tensors by file name; a collective that every process calls (only rank 0 gets all of them)."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+    files: dict[str, dict[str, Any]] = {"model": get_model_state_dict(model, options=options)}
+    files |= {f"ema_{decay}": ema.state_dict(decay) for decay in ema.averages}
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
+    files["optimizer"] = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return files
+
+
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> None:
+    """Load what `gather` collected, sharding it as the model is; the averages must be those of ``ema``."""
+    options = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True)
+    weights: dict[str, Any] = load_tensors(folder, "model")
+    set_model_state_dict(model, weights, options=options)
+    for decay in ema.averages:
+        ema.load_state_dict(decay, load_tensors(folder, f"ema_{decay}"))
+    # Learning rate, betas and the like come from the configuration: only the tensors are taken from the file.
+    present: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
+    set_optimizer_state_dict(model, optimizer, present | load_tensors(folder, "optimizer"), options=options)
+
+
+def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """Read one file of a checkpoint; raise `UserError` when the checkpoint lacks it."""
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        found = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors"))) or "no weights"
+        raise UserError(f"checkpoint {folder} holds no {name!r}, it has {found}; choose one of them")
+    return safetensors.torch.load_file(path)
+
+
+def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], config: str) -> Path:
+    """Write ``folder/step_%08d`` so that it appears whole; an older checkpoint is untouched when this fails."""
+    target = folder / step_name(step)
+    temporary = folder / f".{target.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        for name, values in tensors.items():
+            safetensors.torch.save_file(
+                {key: value.contiguous() for key, value in values.items()}, temporary / f"{name}.safetensors"
+            )
+        write_json(temporary / "state.json", {"step": step, **state})
+        (temporary / "config.yaml").write_text(config, encoding="utf-8")
+        files = sorted(temporary.iterdir())
+        write_json(temporary / _CHECKSUMS, {file.name: sha256(file) for file in files})
+        for file in [*files, temporary]:
+            _fsync(file)
+        # A checkpoint of the same step can stand there only if it is broken: a valid one would have been resumed.
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        _fsync(folder)
+    except (OSError, SafetensorError):
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def problem(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint (missing, truncated or altered files), or None when it is valid."""
+    try:
+        checksums = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
+        for name, checksum in checksums.items():
+            if sha256(folder / name) != checksum:
+                return f"{name} is damaged"
+    except OSError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, AttributeError):
+        return f"{_CHECKSUMS} is damaged"
+    return None
+
+
+def step_name(step: int) -> str:
+    """Return the folder name of a checkpoint."""
+    return f"step_{step:08d}"
+
+
+def steps(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first, valid or not."""
+    return sorted(path for path in folder.glob("step_*") if path.name[5:].isdigit())
+
+
+def newest_valid(folder: Path) -> Path | None:
+    """Return the newest valid checkpoint, None when there is none at all; say so when a newer one is passed over.
+
+    Raises:
+        UserError: there are checkpoints but none is valid.
+    """
+    found = steps(folder)
+    for path in reversed(found):
+        fault = problem(path)
+        if fault is None:
+            return path
+        print(f"warning: checkpoint {path} is passed over: {fault}", flush=True)
+    if found:
+        raise UserError(
+            f"none of the {len(found)} checkpoints in {folder} is valid; restore one, or start in another folder"
+        )
+    return None
+
+
+def prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
+    """Delete unfinished writes and all but the ``keep_last`` newest and the multiples of ``keep_every``."""
+    for path in steps(folder)[:-keep_last]:
+        if keep_every is None or int(path.name[5:]) % keep_every:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".step_*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the ``state.json`` of a checkpoint."""
+    return read_json(folder / "state.json", "checkpoint state")

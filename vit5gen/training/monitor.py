@@ -1,0 +1,146 @@
+"""What a run shows of itself: log lines, the loss curve, sample grids and the Frechet distance of the EMA.
+
+Pictures and distances go through the very pipeline that users call.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from vit5gen.card import TrainingFacts
+from vit5gen.config import Config
+from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
+from vit5gen.evaluation.statistics import gather_rows
+from vit5gen.files import atomic
+from vit5gen.grid import save_grid
+from vit5gen.models import SiTTransformer2DModel
+from vit5gen.pipeline import SiTPipeline, SiTScheduler
+from vit5gen.sampling import SamplingJob, generate
+from vit5gen.training.ema import EMA
+from vit5gen.training.reference import Reference, build_reference
+from vit5gen.training.run import Log
+
+
+class Monitor:
+    """Evaluates the first EMA of a run and keeps its log; every process calls it, the main one writes."""
+
+    def __init__(
+        self,
+        config: Config,
+        output: Path,
+        accelerator: Accelerator,
+        model: nn.Module,
+        ema: EMA,
+        vae: AutoencoderKL,
+        class_names: list[str],
+    ) -> None:
+        self.config, self.output, self.accelerator = config, output, accelerator
+        self.model, self.ema, self.vae, self.class_names = model, ema, vae, class_names
+        self.log = Log(output)
+        accelerator.init_trackers("vit5gen")
+
+    def write(self, step: int, line: dict[str, Any]) -> None:
+        """Add a line to the log and the trackers."""
+        if self.accelerator.is_main_process:
+            self.log.write({"step": step, **line})
+        self.accelerator.log({key: value for key, value in line.items() if value is not None}, step=step)
+
+    def due(self, step: int) -> bool:
+        """Tell whether ``step`` wants an evaluation that the run does not have yet."""
+        every, last = self.config.evaluation.every, self.config.training.num_steps
+        wanted = step in (0, last) or (every is not None and step % every == 0)
+        return wanted and step not in {entry["step"] for entry in self.log.evaluations()}
+
+    def evaluate(self, step: int) -> None:
+        """Sample from the EMA: refresh ``pipeline/``, ``samples.png`` and ``loss.png``, add to ``metrics.json``."""
+        with self.accelerator.autocast():
+            self._evaluate(step)
+
+    def _evaluate(self, step: int) -> None:
+        pipe = self._pipeline()
+        entry: dict[str, Any] = {"step": step}
+        batches = (images for _, images in self._generate(pipe, self._reference.labels))
+        generated = frechet_of(batches, self._extractor).all_reduce()
+        report = frechet_report(generated, self._reference.distance, self._reference.floor)
+        entry[self._extractor.metric] = report
+        self.accelerator.log({self._extractor.metric: report["value"]}, step=step)
+        classes = range(min(len(self.class_names), self.config.evaluation.grid_classes))
+        labels = [label for label in classes for _ in range(self.config.evaluation.images_per_class)]
+        parts = list(self._generate(pipe, labels))
+        empty = torch.empty(0, 3, self.config.data.resolution, self.config.data.resolution, dtype=torch.uint8)
+        indices = torch.tensor([i for indices, _ in parts for i in indices], dtype=torch.int64)
+        grid = gather_rows(torch.cat([empty, *(images for _, images in parts)]), indices)
+        if self.accelerator.is_main_process:
+            picture = self.output / "samples.png"
+            save_grid(picture, grid, [self.class_names[label] for label in labels])
+            save_loss_curve(self.output / "loss.png", self.log.read())
+            self._export(pipe, entry, picture)
+            # Last of all: an evaluation that stands in metrics.json has left everything else behind.
+            self.log.add_evaluation(entry)
+        self.accelerator.wait_for_everyone()
+
+    def _pipeline(self) -> SiTPipeline:
+        config = self.model.config
+        with torch.device("meta"):
+            transformer = SiTTransformer2DModel.from_config(config)
+        weights = self.ema.state_dict(self.config.training.ema_decays[0])
+        transformer.load_state_dict({**self.model.state_dict(), **weights}, assign=True)
+        transformer.eval().requires_grad_(False)
+        scheduler = SiTScheduler(path=self.config.flow.path, prediction=self.config.flow.prediction)
+        pipe = SiTPipeline(transformer, scheduler, self.vae, id2label=dict(enumerate(self.class_names)))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _generate(self, pipe: SiTPipeline, labels: list[int]) -> Iterator[tuple[range, Tensor]]:
+        evaluation = self.config.evaluation
+        return generate(pipe, SamplingJob(labels, evaluation.seed, evaluation.batch_size, self.config.sampling))
+
+    @cached_property
+    def _extractor(self) -> Extractor:
+        return load_extractor(self.config.evaluation.extractor, self.accelerator.device)
+
+    @cached_property
+    def _reference(self) -> Reference:
+        return build_reference(
+            self.config, self._extractor, self.accelerator.process_index, self.accelerator.num_processes
+        )
+
+    def next_command(self) -> str:
+        """Return the shell command that draws more images of the run's first class."""
+        return (
+            f'python sample.py --checkpoint {self.output} --class "{self.class_names[0]}" --num-images 8 --seed 0'
+            f" --output {self.output / 'more.png'}"
+        )
+
+    def _export(self, pipe: SiTPipeline, entry: dict[str, Any], picture: Path) -> None:
+        """Replace ``pipeline/`` by the present one."""
+        folder, new, old = (self.output / name for name in ("pipeline", ".pipeline.new", ".pipeline.old"))
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        facts = TrainingFacts(command="vit5gen " + " ".join(sys.argv[1:]), metrics=entry, picture=picture)
+        pipe.save_pretrained(new, facts=facts)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def save_loss_curve(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Plot the logged loss over steps."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([line["step"] for line in lines], [line["loss"] for line in lines])
+    axes.set(xlabel="step", ylabel="training loss")
+    axes.grid(alpha=0.3)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

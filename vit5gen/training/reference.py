@@ -1,0 +1,56 @@
+"""What generated images are held against while training: statistics of real images, and the floor beside them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vit5gen.config import Config
+from vit5gen.data.images import ImageSet, open_images
+from vit5gen.errors import UserError
+from vit5gen.evaluation import Extractor, FeatureStatistics, FrechetReference, frechet_of
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Training images as `FrechetReference`, ``labels`` to generate, and ``floor``: the distance of held-out images.
+
+    The floor belongs to the same number of images with the same labels; it is None where no images are held out.
+    """
+
+    distance: FrechetReference
+    labels: list[int]
+    floor: float | None
+
+
+def build_reference(config: Config, extractor: Extractor, rank: int, world_size: int) -> Reference:
+    """Score the real images, shared over the processes.
+
+    Raises:
+        UserError: the images of the training data cannot be read.
+    """
+    evaluation = config.evaluation
+    order = np.random.default_rng(evaluation.seed)
+
+    def choose(images: ImageSet, most: int) -> ImageSet:
+        return images.select(torch.from_numpy(order.permutation(len(images))[:most]))
+
+    def statistics(images: ImageSet) -> FeatureStatistics:
+        return frechet_of(_batches(images, evaluation.batch_size, rank, world_size), extractor).all_reduce()
+
+    training = choose(open_images(config.data), evaluation.num_reference)
+    moments = statistics(training)
+    distance = FrechetReference(moments.mean, moments.covariance)
+    try:
+        held_out = choose(open_images(config.data, evaluation.held_out_split), evaluation.num_images)
+    except UserError:
+        return Reference(distance, training.labels[: evaluation.num_images].tolist(), floor=None)
+    real = statistics(held_out)
+    return Reference(distance, held_out.labels.tolist(), distance.distance(real.mean, real.covariance))
+
+
+def _batches(images: ImageSet, size: int, rank: int, world_size: int) -> Iterator[Tensor]:
+    for start in range(rank * size, len(images), world_size * size):
+        yield torch.stack([images.read(i) for i in range(start, min(start + size, len(images)))])

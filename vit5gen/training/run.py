@@ -1,0 +1,155 @@
+"""The folder of a run: its lock, its configuration and its log."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vit5gen.config import Config, read_yaml
+from vit5gen.errors import UserError
+from vit5gen.files import read_json, write_json, write_text
+from vit5gen.training import checkpoint
+
+# Sections and keys that may differ when a run goes on: they change what is kept and shown, not what is computed.
+_FREE = {
+    "evaluation",
+    "sampling",
+    "data.num_workers",
+    "data.latents",
+    "training.num_steps",
+    "training.micro_batch_size",
+    "training.checkpoint_every",
+    "training.keep_last",
+    "training.keep_every",
+    "training.log_every",
+    "training.trackers",
+    "training.max_nonfinite_steps",
+}
+
+
+def lock(folder: Path) -> int:
+    """Take the kernel's lock on a run; it is gone when this process is. Returns the descriptor that holds it.
+
+    Raises:
+        UserError: another process trains in this folder, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"--output {folder}: {error.strerror}; choose a folder that can be written") from error
+    # A forked data worker would share the lock and outlive the trainer.
+    os.register_at_fork(after_in_child=lambda: os.close(descriptor))
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"--output {folder}: another process trains there; wait for it or choose another folder"
+        ) from None
+    return descriptor
+
+
+def to_yaml(config: Config) -> str:
+    """Return the resolved configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(old: dict[str, Any], config: Config) -> list[str]:
+    """List ``section.key: old -> new`` for every key that changes what a run computes."""
+    new = config.model_dump(mode="json")
+    return [
+        f"{section}.{key}: {old.get(section, {}).get(key)!r} -> {value!r}"
+        for section, values in new.items()
+        for key, value in values.items()
+        if not {section, f"{section}.{key}"} & _FREE and old.get(section, {}).get(key) != value
+    ]
+
+
+def check_same(checkpoint: Path, config: Config, accept_changes: bool) -> None:
+    """Refuse to resume ``checkpoint`` under another configuration unless the user accepts that."""
+    changes = differences(read_yaml(checkpoint / "config.yaml"), config)
+    if changes and not accept_changes:
+        raise UserError(
+            f"{checkpoint} was made by another configuration: {'; '.join(changes)}. "
+            "Restore these values, choose another --output, or add --accept-changes to go on with the new ones"
+        )
+    for change in changes:
+        print(f"note: going on with {change}", flush=True)
+
+
+class Log:
+    """``log.jsonl`` (a line per ``log_every`` steps) and ``metrics.json`` (an entry per evaluation) of a run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.lines = folder / "log.jsonl"
+        self.metrics = folder / "metrics.json"
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after ``step``: it will be computed again."""
+        if self.lines.exists():
+            kept = [line for line in self.read() if line["step"] <= step]
+            write_text(self.lines, "".join(json.dumps(line) + "\n" for line in kept))
+        if self.metrics.exists():
+            write_json(self.metrics, {"evaluations": [entry for entry in self.evaluations() if entry["step"] <= step]})
+
+    def write(self, line: dict[str, Any]) -> None:
+        with self.lines.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the lines; one that a kill cut short is left out."""
+        lines = self.lines.read_text(encoding="utf-8").split("\n") if self.lines.exists() else []
+        return [json.loads(line) for line in lines[:-1]]
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        return read_json(self.metrics, "metrics")["evaluations"] if self.metrics.exists() else []
+
+    def add_evaluation(self, entry: dict[str, Any]) -> None:
+        others = [old for old in self.evaluations() if old["step"] != entry["step"]]
+        write_json(self.metrics, {"evaluations": [*others, entry]})
+
+
+def prepare(config: Config, output: Path, resume: str, accept_changes: bool) -> Path | None:
+    """Lock the folder, settle where to start and write the configuration; return the checkpoint to resume, if any.
+
+    Raises:
+        UserError: the folder holds another run or something else, or the checkpoint does not fit the configuration.
+    """
+    if output.is_dir() and any(output.iterdir()) and not (output / ".lock").exists():
+        raise UserError(f"--output {output}: holds other files; choose a new folder or one of an earlier run")
+    lock(output)
+    checkpoints = output / "checkpoints"
+    if resume == "auto":
+        start = checkpoint.newest_valid(checkpoints)
+    elif resume == "never":
+        if checkpoint.steps(checkpoints):
+            raise UserError(f"--output {output}: holds a run; choose a new folder, or --resume auto to go on with it")
+        start = None
+    else:
+        start = Path(resume)
+        if fault := checkpoint.problem(start):
+            raise UserError(
+                f"--resume {start}: {fault}; expected a valid checkpoint such as RUN/checkpoints/step_00000010"
+            )
+    step = 0
+    if start is not None:
+        check_same(start, config, accept_changes)
+        step = checkpoint.read_state(start)["step"]
+        if step > config.training.num_steps:
+            raise UserError(
+                f"{start} is beyond training.num_steps = {config.training.num_steps}; ask for {step} or more"
+            )
+    if not finished(config, output, start):
+        Log(output).rewind(step)
+        write_text(output / "config.yaml", to_yaml(config))
+    return start
+
+
+def finished(config: Config, output: Path, start: Path | None) -> bool:
+    """Tell whether the run has its last checkpoint and its last evaluation, after which nothing is left to do."""
+    last = config.training.num_steps
+    done = start is not None and start.parent == output / "checkpoints" and start.name == checkpoint.step_name(last)
+    return done and last in {entry["step"] for entry in Log(output).evaluations()}
