@@ -18,7 +18,9 @@ _ORDER_STREAM = 2**63  # keys of the data order; step numbers stay below
 
 def _random(seed: int, stream: int, position: int = 0) -> np.random.Generator:
     # Philox is counter-based: one key a (seed, step), one block of 2**192 counters a position.
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, position]))
+    # (Plain lists would pass through float64, which merges neighbouring streams.)
+    key, counter = np.array([seed, stream], np.uint64), np.array([0, 0, 0, position], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 @lru_cache(maxsize=2)

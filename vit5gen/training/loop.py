@@ -165,8 +165,8 @@ def train(config: Config, output: str | Path, resume: str = "auto", accept_chang
                 size = settings.global_batch_size
                 ids = [data_index(settings.seed, step - 1, position, size, len(source)) for position in range(size)]
                 accelerator.print(
-                    f"\nerror: loss or gradient was not finite in {nonfinite_in_a_row} steps in a row, up to step {step} "
-                    f"with the samples {ids}; state saved in {output / 'nonfinite'}; "
+                    f"\nerror: loss or gradient was not finite {nonfinite_in_a_row} steps in a row, up to step {step} with "
+                    f"the samples {ids}; state saved in {output / 'nonfinite'}; "
                     "lower training.learning_rate, or set training.max_grad_norm"
                 )
                 return NONFINITE
