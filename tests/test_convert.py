@@ -1,0 +1,148 @@
+"""Checkpoints of others and of our own trainer become pipelines."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import tiny_autoencoder
+
+from vit5gen import SiTPipeline
+from vit5gen.config import Config
+from vit5gen.convert import convert_command
+from vit5gen.errors import UserError
+from vit5gen.models import load_sit
+from vit5gen.training.build import build_model
+from vit5gen.training.checkpoint import save
+from vit5gen.training.run import to_yaml
+
+FIXTURES = Path(__file__).with_name("fixtures")
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("vae")
+    tiny_autoencoder().save_pretrained(folder)
+    return str(folder)
+
+
+def published(name: str, folder: Path) -> tuple[Path, int]:
+    """Write an oracle's weights as SiT publishes them: a pickle with its averaged weights under ``ema``."""
+    with safe_open(FIXTURES / f"{name}.safetensors", "pt") as file:
+        heads = json.loads(file.metadata()["config"])["num_heads"]
+        state = {key.removeprefix("state."): file.get_tensor(key) for key in file.keys() if key.startswith("state.")}  # noqa: SIM118
+    torch.save({"ema": state}, folder / f"{name}.pt")
+    return folder / f"{name}.pt", heads
+
+
+@pytest.mark.parametrize("name", ["sit_tiny", "sit_tiny_learn_sigma"])
+def test_published_sit_equals_an_euler_loop(name: str, tmp_path: Path, vae: str) -> None:
+    file, heads = published(name, tmp_path)
+    convert_command(file, tmp_path / "pipeline", vae=vae, num_attention_heads=heads)
+    pipe = SiTPipeline.from_pretrained(tmp_path / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    model = load_sit(file, num_attention_heads=heads)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    settings = {"guidance_scale": 1.5, "guidance_channels": 3, "num_inference_steps": 10, "sampler": "ode-euler"}
+    result = pipe([1, 2], latents=x, output_type="latent", **settings).images
+    labels, null = torch.tensor([1, 2]), torch.tensor([model.null_label] * 2)
+    for i in range(10):
+        t = torch.full((2,), i / 10)
+        with torch.no_grad():
+            given, free = model(x, t, labels), model(x, t, null)
+        velocity = given.clone()
+        velocity[:, :3] = free[:, :3] + 1.5 * (given - free)[:, :3]
+        x = x + velocity / 10
+    torch.testing.assert_close(result, x, rtol=0, atol=1e-5)
+    assert pipe.vae.config.latent_channels == 4
+
+
+def test_a_thousand_classes_get_imagenets_names(tmp_path: Path) -> None:
+    file, heads = published("sit_tiny", tmp_path)
+    state = torch.load(file, weights_only=True)["ema"]
+    table = state["y_embedder.embedding_table.weight"]
+    state["y_embedder.embedding_table.weight"] = torch.zeros(1001, table.shape[1])
+    torch.save(state, file)
+    convert_command(file, tmp_path / "pipeline", vae="none", num_attention_heads=heads)
+    pipe = SiTPipeline.from_pretrained(tmp_path / "pipeline")
+    assert pipe.class_ids(["golden retriever", 207]) == [207, 207]
+    assert pipe.vae is None
+    assert len(pipe.config.id2label) == 1000
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, vae: str) -> Path:
+    sections = {
+        "model": {"backbone": "sit", "hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "patch_size": 2},
+        "data": {"resolution": 16, "num_classes": 3},
+        "vae": {"name": vae, "downsample": 2},
+        "flow": {"path": "gvp", "prediction": "noise"},
+        "training": {"ema_decays": [0.9, 0.99]},
+    }
+    config = Config.model_validate(sections)
+    model = build_model(config)
+    sets = {}
+    for number, name in enumerate(["model", "ema_0.9", "ema_0.99"]):
+        sets[name] = {key: torch.full_like(value, number + 1) for key, value in model.state_dict().items()}
+    run = tmp_path_factory.mktemp("run")
+    for step in (10, 20):
+        save(run / "checkpoints", step, sets | {"optimizer": {"a": torch.zeros(1)}}, {}, to_yaml(config))
+    (run / "pipeline").mkdir()
+    (run / "pipeline" / "model_index.json").write_text(json.dumps({"id2label": {"0": "cat", "1": "dog", "2": "owl"}}))
+    return run
+
+
+@pytest.mark.parametrize(("weights", "value"), [(None, 2), ("ema_0.9", 2), ("ema_0.99", 3), ("model", 1)])
+def test_any_average_of_a_training_checkpoint(run: Path, tmp_path: Path, weights: str | None, value: int) -> None:
+    convert_command(run / "checkpoints" / "step_00000010", tmp_path / "out", weights=weights)
+    pipe = SiTPipeline.from_pretrained(tmp_path / "out")
+    assert all((parameter == value).all() for parameter in pipe.transformer.parameters())
+    assert (pipe.flow.path, pipe.flow.prediction) == ("gvp", "noise")
+    assert pipe.class_ids("owl") == [2]
+    assert pipe.image_size == (16, 16)
+    assert "README.md" in {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_a_run_gives_its_newest_checkpoint(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / "step_00000020")
+    convert_command(copy, tmp_path / "out")
+    assert load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def test_bad_checkpoints_leave_nothing_behind(run: Path, tmp_path: Path, vae: str) -> None:
+    file, heads = published("sit_tiny", tmp_path)
+    (tmp_path / "notes.pt").write_text("no weights")
+    (tmp_path / "empty").mkdir()
+    vae_of_eight = AutoencoderKL.from_config({**tiny_autoencoder().config, "latent_channels": 8})
+    vae_of_eight.save_pretrained(tmp_path / "wide")
+    broken = tmp_path / "broken"
+    shutil.copytree(run / "checkpoints" / "step_00000010", broken)
+    (broken / "ema_0.9.safetensors").write_bytes(b"short")
+    cases: list[tuple[Path, dict, str]] = [
+        (tmp_path / "absent.pt", {}, "absent.pt"),
+        (tmp_path / "notes.pt", {}, "notes.pt"),
+        (tmp_path / "empty", {}, "no run and no checkpoint folder"),
+        (broken, {}, "ema_0.9.safetensors is damaged"),
+        (file, {"vae": vae}, "give num_attention_heads"),
+        (file, {"num_attention_heads": heads, "weights": "model"}, "--weights = 'model' goes with"),
+        (file, {"num_attention_heads": heads, "vae": str(tmp_path / "empty")}, "no autoencoder can be loaded"),
+        (run, {"weights": "ema_0.5"}, "holds no 'ema_0.5', it has ema_0.9, ema_0.99, model"),
+        (run, {"num_attention_heads": 2}, "--num-attention-heads goes with"),
+        (run, {"vae": str(tmp_path / "wide")}, "latents of 8 channels, the model takes 4"),
+    ]
+    before = set(tmp_path.iterdir())
+    for checkpoint, options, message in cases:
+        with pytest.raises(UserError, match=message) as caught:
+            convert_command(checkpoint, tmp_path / "out", **options)
+        assert "\n" not in str(caught.value)
+        assert set(tmp_path.iterdir()) == before
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(UserError, match="exists; choose another --output"):
+        convert_command(file, tmp_path / "out")
