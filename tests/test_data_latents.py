@@ -143,6 +143,21 @@ def test_goes_on_after_a_kill(config: Config, tmp_path: Path, monkeypatch: pytes
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
 
+def test_goes_on_after_a_kill_before_the_manifest(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latents, "_finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            encode_command(config, tmp_path / "out")
+    encode_command(config, tmp_path / "out")
+    assert len(LatentDataset(tmp_path / "out")) == 11
+    assert not list((tmp_path / "out").glob("shard_*.json"))
+
+
 def test_two_processes_write_the_same_bytes(config: Config, tmp_path: Path) -> None:
     encode_command(config, tmp_path / "one")
     debug_launcher(encode_command, (config, tmp_path / "two"), num_processes=2)

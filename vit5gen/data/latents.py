@@ -44,29 +44,23 @@ def encode_dataset(images: ImageSet, vae: AutoencoderKL, folder: str | Path, con
     vae = vae.to(state.device)
     settings = _settings(images, vae, config)
     chunks = torch.arange(len(images)).split(SHARD_SIZE)
-    records = _finished(folder, settings)
-    missing = sum(len(chunk) for k, chunk in enumerate(chunks) if k not in records)
+    mine = range(state.process_index, len(chunks), state.num_processes)
+    records = _finished(folder, settings, mine)
+    ours = sum(len(chunks[k]) for k in mine if k not in records)
+    missing = sum(gather_object([ours]))  # every process has looked at the folder before any writes there
     if missing and state.is_main_process:
         _reserve(folder, missing, settings)
-    state.wait_for_everyone()  # every process has looked at the folder before any writes there
-    if state.is_main_process and not (folder / MANIFEST).exists():
-        write_json(folder / MANIFEST, settings | {"shards": None})
-    mine = range(state.process_index, len(chunks), state.num_processes)
-    ours = sum(len(chunks[k]) for k in mine if k not in records)
+        if not (folder / MANIFEST).exists():
+            write_json(folder / MANIFEST, settings | {"shards": None})
+    state.wait_for_everyone()
     with tqdm(desc="encode", unit="image", total=ours, disable=not (ours and state.is_main_process)) as progress:
         for k in mine:
             if k not in records:
                 tensors, broken = _encode_shard(images.select(chunks[k]), vae, config, progress)
                 records[k] = _write_shard(folder / _shard_name(k), tensors, broken)
     shards = [record for _, record in sorted(gather_object([(k, records[k]) for k in mine]), key=lambda item: item[0])]
-    if missing and state.is_main_process:
-        labels = torch.cat([_read_labels(folder / shard["file"]) for shard in shards])
-        counts = torch.bincount(labels, minlength=len(images.class_names)).tolist()
-        write_json(folder / MANIFEST, settings | {"counts": counts, "shards": shards})
-        for leftover in [*folder.glob("shard_*.json"), *folder.glob(".shard_*.tmp")]:  # the latter of killed processes
-            leftover.unlink(missing_ok=True)
-    if state.is_main_process and (problems := [problem for shard in shards for problem in shard["broken"]]):
-        print(f"{folder}: left out {len(problems)} broken images, listed in {MANIFEST}; the first: {problems[0]}")
+    if state.is_main_process:
+        _finish(folder, settings, shards)
     state.wait_for_everyone()
 
 
@@ -221,8 +215,8 @@ def _settings(images: ImageSet, vae: AutoencoderKL, config: Config) -> dict[str,
     }
 
 
-def _finished(folder: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Return the records of the shards by number that exist and match their checksum."""
+def _finished(folder: Path, settings: dict[str, Any], numbers: range) -> dict[int, dict[str, Any]]:
+    """Return the records of those shards, by number, that exist and match their checksum."""
     if not (folder / MANIFEST).exists():
         return {}
     manifest = read_json(folder / MANIFEST, "latents")
@@ -233,11 +227,26 @@ def _finished(folder: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any
                 f" choose another folder or remove this one"
             )
     records = (manifest["shards"] or []) + [read_json(path, "record") for path in folder.glob("shard_*.json")]
+    by_file = {record["file"]: record for record in records}
+    found = {k: by_file[_shard_name(k)] for k in numbers if _shard_name(k) in by_file}
     return {
-        int(record["file"].removeprefix("shard_").removesuffix(".safetensors")): record
-        for record in records
+        k: record
+        for k, record in found.items()
         if (folder / record["file"]).is_file() and sha256(folder / record["file"]) == record["sha256"]
     }
+
+
+def _finish(folder: Path, settings: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+    """Write the manifest unless it is there already, remove what interrupted calls left, and report broken images."""
+    labels = torch.cat([_read_labels(folder / shard["file"]) for shard in shards])
+    counts = torch.bincount(labels, minlength=len(settings["id2label"])).tolist()
+    manifest = settings | {"counts": counts, "shards": shards}
+    if read_json(folder / MANIFEST, "latents") != manifest:
+        write_json(folder / MANIFEST, manifest)
+    for leftover in [*folder.glob("shard_*.json"), *folder.glob(".*.tmp")]:
+        leftover.unlink(missing_ok=True)
+    if broken := [problem for shard in shards for problem in shard["broken"]]:
+        print(f"{folder}: left out {len(broken)} broken images, listed in {MANIFEST}; the first: {broken[0]}")
 
 
 def _shard_name(number: int) -> str:
