@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import fully_shard
 
 from vit5gen.errors import UserError
 from vit5gen.models import SiTTransformer2DModel
@@ -191,6 +192,23 @@ def test_blocks_are_named_for_sharding():
         model = make(backbone)
         (name,) = model._no_split_modules
         assert sum(type(module).__name__ == name for module in model.modules()) == 2
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_sharded_blocks_compute_the_same(backbone, tmp_path):
+    model, copy = make(backbone), make(backbone)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for module in copy.modules():
+            if type(module).__name__ in copy._no_split_modules:
+                fully_shard(module)
+        fully_shard(copy)
+        for each in (model, copy):
+            each(*batch()).square().mean().backward()
+        for ours, sharded in zip(model.parameters(), copy.parameters(), strict=True):
+            torch.testing.assert_close(sharded.grad.full_tensor(), ours.grad)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @st.composite

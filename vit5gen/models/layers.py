@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError, choose
-from .rope import rotate
+from .rope import rotate, without_autocast
 
 EPS = 1e-6
 
@@ -42,6 +42,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # measured 2-4x faster there than the fused kernel
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
+
+
+class Float32Linear(nn.Linear):
+    """Linear map computed in fp32 whatever the dtype of its weights, also under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with without_autocast(x.device):
+            return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
 class Attention(nn.Module):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import UserError
+
 Grid = tuple[int, int]
 
 
@@ -76,6 +78,8 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 def sincos_table(hidden_size: int, grid: Grid) -> Tensor:
     """Fixed table (1, h*w, D): sine and cosine of the column, then of the row, base 10000 (MAE, DiT, SiT)."""
+    if hidden_size % 4:
+        raise UserError(f"hidden_size: {hidden_size} is not a multiple of 4, which absolute positions need.")
     omega = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
     rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * omega for n in grid)
     halves = [

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError, choose
 from .backbone import Backbone, make_backbone
-from .layers import init_linears, make_norm, modulate
+from .layers import Float32Linear, init_linears, make_norm, modulate
 from .loading import check_fit
-from .rope import without_autocast
 
 SIZES = {  # name: hidden_size, num_layers, num_attention_heads
     "S": (384, 12, 6),
@@ -38,16 +37,13 @@ class TimeEmbedding(nn.Module):
     def __init__(self, hidden_size: int, num_frequencies: int = 128) -> None:
         super().__init__()
         self.num_frequencies = num_frequencies
-        self.fc1 = nn.Linear(2 * num_frequencies, hidden_size)
-        self.fc2 = nn.Linear(hidden_size, hidden_size)
+        self.fc1 = Float32Linear(2 * num_frequencies, hidden_size)
+        self.fc2 = Float32Linear(hidden_size, hidden_size)
 
     def forward(self, t: Tensor) -> Tensor:
         steps = torch.arange(self.num_frequencies, dtype=torch.float32, device=t.device)
         angles = t.float()[:, None] * torch.exp(-math.log(10000) / self.num_frequencies * steps)
-        x = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        with without_autocast(t.device):
-            x = F.silu(F.linear(x, self.fc1.weight.float(), self.fc1.bias.float()))
-            return F.linear(x, self.fc2.weight.float(), self.fc2.bias.float())
+        return self.fc2(F.silu(self.fc1(torch.cat([angles.cos(), angles.sin()], dim=-1))))
 
 
 class Head(nn.Module):
@@ -105,8 +101,6 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
                 raise UserError(f"{name}: {value} is not a count; expected 1 or more.")
         if not 0 <= class_dropout_prob <= 1:
             raise UserError(f"class_dropout_prob: {class_dropout_prob} is not a probability; expected 0 to 1.")
-        if hidden_size % 4:
-            raise UserError(f"hidden_size: {hidden_size} is not a multiple of 4, which position tables need.")
         self._patch, self._channels, self._discard = patch_size, in_channels, learn_sigma
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         self.null_label = num_classes

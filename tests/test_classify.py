@@ -1,0 +1,85 @@
+"""Top-1 and top-5 over a folder, with the published crop."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torchvision.transforms import functional as T
+
+from vit5gen import classify as module
+from vit5gen.classify import classify
+from vit5gen.errors import UserError
+
+NUM_CLASSES = 7
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Twelve images of seven classes, and a tiny checkpoint under a published name."""
+    root = tmp_path_factory.mktemp("classify")
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        folder = root / "images" / f"class{i % NUM_CLASSES}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (40 + i, 60 - 3 * i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    model = timm.create_model("vit5_small", img_size=32, num_classes=NUM_CLASSES).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    torch.save({"model": model.state_dict()}, root / "model.pth")
+    return root, model
+
+
+def test_accuracy_equals_one_image_at_a_time(data):
+    root, model = data
+    ranks = []
+    for label in range(NUM_CLASSES):
+        for path in sorted((root / "images" / f"class{label}").iterdir()):
+            image = T.resize(Image.open(path), 32, T.InterpolationMode.BICUBIC)  # crop ratio 1.0: no margin
+            pixels = T.to_tensor(T.center_crop(image, 32))
+            pixels = T.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+            with torch.no_grad():
+                order = model(pixels[None])[0].argsort(descending=True).tolist()
+            ranks.append(order.index(label))
+    result = classify(root / "images", "vit5_small", root / "model.pth", batch_size=5, device="cpu")
+    assert result["num_images"] == 12
+    assert result["top1"] == pytest.approx(100 * sum(r < 1 for r in ranks) / 12)
+    assert result["top5"] == pytest.approx(100 * sum(r < 5 for r in ranks) / 12)
+    assert 0 < result["top5"] < 100
+
+
+def test_a_constant_network_is_at_chance(data, tmp_path):
+    root, model = data
+    state = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
+    torch.save(state, tmp_path / "zero.pth")
+    result = classify(root / "images", "vit5_small", tmp_path / "zero.pth", device="cpu")
+    assert result["top1"] < 50
+
+
+def test_bad_input(data, tmp_path):
+    root, _ = data
+    checkpoint, images = root / "model.pth", root / "images"
+    with pytest.raises(UserError, match=r"--model: 'vit5_smal' is not known.*Did you mean 'vit5_small'"):
+        classify(images, "vit5_smal", checkpoint)
+    with pytest.raises(UserError, match="12 blocks of width 384, but vit5_base has 12 of 768"):
+        classify(images, "vit5_base", checkpoint)
+    with pytest.raises(UserError, match="is not a folder with one folder a class"):
+        classify(tmp_path / "absent", "vit5_small", checkpoint)
+    with pytest.raises(UserError, match="is not a folder with one folder a class"):
+        classify(tmp_path, "vit5_small", checkpoint)
+    (tmp_path / "images" / "only").mkdir(parents=True)
+    (tmp_path / "images" / "only" / "broken.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="holds 1 classes, the checkpoint 7"):
+        classify(tmp_path / "images", "vit5_small", checkpoint)
+    for label in range(1, NUM_CLASSES):
+        (tmp_path / "images" / f"z{label}").mkdir()
+        (tmp_path / "images" / f"z{label}" / "broken.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"broken.png' cannot be read as an image"):
+        classify(tmp_path / "images", "vit5_small", checkpoint)
+
+
+def test_help_names_the_expected_figures():
+    for figure in ("82.2", "84.2", "85.4", "84.9", "86.0"):
+        assert figure in module.HELP
