@@ -331,6 +331,12 @@ def test_callback_with_a_foreign_scheduler(pipe: SiTPipeline) -> None:
     np.testing.assert_allclose(times, [0.25, 0.5, 0.75, 1.0], atol=1e-6)
 
 
+def test_callback_may_look_at_dopri5_but_not_touch(pipe: SiTPipeline) -> None:
+    pipe(0, num_inference_steps=1, sampler="ode-dopri5", callback_on_step_end=lambda p, i, t, given: given)
+    with pytest.raises(UserError, match="cannot replace the latents of ode-dopri5"):
+        pipe(0, sampler="ode-dopri5", callback_on_step_end=lambda p, i, t, given: {"latents": given["latents"] * 0})
+
+
 def test_callback_may_interrupt(pipe: SiTPipeline) -> None:
     steps: list[int] = []
 
@@ -356,10 +362,13 @@ def test_official_callback_class(pipe: SiTPipeline) -> None:
     assert not pipe(0, callback_on_step_end=Zero(), **EULER).images.any()
 
 
-def test_progress_bar(pipe: SiTPipeline, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("sampler", ["ode-euler", "ode-dopri5", "sde-euler"])
+def test_progress_bar(pipe: SiTPipeline, capsys: pytest.CaptureFixture, sampler: str) -> None:
     pipe.set_progress_bar_config(disable=False)
-    pipe(0, **EULER)
-    assert "6/6" in capsys.readouterr().err
+    pipe(0, **EULER | {"sampler": sampler})
+    assert "100%" in (err := capsys.readouterr().err)
+    assert "6/6" in err
+    assert "7/6" not in err
 
 
 # --- saving and loading
@@ -369,13 +378,17 @@ def test_save_and_load_in_a_fresh_process(pipe: SiTPipeline, tmp_path: Path) -> 
     pipe.scheduler = SiTScheduler(prediction="noise", shift=2.0)
     pipe.guide = tiny_transformer(seed=9)
     call = "(['retriever', 4], generator=g, num_inference_steps=3, autoguidance_scale=2.0, output_type='np').images"
+    # DiffusionPipeline comes first: it has to find this package by the stub alone.
     script = f"""
-import numpy, sys, torch
-from {{0}} import {{1}}
-g = torch.Generator().manual_seed(0)
-pipe = {{1}}.from_pretrained({str(tmp_path)!r}{{2}})
-assert type(pipe).__name__ == "SiTPipeline", type(pipe)
-numpy.save({str(tmp_path / "out.npy")!r}, pipe{call})
+import numpy, torch
+from diffusers import DiffusionPipeline
+folder = {str(tmp_path)!r}
+found = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+from vit5gen import SiTPipeline
+assert type(found) is SiTPipeline, type(found)
+for name, pipe in {{"DiffusionPipeline": found, "SiTPipeline": SiTPipeline.from_pretrained(folder)}}.items():
+    g = torch.Generator().manual_seed(0)
+    numpy.save(f"{{folder}}/{{name}}.npy", pipe{call})
 """
     expected = eval("pipe" + call, {"pipe": pipe, "g": seed()})
     pipe.save_pretrained(tmp_path)
@@ -383,11 +396,10 @@ numpy.save({str(tmp_path / "out.npy")!r}, pipe{call})
     assert index["transformer"] == ["vit5gen", "SiTTransformer2DModel"]
     assert index["scheduler"] == ["vit5gen", "SiTScheduler"]
     assert index["_class_name"] == "SiTPipeline"
-    stub = f", custom_pipeline={str(tmp_path)!r}, trust_remote_code=True"
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    for names in (("vit5gen", "SiTPipeline", ""), ("diffusers", "DiffusionPipeline", stub)):
-        subprocess.run([sys.executable, "-c", script.format(*names)], check=True, env=environment, capture_output=True)
-        assert np.array_equal(np.load(tmp_path / "out.npy"), expected)
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, capture_output=True)
+    for name in ("SiTPipeline", "DiffusionPipeline"):
+        assert np.array_equal(np.load(tmp_path / f"{name}.npy"), expected)
 
 
 def test_save_and_load_without_an_autoencoder(tmp_path: Path) -> None:
@@ -417,10 +429,16 @@ def test_a_hub_name_resolves_our_components(pipe: SiTPipeline, tmp_path: Path, m
 def test_model_card_is_filled_in(pipe: SiTPipeline, tmp_path: Path) -> None:
     picture = tmp_path / "samples.png"
     pipe(0, num_inference_steps=1).images[0].save(picture)
-    facts = TrainingFacts("vit5gen train configs/x.yaml", {"FD": 12.5}, picture)
+    facts = TrainingFacts("vit5gen train configs/x.yaml", {"step": 7, "FD": {"value": 12.5, "n": 10}}, picture)
     pipe.save_pretrained(tmp_path / "a", facts=facts)
     card = (tmp_path / "a" / "README.md").read_text()
-    for part in ("vit5gen train configs/x.yaml", "| FD | 12.5 |", "![samples](samples.png)", '"hidden_size": 32'):
+    for part in (
+        "vit5gen train configs/x.yaml",
+        "| step | 7 |",
+        "| FD | value 12.5, n 10 |",
+        "![samples](samples.png)",
+        '"hidden_size": 32',
+    ):
         assert part in card
     assert card.startswith("---\nlibrary_name: diffusers\n")
     SiTPipeline.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")

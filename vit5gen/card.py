@@ -58,13 +58,17 @@ def model_card(transformer: dict[str, Any], scheduler: dict[str, Any], vae: str,
         'pipe(class_labels=[0, 1], generator=None).images[0].save("image.png")\n```'
     )
     if facts.metrics:
-        rows = "\n".join(f"| {name} | {value} |" for name, value in facts.metrics.items())
+        rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.metrics.items())
         parts.append(f"## Metrics\n\n| metric | value |\n|---|---|\n{rows}")
     if facts.command:
         parts.append(f"## Training\n\n```\n{facts.command}\n```")
     shown = {"transformer": _plain(transformer), "scheduler": _plain(scheduler), "versions": versions()}
     parts.append(f"## Configuration\n\n```json\n{json.dumps(shown, indent=2, default=str)}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def _cell(value: Any) -> str:
+    return ", ".join(f"{key} {inner}" for key, inner in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -274,8 +274,13 @@ class SiTPipeline(DiffusionPipeline):
                     given = dict.fromkeys(callback_on_step_end_tensor_inputs, x)
                     replaced = callback_on_step_end(self, i, t, given).get("latents", x)
                     if replaced is not x:
+                        if sampler == "ode-dopri5":
+                            raise UserError(
+                                "callback_on_step_end cannot replace the latents of ode-dopri5: its images are"
+                                " at different times; choose a solver of fixed steps"
+                            )
                         x.copy_(replaced)  # the solver goes on from this very tensor
-                bar.update()
+                bar.update(round(t * num_inference_steps) - bar.n)  # some solvers take more or fewer steps
                 if self._interrupt:
                     break
         self.num_evaluations = (network.rows + (weak.rows if weak else 0)) // len(ids)
