@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vit5gen.errors import UserError
 from vit5gen.flow import Flow, draw_timesteps, shift_time, to_diffusers
+from vit5gen.flow.flow import PATHS as FORMULAS
 
 PATHS = ("linear", "gvp", "vp")
 TARGETS = ("x0", "x1", "velocity", "score")
@@ -25,6 +26,19 @@ def test_derivatives_are_the_slopes_of_the_coefficients(path: str) -> None:
     before, here, after = flow.coefficients(t - h), flow.coefficients(t), flow.coefficients(t + h)
     torch.testing.assert_close(here.d_alpha, (after.alpha - before.alpha) / (2 * h), rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(here.d_sigma, (after.sigma - before.sigma) / (2 * h), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_is_the_same_for_scalars_and_for_tensors(path: str) -> None:
+    t = torch.linspace(0, 1, 9, dtype=torch.float64)
+    for value, expected in zip(FORMULAS[path](t, torch), Flow(path).coefficients(t), strict=True):
+        torch.testing.assert_close(torch.as_tensor(value, dtype=torch.float64).expand(9), expected)
+
+
+def test_a_prediction_in_half_precision_leaves_the_state_in_its_own() -> None:
+    x = normal(2, 3).float()
+    assert Flow("vp", "noise").velocity(lambda x, t: x.bfloat16(), x, 0.5).dtype == torch.float32
+    assert Flow().velocity(lambda x, t: x.bfloat16(), x, 0.5).dtype == torch.float32
 
 
 @pytest.mark.parametrize("path", PATHS)

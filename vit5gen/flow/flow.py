@@ -1,7 +1,7 @@
 """Paths from noise to data, what a network may predict on them, the training loss and the draws of t.
 
 Everywhere ``x0`` is noise, ``x1`` is data and t runs from 0 (noise) to 1 (data): ``x_t = alpha x1 + sigma x0`` and the
-velocity is ``d_alpha x1 + d_sigma x0`` (SiT, arXiv 2401.08740, eq. 1 and 2).
+velocity is ``d_alpha x1 + d_sigma x0`` (SiT, arXiv 2401.08740, section 2).
 """
 
 import math
@@ -46,7 +46,7 @@ def _linear(t: Any, m: ModuleType) -> tuple[Any, Any, Any, Any]:
 
 
 def _gvp(t: Any, m: ModuleType) -> tuple[Any, Any, Any, Any]:
-    """Return the trigonometric, variance-preserving interpolant (SiT, section 2.3)."""
+    """Return the trigonometric, variance-preserving interpolant of SiT."""
     angle, rate = t * (math.pi / 2), math.pi / 2
     sine, cosine = m.sin(angle), m.cos(angle)
     return sine, rate * cosine, cosine, -rate * sine
@@ -88,8 +88,8 @@ class Flow:
     """A path, what the network predicts on it, and how its error is weighted; names ignore case.
 
     path: linear | gvp | vp.  prediction: velocity | score | noise.
-    loss_weight: None | velocity | likelihood, for noise and score (SiT, section 2.2): ``velocity`` makes the loss that
-    of the implied velocity, ``likelihood`` weighs it by w/sigma^2. A velocity is never reweighed, as published.
+    loss_weight: None | velocity | likelihood, as in SiT's code for noise and score: ``velocity`` makes the loss that of
+    the implied velocity, ``likelihood`` weighs it by SBDM's D over sigma^2. A velocity's loss is never reweighed.
     direction_weight: adds this much of ``1 - cos(velocity, target)`` over channels (FasterDiT, arXiv 2410.10356;
     LightningDiT, arXiv 2501.01423). Raises `UserError` for unknown names.
     """
@@ -114,11 +114,12 @@ class Flow:
         of a vector, and then a sample would depend on its place in the batch.
         """
         path = PATHS[self.path]
-        t = torch.as_tensor(t, dtype=torch.float64)
-        if t.is_cpu:
-            table = torch.tensor([path(value, math) for value in t.flatten().tolist()], dtype=torch.float64)
-            return Coefficients(*table.reshape(*t.shape, 4).unbind(-1))
-        return Coefficients(*(c if isinstance(c, Tensor) else torch.full_like(t, c) for c in path(t, torch)))
+        if isinstance(t, Tensor) and t.is_cuda:
+            t = t.double()
+            return Coefficients(*(c if isinstance(c, Tensor) else torch.full_like(t, c) for c in path(t, torch)))
+        t = t.cpu().double() if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+        table = torch.tensor([path(value, math) for value in t.flatten().tolist()], dtype=torch.float64)
+        return Coefficients(*table.reshape(*t.shape, 4).unbind(-1))
 
     def interval(self, training: bool = False) -> tuple[float, float]:
         """Return the times on which training, or an ODE solver, is free of infinite coefficients."""
@@ -149,10 +150,10 @@ class Flow:
     def diffusion(self, t: Time, form: str = "sigma", norm: float = 1.0) -> Tensor:
         """Return D(t), float64 in the shape of ``t``, of the SDE ``dx = (v + D score) dt + sqrt(2 D) dW``.
 
-        SiT (eq. 5) writes ``w/2`` and ``sqrt(w)``: D is half of its w(t), so that form ``sigma`` is w(t) = 2 sigma_t.
+        SiT's paper writes ``w/2`` and ``sqrt(w)``: D is half of its w(t), so that form ``sigma`` is w(t) = 2 sigma_t.
         Of the forms only SBDM, equal to the diffusion of score-based models, is infinite, at t=0 on linear and gvp.
         """
-        form, t, c = _named("diffusion", form, DIFFUSIONS), torch.as_tensor(t, dtype=torch.float64), None
+        form, t = _named("diffusion", form, DIFFUSIONS), torch.as_tensor(t, dtype=torch.float64)
         if not (math.isfinite(norm) and norm >= 0):
             raise UserError(f"diffusion_norm: {norm!r}; expected a finite number of at least 0.")
         if form == "constant":
@@ -245,8 +246,10 @@ def _score_gain(c: Coefficients) -> Tensor:
 
 
 def _like(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Give a coefficient, () or (B,), the type, device and rank of ``x`` (B, ...)."""
-    return coefficient.to(x).reshape(-1, *[1] * (x.dim() - 1))
+    """Shape a coefficient (B,) to multiply ``x`` (B, ...); one of shape () acts as a number and needs no copy."""
+    if coefficient.dim() == 0:
+        return coefficient
+    return coefficient.to(x.dtype).to(x.device).reshape(-1, *[1] * (x.dim() - 1))
 
 
 def draw_timesteps(

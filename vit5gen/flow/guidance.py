@@ -26,7 +26,7 @@ def guide(
     """Return ``model_fn(x (B, C, ...), t (B,))`` = ``c + (scale - 1)(c - u) + (weak_scale - 1)(c - w)``.
 
     c, u: ``model`` with ``class_labels`` (B,) and with ``null_label`` (by default the model's own): classifier-free
-    guidance (arXiv 2207.12598, eq. 6).  w: ``weak_model`` with the labels: autoguidance (arXiv 2406.02507, eq. 3).
+    guidance (arXiv 2207.12598, eq. 6).  w: ``weak_model`` with the labels: autoguidance (arXiv 2406.02507).
     interval: the t, ends included, at which a sample is guided (arXiv 2404.07724).
     channels: guide only the first so many (3 reproduces the published DiT and SiT tables).
     batched: c and u in one forward of 2B rows, or in two of B where memory is short.
