@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 from test_models_transformer import batch, make
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vit5gen.models import VARIANTS, SiTTransformer2DModel, ViT5, ViT5Block, layers
 from vit5gen.models.layers import LayerNorm, RMSNorm
@@ -189,8 +190,8 @@ def test_rows_and_columns_are_not_swapped():
         assert turned.diff(dim=varying).abs().sum(-1).all()
 
 
-def attention_logits(model, monkeypatch):
-    """Logits of the first block over a 4x6 grid whose latents are the same everywhere."""
+def attention_logits(model, monkeypatch, rows=4, columns=6):
+    """Logits (rows, columns, rows, columns) of the first block when the latents are the same everywhere."""
     seen = []
 
     def attention(q, k, v):
@@ -198,19 +199,27 @@ def attention_logits(model, monkeypatch):
         return v
 
     monkeypatch.setattr(layers, "attention", attention)
-    model(torch.ones(1, 4, 8, 12), torch.tensor([0.5]), torch.tensor([0]))
-    return seen[0][0, 0, :24, :24].unflatten(1, (4, 6)).unflatten(0, (4, 6))
+    with torch.no_grad():
+        model.backbone.blocks[0].attn.q_norm.weight.mul_(20)  # the tiny model's logits are near zero
+        model(torch.ones(1, 4, 2 * rows, 2 * columns), torch.tensor([0.5]), torch.tensor([0]))
+        model.backbone.blocks[0].attn.q_norm.weight.div_(20)
+    n, grid = rows * columns, (rows, columns)
+    return seen[0][0, 0, :n, :n].unflatten(1, grid).unflatten(0, grid)
 
 
 @pytest.mark.parametrize(("position", "relative"), [("none", True), ("learnable", False), ("sincos_fixed", False)])
 def test_logits_depend_on_relative_positions_only_without_ape(position, relative, monkeypatch):
     model = make("vit5", sample_size=(8, 12), backbone_kwargs={"absolute_position": position})
-    with torch.no_grad():
-        model.backbone.blocks[0].attn.q_norm.weight.mul_(20)  # the tiny model's logits are near zero
     logits = attention_logits(model, monkeypatch)
     shifted = torch.allclose(logits[1:, 1:, 1:, 1:], logits[:-1, :-1, :-1, :-1], atol=1e-4)
     assert shifted == relative
     assert not torch.allclose(logits[0, 0, 0, 1], logits[0, 0, 1, 0], atol=1e-4)  # along a row is not down a column
+
+
+def test_rotation_is_rescaled_to_the_grid_built_for(monkeypatch):
+    model = make("vit5", sample_size=(8, 12), backbone_kwargs={"absolute_position": "none"})
+    built, fed = attention_logits(model, monkeypatch), attention_logits(model, monkeypatch, 8, 12)
+    torch.testing.assert_close(fed[::2, ::2, ::2, ::2], built, rtol=1e-4, atol=1e-4)
 
 
 def test_registers_take_part_and_are_dropped_before_the_head():
@@ -245,12 +254,16 @@ def test_norm_statistics_are_fp32(norm):
     torch.testing.assert_close(layer.to(torch.bfloat16)(x).float(), exact, rtol=2**-8, atol=1e-6)
 
 
-def test_table_made_in_inference_mode_serves_training():
-    model = make("vit5", sample_size=(14, 18))
-    with torch.inference_mode():
-        model(*batch(height=14, width=18))
-        model(*batch(height=10, width=18))
-    model(*batch(height=10, width=18)).sum().backward()
+@pytest.mark.parametrize(
+    ("mode", "width"),  # tables are remembered by their size, so each mode is the first to see its own
+    [(torch.inference_mode, 18), (lambda: FakeTensorMode(allow_non_fake_inputs=True), 22)],
+)
+def test_tables_first_made_in_another_mode_serve_training(mode, width):
+    model = make("vit5", sample_size=(14, width))
+    with mode():
+        model(*batch(height=14, width=width))
+        model(*batch(height=10, width=width))
+    model(*batch(height=10, width=width)).sum().backward()
 
 
 def test_sincos_table_starts_with_columns():

@@ -50,7 +50,7 @@ def _remembered(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(make)
     def get(*args: Any) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor:  # compiled, or under a fake-tensor mode
             return make(*args)
         with torch.inference_mode(False):  # a table first made while sampling must be usable in training too
             return cached(*args)
