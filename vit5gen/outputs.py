@@ -7,7 +7,8 @@ took (0: not there yet). A finished output has its card beside it and no hidden 
 import os
 import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ class Output:
         pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
         if self.kind == "folder":
             for index, label, image in zip(indices, labels, pixels, strict=True):
-                with atomic(self.path / f"{index:06d}_{label}.png") as temporary:
+                with self._whole(self.path / f"{index:06d}_{label}.png") as temporary:
                     Image.fromarray(image).save(temporary, format="PNG")
         else:
             _write_at(self.part / "pixels", indices.start * pixels[0].nbytes, pixels.tobytes())
@@ -119,11 +120,20 @@ class Output:
         elif self.kind == ".png":
             pixels = torch.from_numpy(np.fromfile(self.part / "pixels", dtype=np.uint8).reshape(self.shape))
             order = np.argsort(labels, kind="stable")
-            save_grid(self.path, pixels[order].permute(0, 3, 1, 2), [titles[i] for i in order])
+            with self._whole(self.path) as temporary:
+                save_grid(temporary, pixels[order].permute(0, 3, 1, 2), [titles[i] for i in order])
         evaluations = self.evaluations()
         counts = {"total": int(evaluations.sum()), "per_image": float(evaluations.mean())}
-        write_json(self.card_file, {**card, "network_evaluations": counts})
+        with self._whole(self.card_file) as temporary:
+            write_json(temporary, {**card, "network_evaluations": counts})
         shutil.rmtree(self.part)
+
+    @contextmanager
+    def _whole(self, path: Path) -> Iterator[Path]:
+        """Write ``path`` atomically, so that what a kill leaves of it lies in the hidden folder and goes with it."""
+        with atomic(self.part / f"new_{path.name}") as temporary:
+            yield temporary
+        os.replace(self.part / f"new_{path.name}", path)
 
     def discard_if_empty(self) -> None:
         """Remove the hidden folder if nothing is drawn yet, as after a setting that the pipeline refuses."""
@@ -133,7 +143,7 @@ class Output:
     def _save_npz(self, labels: np.ndarray) -> None:
         """Stream ``arr_0`` (N, H, W, 3) uint8 and ``arr_1``, the labels (N,) int64; equal images give equal bytes."""
         header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
-        with atomic(self.path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with self._whole(self.path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             # ZipInfo's time is 1980 unless it is told another.
             with (
                 archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array,

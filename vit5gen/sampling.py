@@ -157,7 +157,7 @@ def sample_command(
         progress = tqdm(desc="images", total=num_images, initial=int(done.sum()), disable=not state.is_main_process)
         for indices, images in generate(pipe, job, done):
             target.write(indices, images, labels[indices.start : indices.stop], pipe.num_evaluations)
-            progress.update(len(indices) * state.num_processes)
+            progress.update(min(len(indices) * state.num_processes, num_images - progress.n))
         progress.close()
         state.wait_for_everyone()
         if state.is_main_process:
