@@ -9,9 +9,11 @@ import torch
 import torch_fidelity
 from PIL import Image
 from random_inception import write_random_inception
+from tiny import tiny_pipeline
 from torch import nn
 from torch.nn import functional
 
+from vit5gen.config import SamplingConfig
 from vit5gen.errors import UserError
 from vit5gen.evaluation import evaluate, frechet_distance, load_extractor, register_extractor
 from vit5gen.evaluation.evaluate import (
@@ -25,6 +27,7 @@ from vit5gen.evaluation.evaluate import (
 from vit5gen.evaluation.features import Extractor, Features
 from vit5gen.evaluation.inception import INCEPTION_SHA256
 from vit5gen.files import sha256
+from vit5gen.sampling import SamplingJob, draw_labels, generate
 
 
 @register_extractor("colours")
@@ -276,6 +279,26 @@ def test_several_seeds_give_mean_and_deviation(tmp_path, colour_extractor) -> No
     alone = [evaluation_card([one], reference, colour_extractor)["metrics"]["FD-Colours"]["value"] for one in sets]
     assert together["value"] == pytest.approx(np.mean(alone))
     assert together["deviation"] == pytest.approx(np.std(alone, ddof=1))
+
+
+def test_a_pipeline_is_sampled_and_scored_in_one_pass(tmp_path) -> None:
+    pipe, settings = tiny_pipeline(), SamplingConfig(sampler="ode-euler", num_inference_steps=2)
+    pipe.save_pretrained(tmp_path / "run" / "pipeline")
+    reference = write_npz(tmp_path / "real.npz", pictures(30, seed=1, side=16))
+    options = {"reference": str(reference), "extractor": "colours", "batch_size": 5}
+    drawn = {"num_images": 12, "seeds": [3, 4], "label_mode": "random", "sampling": settings}
+    evaluate_command([str(tmp_path / "run")], output=str(tmp_path / "together.json"), **options, **drawn)
+    files = []
+    for seed in drawn["seeds"]:
+        labels = draw_labels(12, range(5), seed, "random")
+        chunks = [images for _, images in generate(pipe, SamplingJob(labels, seed, 5, settings))]
+        files.append(str(write_npz(tmp_path / f"{seed}.npz", torch.cat(chunks))))
+    evaluate_command(files, output=str(tmp_path / "files.json"), **options)
+    together, apart = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("together", "files"))
+    assert together["metrics"] == apart["metrics"]
+    sampling = together["samples"][1]["sampling"]
+    assert (sampling["seed"], sampling["labels"], sampling["network_evaluations"]) == (4, "random", 2)
+    assert len(together["samples"][0]["sha256"]) == 64
 
 
 def test_card_names_everything_and_warns(tmp_path, colour_extractor) -> None:

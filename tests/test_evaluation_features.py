@@ -69,3 +69,12 @@ def test_bad_images_and_weights_are_errors_of_one_line(effnet, tmp_path) -> None
         load_extractor("effnet-lite0", weights=tmp_path / "weights.pth")
     with pytest.raises(UserError, match="no such file"):
         load_weights(tmp_path / "absent.pth", "00")
+
+
+def test_batch_size_moves_the_distance_by_less_than_1e_4(effnet) -> None:
+    images, real = pictures(24), frechet_of([pictures(24, seed=1)], effnet)
+    values = []
+    for size in (24, 7, 1):
+        found = frechet_of(images.split(size), effnet)
+        values.append(frechet_distance(found.mean, found.covariance, real.mean, real.covariance))
+    assert values[1:] == pytest.approx([values[0]] * 2, rel=1e-4)

@@ -33,7 +33,7 @@ from vit5gen.evaluation.reference import (
 from vit5gen.evaluation.scores import RELIABLE_COUNT, Score, check_metrics, scores
 from vit5gen.evaluation.sources import ImageSource, open_data, open_folder, open_npz
 from vit5gen.files import read_json, write_json
-from vit5gen.pipeline import load_pipeline, pipeline_folder
+from vit5gen.pipeline import SiTPipeline, load_pipeline, pipeline_folder
 from vit5gen.sampling import SamplingJob, draw_labels, generate, start_processes
 
 ADM_METRICS = ("fid", "sfid", "is", "pr")
@@ -86,24 +86,26 @@ def samples_of(source: ImageSource, batch_size: int) -> Samples:
     return Samples(source.count, lambda: local_chunks(source, batch_size), identity, source.sorted_by_class)
 
 
-def samples_from_pipeline(path: str | Path, job: SamplingJob, label_mode: str, device: torch.device) -> Samples:
+def samples_from_pipeline(pipe: SiTPipeline, path: str | Path, job: SamplingJob, label_mode: str) -> Samples:
     """Samples that a pipeline draws while they are scored; no image is written. ``label_mode`` is for the card."""
-    pipe = load_pipeline(path).to(device)
-    settings = job.settings.model_dump() | {"seed": job.seed, "label_mode": label_mode, "batch_size": job.batch_size}
-    identity = {
-        "kind": "pipeline",
-        "path": str(path),
-        "sha256": pipeline_hash(pipeline_folder(path)),
-        "count": len(job.labels),
-        "sampling": settings | {"labels_sha256": sha256(json.dumps(list(job.labels)).encode()).hexdigest()},
+    scheduler = json.loads(pipe.scheduler.to_json_string())
+    sampling: dict[str, Any] = job.settings.model_dump() | {
+        "seed": job.seed,
+        "labels": label_mode,
+        "labels_sha256": sha256(json.dumps(list(job.labels)).encode()).hexdigest(),
+        "batch_size": job.batch_size,
+        "precision": "fp32",
+        "scheduler": {key: value for key, value in scheduler.items() if key == "_class_name" or key[0] != "_"},
+        "vae": None if pipe.vae is None else pipe.vae.config.get("_name_or_path"),
     }
+    identity = {"kind": "pipeline", "path": str(path), "sha256": pipeline_hash(pipeline_folder(path))}
 
     def chunks() -> Iterable[tuple[int, Tensor]]:
         for indices, images in generate(pipe, job):
             yield indices.start, images
-        identity["network_evaluations"] = pipe.num_evaluations
+        sampling["network_evaluations"] = pipe.num_evaluations
 
-    return Samples(len(job.labels), chunks, identity)
+    return Samples(len(job.labels), chunks, identity | {"count": len(job.labels), "sampling": sampling})
 
 
 def evaluation_card(
@@ -171,7 +173,7 @@ def evaluate_command(
     output: str | None = None,
     save_statistics_to: str | None = None,
     extractor: str = "inception",
-    inception_weights: str | None = None,
+    weights: str | None = None,
     weights_sha256: str | None = None,
     metrics: Sequence[str] | None = None,
     protocol: str | None = None,
@@ -187,7 +189,7 @@ def evaluate_command(
     if batch_size < 1:
         raise UserError(f"--batch-size = {batch_size}; expected at least 1")
     state = start_processes()
-    network = load_extractor(extractor, state.device, inception_weights, weights_sha256)
+    network = load_extractor(extractor, state.device, weights, weights_sha256)
     if save_statistics_to is not None:
         if len(samples) != 1:
             raise UserError(f"--save-statistics: {len(samples)} sets of images; expected one")
@@ -228,12 +230,14 @@ def _open_samples(
 ) -> list[Samples]:
     if not any((Path(path) / part / "model_index.json").is_file() for part in ("", "pipeline")):
         return [samples_of(open_source(path), batch_size)]
-    classes = range(load_pipeline(path).transformer.config.num_classes)
-    settings = sampling or SamplingConfig()
+    if num_images < 1:
+        raise UserError(f"--num-images = {num_images}; expected at least 1")
+    pipe = load_pipeline(path).to(device)
+    classes, settings = range(pipe.transformer.config.num_classes), sampling or SamplingConfig()
     jobs = [
         SamplingJob(draw_labels(num_images, classes, seed, label_mode), seed, batch_size, settings) for seed in seeds
     ]
-    return [samples_from_pipeline(path, job, label_mode, device) for job in jobs]
+    return [samples_from_pipeline(pipe, path, job, label_mode) for job in jobs]
 
 
 def _join(runs: Sequence[dict[str, Score]]) -> dict[str, Score]:

@@ -73,6 +73,6 @@ def _find_weights() -> Path:
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"Inception weights: not in the cache and not downloadable ({error}); put {URL_INCEPTION_V3} at {path}, "
-            "or pass its path as --inception-weights"
+            "or pass its path as --weights"
         ) from error
     return path

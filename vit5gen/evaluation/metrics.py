@@ -150,7 +150,9 @@ def jackknife_error(estimates: Iterable[float]) -> float:
     return float((values.var(correction=0) * (len(values) - 1)).sqrt())
 
 
-_BLOCK_BYTES = 2**27
+# A block of distances has all columns and as many rows as this allows. Columns are filled by ADM's 10,000.
+_BLOCK_BYTES = 2**26
+_COLUMNS = 10_000
 
 
 def _blocks(rows: Tensor, columns: int) -> tuple[Tensor, ...]:
@@ -159,22 +161,26 @@ def _blocks(rows: Tensor, columns: int) -> tuple[Tensor, ...]:
 
 def _radii(rows: Tensor, k: int, adm_fp16: bool) -> Tensor:
     # The nearest of k + 1 neighbours is the row itself.
-    parts = (
-        _squared_distances(part, rows, adm_fp16).kthvalue(k + 1, dim=1).values for part in _blocks(rows, len(rows))
-    )
-    return torch.cat(list(parts))
+    nearest = (_squared_distances(part, rows, adm_fp16).topk(k + 1, largest=False) for part in _blocks(rows, len(rows)))
+    return torch.cat([found.values[:, k] for found in nearest])
 
 
 def _squared_distances(x: Tensor, y: Tensor, adm_fp16: bool) -> Tensor:
-    if adm_fp16:
-        half_x, half_y = x.half(), y.half()
-        norms_x, norms_y = (rows.square().float().sum(dim=1).half() for rows in (half_x, half_y))
-        product = (half_x.float() @ half_y.float().T).half()
-        distances = (norms_x[:, None] - 2 * product + norms_y).clamp_(min=0)
-        if distances.isfinite().all():
-            return distances.float()
-    product = x @ y.T
-    return product.mul_(-2).add_(x.square().sum(dim=1)[:, None]).add_(y.square().sum(dim=1)).clamp_(min=0)
+    distances = x.new_empty(len(x), len(y))
+    for part, columns in zip(y.split(_COLUMNS), distances.split(_COLUMNS, dim=1), strict=True):
+        rounded = _half_distances(x, part) if adm_fp16 else None
+        if rounded is not None and rounded.isfinite().all():
+            columns.copy_(rounded)
+        else:
+            columns.copy_(x @ part.T).mul_(-2)
+            columns.add_(x.square().sum(dim=1)[:, None]).add_(part.square().sum(dim=1)).clamp_(min=0)
+    return distances
+
+
+def _half_distances(x: Tensor, y: Tensor) -> Tensor:
+    x, y = x.half(), y.half()
+    norms_x, norms_y = (rows.square().float().sum(dim=1).half() for rows in (x, y))
+    return (norms_x[:, None] - 2 * (x.float() @ y.float().T).half() + norms_y).clamp_(min=0)
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -190,7 +196,7 @@ def _pair(real: Any, generated: Any, needed: int, what: str) -> tuple[Tensor, Te
     for name, rows in (("real", real), ("generated", generated)):
         if len(rows) < needed:
             raise UserError(f"{what}: {len(rows)} {name} samples; needs at least {needed}; give more images")
-        if not rows.isfinite().all():
+        if not rows.sum(dim=1).isfinite().all():  # isfinite() of all rows would copy them
             raise UserError(f"{what}: NaN or infinity in the {name} features; check the images they come from")
     dtype = torch.float64 if real.dtype == generated.dtype == torch.float64 else torch.float32
     return real.to(dtype), generated.to(dtype)

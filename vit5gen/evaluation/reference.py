@@ -52,7 +52,8 @@ def scan(
     pooled = Grouped.empty(extractor.dim, groups)
     spatial = Grouped.empty(extractor.spatial_dim, groups) if extractor.spatial_dim else None
     score = ScoreSums(total, extractor.num_classes) if extractor.num_classes else None
-    kept, kept_indices = [torch.zeros(0, extractor.dim)], [torch.zeros(0, dtype=torch.int64)]
+    # Filled in place: a list of batches would take twice the memory when it is joined.
+    kept, seen = torch.empty(rows, extractor.dim), torch.zeros(rows, dtype=torch.bool)
     for first, images in chunks:
         features = extractor(images)
         values = features.pooled.cpu()
@@ -65,9 +66,10 @@ def scan(
             spatial.update(features.spatial.cpu(), indices)
         if score is not None and features.logits is not None:
             score.update(features.logits.double().softmax(dim=1), indices)
-        chosen = (indices * rows) // total != ((indices + 1) * rows) // total
-        kept.append(values[chosen])
-        kept_indices.append(indices[chosen])
+        places = indices * rows // total
+        chosen = places != (indices + 1) * rows // total
+        kept[places[chosen]] = values[chosen].float()
+        seen[places[chosen]] = True
     pooled.all_reduce()
     if spatial is not None:
         spatial.all_reduce()
@@ -76,7 +78,8 @@ def scan(
     count = sum(group.count for group in pooled.groups)
     if count != total:
         raise UserError(f"images: {count} of {total} were read; give them all")
-    return Scan(count, pooled, spatial, score, gather_rows(torch.cat(kept), torch.cat(kept_indices)))
+    kept = gather_rows(kept if seen.all() else kept[seen], seen.nonzero()[:, 0])
+    return Scan(count, pooled, spatial, score, kept)
 
 
 @dataclass(frozen=True)

@@ -71,11 +71,12 @@ def frechet_with_error(samples: Grouped, reference: FrechetReference) -> Score:
     """
     total = samples.total()
     score: Score = {"value": reference.distance(total.mean, total.covariance), "n": total.count}
-    rest = list(samples.leave_one_out(total))
-    if len(rest) < 2 or min(part.count for part in rest) < 2:
+    counts = [group.count for group in samples.groups if group.count]
+    if len(counts) < 2 or total.count - max(counts) < 2:
         return score | {"standard_error": None, "interval": None}
+    rest = samples.leave_one_out(total)
     error = jackknife_error(reference.distance(part.mean, part.covariance) for part in rest)
-    margin = error * float(student_t.ppf((1 + CONFIDENCE) / 2, len(rest) - 1))
+    margin = error * float(student_t.ppf((1 + CONFIDENCE) / 2, len(counts) - 1))
     return score | {"standard_error": error, "interval": [score["value"] - margin, score["value"] + margin]}
 
 
