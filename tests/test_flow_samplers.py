@@ -211,9 +211,10 @@ def test_states_that_are_not_finite_are_noticed(method: str) -> None:
 
 def test_a_bad_state_that_is_mended_on_the_way_is_noticed() -> None:
     steps = ode_steps(Flow(), lambda x, t: torch.where(t[:, None] == 0, torch.inf, x), normal(2, 3), 3)
+    for _ in range(3):
+        next(steps)[2].nan_to_num_(posinf=0.0)
     with pytest.raises(FloatingPointError, match="debug=True"):
-        for _, _, x in steps:
-            x.nan_to_num_(posinf=0.0)
+        next(steps)
 
 
 @pytest.mark.parametrize(
