@@ -214,7 +214,8 @@ def validate(kind: type[T], data: dict[str, Any], what: str) -> T:
 
 
 def _first_problem(kind: type[BaseModel], error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
+    # A mistyped key explains the one that is missing.
+    problem = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
     path = [str(part) for part in problem["loc"]]
     where = ".".join(path)
     more = f" ({error.error_count() - 1} more problems)" if error.error_count() > 1 else ""

@@ -14,41 +14,42 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
 from vit5gen.errors import UserError
 from vit5gen.files import read_json, sha256, write_json
 from vit5gen.training.ema import EMA
+from vit5gen.training.sharding import sharded_as, whole
 
 _CHECKSUMS = "checksums.json"
 
 
 def gather(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, dict[str, Tensor]]:
-    """Collect whole CPU tensors by file name; a collective that every process calls (only rank 0 gets all of them)."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
-    files: dict[str, dict[str, Any]] = {"model": get_model_state_dict(model, options=options)}
+    """Collect whole tensors by file name; a collective that every process calls."""
+    files = {"model": {name: whole(value) for name, value in model.state_dict().items()}}
     files |= {f"ema_{decay}": ema.state_dict(decay) for decay in ema.averages}
-    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
-    files["optimizer"] = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    files["optimizer"] = {
+        f"{name}/{key}": whole(value)
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
     return files
 
 
+@torch.no_grad()
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> None:
-    """Load what `gather` collected, sharding it as the model is; the averages must be those of ``ema``."""
-    options = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True)
-    weights: dict[str, Any] = load_tensors(folder, "model")
-    set_model_state_dict(model, weights, options=options)
+    """Load what `gather` collected, sharding it as the model is."""
+    weights = load_tensors(folder, "model")
+    for name, value in model.state_dict().items():
+        value.copy_(sharded_as(weights[name], value))
     for decay in ema.averages:
         ema.load_state_dict(decay, load_tensors(folder, f"ema_{decay}"))
-    # Learning rate, betas and the like come from the configuration: only the tensors are taken from the file.
-    present: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
-    set_optimizer_state_dict(model, optimizer, present | load_tensors(folder, "optimizer"), options=options)
+    # Learning rate, betas and the like come from the configuration: only the moments are in the file.
+    parameters = dict(model.named_parameters())
+    for entry, value in load_tensors(folder, "optimizer").items():
+        name, key = entry.split("/")
+        parameter = parameters[name]
+        state = optimizer.state.setdefault(parameter, {})
+        state[key] = sharded_as(value, parameter) if value.shape == parameter.shape else value.to(parameter.device)
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+from vit5gen.training.sharding import sharded_as, whole
 
 
 class EMA:
@@ -27,16 +28,10 @@ class EMA:
 
     def state_dict(self, decay: float) -> dict[str, Tensor]:
         """Return the average of ``decay`` by parameter name, gathered whole (a collective under FSDP)."""
-        return {
-            name: value.full_tensor() if isinstance(value, DTensor) else value
-            for name, value in zip(self.names, self.averages[decay], strict=True)
-        }
+        return {name: whole(value) for name, value in zip(self.names, self.averages[decay], strict=True)}
 
     @torch.no_grad()
     def load_state_dict(self, decay: float, state: dict[str, Tensor]) -> None:
         """Take whole tensors by parameter name and shard them as the averages are."""
         for name, value in zip(self.names, self.averages[decay], strict=True):
-            whole = state[name].to(value.device)
-            if isinstance(value, DTensor):
-                whole = distribute_tensor(whole, value.device_mesh, value.placements)
-            value.copy_(whole)
+            value.copy_(sharded_as(state[name], value))

@@ -2,7 +2,7 @@
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +33,31 @@ def train(config: Config, output: str | Path, resume: str = "auto", accept_chang
     A run is a function of its configuration: every draw depends on (seed, step, position in the global batch) alone,
     so that an interrupted run, resumed, equals an undisturbed one bit for bit.
 
-    Args:
-        resume: ``auto`` goes on from the newest valid checkpoint of ``output``, ``never`` demands a new folder, a path
-            names the checkpoint to go on from.
-        accept_changes: go on although keys differ that change what is computed.
+    resume: ``auto`` goes on from the newest valid checkpoint of ``output``, ``never`` demands a new folder, a path
+    names the checkpoint to go on from. accept_changes: go on although keys differ that change what is computed.
+    Raises `UserError` for input that does not fit; nothing is written then.
     """
     settings, output = config.training, Path(output)
     accelerator = make_accelerator(settings, output)
     micro_batch_size, accumulation = batch_sizes(settings, accelerator.num_processes)
-    start = on_main(accelerator, lambda: run.prepare(config, output, resume, accept_changes))
-    if run.finished(config, output, start):
-        accelerator.print(f"{output} is already trained to step {settings.num_steps}; nothing to do")
-        return 0
+    with ExitStack() as stack:
+        on_main(accelerator, lambda: stack.enter_context(run.locked(output)))
+        start = on_main(accelerator, lambda: run.prepare(config, output, resume, accept_changes))
+        if run.finished(config, output, start):
+            accelerator.print(f"{output} is already trained to step {settings.num_steps}; nothing to do")
+            return 0
+        return _train(config, output, accelerator, start, micro_batch_size, accumulation)
+
+
+def _train(
+    config: Config,
+    output: Path,
+    accelerator: Accelerator,
+    start: Path | None,
+    micro_batch_size: int,
+    accumulation: int,
+) -> int:
+    settings = config.training
 
     # Data, model and averages. The averages are of the parameters as prepared: sharded under FSDP.
     source, vae = open_source(config, accelerator)
@@ -84,8 +97,16 @@ def train(config: Config, output: str | Path, resume: str = "auto", accept_chang
         accelerator.process_index,
         accelerator.num_processes,
     )
-    cuda = accelerator.device.type == "cuda"
-    batches = iter(DataLoader(samples, batch_sampler=keys, num_workers=config.data.num_workers, pin_memory=cuda))
+    batches = iter(
+        DataLoader(
+            samples,
+            batch_sampler=keys,
+            num_workers=config.data.num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+            # A forked worker would share the lock of the run and hold it after the trainer's death.
+            multiprocessing_context="spawn" if config.data.num_workers else None,
+        )
+    )
 
     def losses(batch: dict[str, Tensor]) -> Tensor:
         batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
@@ -165,8 +186,8 @@ def train(config: Config, output: str | Path, resume: str = "auto", accept_chang
                 size = settings.global_batch_size
                 ids = [data_index(settings.seed, step - 1, position, size, len(source)) for position in range(size)]
                 accelerator.print(
-                    f"\nerror: loss or gradient was not finite {nonfinite_in_a_row} steps in a row, up to step {step} with "
-                    f"the samples {ids}; state saved in {output / 'nonfinite'}; "
+                    f"\nerror: loss or gradient was not finite in {nonfinite_in_a_row} steps in a row, the last one "
+                    f"step {step} with the samples {ids}; state saved in {output / 'nonfinite'}; "
                     "lower training.learning_rate, or set training.max_grad_norm"
                 )
                 return NONFINITE

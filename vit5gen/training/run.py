@@ -3,6 +3,9 @@
 import fcntl
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +33,34 @@ _FREE = {
 }
 
 
-def lock(folder: Path) -> int:
-    """Take the kernel's lock on a run; it is gone when this process is. Returns the descriptor that holds it.
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the kernel's lock on a run, which is gone when this process is; make the folder if need be.
 
-    Raises:
-        UserError: another process trains in this folder, or it cannot be written.
+    Bad input that shows before the first checkpoint leaves no new folder behind.
+    Raises `UserError` when another process trains in this folder, or it cannot be written.
     """
+    existed = folder.exists()
+    if existed and not (folder / ".lock").exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output {folder}: holds other files; choose a new folder or that of an earlier run")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise UserError(f"--output {folder}: {error.strerror}; choose a folder that can be written") from error
-    # A forked data worker would share the lock and outlive the trainer.
-    os.register_at_fork(after_in_child=lambda: os.close(descriptor))
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     except BlockingIOError:
         raise UserError(
             f"--output {folder}: another process trains there; wait for it or choose another folder"
         ) from None
-    return descriptor
+    except UserError:
+        if not existed and not checkpoint.steps(folder / "checkpoints"):
+            shutil.rmtree(folder)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def to_yaml(config: Config) -> str:
@@ -113,14 +124,10 @@ class Log:
 
 
 def prepare(config: Config, output: Path, resume: str, accept_changes: bool) -> Path | None:
-    """Lock the folder, settle where to start and write the configuration; return the checkpoint to resume, if any.
+    """Settle where a run starts, and write its configuration; return the checkpoint to resume, if any.
 
-    Raises:
-        UserError: the folder holds another run or something else, or the checkpoint does not fit the configuration.
+    Raises `UserError` when the folder holds another run, or the checkpoint does not fit the configuration.
     """
-    if output.is_dir() and any(output.iterdir()) and not (output / ".lock").exists():
-        raise UserError(f"--output {output}: holds other files; choose a new folder or one of an earlier run")
-    lock(output)
     checkpoints = output / "checkpoints"
     if resume == "auto":
         start = checkpoint.newest_valid(checkpoints)

@@ -1,0 +1,137 @@
+"""The command line: bad input ends as one clear line and exit code 2, and leaves nothing behind."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_run import make_inputs
+
+from vit5gen.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    make_inputs(folder)
+    (folder / "broken.yaml").write_text("model: [unclosed\n")
+    (folder / "list.yaml").write_text("- 1\n")
+    (folder / "mistyped.yaml").write_text(yaml.safe_dump({"modle": {"preset": "S/2"}}))
+    (folder / "unnamed_model.yaml").write_text(yaml.safe_dump({"training": {"num_steps": 1}}))
+    (folder / "no_images" / "cat").mkdir(parents=True)
+    (folder / "empty").mkdir()
+    (folder / "broken_images" / "cat").mkdir(parents=True)
+    (folder / "broken_images" / "cat" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "diary.txt").write_text("dear diary")
+    return folder
+
+
+# What is typed (TINY, OUT: folders), and what the one line must name.
+BAD = {
+    "no command": ("", ["COMMAND"]),
+    "unknown command": ("trian", ["trian", "train"]),
+    "no configuration": ("train --output OUT", ["CONFIG"]),
+    "configuration is missing": ("train TINY/none.yaml --output OUT", ["none.yaml", "No such file"]),
+    "configuration is no YAML": ("train TINY/broken.yaml --output OUT", ["broken.yaml", "not valid YAML"]),
+    "configuration is a list": ("train TINY/list.yaml --output OUT", ["list.yaml", "list"]),
+    "section is mistyped": ("train TINY/mistyped.yaml --output OUT", ["modle", "'model'"]),
+    "section is missing": ("train TINY/unnamed_model.yaml --output OUT", ["model", "missing"]),
+    "key is mistyped": ("train TINY/run.yaml --output OUT --training.num_step 3", ["num_step", "num_steps"]),
+    "wrong type": ("train TINY/run.yaml --output OUT --training.num_steps many", ["training.num_steps", "many"]),
+    "fraction of a step": ("train TINY/run.yaml --output OUT --training.num_steps 1.5", ["num_steps", "1.5"]),
+    "out of range": ("train TINY/run.yaml --output OUT --training.learning_rate -1", ["learning_rate", "-1"]),
+    "probability above 1": (
+        "train TINY/run.yaml --output OUT --model.class_dropout_prob 2",
+        ["class_dropout_prob", "2"],
+    ),
+    "unknown choice": ("train TINY/run.yaml --output OUT --flow.path linaer", ["flow.path", "linear"]),
+    "unknown backbone": ("train TINY/run.yaml --output OUT --model.backbone vitt5", ["vitt5", "'vit5'"]),
+    "unknown switch": (
+        "train TINY/run.yaml --output OUT --model.backbone_kwargs {gama_init: 1}",
+        ["gama_init", "gamma_init"],
+    ),
+    "heads do not divide": ("train TINY/run.yaml --output OUT --model.num_attention_heads 5", ["5", "32"]),
+    "batch does not divide": ("train TINY/run.yaml --output OUT --training.micro_batch_size 3", ["3", "4"]),
+    "resolution does not divide": ("train TINY/run.yaml --output OUT --data.resolution 17", ["resolution", "17"]),
+    "data folder is missing": ("train TINY/run.yaml --output OUT --data.path TINY/none", ["none", "data.path"]),
+    "data folder has no images": ("train TINY/run.yaml --output OUT --data.path TINY/no_images", ["no images"]),
+    "data folder has no classes": ("train TINY/run.yaml --output OUT --data.path TINY/empty", ["class"]),
+    "image is broken": (
+        "train TINY/run.yaml --output OUT --data.path TINY/broken_images --data.num_classes 1",
+        ["0.png", "decode"],
+    ),
+    "class does not exist": ("train TINY/run.yaml --output OUT --data.classes [circl]", ["circl", "'circle'"]),
+    "class count differs": ("train TINY/run.yaml --output OUT --data.num_classes 5", ["num_classes", "5", "3"]),
+    "autoencoder is missing": ("train TINY/run.yaml --output OUT --vae.name TINY/novae", ["novae"]),
+    "latents are missing": ("train TINY/run.yaml --output OUT --data.latents TINY/nolatents", ["nolatents"]),
+    "sampler is unknown": ("train TINY/run.yaml --output OUT --sampling.sampler ode-hune", ["ode-hune", "ode-heun"]),
+    "extractor is unknown": ("train TINY/run.yaml --output OUT --evaluation.extractor resnet", ["resnet"]),
+    "output holds other files": ("train TINY/run.yaml --output TINY/notes", ["notes", "other files"]),
+    "checkpoint to resume is none": (
+        "train TINY/run.yaml --output OUT --resume TINY/notes",
+        ["notes", "checksums.json"],
+    ),
+    "checkpoint is no folder": ("sample --checkpoint TINY/none --num-images 1 --output OUT.png", ["none"]),
+    "checkpoint folder is none": ("sample --checkpoint TINY/notes --num-images 1 --output OUT.png", ["notes"]),
+    "no count": ("sample --checkpoint TINY/notes --output OUT.png", ["--num-images"]),
+    "count is no number": ("sample --checkpoint TINY/notes --num-images few --output OUT.png", ["few", "--num-images"]),
+    "samples are missing": (
+        "evaluate TINY/none.npz --reference TINY/notes --output OUT.json --extractor effnet-lite0",
+        ["none.npz"],
+    ),
+    "no reference": ("evaluate TINY/notes --output OUT.json", ["--reference"]),
+    "SiT file is missing": ("convert TINY/none.pt --output OUT", ["none.pt"]),
+    "classifier is unknown": (
+        "classify TINY/notes --model vit5_bas --checkpoint TINY/none.pth",
+        ["vit5_bas", "vit5_base"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(
+    case: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIT5GEN_CACHE", str(tmp_path / "cache"))
+    command, named = BAD[case]
+    head, brace, tail = command.partition("{")  # a mapping is one argument, as quotes make it in a shell
+    words = head.split() + ([brace + tail] if brace else [])
+    places = {"TINY": str(tiny), "OUT": str(tmp_path / "out")}
+    arguments = []
+    for word in words:
+        for place, path in places.items():
+            word = word.replace(place, path)
+        arguments.append(word)
+    before = sorted(tiny.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2
+    assert message.startswith("error: ")
+    for name in named:
+        assert name in message, message
+    assert sorted(tiny.rglob("*")) == before
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_error_is_a_single_line_without_traceback(tiny: Path) -> None:
+    command = [sys.executable, "train.py", str(tiny / "none.yaml"), "--output", str(tiny / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_help_is_quick_and_names_every_key() -> None:
+    start = time.process_time()
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert time.process_time() - start < 5
+    for option in ("--training.num_steps", "--model.backbone_kwargs", "--resume", "--output"):
+        assert option in done.stdout
+    heavy = "import sys, vit5gen.cli; vit5gen.cli.build_parser(); assert not {'torch', 'diffusers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, check=True)
