@@ -13,7 +13,8 @@ from tiny import tiny_pipeline
 from torch import nn
 from torch.nn import functional
 
-from vit5gen.config import SamplingConfig
+from vit5gen import cli
+from vit5gen.config import DataConfig, SamplingConfig
 from vit5gen.errors import UserError
 from vit5gen.evaluation import evaluate, frechet_distance, load_extractor, register_extractor
 from vit5gen.evaluation.evaluate import (
@@ -376,6 +377,43 @@ def test_too_few_samples_and_bad_options_are_errors_of_one_line(tmp_path, colour
             write_npz(tmp_path / "adm.npz", pictures(3, 0), mu=np.zeros(2048), sigma=np.eye(2048)),
             colour_extractor,
         )
+
+
+def test_features_that_are_not_finite_name_the_image(tmp_path, colour_extractor) -> None:
+    def features(network: nn.Module, images: torch.Tensor) -> Features:
+        pooled = functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+        return Features(pooled.log())  # of black: minus infinity
+
+    images = pictures(9, seed=0).clamp(min=1)
+    images[7] = 0
+    broken = replace(colour_extractor, features=features, spatial_dim=0, num_classes=0)
+    samples = samples_of(open_source(write_npz(tmp_path / "samples.npz", images)), 2)
+    reference = open_reference(write_npz(tmp_path / "real.npz", images[:7]), broken, 2)
+    with pytest.raises(UserError, match="image 7: NaN or infinity in its features"):
+        evaluation_card([samples], reference, broken)
+
+
+def test_a_data_source_is_a_reference(tmp_path, colour_extractor) -> None:
+    folder = write_folder(tmp_path / "data" / "class", pictures(20, seed=1)).parent
+    data = DataConfig(path=str(folder), resolution=32, num_classes=1)
+    samples = samples_of(open_source(write_npz(tmp_path / "samples.npz", pictures(9, seed=0))), 4)
+    cards = [
+        evaluation_card([samples], open_reference(source, colour_extractor, 4), colour_extractor)
+        for source in (data, folder)
+    ]
+    assert cards[0]["metrics"] == cards[1]["metrics"]
+    assert cards[0]["reference"]["kind"] == "data"
+
+
+def test_bad_input_exits_with_code_2_and_one_line(tmp_path, capsys) -> None:
+    np.savez(tmp_path / "float.npz", arr_0=np.zeros((4, 8, 8, 3)))
+    path = str(tmp_path / "float.npz")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["evaluate", path, "--reference", path, "--extractor", "colours"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: npz ")
+    assert error.count("\n") == 1
 
 
 def test_missing_inception_weights_say_which_file_to_put_where(tmp_path, monkeypatch) -> None:

@@ -82,7 +82,8 @@ def samples_of(source: ImageSource, batch_size: int) -> Samples:
     path = Path(source.identity["path"])
     card = path / "card.json" if path.is_dir() else path.with_suffix(".card.json")
     sampling = read_json(card, "sampling card") if card.is_file() else None
-    identity = source.identity | {"count": source.count, "sampling": sampling}
+    size = list(source.read(0, 1).shape[2:])
+    identity = source.identity | {"count": source.count, "size": size, "sampling": sampling}
     return Samples(source.count, lambda: local_chunks(source, batch_size), identity, source.sorted_by_class)
 
 
@@ -98,14 +99,15 @@ def samples_from_pipeline(pipe: SiTPipeline, path: str | Path, job: SamplingJob,
         "scheduler": {key: value for key, value in scheduler.items() if key == "_class_name" or key[0] != "_"},
         "vae": None if pipe.vae is None else pipe.vae.config.get("_name_or_path"),
     }
-    identity = {"kind": "pipeline", "path": str(path), "sha256": pipeline_hash(pipeline_folder(path))}
+    identity: dict[str, Any] = {"kind": "pipeline", "path": str(path), "sha256": pipeline_hash(pipeline_folder(path))}
 
     def chunks() -> Iterable[tuple[int, Tensor]]:
         for indices, images in generate(pipe, job):
             yield indices.start, images
         sampling["network_evaluations"] = pipe.num_evaluations
 
-    return Samples(len(job.labels), chunks, identity | {"count": len(job.labels), "sampling": sampling})
+    identity |= {"count": len(job.labels), "size": list(pipe.image_size), "sampling": sampling}
+    return Samples(len(job.labels), chunks, identity)
 
 
 def evaluation_card(

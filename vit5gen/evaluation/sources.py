@@ -47,11 +47,11 @@ class ImageSource:
 
     @property
     def sorted_by_class(self) -> bool:
-        """Whether all images of a class stand together, in the order of the classes."""
-        if self.labels is None or len(self.labels) < 3:
+        """Whether all images of a class stand together, and there are several of some."""
+        if self.labels is None:
             return False
-        steps = self.labels.diff()
-        return bool((steps >= 0).all() and (steps > 0).any() and (steps == 0).any())
+        classes, runs = len(self.labels.unique()), int((self.labels.diff() != 0).sum()) + 1
+        return 1 < classes == runs < len(self.labels)
 
 
 def open_npz(path: Path) -> ImageSource:
