@@ -36,3 +36,13 @@ def test_long_titles_are_cut_and_large_images_kept(tmp_path: Path) -> None:
 def test_one_label_an_image(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 given, expected one for each of 2 images"):
         save_grid(tmp_path / "a.png", torch.zeros(2, 3, 4, 4, dtype=torch.uint8), ["x"])
+
+
+def test_many_images_of_a_label_go_on_in_the_next_row(tmp_path: Path) -> None:
+    images = torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1).expand(40, 3, 8, 8)
+    save_grid(tmp_path / "a.png", images, ["x"] * 20 + ["y"] * 20)
+    grid = np.asarray(Image.open(tmp_path / "a.png"))
+    left = grid.shape[1] - 16 * 68
+    tiles = grid[36::68, left + 32 :: 68, 0]
+    assert tiles.shape == (4, 16)
+    assert tiles[tiles < 255].tolist() == list(range(40))

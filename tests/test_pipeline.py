@@ -489,6 +489,7 @@ def test_load_pipeline_takes_a_run_or_its_pipeline(pipe: SiTPipeline, tmp_path: 
         ({"latents": torch.zeros(2, 4, 8, 4)}, r"latents: shape \(2, 4, 8, 4\); expected \(2, 4, 8, 8\)"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents: shape \(1, 4, 8, 8\)"),
         ({"height": 18}, "height = 18 cannot be made; expected a multiple of 4, e.g. 16"),
+        ({"height": 16.0}, "height = 16.0 cannot be made"),
         ({"width": 0}, "width = 0 cannot be made; expected a multiple of 4, e.g. 4"),
         ({"output_type": "jpg"}, "output_type: 'jpg'"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),

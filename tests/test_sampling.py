@@ -212,7 +212,7 @@ def test_npz_is_in_adms_form(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_folder_and_grid(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("out.npz", "out.png", "folder"):
-        draw(checkpoint, tmp_path / name, classes=["retriever", 4])
+        draw(checkpoint, tmp_path / name, classes=["retriever", 4, 0])
     images, labels = (np.load(tmp_path / "out.npz")[key] for key in ("arr_0", "arr_1"))
     assert set(labels) == {0, 4}
     files = sorted((tmp_path / "folder").glob("*.png"))
@@ -353,6 +353,7 @@ def test_a_foreign_scheduler_in_the_folder(tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "pipeline")
     draw(tmp_path, tmp_path / "out.npz", settings=SamplingConfig(num_inference_steps=3))
     card = json.loads((tmp_path / "out.card.json").read_text())
+    assert card["settings"]["sampler"] is None
     assert card["settings"]["scheduler"]["_class_name"] == "FlowMatchEulerDiscreteScheduler"
     assert card["network_evaluations"]["per_image"] == 3
 

@@ -309,10 +309,9 @@ class SiTPipeline(DiffusionPipeline):
         sides = [built if side is None else side for side, built in zip((height, width), self.image_size, strict=True)]
         unit = factor * config.patch_size
         for name, side in zip(("height", "width"), sides, strict=True):
-            if side < unit or side % unit:
-                raise UserError(
-                    f"{name} = {side} cannot be made; expected a multiple of {unit}, e.g. {max(1, side // unit) * unit}"
-                )
+            if not isinstance(side, int) or side < unit or side % unit:
+                fits = max(unit, int(side) // unit * unit)
+                raise UserError(f"{name} = {side} cannot be made; expected a multiple of {unit}, e.g. {fits}")
         shape = (batch, config.in_channels, *(side // factor for side in sides))
         if isinstance(generator, list) and len(generator) != batch:
             raise UserError(f"generator: a list of {len(generator)}; expected one for each of the {batch} images")

@@ -121,13 +121,17 @@ def sample_command(
     pipe = load_pipeline(checkpoint)
     if pipe.vae is None:
         raise UserError(f"checkpoint {checkpoint} has no autoencoder; convert it again with --vae NAME_OR_FOLDER")
-    ids = list(range(pipe.transformer.config.num_classes)) if not classes else pipe.class_ids(list(classes))
+    # A class that is given twice counts once.
+    given = classes or range(pipe.transformer.config.num_classes)
+    ids = list(dict.fromkeys(pipe.class_ids(list(given))))
     settings = settings or SamplingConfig()
     labels = draw_labels(num_images, ids, seed, label_mode)
     job = SamplingJob(labels, seed, batch_size, settings)
     target = Output(Path(output), (num_images, *pipe.image_size, 3))
     decided = {"num_images": num_images, "seed": seed, "labels": label_mode, "classes": ids, **settings.model_dump()}
     scheduler = json.loads(pipe.scheduler.to_json_string())
+    if not isinstance(pipe.scheduler, SiTScheduler):
+        decided["sampler"] = None
     decided["scheduler"] = {name: scheduler[name] for name in scheduler if name == "_class_name" or name[0] != "_"}
     folder = pipeline_folder(checkpoint)
     card = {
