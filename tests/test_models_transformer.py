@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
@@ -248,6 +248,10 @@ def configurations(draw):
     }
 
 
+@example(  # once came back one bit off: weights mapped from the file were not aligned in memory
+    config={"backbone": "sit", "sample_size": (1, 1), "patch_size": 1, "in_channels": 1, "hidden_size": 12}
+    | {"num_layers": 1, "mlp_ratio": 1.0}
+)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=configurations())
 def test_any_configuration_builds_runs_and_round_trips(tmp_path, config):

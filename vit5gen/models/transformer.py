@@ -139,6 +139,9 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
             raise UserError(f"checkpoint: {reason}; its config.json belongs to other weights.") from error
         # keys of another shape get here only by ignore_mismatched_sizes=True, that is, on purpose
         check_fit(cls.__name__, info["missing_keys"], info["unexpected_keys"], [], len(model.state_dict()))
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.data_ptr() % 64:  # mapped from the file as it lies there: CPU kernels then round differently
+                tensor.data = tensor.data.clone()
         return (model, info) if output_loading_info else model
 
     @property
