@@ -34,12 +34,15 @@ def data(tmp_path_factory):
 
 def test_accuracy_equals_one_image_at_a_time(data):
     root, model = data
-    ranks = []
+    images = module._image_folder(root / "images", 32, model.pretrained_cfg)
+    ranks, place = [], 0
     for label in range(NUM_CLASSES):
         for path in sorted((root / "images" / f"class{label}").iterdir()):
             image = T.resize(Image.open(path), 32, T.InterpolationMode.BICUBIC)  # crop ratio 1.0: no margin
             pixels = T.to_tensor(T.center_crop(image, 32))
             pixels = T.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+            assert torch.equal(images[place][0], pixels)
+            place += 1
             with torch.no_grad():
                 order = model(pixels[None])[0].argsort(descending=True).tolist()
             ranks.append(order.index(label))
