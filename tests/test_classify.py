@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as T
 
+import vit5gen.models  # noqa: F401 (registers vit5_small with timm)
 from vit5gen import classify as module
 from vit5gen.classify import classify
 from vit5gen.errors import UserError
