@@ -1,5 +1,7 @@
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vit5gen.errors import UserError
 from vit5gen.evaluation import frechet_distance, frechet_of, load_extractor
@@ -30,6 +32,19 @@ def test_effnet_resize_is_the_identity_at_96_pixels(effnet) -> None:
     with torch.no_grad():
         expected = effnet.network(images.float() / 127.5 - 1)
     torch.testing.assert_close(effnet(images).pooled, expected, rtol=0, atol=0)
+
+
+def test_effnet_shrinks_images_with_an_antialiased_filter(effnet) -> None:
+    images = torch.randint(0, 256, (2, 3, 200, 200), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    # Pillow's float images are resized with the same triangle filter, widened by the scale.
+    planes = [
+        Image.fromarray(plane.float().numpy()).resize((96, 96), Image.Resampling.BILINEAR)
+        for plane in images.flatten(0, 1)
+    ]
+    pixels = torch.stack([torch.from_numpy(np.array(plane)) for plane in planes]).view(2, 3, 96, 96)
+    with torch.no_grad():
+        expected = effnet.network(pixels / 127.5 - 1)
+    torch.testing.assert_close(effnet(images).pooled, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_distance_in_effnet_features_grows_with_noise(effnet) -> None:
