@@ -85,20 +85,27 @@ def encode_command(config: Config, output: str | Path) -> None:
 
 def open_for(config: Config, vae: AutoencoderKL) -> ImageSet:
     """Open a run's images; raise `UserError` when classes, resolution or autoencoder are not as configured."""
+    check_autoencoder(config, vae)
     images, data = open_images(config.data), config.data
     if len(images.class_names) != data.num_classes:
         raise UserError(
             f"data.num_classes = {data.num_classes}: the data have {len(images.class_names)} classes; set that"
         )
+    return images
+
+
+def check_autoencoder(config: Config, vae: AutoencoderKL) -> None:
+    """Raise `UserError` unless the autoencoder is as configured and takes images of the configured resolution."""
     for key, expected, found in [
         ("latent_channels", config.vae.latent_channels, vae.config.latent_channels),
         ("downsample", config.vae.downsample, downsample(vae)),
     ]:
         if expected != found:
             raise UserError(f"vae.{key} = {expected}: the autoencoder {config.vae.name} has {found}; set that")
-    if data.resolution % downsample(vae):
-        raise UserError(f"data.resolution = {data.resolution}: expected a multiple of vae.downsample {downsample(vae)}")
-    return images
+    if config.data.resolution % downsample(vae):
+        raise UserError(
+            f"data.resolution = {config.data.resolution}: expected a multiple of vae.downsample {downsample(vae)}"
+        )
 
 
 class LatentDataset:
@@ -160,6 +167,7 @@ class LatentDataset:
 
     def check(self, config: Config, vae: AutoencoderKL) -> None:
         """Raise `UserError` naming both values unless a run of this configuration can train on these latents."""
+        check_autoencoder(config, vae)
         wanted = _latent_settings(vae, config)
         for key in _FIXED_BY_VAE:
             if self.manifest.get(key) != wanted[key]:

@@ -7,10 +7,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from vit5gen.config import Config
-from vit5gen.data.autoencoder import downsample, encode, load_autoencoder
-from vit5gen.data.images import ImageSet, open_images
-from vit5gen.data.latents import LatentDataset, ensure_latents
-from vit5gen.errors import UserError
+from vit5gen.data.autoencoder import encode, load_autoencoder
+from vit5gen.data.images import ImageSet, drop_broken
+from vit5gen.data.latents import LatentDataset, ensure_latents, open_for
 
 
 @dataclass(frozen=True)
@@ -33,29 +32,23 @@ class ImageSource:
 
 
 def open_source(config: Config, accelerator: Accelerator) -> tuple[ImageSource | LatentDataset, AutoencoderKL]:
-    """Open what a run trains on and its autoencoder, encoding latents first where that is asked for.
+    """Open what a run trains on and its autoencoder, encoding latents first where there are none yet.
 
     Raises `UserError` when data or autoencoder are absent or do not fit the configuration.
     """
     vae = load_autoencoder(config.vae.name).to(accelerator.device)
-    found = {"vae.latent_channels": vae.config.latent_channels, "vae.downsample": downsample(vae)}
-    expected = {"vae.latent_channels": config.vae.latent_channels, "vae.downsample": config.vae.downsample}
-    for key, value in found.items():
-        if expected[key] != value:
-            raise UserError(
-                f"{key} = {expected[key]}, but autoencoder {config.vae.name!r} has {value}; set {key} to it"
-            )
-    if not config.data.from_images:
-        latents = LatentDataset(ensure_latents(config, vae))
-        latents.check(config, vae)
-        return latents, vae
-    images = open_images(config.data)
-    if len(images.class_names) != config.data.num_classes:
-        raise UserError(
-            f"data.num_classes = {config.data.num_classes}, but the data have {len(images.class_names)} classes; "
-            f"set it to {len(images.class_names)}"
-        )
-    return ImageSource(images), vae
+    if config.data.from_images:
+        images = open_for(config, vae)
+        if config.data.on_broken_image == "skip":
+            images, problems = drop_broken(images)
+            for problem in problems:
+                accelerator.print(f"warning: skipped: {problem}")
+        return ImageSource(images), vae
+    latents = LatentDataset(ensure_latents(config, vae))
+    latents.check(config, vae)
+    if config.data.latents is not None:  # those of the cache have just been checked
+        latents.verify(accelerator.process_index, accelerator.num_processes)
+    return latents, vae
 
 
 def encode_batch(vae: AutoencoderKL, images: Tensor, noise: Tensor) -> Tensor:
