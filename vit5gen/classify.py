@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, choose
+from vit5gen.errors import UserError, choose
 
 HELP = """\
 Top-1 and top-5 accuracy of ViT-5 over FOLDER, which has one folder of images a class, in the order of the classes.
@@ -30,8 +30,8 @@ def classify(
     import torch
     from torch.utils.data import DataLoader
 
-    from .models import load_vit5
-    from .models.classifier import default_cfgs
+    from vit5gen.models import load_vit5
+    from vit5gen.models.classifier import default_cfgs
 
     choose("--model", model, sorted({name.split(".")[0] for name in default_cfgs}))
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

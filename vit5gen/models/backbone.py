@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import UserError, choose, nearest
-from .rope import Grid
+from vit5gen.errors import UserError, choose, nearest
+from vit5gen.models.rope import Grid
 
 ENTRY_POINTS = "vit5gen.backbones"
 _REGISTRY: dict[str, type[nn.Module]] = {}

@@ -12,12 +12,12 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..errors import UserError, choose
-from .backbone import Backbone
-from .layers import check_heads, init_linears, make_norm
-from .rope import Grid, Segment, resample_positions, rope_table
-from .transformer import SIZES
-from .vit5 import ViT5Block, check_registers
+from vit5gen.errors import UserError, choose
+from vit5gen.models.backbone import Backbone
+from vit5gen.models.layers import check_heads, init_linears, make_norm
+from vit5gen.models.rope import Grid, Segment, resample_positions, rope_table
+from vit5gen.models.transformer import SIZES
+from vit5gen.models.vit5 import ViT5Block, check_registers
 
 ROPE_THETA, REGISTER_THETA = 10000.0, 100.0
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import UserError
-from .classifier import ViT5, checkpoint_filter_fn
-from .loading import Source, load_exactly, read_checkpoint, some
-from .transformer import SIZES, SiTTransformer2DModel
+from vit5gen.errors import UserError
+from vit5gen.models.classifier import ViT5, checkpoint_filter_fn
+from vit5gen.models.loading import Source, load_exactly, read_checkpoint, some
+from vit5gen.models.transformer import SIZES, SiTTransformer2DModel
 
 _SIT_NAMES = {
     r"^x_embedder\.proj\.": "patch_embed.",

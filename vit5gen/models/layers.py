@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError, choose
-from .rope import rotate, without_autocast
+from vit5gen.errors import UserError, choose
+from vit5gen.models.rope import rotate, without_autocast
 
 EPS = 1e-6
 

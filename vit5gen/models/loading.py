@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from vit5gen.errors import UserError
 
 Source = Mapping[str, Any] | str | Path
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UserError
+from vit5gen.errors import UserError
 
 Grid = tuple[int, int]
 

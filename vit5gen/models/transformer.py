@@ -10,10 +10,10 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import UserError, choose
-from .backbone import Backbone, make_backbone
-from .layers import Float32Linear, init_linears, make_norm, modulate
-from .loading import check_fit
+from vit5gen.errors import UserError, choose
+from vit5gen.models.backbone import Backbone, make_backbone
+from vit5gen.models.layers import Float32Linear, init_linears, make_norm, modulate
+from vit5gen.models.loading import check_fit
 
 SIZES = {  # name: hidden_size, num_layers, num_attention_heads
     "S": (384, 12, 6),

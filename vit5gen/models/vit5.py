@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from ..errors import UserError, choose
-from .backbone import Backbone, register_backbone
-from .layers import Attention, Mlp, SwiGLU, check_heads, init_linears, make_norm, modulate
-from .rope import Grid, Segment, resample_positions, rope_table, sincos_table
+from vit5gen.errors import UserError, choose
+from vit5gen.models.backbone import Backbone, register_backbone
+from vit5gen.models.layers import Attention, Mlp, SwiGLU, check_heads, init_linears, make_norm, modulate
+from vit5gen.models.rope import Grid, Segment, resample_positions, rope_table, sincos_table
 
 LAYER_SCALES = ("gate_times_gamma", "none", "gamma_only")
 

@@ -1,0 +1,54 @@
+"""Imports go one way, so that a model, a flow or a metric can be read and used without what stands above it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "vit5gen"
+# A module imports from its own layer or a lower one, and only within its own package on the same layer.
+LAYERS = [
+    {"errors"},
+    {"config", "files"},
+    {"models", "flow", "data"},
+    {"card", "grid", "cost"},
+    {"pipeline"},
+    {"outputs", "sampling", "classify"},
+    {"evaluation"},
+    {"training"},
+    {"convert", "benchmark", "study"},
+    {"cli"},
+]
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+APART = [{"models", "flow"}, {"models", "data"}, {"flow", "data"}]
+
+
+def imported(file: Path) -> set[str]:
+    """Return the parts of the package that a file imports anywhere, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" if node.module == "vit5gen" else node.module for alias in node.names]
+            assert node.level == 0, f"{file}: relative import"
+        found |= {name.split(".")[1] for name in names if name.startswith("vit5gen.")}
+    return found & set(RANK)
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_go_down(file: Path) -> None:
+    own = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own == "__init__":
+        return
+    for other in imported(file) - {own}:
+        assert RANK[other] <= RANK[own], f"{own} imports {other}"
+        assert {own, other} not in APART, f"{own} imports {other}"
+
+
+def test_importing_the_package_is_light() -> None:
+    code = "import sys, vit5gen; assert not {'torch', 'diffusers', 'pydantic', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
