@@ -151,7 +151,7 @@ def jackknife_error(estimates: Iterable[float]) -> float:
 
 
 # A block of distances has all columns and as many rows as this allows. Columns are filled by ADM's 10,000.
-_BLOCK_BYTES = 2**26
+_BLOCK_BYTES = 2**25
 _COLUMNS = 10_000
 
 
@@ -173,8 +173,13 @@ def _squared_distances(x: Tensor, y: Tensor, adm_fp16: bool) -> Tensor:
             columns.copy_(rounded)
         else:
             columns.copy_(x @ part.T).mul_(-2)
-            columns.add_(x.square().sum(dim=1)[:, None]).add_(part.square().sum(dim=1)).clamp_(min=0)
+            columns.add_(_squared_norms(x)[:, None]).add_(_squared_norms(part)).clamp_(min=0)
     return distances
+
+
+def _squared_norms(rows: Tensor) -> Tensor:
+    # In parts: square() of all makes another array of the size of rows.
+    return torch.cat([part.square().sum(dim=1) for part in rows.split(1024)])
 
 
 def _half_distances(x: Tensor, y: Tensor) -> Tensor:
