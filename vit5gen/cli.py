@@ -87,6 +87,10 @@ def read_sampling(args: argparse.Namespace) -> SamplingConfig:
 
 
 def train(args: argparse.Namespace) -> int:
+    if args.dry_run:
+        from vit5gen.training.plan import plan
+
+        return plan(read_config(args), args.output)
     from vit5gen.training.loop import train
 
     return train(read_config(args), args.output, args.resume, args.accept_changes)
@@ -167,6 +171,7 @@ def build_parser() -> Parser:
     sub.add_argument("--output", metavar="RUN", required=True, help="folder of the run")
     sub.add_argument("--resume", metavar="WHERE", default="auto", help="auto | never | a checkpoint folder [auto]")
     sub.add_argument("--accept-changes", action="store_true", help="resume although the configuration differs")
+    sub.add_argument("--dry-run", action="store_true", help="write nothing: check, estimate, list what is missing")
 
     sub = command(encode, "encode images once to latent shards")
     add_config(sub)
@@ -202,7 +207,9 @@ def build_parser() -> Parser:
     sub.add_argument("--weights", metavar="FILE", help="weights of the extractor; default: its cache, or a download")
     sub.add_argument("--weights-sha256", metavar="HASH", help="expected hash of --weights, if not the published file")
     sub.add_argument("--metrics", nargs="+", metavar="NAME", help="default: all that the inputs allow")
-    sub.add_argument("--protocol", metavar="adm", help="adm: everything as ADM does, or an error")
+    sub.add_argument(
+        "--protocol", metavar="adm", help="adm: ADM's metrics and settings; printed as FID-50K only if all is met"
+    )
     sub.add_argument("--batch-size", type=int, default=50, help="[50]")
     sub.add_argument("--num-images", type=int, default=50_000, help="of a run or pipeline folder [50000]")
     sub.add_argument("--seed", type=int, nargs="+", default=[0], help="of a run; several give mean and deviation [0]")
