@@ -116,7 +116,7 @@ class TrainingConfig(Section):
     keep_last: Count = Field(2, description="newest checkpoints that are kept")
     keep_every: Count | None = Field(None, description="checkpoints at multiples of this step are kept for good")
     log_every: Count = Field(100, description="steps between lines of log.jsonl")
-    trackers: list[Literal["tensorboard", "wandb"]] = Field([], description="experiment trackers")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="experiment trackers")
     max_nonfinite_steps: Count = Field(10, description="stop after so many non-finite steps in a row")
 
 

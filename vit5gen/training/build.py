@@ -45,11 +45,19 @@ def build_flow(config: Config) -> Flow:
 
 
 def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    """Construct fused AdamW; norms, biases and what ``model.no_weight_decay()`` names are not decayed."""
-    excluded: set[str] = getattr(model, "no_weight_decay", set)()
+    """Construct fused AdamW that decays the matrices of layers.
+
+    Not decayed are vectors (norms, biases, LayerScale), parameters that are no layer's ``weight`` (positions,
+    registers), and what a module's ``no_weight_decay()`` names, if it has that method.
+    """
+    excluded = {
+        f"{prefix}.{name}".removeprefix(".")
+        for prefix, module in model.named_modules()
+        for name in getattr(module, "no_weight_decay", list)()
+    }
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
-        groups[parameter.ndim >= 2 and name not in excluded].append(parameter)
+        groups[parameter.ndim >= 2 and name.endswith(".weight") and name not in excluded].append(parameter)
     decay = {True: training.weight_decay, False: 0.0}
     return torch.optim.AdamW(
         [

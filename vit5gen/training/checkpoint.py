@@ -7,6 +7,8 @@ number of processes, DDP or FSDP, resumes it; ``state.json``, ``config.yaml`` an
 import json
 import os
 import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +25,81 @@ from vit5gen.training.sharding import sharded_as, whole
 _CHECKSUMS = "checksums.json"
 
 
-def gather(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, dict[str, Tensor]]:
-    """Collect whole tensors by file name; a collective that every process calls."""
-    files = {"model": {name: whole(value) for name, value in model.state_dict().items()}}
-    files |= {f"ema_{decay}": ema.state_dict(decay) for decay in ema.averages}
-    files["optimizer"] = {
-        f"{name}/{key}": whole(value)
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
-    return files
+@dataclass
+class State:
+    """All that a run carries from step to step; its random numbers and its place in the data follow from ``step``.
+
+    skipped: steps that were not finite. loss_sum, loss_count: of the steps since the last line of the log.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: EMA
+    step: int = 0
+    skipped: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+
+    def record(self, loss: float | None) -> None:
+        """Count a step, whose loss is None when it was skipped."""
+        self.step += 1
+        if loss is None:
+            self.skipped += 1
+        else:
+            self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
+
+    def mean_loss(self) -> float | None:
+        """Return the mean loss since the last call, None when every step was skipped."""
+        mean = self.loss_sum / self.loss_count if self.loss_count else None
+        self.loss_sum, self.loss_count = 0.0, 0
+        return mean
+
+    def gather(self, keep: bool) -> dict[str, dict[str, Tensor]]:
+        """Collect whole tensors on the CPU by file name: a collective, of which processes may ``keep`` nothing."""
+
+        def collect(values: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+            gathered = ((name, whole(value)) for name, value in values)
+            return {name: value.cpu() for name, value in gathered if keep}
+
+        files = {"model": collect(self.model.state_dict().items())}
+        files |= {f"ema_{decay}": collect(self.ema.items(decay)) for decay in self.ema.averages}
+        files["optimizer"] = collect(
+            (f"{name}/{key}", value)
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        )
+        return files
+
+    @torch.no_grad()
+    def restore(self, folder: Path) -> None:
+        """Load what `gather` collected and `save` wrote, sharding it as the model is."""
+        for name, number in read_state(folder).items():
+            setattr(self, name, number)
+        _fill(self.model.state_dict().items(), folder, "model")
+        for decay in self.ema.averages:
+            _fill(self.ema.items(decay), folder, f"ema_{decay}")
+        # Learning rate, betas and the like come from the configuration: only the moments are in the file.
+        parameters = dict(self.model.named_parameters())
+        for entry, value in load_tensors(folder, "optimizer").items():
+            name, key = entry.split("/")
+            parameter = parameters[name]
+            moments = self.optimizer.state.setdefault(parameter, {})
+            shaped = value.shape == parameter.shape
+            moments[key] = sharded_as(value, parameter) if shaped else value.to(parameter.device)
+
+    def numbers(self) -> dict[str, float]:
+        """Return what stands in ``state.json``."""
+        return {name: getattr(self, name) for name in ("step", "skipped", "loss_sum", "loss_count")}
 
 
-@torch.no_grad()
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> None:
-    """Load what `gather` collected, sharding it as the model is."""
-    weights = load_tensors(folder, "model")
-    for name, value in model.state_dict().items():
-        value.copy_(sharded_as(weights[name], value))
-    for decay in ema.averages:
-        ema.load_state_dict(decay, load_tensors(folder, f"ema_{decay}"))
-    # Learning rate, betas and the like come from the configuration: only the moments are in the file.
-    parameters = dict(model.named_parameters())
-    for entry, value in load_tensors(folder, "optimizer").items():
-        name, key = entry.split("/")
-        parameter = parameters[name]
-        state = optimizer.state.setdefault(parameter, {})
-        state[key] = sharded_as(value, parameter) if value.shape == parameter.shape else value.to(parameter.device)
+def _fill(targets: Iterable[tuple[str, Tensor]], folder: Path, file: str) -> None:
+    saved = load_tensors(folder, file)
+    for name, value in targets:
+        if name not in saved or saved[name].shape != value.shape:
+            raise UserError(
+                f"checkpoint {folder}: {file} has no {name!r} of shape {list(value.shape)}; resume with the same model"
+            )
+        value.copy_(sharded_as(saved[name], value))
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
@@ -139,9 +189,12 @@ def newest_valid(folder: Path) -> Path | None:
     return None
 
 
-def prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
-    """Delete unfinished writes and all but the ``keep_last`` newest and the multiples of ``keep_every``."""
-    for path in steps(folder)[:-keep_last]:
+def prune(folder: Path, step: int, keep_last: int, keep_every: int | None) -> None:
+    """Delete unfinished writes and, up to ``step``, all but the ``keep_last`` newest and multiples of ``keep_every``.
+
+    Later checkpoints are left by a run that was resumed from an older one on purpose: they must not push out the new.
+    """
+    for path in [path for path in steps(folder) if int(path.name[5:]) <= step][:-keep_last]:
         if keep_every is None or int(path.name[5:]) % keep_every:
             shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(".step_*.tmp"):

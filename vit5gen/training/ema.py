@@ -1,11 +1,9 @@
 """Exponential moving averages of the weights, several decays at once, sharded as the weights are."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-
-from vit5gen.training.sharding import sharded_as, whole
 
 
 class EMA:
@@ -26,12 +24,6 @@ class EMA:
         for decay, average in self.averages.items():
             torch._foreach_lerp_(average, self._weights, 1 - decay)
 
-    def state_dict(self, decay: float) -> dict[str, Tensor]:
-        """Return the average of ``decay`` by parameter name, gathered whole (a collective under FSDP)."""
-        return {name: whole(value) for name, value in zip(self.names, self.averages[decay], strict=True)}
-
-    @torch.no_grad()
-    def load_state_dict(self, decay: float, state: dict[str, Tensor]) -> None:
-        """Take whole tensors by parameter name and shard them as the averages are."""
-        for name, value in zip(self.names, self.averages[decay], strict=True):
-            value.copy_(sharded_as(state[name], value))
+    def items(self, decay: float) -> Iterator[tuple[str, Tensor]]:
+        """Return the average of ``decay`` with the parameters' names; under FSDP, this process's shards of it."""
+        return zip(self.names, self.averages[decay], strict=True)

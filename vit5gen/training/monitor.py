@@ -3,18 +3,22 @@
 Pictures and distances go through the very pipeline that users call.
 """
 
+import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
 
 from vit5gen.card import TrainingFacts
@@ -27,12 +31,21 @@ from vit5gen.models import SiTTransformer2DModel
 from vit5gen.pipeline import SiTPipeline, SiTScheduler
 from vit5gen.sampling import SamplingJob, generate
 from vit5gen.training.ema import EMA
+from vit5gen.training.process import autocast, on_main
 from vit5gen.training.reference import Reference, build_reference
 from vit5gen.training.run import Log
+from vit5gen.training.sharding import whole
+
+
+class Interrupted(Exception):
+    """A signal asked to stop while images were drawn."""
 
 
 class Monitor:
-    """Evaluates the first EMA of a run and keeps its log; every process calls it, the main one writes."""
+    """Evaluates the first EMA of a run and keeps its log; every process calls it, the main one writes.
+
+    stop_asked: tells whether a signal has come to this process; an evaluation is then given up.
+    """
 
     def __init__(
         self,
@@ -43,7 +56,9 @@ class Monitor:
         ema: EMA,
         vae: AutoencoderKL,
         class_names: list[str],
+        stop_asked: Callable[[], bool],
     ) -> None:
+        self.stop_asked = stop_asked
         self.config, self.output, self.accelerator = config, output, accelerator
         self.model, self.ema, self.vae, self.class_names = model, ema, vae, class_names
         self.log = Log(output)
@@ -59,12 +74,21 @@ class Monitor:
         """Tell whether ``step`` wants an evaluation that the run does not have yet."""
         every, last = self.config.evaluation.every, self.config.training.num_steps
         wanted = step in (0, last) or (every is not None and step % every == 0)
-        return wanted and step not in {entry["step"] for entry in self.log.evaluations()}
+        return wanted and on_main(
+            self.accelerator, lambda: step not in {entry["step"] for entry in self.log.evaluations()}
+        )
 
-    def evaluate(self, step: int) -> None:
-        """Sample from the EMA: refresh ``pipeline/``, ``samples.png`` and ``loss.png``, add to ``metrics.json``."""
-        with self.accelerator.autocast():
-            self._evaluate(step)
+    def evaluate(self, step: int) -> bool:
+        """Sample from the EMA: refresh ``pipeline/``, ``samples.png`` and ``loss.png``, add to ``metrics.json``.
+
+        Returns False when a signal asked to stop before all images were drawn; nothing is written then.
+        """
+        try:
+            with autocast(self.config.training, self.accelerator.device):
+                self._evaluate(step)
+        except Interrupted:
+            return False
+        return True
 
     def _evaluate(self, step: int) -> None:
         pipe = self._pipeline()
@@ -84,16 +108,23 @@ class Monitor:
             picture = self.output / "samples.png"
             save_grid(picture, grid, [self.class_names[label] for label in labels])
             save_loss_curve(self.output / "loss.png", self.log.read())
+            self._track_picture(picture, step)
             self._export(pipe, entry, picture)
             # Last of all: an evaluation that stands in metrics.json has left everything else behind.
             self.log.add_evaluation(entry)
         self.accelerator.wait_for_everyone()
 
+    def _track_picture(self, picture: Path, step: int) -> None:
+        pixels = np.asarray(Image.open(picture).convert("RGB"))[None]
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": pixels}, step=step, **layout)
+
     def _pipeline(self) -> SiTPipeline:
         config = self.model.config
         with torch.device("meta"):
             transformer = SiTTransformer2DModel.from_config(config)
-        weights = self.ema.state_dict(self.config.training.ema_decays[0])
+        weights = {name: whole(value) for name, value in self.ema.items(self.config.training.ema_decays[0])}
         transformer.load_state_dict({**self.model.state_dict(), **weights}, assign=True)
         transformer.eval().requires_grad_(False)
         scheduler = SiTScheduler(path=self.config.flow.path, prediction=self.config.flow.prediction)
@@ -103,7 +134,13 @@ class Monitor:
 
     def _generate(self, pipe: SiTPipeline, labels: list[int]) -> Iterator[tuple[range, Tensor]]:
         evaluation = self.config.evaluation
-        return generate(pipe, SamplingJob(labels, evaluation.seed, evaluation.batch_size, self.config.sampling))
+        share = generate(pipe, SamplingJob(labels, evaluation.seed, evaluation.batch_size, self.config.sampling))
+        for _ in range(math.ceil(len(labels) / (evaluation.batch_size * self.accelerator.num_processes))):
+            # All processes ask in every round, those whose share has run out too: they stop together or not at all.
+            asked = torch.tensor(float(self.stop_asked()), device=self.accelerator.device)
+            if self.accelerator.reduce(asked, "sum") > 0:
+                raise Interrupted
+            yield from islice(share, 1)
 
     @cached_property
     def _extractor(self) -> Extractor:

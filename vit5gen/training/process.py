@@ -1,6 +1,8 @@
 """The process around the loop: accelerate, batch sizes, signals, and errors on which all processes agree."""
 
+import importlib.util
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,16 +20,30 @@ from vit5gen.sampling import start_processes
 
 T = TypeVar("T")
 
+_MOMENT = 5.0  # seconds
+
 
 def make_accelerator(settings: TrainingConfig, output: Path) -> Accelerator:
-    """Start accelerate with the arithmetic that ``training.precision`` asks for."""
+    """Start accelerate; raise `UserError` for a tracker that is not installed (accelerate would drop it silently).
+
+    Mixed precision is left to `autocast`, which computes the same under DDP, FSDP2 and alone. FSDP2's own policy would
+    round the time and sum gradients in bfloat16.
+    """
+    for tracker in settings.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"training.trackers: {tracker} is not installed; `pip install {tracker}`, or leave it out")
     start_processes()
     torch.set_float32_matmul_precision("highest" if settings.precision in ("fp32", "fp64") else "high")
     return Accelerator(
-        mixed_precision="bf16" if settings.precision == "bf16" else "no",
+        mixed_precision="no",
         log_with=list(settings.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
     )
+
+
+def autocast(settings: TrainingConfig, device: torch.device) -> torch.autocast:
+    """Return the context in which networks compute with the precision that is asked for."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
 
 def batch_sizes(settings: TrainingConfig, num_processes: int) -> tuple[int, int]:
@@ -64,21 +80,40 @@ def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether SIGTERM or SIGINT has come; a second signal ends the process at once."""
-    received = False
-    kinds = (signal.SIGTERM, signal.SIGINT)
+    """Yield a function that tells whether SIGTERM or SIGINT has come; one that comes again later ends the process.
+
+    Ctrl-C under a launcher arrives twice within a moment: from the terminal and from the launcher.
+    """
+    first: float | None = None
 
     def note(number: int, frame: FrameType | None) -> None:
-        nonlocal received
-        received = True
-        signal.signal(number, previous[signal.Signals(number)])
+        nonlocal first
+        first = first or time.monotonic()
+        if time.monotonic() - first > _MOMENT:
+            signal.signal(number, previous[signal.Signals(number)])
+            signal.raise_signal(number)
 
-    previous = {number: signal.signal(number, note) for number in kinds}
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: received
+        yield lambda: first is not None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def memory_hint(micro_batch_size: int) -> Iterator[None]:
+    """Turn running out of the accelerator's memory into a `UserError` that names what to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        smaller = next((size for size in range(micro_batch_size // 2, 0, -1) if micro_batch_size % size == 0), None)
+        advice = (
+            f"try --training.micro_batch_size {smaller}, which computes the same with less memory"
+            if smaller
+            else "try --training.gradient_checkpointing true, or shard the model: configs/accelerate/fsdp2.yaml"
+        )
+        raise UserError(f"out of memory with training.micro_batch_size {micro_batch_size}; {advice}") from error
 
 
 @contextmanager

@@ -45,11 +45,13 @@ def locked(folder: Path) -> Iterator[None]:
         raise UserError(f"--output {folder}: holds other files; choose a new folder or that of an earlier run")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = (folder / ".lock").open("ab")
     except OSError as error:
         raise UserError(f"--output {folder}: {error.strerror}; choose a folder that can be written") from error
+    # A forked child (a data worker) would hold the lock beyond the trainer's death.
+    os.register_at_fork(after_in_child=lock.close)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
         raise UserError(
@@ -60,7 +62,7 @@ def locked(folder: Path) -> Iterator[None]:
             shutil.rmtree(folder)
         raise
     finally:
-        os.close(descriptor)
+        lock.close()
 
 
 def to_yaml(config: Config) -> str:

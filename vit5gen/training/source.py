@@ -1,15 +1,19 @@
 """Where training samples come from: latent shards, or images that are encoded anew in every step."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from vit5gen.config import Config
 from vit5gen.data.autoencoder import encode, load_autoencoder
 from vit5gen.data.images import ImageSet, drop_broken
 from vit5gen.data.latents import LatentDataset, ensure_latents, open_for
+from vit5gen.training.build import latent_shape
+from vit5gen.training.draws import MicroBatches, TrainingSet
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,39 @@ def open_source(config: Config, accelerator: Accelerator) -> tuple[ImageSource |
     if config.data.latents is not None:  # those of the cache have just been checked
         latents.verify(accelerator.process_index, accelerator.num_processes)
     return latents, vae
+
+
+def micro_batches(
+    config: Config,
+    source: ImageSource | LatentDataset,
+    accelerator: Accelerator,
+    first_step: int,
+    size: int,
+    null_label: int,
+) -> Iterator[dict[str, Tensor]]:
+    """Yield this process's micro-batches of ``size`` samples (see `TrainingSet`) from ``first_step`` to the last."""
+    settings = config.training
+    samples = TrainingSet(
+        source,
+        latent_shape(config),
+        settings.seed,
+        settings.global_batch_size,
+        null_label,
+        drop_prob=config.model.class_dropout_prob,
+        flip=config.data.horizontal_flip,
+    )
+    rank, world = accelerator.process_index, accelerator.num_processes
+    keys = MicroBatches(first_step, settings.num_steps, settings.global_batch_size, size, rank, world)
+    loader = DataLoader(
+        samples,
+        batch_sampler=keys,
+        num_workers=config.data.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        # Forked, workers would inherit the state of CUDA and of the trainer's threads.
+        multiprocessing_context="spawn" if config.data.num_workers else None,
+    )
+    for batch in loader:
+        yield {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
 
 
 def encode_batch(vae: AutoencoderKL, images: Tensor, noise: Tensor) -> Tensor:
