@@ -115,7 +115,7 @@ def memory_bytes(cost: Cost, config: Config, micro_batch_size: int, num_processe
         states = states // num_processes + 2 * cost.parameters // cost.num_blocks * width  # two blocks are whole
     elif num_processes > 1:
         states += cost.parameters * width
-    cast = 2 * cost.parameters if config.training.precision == "bf16" and not sharded else 0
+    cast = 2 * cost.parameters if config.training.precision == "bf16" else 0
     return states + cast + micro_batch_size * cost.activation_bytes
 
 
@@ -131,9 +131,9 @@ def communication_bytes(
     """Return what each process sends in one step by ring collectives.
 
     DDP reduces the gradient once. FSDP gathers the weights for the forward and the backward pass of each micro-batch
-    and scatters the gradient once, in bf16 where that is the precision.
+    and scatters the gradient once. Nothing travels in bf16: only products are rounded.
     """
-    width = {"bf16": 2, "fp64": 8}.get(config.training.precision, 4) if sharded else 4
+    width = 8 if config.training.precision == "fp64" else 4
     passes = 2 * accumulation + 1 if sharded else 2
     return passes * width * cost.parameters * (num_processes - 1) // num_processes
 

@@ -16,11 +16,11 @@ from vit5gen.data.latents import MANIFEST, check_autoencoder, open_for
 from vit5gen.errors import choose
 from vit5gen.evaluation import features
 from vit5gen.pipeline import SAMPLERS
-from vit5gen.training.batches import batch_losses, open_batches
 from vit5gen.training.build import build_flow, build_model, build_optimizer, latent_shape
 from vit5gen.training.ema import EMA
-from vit5gen.training.process import batch_sizes, make_accelerator
-from vit5gen.training.source import open_source
+from vit5gen.training.loop import losses
+from vit5gen.training.process import batch_sizes, make_accelerator, memory_hint
+from vit5gen.training.source import micro_batches, open_source
 
 TRIAL_STEPS = 3
 
@@ -164,40 +164,41 @@ _DATA = {
 
 def _trial(config: Config, accelerator: Accelerator, micro_batch_size: int, accumulation: int) -> str:
     """Train a few steps of the run, and say what they took and how long all of them will."""
-    settings, device = config.training, accelerator.device
-    source, vae = open_source(config, accelerator)
-    model = build_model(config)
+    short = config.model_copy(update={"training": config.training.model_copy(update={"num_steps": TRIAL_STEPS})})
+    settings, device = short.training, accelerator.device
+    source, vae = open_source(short, accelerator)
+    flow, model = build_flow(short), build_model(short)
     if settings.precision == "fp64":
         model.double()
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if settings.compile:
         model.compile_repeated_blocks()
+    null_label = model.null_label
     network, optimizer = accelerator.prepare(model, build_optimizer(model, settings))
     ema = EMA(accelerator.unwrap_model(network), settings.ema_decays)
-    flow = build_flow(config)
-    batches = open_batches(config, source, accelerator, 0, TRIAL_STEPS, micro_batch_size)
     network.train()
+    batches = micro_batches(short, source, accelerator, 0, micro_batch_size, null_label)
     start = 0.0
-    for step in range(TRIAL_STEPS):
-        for _ in range(accumulation):
-            with accelerator.autocast():
-                loss = batch_losses(config, flow, network, vae, next(batches), device).mean() / accumulation
-            accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update()
-        loss.item()  # waits for the GPU
-        if step == 0:  # the first step compiles and allocates
-            start = time.perf_counter()
+    with memory_hint(micro_batch_size):
+        for number, batch in enumerate(batches, start=1):
+            loss = losses(short, flow, vae, network, batch).mean() / accumulation
+            loss.backward()
+            if number % accumulation:
+                continue
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update()
+            loss.item()  # waits for the accelerator
+            start = start or time.perf_counter()  # after the first step, which compiles and allocates
     seconds = (time.perf_counter() - start) / (TRIAL_STEPS - 1)
-    speed = settings.global_batch_size / seconds
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    hours = settings.num_steps * seconds / 3600
+    steps = config.training.num_steps
     return (
-        f"{TRIAL_STEPS} real steps: peak memory {peak / 1e9:.2f} GB, {speed:,.1f} images/s; "
-        f"{settings.num_steps:,} steps will take {hours:,.2f} hours"
+        f"{TRIAL_STEPS} real steps: peak memory {_short(peak / 1e9)} GB, "
+        f"{_short(settings.global_batch_size / seconds)} images/s; "
+        f"{steps:,} steps will take {_short(steps * seconds / 3600)} hours"
     )

@@ -1,0 +1,149 @@
+"""The analytic cost against torch's own counter, against what autograd keeps, and against published sizes."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from vit5gen import SiTTransformer2DModel, cost
+from vit5gen.config import Config, validate
+from vit5gen.models import layers
+from vit5gen.training.build import build_optimizer
+from vit5gen.training.ema import EMA
+
+SMALL = {"sample_size": 8, "hidden_size": 64, "num_layers": 3, "num_attention_heads": 4, "num_classes": 10}
+SWITCHES = [
+    {"activation": "swiglu"},
+    {"num_registers": 0, "rope": False},
+    {"layer_scale": "gamma_only", "qkv_bias": True, "num_registers": 16},
+]
+MODELS: dict[str, dict[str, Any]] = {
+    **{f"{name}-small": {"backbone": name, **SMALL} for name in ("sit", "vit5")},
+    **{f"vit5-small-{i}": {"backbone": "vit5", "backbone_kwargs": k, **SMALL} for i, k in enumerate(SWITCHES)},
+    **{f"{name}-{size}": {"backbone": name, "preset": size} for name in ("sit", "vit5") for size in ("S/2", "XL/8")},
+    "sit-512": {"backbone": "sit", "preset": "S/4", "sample_size": 64, "learn_sigma": True},
+    "vit5-oblong": {"backbone": "vit5", **SMALL, "sample_size": (8, 16)},
+}
+
+
+def build(preset: str | None = None, **arguments: Any) -> SiTTransformer2DModel:
+    return (
+        SiTTransformer2DModel(**arguments) if preset is None else SiTTransformer2DModel.from_preset(preset, **arguments)
+    )
+
+
+def inputs(model: SiTTransformer2DModel, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    size = model.config.sample_size
+    shape = (size, size) if isinstance(size, int) else size
+    latents = torch.zeros(batch, model.config.in_channels, *shape)
+    return latents, torch.zeros(batch), torch.zeros(batch, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_agree_with_torchs_counter(name: str) -> None:
+    with torch.device("meta"):
+        model = build(**MODELS[name])
+        arguments = inputs(model, batch=2)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        output = model(*arguments)
+        forward = counter.get_total_flops()
+        output.sum().backward()
+    found = cost.model_cost(model)
+    assert 2 * found.forward_flops == pytest.approx(forward, rel=0.01)
+    assert 2 * found.training_flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_published_sizes() -> None:
+    with torch.device("meta"):
+        sit, vit5 = (build("XL/2", backbone=name) for name in ("sit", "vit5"))
+    assert cost.model_cost(sit).forward_flops / 2 == pytest.approx(119e9, rel=0.01)  # arXiv 2401.08740: multiply-adds
+    assert cost.model_cost(vit5).parameters == 675_087_568
+    positions = 256 * 1152  # a fixed table, counted in the published number and not trained
+    assert cost.model_cost(sit).parameters + positions == 675_111_184
+
+
+def kept_bytes(model: SiTTransformer2DModel, batch: int, precision: str) -> int:
+    """Return the bytes that autograd keeps of a forward pass, beyond the parameters."""
+    kept: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        output = model(*inputs(model, batch))  # alive, so that no storage is used twice
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert output.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("backbone", ["sit", "vit5"])
+def test_activations_are_what_autograd_keeps(
+    backbone: str, precision: str, recomputes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "attention", F.scaled_dot_product_attention)  # as on GPUs, whatever the precision
+    model = build(backbone=backbone, **SMALL | {"sample_size": 16, "hidden_size": 192})
+    found = cost.model_cost(model, precision, recomputes)
+    if recomputes:
+        model.enable_gradient_checkpointing()
+        whole = cost.model_cost(model, precision)
+        block = whole.activation_bytes // found.num_blocks
+        assert found.activation_bytes < whole.activation_bytes
+    image = kept_bytes(model, 4, precision) - kept_bytes(model, 3, precision)
+    if recomputes:  # the hooks see what stays, not the one block that is alive in the backward pass
+        image += block
+    assert found.activation_bytes == pytest.approx(image, rel=0.1)
+
+
+def config(**training: Any) -> Config:
+    return validate(Config, {"model": {"preset": "S/2"}, "training": training}, "test")
+
+
+def test_states_are_what_a_step_leaves() -> None:
+    settings = config(ema_decays=[0.9, 0.99])
+    model = build(backbone="sit", **SMALL)
+    optimizer, ema = build_optimizer(model, settings.training), EMA(model, settings.training.ema_decays)
+    model(*inputs(model, 2)).sum().backward()
+    optimizer.step()
+    tensors = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    tensors += [average for averages in ema.averages.values() for average in averages]
+    tensors += [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+    found = cost.model_cost(model)
+    assert cost.memory_bytes(found, settings, 0, 1) == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_memory_and_traffic_by_hand() -> None:
+    found = cost.Cost(
+        parameters=1000, num_blocks=10, tokens=4, forward_flops=50, activation_bytes=300, recomputes=False
+    )
+    fp32, bf16 = config(precision="fp32"), config(precision="bf16")
+    assert cost.memory_bytes(found, fp32, 2, 1) == 20_000 + 600
+    assert cost.memory_bytes(found, fp32, 2, 4) == 24_000 + 600
+    assert cost.memory_bytes(found, bf16, 2, 4) == 26_000 + 600
+    assert cost.memory_bytes(found, fp32, 2, 4, sharded=True) == 5_000 + 2 * 400 + 600
+    assert cost.memory_bytes(found, bf16, 2, 4, sharded=True) == 5_000 + 2 * 400 + 2_000 + 600
+    assert cost.largest_micro_batch(found, fp32, 1, 20_700e-9) == 2
+    assert cost.largest_micro_batch(found, fp32, 1, 19_000e-9) == 0
+    assert cost.communication_bytes(found, bf16, 1, 4) == 6_000
+    assert cost.communication_bytes(found, bf16, 2, 4, sharded=True) == 15_000
+    assert cost.communication_bytes(found, fp32, 1, 1) == 0
+    assert cost.checkpoint_bytes(found, fp32) == 16_000
+    kept = config(num_steps=1000, keep_every=100, keep_last=2)
+    assert cost.run_bytes(found, kept) == (2 + 10 + 1) * 16_000 + 8_000
+
+
+def test_time_and_utilisation_are_inverse() -> None:
+    found = cost.Cost(1000, 10, 4, forward_flops=10**9, activation_bytes=300, recomputes=False)
+    images = 10**9
+    hours = cost.gpu_hours(found, images, "A100", "bf16")
+    assert hours == pytest.approx(3e18 / (312e12 * cost.ASSUMED_MFU) / 3600)
+    assert cost.mfu(found, images / (hours * 3600), "A100", "bf16") == pytest.approx(cost.ASSUMED_MFU)
