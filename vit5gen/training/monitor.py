@@ -156,7 +156,7 @@ class Monitor:
         """Return the shell command that draws more images of the run's first class."""
         return (
             f'python sample.py --checkpoint {self.output} --class "{self.class_names[0]}" --num-images 8 --seed 0'
-            f" --output {self.output / 'more.png'}"
+            f" --guidance-scale {self.config.sampling.guidance_scale:g} --output {self.output / 'more.png'}"
         )
 
     def _export(self, pipe: SiTPipeline, entry: dict[str, Any], picture: Path) -> None:
