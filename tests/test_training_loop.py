@@ -7,46 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
-from tiny_run import make_inputs
+from tiny_run import assert_identical, run, weights
 
-from vit5gen.config import load_config
 from vit5gen.errors import UserError
 from vit5gen.pipeline import SiTPipeline
 from vit5gen.training import checkpoint
-from vit5gen.training.loop import NONFINITE, train
+from vit5gen.training.loop import NONFINITE
 
-
-@pytest.fixture(scope="module")
-def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIT5GEN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def run(config_file: Path, output: Path, resume: str = "auto", accept: bool = False, **overrides: Any) -> int:
-    overrides = {key.replace("__", "."): value for key, value in overrides.items()}
-    return train(load_config(config_file, overrides), output, resume, accept)
-
-
-def weights(output: Path, step: int) -> dict[str, torch.Tensor]:
-    folder = output / "checkpoints" / f"step_{step:08d}"
-    names = ("model", "ema_0.9", "ema_0.99", "optimizer")
-    return {
-        f"{name}/{key}": value for name in names for key, value in load_file(folder / f"{name}.safetensors").items()
-    }
-
-
-def assert_identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def test_a_run_leaves_what_the_contract_lists_and_repeats_itself(config_file: Path, tmp_path: Path) -> None:

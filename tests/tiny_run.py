@@ -1,5 +1,6 @@
 """The smallest training run that goes through every stage: pictures, an autoencoder and a model made on the spot."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,10 @@ import torch
 import yaml
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import load_file
+
+from vit5gen.config import load_config
+from vit5gen.training.loop import train
 
 
 def make_inputs(folder: Path) -> Path:
@@ -54,3 +59,29 @@ def make_inputs(folder: Path) -> Path:
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return folder / "run.yaml"
+
+
+def run(config_file: Path, output: Path, resume: str = "auto", accept: bool = False, **overrides: Any) -> int:
+    """Train in this process; overrides are written ``section__key=value``."""
+    overrides = {key.replace("__", "."): value for key, value in overrides.items()}
+    return train(load_config(config_file, overrides), output, resume, accept)
+
+
+def weights(output: Path, step: int) -> dict[str, torch.Tensor]:
+    """Return every tensor of a checkpoint: weights, averages and optimizer."""
+    files = sorted((output / "checkpoints" / f"step_{step:08d}").glob("*.safetensors"))
+    assert [file.stem for file in files] == ["ema_0.9", "ema_0.99", "model", "optimizer"]
+    return {f"{file.stem}/{key}": value for file in files for key, value in load_file(file).items()}
+
+
+def assert_identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def losses(output: Path) -> list[float]:
+    """Return the logged loss of every step."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]

@@ -85,7 +85,8 @@ class State:
             parameter = parameters[name]
             moments = self.optimizer.state.setdefault(parameter, {})
             shaped = value.shape == parameter.shape
-            moments[key] = sharded_as(value, parameter) if shaped else value.to(parameter.device)
+            # A copy: the tensors read are windows into the file, which will be deleted.
+            moments[key] = (sharded_as(value, parameter) if shaped else value.to(parameter.device)).clone()
 
     def numbers(self) -> dict[str, float]:
         """Return what stands in ``state.json``."""

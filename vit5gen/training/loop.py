@@ -118,7 +118,7 @@ def _train(
                     batch = next(batches)
                     sync = nullcontext() if micro == accumulation - 1 else accelerator.no_sync(wrapped)
                     with sync, seeded(settings.seed, state.step, int(batch["position"][0]), accelerator.device):
-                        loss = losses(config, flow, vae, wrapped, batch).sum() / (micro_batch_size * accumulation)
+                        loss = losses(config, flow, vae, wrapped, batch).mean() / accumulation
                         loss.backward()
                     total += loss.detach()
                 norm = nn.utils.clip_grad_norm_(wrapped.parameters(), settings.max_grad_norm or math.inf)
@@ -149,7 +149,8 @@ def _train(
                 }
                 tick_step = state.step
                 monitor.write(state.step, line)
-                bar.set_postfix({name: f"{value:.4g}" for name, value in line.items() if value is not None})
+                shown = {name: f"{value:.4g}" for name, value in line.items() if value is not None}
+                bar.set_postfix(shown, refresh=False)
             if state.step % settings.checkpoint_every == 0 or last:
                 save(accelerator, checkpoints, state, config)
                 saved_step = state.step
