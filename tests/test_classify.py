@@ -80,8 +80,12 @@ def test_bad_input(data, tmp_path):
     for label in range(1, NUM_CLASSES):
         (tmp_path / "images" / f"z{label}").mkdir()
         (tmp_path / "images" / f"z{label}" / "broken.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"broken.png' cannot be read as an image"):
-        classify(tmp_path / "images", "vit5_small", checkpoint)
+    for num_workers in (0, 1):
+        with pytest.raises(UserError, match=r"^FOLDER: .*broken.png' cannot be read as an image") as error:
+            classify(tmp_path / "images", "vit5_small", checkpoint, num_workers=num_workers)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="--batch-size 0"):
+        classify(images, "vit5_small", checkpoint, batch_size=0)
 
 
 def test_help_names_the_expected_figures():

@@ -1,5 +1,6 @@
 """What is behind ``vit5gen classify``: top-1 and top-5 of a published ViT-5 on a folder of images."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def classify(
     """Return ``{"top1": percent, "top5": percent, "num_images": n}``; the image size is the checkpoint's.
 
     Raises `UserError` when the model is not known, the checkpoint is of another model, the folder's classes are not as
-    many as the checkpoint's, or an image cannot be read.
+    many as the checkpoint's, an image cannot be read, or `batch_size` or `num_workers` is no such number.
     """
     import timm  # all heavy imports wait until here, so that --help, which needs HELP, is quick
     import torch
@@ -34,6 +35,8 @@ def classify(
     from vit5gen.models.classifier import default_cfgs
 
     choose("--model", model, sorted({name.split(".")[0] for name in default_cfgs}))
+    if batch_size < 1 or num_workers < 0:
+        raise UserError(f"--batch-size {batch_size} --num-workers {num_workers}: expected at least 1 and at least 0.")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     net = load_vit5(checkpoint).eval().to(where)
     with torch.device("meta"):
@@ -51,13 +54,21 @@ def classify(
         )
     hits = torch.zeros(2, dtype=torch.int64)
     with torch.inference_mode():
-        for pixels, labels in DataLoader(images, batch_size, num_workers=num_workers):
+        for pixels, labels in _batches(DataLoader(images, batch_size, num_workers=num_workers)):
             with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
                 logits = net(pixels.to(where))
             best = logits.topk(min(5, net.num_classes)).indices.cpu() == labels[:, None]
             hits += torch.stack([best[:, 0].sum(), best.sum()])
     top1, top5 = (100 * hits / len(images)).tolist()
     return {"top1": top1, "top5": top5, "num_images": len(images)}
+
+
+def _batches(loader: Any) -> Iterator[Any]:
+    """Yield the loader's batches; a worker's error, which comes with a traceback, is cut down to its last line."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).strip().split("UserError: ")[-1]) from error
 
 
 def _image_folder(folder: str | Path, size: int, config: Any) -> Any:
