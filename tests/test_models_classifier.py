@@ -74,7 +74,7 @@ def test_checkpoint_filter_resamples_positions(old, new):
 
     state = tiny(img_size=old, patch_size=16).state_dict() | {"blocks.0.attn.rope_reg.freqs": torch.ones(1)}
     model = tiny(img_size=new, patch_size=16)
-    filtered = checkpoint_filter_fn({"model": state}, model)
+    filtered = checkpoint_filter_fn({"model": {f"module.{key}": value for key, value in state.items()}}, model)
     model.load_state_dict(filtered)
     expected = resample_abs_pos_embed(state["pos_embed"], [new // 16] * 2, num_prefix_tokens=0)
     torch.testing.assert_close(filtered["pos_embed"], expected, rtol=1e-4, atol=1e-6)
@@ -143,7 +143,10 @@ def test_compiles_without_a_graph_break():
     ("sizes", "message"),
     [
         ({"num_registers": 3}, "num_registers: 3 is not a square"),
-        ({"num_heads": 3}, "num_attention_heads: 3 does not divide"),
+        ({"num_heads": 3}, "num_heads: 3 does not divide embed_dim 32"),
+        ({"num_heads": 16}, "num_heads: 16 gives heads of 2 channels"),
+        ({"patch_size": 0}, "patch_size: 0"),
+        ({"depth": 0}, "depth: 0"),
         ({"img_size": 33}, "image size: 33x33 is not divisible by patch_size 8"),
         ({"global_pool": "map"}, "global_pool: 'map'"),
     ],

@@ -96,6 +96,14 @@ def test_surplus_and_missing_keys_are_listed_five_at_most():
     assert "Likely cause" in message
 
 
+def test_what_is_unsafe_is_named(tmp_path):
+    _, _, state = read_oracle("sit_tiny")
+    torch.save({"ema": state, "args": argparse.Namespace(data=tmp_path)}, tmp_path / "sit.pt")
+    with pytest.raises(UserError, match=r"it holds pathlib\S*PosixPath\); save its state dict alone\.$") as error:
+        load_sit(tmp_path / "sit.pt")
+    assert "\n" not in str(error.value)
+
+
 class Unsafe:
     def __reduce__(self):
         return (print, ("code ran",))
@@ -136,6 +144,8 @@ def test_other_layouts_are_named():
         load_vit5(sit)
     with pytest.raises(UserError, match="holds no state dict"):
         load_sit({"epoch": 3})
+    with pytest.raises(UserError, match="holds no state dict"):
+        load_vit5({0: torch.ones(1)})
 
 
 def test_sit_arguments_that_do_not_fit():
@@ -160,6 +170,8 @@ def test_vit5_arguments_that_do_not_fit():
         load_vit5(state, patch_size=4)
     with pytest.raises(UserError, match=r"wrong shape: .*q_norm"):
         load_vit5(state, num_heads=1)
+    with pytest.raises(UserError, match="num_heads: 0 does not divide embed_dim 24"):
+        load_vit5(state, num_heads=0)
     with pytest.raises(UserError, match="image size: 25x25"):
         load_vit5(state, img_size=25)
     state["pos_embed"] = state["pos_embed"][:, :6]

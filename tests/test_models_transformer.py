@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 
 from vit5gen.errors import UserError
-from vit5gen.models import SiTTransformer2DModel
+from vit5gen.models import VARIANTS, SiTTransformer2DModel
 from vit5gen.models.transformer import TimeEmbedding
 
 BACKBONES = ("sit", "vit5")
@@ -177,6 +177,25 @@ def test_autocast_and_bf16_stay_near_fp32(backbone):
         assert (out - exact).norm() / exact.norm() < 0.05
 
 
+@pytest.mark.parametrize("name", ["sit", *VARIANTS])
+def test_the_residual_stream_is_fp32_under_autocast(name):
+    """Whatever the switches: backbones are not to differ in the precision that they happen to run in."""
+    model = make("sit") if name == "sit" else make("vit5", backbone_kwargs=VARIANTS[name])
+    dtypes = []
+    for block in model.backbone.blocks:
+        block.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*batch())
+    assert dtypes == [torch.float32] * 2
+
+
+def test_no_weight_decay_names_positions_and_registers():
+    assert make("sit").no_weight_decay() == set()
+    model = make("vit5")
+    tokens = {name for name, p in model.named_parameters() if p.ndim > 2}
+    assert model.no_weight_decay() == tokens == {"backbone.pos_embed", "backbone.reg_token"}
+
+
 def test_time_embedding_is_fp32_under_autocast():
     embed, t = TimeEmbedding(32), torch.tensor([0.5, 0.5001])
     with torch.autocast("cpu", torch.bfloat16):
@@ -277,6 +296,10 @@ def test_any_configuration_builds_runs_and_round_trips(tmp_path, config):
         ({"hidden_size": 45, "backbone": "sit"}, "hidden_size: 45"),
         ({"class_dropout_prob": 1.5}, "class_dropout_prob: 1.5"),
         ({"num_layers": 0}, "num_layers: 0"),
+        ({"mlp_ratio": -1.0}, "mlp_ratio: -1.0"),
+        ({"backbone_kwargs": {"rope_theta": 0.0}}, "rope_theta: 0.0"),
+        ({"backbone_kwargs": {"register_theta": -1.0}}, "register_theta: -1.0"),
+        ({"backbone_kwargs": {"qk_norm": "off"}}, "qk_norm = 'off' is not a switch; expected true or false"),
         ({"backbone_kwargs": {"num_registers": 5}}, "num_registers: 5 is not a square"),
         ({"backbone_kwargs": {"num_registers": -1}}, "num_registers: -1 is not a square"),
         ({"backbone_kwargs": {"norm": "batch"}}, "norm: 'batch' is not known; expected one of rms, layer"),

@@ -37,7 +37,10 @@ def backbone_names() -> list[str]:
 
 
 def get_backbone(name: str) -> type[nn.Module]:
-    """Return the class registered as `name`, loading the entry point of that name if there is one."""
+    """Return the class registered as `name`, loading the entry point of that name if there is one.
+
+    Raises `UserError` for a name that is not known, or that several packages offer.
+    """
     choose("backbone", name, backbone_names())
     if name not in _REGISTRY:
         (entry, *others) = importlib.metadata.entry_points(group=ENTRY_POINTS, name=name)
@@ -58,11 +61,13 @@ def make_backbone(
 ) -> nn.Module:
     """Build the backbone called `name`; `options` are its keyword-only arguments, anything else is a `UserError`."""
     cls = get_backbone(name)
-    allowed = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for key in options:
+    allowed = {p.name: p.default for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    for key, value in options.items():
         if key not in allowed:
             known = f"expected {', '.join(allowed)}" if allowed else "it has none"
             raise UserError(f"backbone_kwargs: {key!r} is not an option of {name!r}; {known}.{nearest(key, allowed)}")
+        if isinstance(allowed[key], bool) and not isinstance(value, bool):  # "off" would count as true
+            raise UserError(f"backbone_kwargs: {key} = {value!r} is not a switch; expected true or false.")
     return cls(hidden_size, num_layers, num_attention_heads, mlp_ratio, grid, **options)
 
 
@@ -89,7 +94,7 @@ class Backbone(nn.Module):
         """Apply ``block(x, *args)`` in turn to x ``[patches, extra tokens, own tokens]``.
 
         Returns the patches (B, num_patches, D) and, if there are taps, also ``{k: state after k blocks}`` where a state
-        (B, num_kept, D) holds patches and extra tokens.
+        (B, num_kept, D) holds patches and extra tokens. Raises `UserError` for a tap that is no number of blocks.
         """
         for k in taps:
             if not 1 <= k <= len(self.blocks):

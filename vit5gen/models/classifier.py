@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from vit5gen.errors import UserError, choose
 from vit5gen.models.backbone import Backbone
-from vit5gen.models.layers import check_heads, init_linears, make_norm
+from vit5gen.models.layers import check_heads, check_positive, init_linears, make_norm
+from vit5gen.models.loading import read_checkpoint
 from vit5gen.models.rope import Grid, Segment, resample_positions, rope_table
 from vit5gen.models.transformer import SIZES
 from vit5gen.models.vit5 import ViT5Block, check_registers
@@ -47,7 +48,8 @@ class ViT5(Backbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        check_heads(embed_dim, num_heads, rope=True)
+        check_positive(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, mlp_ratio=mlp_ratio)
+        check_heads(embed_dim, num_heads, rope=True, names=("embed_dim", "num_heads"))
         check_registers(num_registers)
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.patch_size = patch_size
@@ -180,9 +182,7 @@ class ViT5(Backbone):
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: ViT5) -> dict[str, Tensor]:
     """Published state dict -> ours: unwrap it, drop the RoPE buffers, resample square positions to the model's grid."""
-    for key in ("model_ema", "model"):
-        state_dict = state_dict.get(key, state_dict)
-    state = {k: v for k, v in state_dict.items() if not k.endswith((".rope.freqs", ".rope_reg.freqs"))}
+    state = {k: v for k, v in read_checkpoint(state_dict).items() if not k.endswith((".rope.freqs", ".rope_reg.freqs"))}
     positions = state.get("pos_embed")
     side = 0 if positions is None else math.isqrt(positions.shape[1])
     if positions is not None and positions.shape[1] == side**2 != model.pos_embed.shape[1]:

@@ -103,14 +103,16 @@ def load_vit5(
     state = read_checkpoint(source)
     width, channels, patch, _ = _shape(state, "patch_embed.proj.weight", "ViT-5")
     positions = _shape(state, "pos_embed", "ViT-5")[1]
+    if num_heads is None:
+        num_heads = width // _shape(state, "blocks.0.attn.q_norm.weight", "ViT-5")[0]
     found = {
         "img_size": _side(positions, "img_size") * patch if img_size is None else img_size,
-        "patch_size": patch_size or patch,
+        "patch_size": patch if patch_size is None else patch_size,
         "in_chans": channels,
         "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
         "embed_dim": width,
         "depth": _depth(state),
-        "num_heads": num_heads or width // _shape(state, "blocks.0.attn.q_norm.weight", "ViT-5")[0],
+        "num_heads": num_heads,
         "mlp_ratio": _ratio(_shape(state, "blocks.0.mlp.fc1.weight", "ViT-5")[0], width),
         "num_registers": state["reg_token"].shape[1] if "reg_token" in state else 0,
     }

@@ -105,18 +105,34 @@ class SwiGLU(nn.Module):
         return self.fc2(F.silu(gate) * value)
 
 
-def check_heads(hidden_size: int, num_heads: int, rope: bool = False) -> None:
-    """Raise `UserError` unless the heads divide the width (with RoPE: into head sizes that are multiples of 4)."""
+def check_positive(**values: float) -> None:
+    """Raise `UserError` unless every value is above zero."""
+    for name, value in values.items():
+        if value <= 0:
+            raise UserError(f"{name}: {value} is not positive; expected more than 0.")
+
+
+def check_heads(
+    hidden_size: int,
+    num_heads: int,
+    rope: bool = False,
+    names: tuple[str, str] = ("hidden_size", "num_attention_heads"),
+) -> None:
+    """Raise `UserError` unless the heads divide the width (with RoPE: into head sizes that are multiples of 4).
+
+    `names` are those of the two arguments where the user gave them.
+    """
+    width, heads = names
     if num_heads < 1 or hidden_size % num_heads:
         divisors = [n for n in range(1, 65) if hidden_size % n == 0]
         raise UserError(
-            f"num_attention_heads: {num_heads} does not divide hidden_size {hidden_size}; "
+            f"{heads}: {num_heads} does not divide {width} {hidden_size}; "
             f"choose one of {', '.join(map(str, divisors))}."
         )
     if rope and hidden_size // num_heads % 4:
         raise UserError(
-            f"num_attention_heads: {num_heads} gives heads of {hidden_size // num_heads} channels; 2-D RoPE needs a "
-            f"multiple of 4: change the heads or hidden_size {hidden_size}, or switch RoPE off."
+            f"{heads}: {num_heads} gives heads of {hidden_size // num_heads} channels; 2-D RoPE (of patches or "
+            f"registers) needs a multiple of 4: change the heads or {width} {hidden_size}, or switch RoPE off."
         )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ def read_checkpoint(source: Source) -> dict[str, Tensor]:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
             break
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(found, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
+    ):
         raise UserError(
             "checkpoint: holds no state dict; expected tensors by name, or such under ema, model_ema, model."
         )
@@ -43,10 +46,11 @@ def _read_file(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(
-            f"checkpoint: {str(path)!r} cannot be read safely as tensors ({reason}); get it again."
-        ) from error
+        if unsafe := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            reason, advice = f"it holds {unsafe[1]}", "save its state dict alone"
+        else:
+            reason, advice = str(error).strip().split("\n")[0][:200], "get it again"
+        raise UserError(f"checkpoint: {str(path)!r} cannot be read safely as tensors ({reason}); {advice}.") from error
 
 
 def some(names: list[str]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vit5gen.errors import UserError, choose
 from vit5gen.models.backbone import Backbone, make_backbone
-from vit5gen.models.layers import Float32Linear, init_linears, make_norm, modulate
+from vit5gen.models.layers import Float32Linear, check_positive, init_linears, make_norm, modulate
 from vit5gen.models.loading import check_fit
 
 SIZES = {  # name: hidden_size, num_layers, num_attention_heads
@@ -95,10 +95,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         backbone_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        counts = {"patch_size": patch_size, "in_channels": in_channels, "num_classes": num_classes}
-        for name, value in (counts | {"hidden_size": hidden_size, "num_layers": num_layers}).items():
-            if value < 1:
-                raise UserError(f"{name}: {value} is not a count; expected 1 or more.")
+        check_positive(patch_size=patch_size, in_channels=in_channels, num_classes=num_classes)
+        check_positive(hidden_size=hidden_size, num_layers=num_layers, mlp_ratio=mlp_ratio)
         if not 0 <= class_dropout_prob <= 1:
             raise UserError(f"class_dropout_prob: {class_dropout_prob} is not a probability; expected 0 to 1.")
         self._patch, self._channels, self._discard = patch_size, in_channels, learn_sigma
@@ -148,6 +146,10 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
     def backbone(self) -> nn.Module:  # the option of the same name would hide the module in diffusers' __getattr__
         return cast(nn.Module, self._modules["backbone"])
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay must spare: those that the backbone names (positions, registers)."""
+        return {f"backbone.{name}" for name in getattr(self.backbone, "no_weight_decay", set)()}
+
     def _init_weights(self) -> None:
         init_linears(self)
         for layer in (self.time_embed.fc1, self.time_embed.fc2, self.label_embed):
@@ -171,6 +173,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
 
         latents (B, C, H, W), timestep (B,) or scalar, class_labels (B,) int64. extra_tokens (B, M, D) take part in
         attention behind the N patches; hidden states (B, N + M, D) include them, the prediction does not.
+        Raises `UserError` for latents of another number of channels or of a size that `patch_size` does not divide.
         """
         batch, channels, height, width = latents.shape
         if channels != self._channels:
@@ -178,7 +181,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         grid, p = self._grid(height, width), self._patch
         patches = rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
         dtype = self.patch_embed.weight.dtype
-        tokens = self.patch_embed(patches.to(dtype))
+        tokens = self.patch_embed(patches.to(dtype)).to(dtype)  # under autocast too
         conditioning = (self.time_embed(timestep.expand(batch)) + self.label_embed(class_labels)).to(dtype)
         hook: dict[str, Any] = {"taps": taps} if taps else {}
         if extra_tokens is not None:

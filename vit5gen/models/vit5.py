@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from vit5gen.errors import UserError, choose
 from vit5gen.models.backbone import Backbone, register_backbone
-from vit5gen.models.layers import Attention, Mlp, SwiGLU, check_heads, init_linears, make_norm, modulate
+from vit5gen.models.layers import (
+    Attention,
+    Mlp,
+    SwiGLU,
+    check_heads,
+    check_positive,
+    init_linears,
+    make_norm,
+    modulate,
+)
 from vit5gen.models.rope import Grid, Segment, resample_positions, rope_table, sincos_table
 
 LAYER_SCALES = ("gate_times_gamma", "none", "gamma_only")
@@ -132,7 +141,7 @@ class ViT5Backbone(Backbone):
     runs. absolute_position "learnable" (starts as sin-cos) | "sincos_fixed" | "none". rope: rotate patches by row and
     column. num_registers: a square; register_rope: rotate them on a grid of their own, low theta = high frequency.
     qk_norm, qkv_bias: see `Attention`. weight_init "xavier" as in SiT | "trunc_normal" as in the classifier: how the
-    published generator started is not known.
+    published generator started is not known. Raises `UserError` for values that do not fit together.
     """
 
     pos_embed: Tensor | None
@@ -161,6 +170,7 @@ class ViT5Backbone(Backbone):
         weight_init: str = "xavier",
     ) -> None:
         super().__init__()
+        check_positive(rope_theta=rope_theta, register_theta=register_theta)
         check_registers(num_registers)
         check_heads(hidden_size, num_attention_heads, rope=rope or (register_rope and num_registers > 0))
         choose("absolute_position", absolute_position, ("learnable", "sincos_fixed", "none"))
@@ -193,6 +203,9 @@ class ViT5Backbone(Backbone):
         init_linears(self, weight_init)
         if self.reg_token is not None:
             nn.init.trunc_normal_(self.reg_token, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", "reg_token"}
 
     def forward(
         self,
