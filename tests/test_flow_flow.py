@@ -129,7 +129,8 @@ def test_intervals_are_the_published_ones() -> None:
     assert Flow("vp").interval() == (0, 1 - 1e-3)
     assert Flow("vp", "noise").interval(training=True) == (0, 1 - 1e-5)
     assert Flow().sde_interval("sigma", 0.04, True) == (0, 0.96)
-    assert Flow().sde_interval("sbdm", 0.04, True) == (1e-3, 0.96)
+    assert Flow().sde_interval("SBDM", 0.04, True) == (1e-3, 0.96)
+    assert Flow("vp").reversed_interval() == pytest.approx((1e-3, 1 - 1e-5), rel=1e-12)
     assert Flow("vp").sde_interval("sbdm", 0.0, True) == (0, 1 - 1e-3)
     assert Flow().sde_interval("sigma", 0.0, True) == (0, 1 - 1e-3)
     assert Flow().sde_interval("sigma", 0.0, False) == (0, 1)
@@ -175,9 +176,15 @@ def test_bad_input() -> None:
         lambda: Flow().loss(lambda x, t: x[:, :2], x1),
         lambda: Flow().loss(lambda x, t: x, x1, x0=x1[:2]),
         lambda: Flow().loss(lambda x, t: x, x1, t=torch.rand(2)),
+        lambda: Flow().loss(lambda x, t: x, x1, t=torch.tensor(0.5)),
+        lambda: Flow().interpolate(x1[:1], x1, torch.rand(3)),
+        lambda: Flow().velocity(lambda x, t: x, x1, torch.rand(2)),
+        lambda: Flow("gvp", "noise").score(lambda x, t: x, x1, torch.rand(3, 1)),
         lambda: Flow().convert(x1, x1, 0.5, "data"),
     ):
         with pytest.raises(UserError, match="expected"):
             build()
+    with pytest.raises(UserError, match=r"'Cosine'.*linear, gvp, vp"):
+        Flow("Cosine")
     with pytest.raises(UserError, match=r"'sgima'.*Did you mean 'sigma'"):
         Flow().diffusion(0.5, "sgima")

@@ -126,3 +126,19 @@ def test_bad_input(batch: tuple[Tensor, Tensor, Tensor]) -> None:
         guide(model, y, 2.0, NULL, channels=5)(x, t)
     with pytest.raises(UserError, match=r"class_labels: shape \(6,\)"):
         guide(model, y[:6], 2.0, NULL)(x, t)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_model_of_the_wrong_shape_is_noticed(batch: tuple[Tensor, Tensor, Tensor], batched: bool) -> None:
+    x, t, y = batch
+
+    def narrow(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return model(x, t, labels)[:, :1]
+
+    for guided in (
+        guide(narrow, y, 2.0, NULL, batched=batched),
+        guide(lambda x, t, y: x[:1], y, 2.0, NULL, batched=batched),
+        guide(model, y, 2.0, NULL, weak_model=narrow, weak_scale=2.0, batched=batched),
+    ):
+        with pytest.raises(UserError, match="model output: shape"):
+            guided(x, t)

@@ -223,6 +223,10 @@ def test_a_bad_state_that_is_mended_on_the_way_is_noticed() -> None:
         {"method": "eular"},
         {"num_steps": 0},
         {"num_steps": 2.5},
+        {"num_steps": math.nan},
+        {"num_steps": math.inf},
+        {"num_steps": True},
+        {"num_steps": "3"},
         {"t_span": (0.5, 0.5)},
         {"t_span": (0.9, 0.1)},
         {"t_span": (-0.1, 1.0)},
@@ -234,6 +238,7 @@ def test_a_bad_state_that_is_mended_on_the_way_is_noticed() -> None:
         {"method": "dopri5", "rtol": 0.0},
         {"method": "dopri5", "atol": math.nan},
         {"model": lambda x, t: x[:, :1]},
+        {"model": lambda x, t: (x,)},
     ],
 )
 def test_bad_input_of_an_ode(options: dict) -> None:

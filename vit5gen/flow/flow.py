@@ -5,7 +5,7 @@ velocity is ``d_alpha x1 + d_sigma x0`` (SiT, arXiv 2401.08740, section 2).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -67,8 +67,19 @@ def _vp(t: Any, m: ModuleType) -> tuple[Any, Any, Any, Any]:
 PATHS = {"linear": _linear, "gvp": _gvp, "vp": _vp}
 
 
-def _named(what: str, value: object, choices: tuple[str, ...]) -> str:
-    return choose(what, str(value).lower(), choices)
+def named(what: str, value: object, choices: Collection[str]) -> str:
+    """Return ``value`` in lower case; raise `UserError`, with the value as it was given, unless it is a choice."""
+    lower = str(value).lower()
+    return lower if lower in choices else choose(what, str(value), choices)
+
+
+def call(network: Callable[..., Tensor], x: Tensor, *args: Tensor) -> Tensor:
+    """Return ``network(x, *args)``; raise `UserError` unless it is a tensor in the shape of ``x`` (B, ...)."""
+    out = network(x, *args)
+    if not isinstance(out, Tensor) or out.shape != x.shape:
+        what = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise UserError(f"model output: {what}; expected a tensor in the shape of its input, {tuple(x.shape)}.")
+    return out
 
 
 def shift_time(u: Any, shift: float) -> Any:
@@ -101,9 +112,9 @@ class Flow:
 
     def __post_init__(self) -> None:
         weight = "none" if self.loss_weight is None else self.loss_weight
-        object.__setattr__(self, "path", _named("path", self.path, tuple(PATHS)))
-        object.__setattr__(self, "prediction", _named("prediction", self.prediction, PREDICTIONS))
-        object.__setattr__(self, "loss_weight", _named("loss_weight", weight, LOSS_WEIGHTS))
+        object.__setattr__(self, "path", named("path", self.path, PATHS))
+        object.__setattr__(self, "prediction", named("prediction", self.prediction, PREDICTIONS))
+        object.__setattr__(self, "loss_weight", named("loss_weight", weight, LOSS_WEIGHTS))
         if not (math.isfinite(self.direction_weight) and self.direction_weight >= 0):
             raise UserError(f"direction_weight: {self.direction_weight!r}; expected a finite number of at least 0.")
 
@@ -128,12 +139,12 @@ class Flow:
         return (0.0, 1.0) if self.prediction == "velocity" else (EPS, 1 - EPS)
 
     def reversed_interval(self) -> tuple[float, float]:
-        """Return the ``(start, end)`` of an ODE from data to noise, as published: ``1 - t`` of each end of `interval`.
+        """Return the times, in increasing order, of an ODE from data to noise: ``1 - t`` of `interval`, as published.
 
-        On vp this is not `interval` run backwards, and 1 gives way to the last time that training has seen.
+        On vp they are not those of `interval`, and 1 gives way to the last time that training has seen.
         """
         start, end = self.interval()
-        return min(1 - start, self.interval(training=True)[1]), 1 - end
+        return 1 - end, min(1 - start, self.interval(training=True)[1])
 
     def sde_interval(self, diffusion: str, last_step_size: float, evaluates_end: bool) -> tuple[float, float]:
         """Return the times of an SDE solver: it starts and ends where score and diffusion are finite.
@@ -141,7 +152,7 @@ class Flow:
         Without a last step, a velocity on linear or gvp runs to 1 as published, unless the solver evaluates its end.
         """
         start, end = self.interval()
-        if diffusion == "sbdm" and self.path != "vp":
+        if named("diffusion", diffusion, DIFFUSIONS) == "sbdm" and self.path != "vp":
             start = EPS
         if evaluates_end:
             end = min(end, 1 - EPS)
@@ -153,7 +164,7 @@ class Flow:
         SiT's paper writes ``w/2`` and ``sqrt(w)``: D is half of its w(t), so that form ``sigma`` is w(t) = 2 sigma_t.
         Of the forms only SBDM, equal to the diffusion of score-based models, is infinite, at t=0 on linear and gvp.
         """
-        form, t = _named("diffusion", form, DIFFUSIONS), torch.as_tensor(t, dtype=torch.float64)
+        form, t = named("diffusion", form, DIFFUSIONS), torch.as_tensor(t, dtype=torch.float64)
         if not (math.isfinite(norm) and norm >= 0):
             raise UserError(f"diffusion_norm: {norm!r}; expected a finite number of at least 0.")
         if form == "constant":
@@ -168,7 +179,13 @@ class Flow:
         return norm * (c.sigma if form == "sigma" else _score_gain(c))
 
     def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``x_t`` and the velocity target, both in the shape of ``x1``; ``t`` (B,)."""
+        """Return ``x_t`` and the velocity target, both in the shape of ``x1`` (B, ...); ``t`` (B,).
+
+        Raises `UserError` when the shapes of x0 or t do not match x1.
+        """
+        if x0.shape != x1.shape or t.shape != x1.shape[:1]:
+            shapes = f"x0 {tuple(x0.shape)}, t {tuple(t.shape)} for x1 {tuple(x1.shape)}"
+            raise UserError(f"shapes: {shapes}; expected x0 in the shape of x1 and t of shape ({x1.shape[0]},).")
         alpha, d_alpha, sigma, d_sigma = (_like(c, x1) for c in self.coefficients(t))
         return alpha * x1 + sigma * x0, d_alpha * x1 + d_sigma * x0
 
@@ -178,7 +195,7 @@ class Flow:
         With x it fixes x1 and x0: ``target = p prediction + q x``, and (p, q) solves one 2x2 system (Cramer). The score
         is ``-x0/sigma``, taken out of the system so that a score or noise network is exact at sigma = 0.
         """
-        target = "noise" if target == "x0" else _named("target", target, (*PREDICTIONS, "x1"))
+        target = "noise" if target == "x0" else named("target", target, (*PREDICTIONS, "x1"))
         if target == self.prediction:
             return prediction
         c = self.coefficients(t)
@@ -194,14 +211,14 @@ class Flow:
         return _like(p, x) * prediction + _like(q, x) * x
 
     def predict(self, model_fn: ModelFn, x: Tensor, t: Time) -> Tensor:
-        """Call the network at ``x`` (B, ...) and ``t`` (float or (B,)); raise `UserError` if its shape is not x's."""
-        times = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(x.shape[0]).contiguous()
-        prediction = model_fn(x, times)
-        if prediction.shape != x.shape:
-            raise UserError(
-                f"model output: shape {tuple(prediction.shape)}; expected that of its input, {tuple(x.shape)}."
-            )
-        return prediction.to(x.dtype)
+        """Return the network's output at ``x`` (B, ...) and ``t`` (float or (B,)) in x's dtype.
+
+        Raises `UserError` when the shape of t or of the output does not match x.
+        """
+        times = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        if times.shape not in ((), x.shape[:1]):
+            raise UserError(f"t: shape {tuple(times.shape)}; expected a number or shape ({x.shape[0]},), one a sample.")
+        return call(model_fn, x, times.expand(x.shape[0]).contiguous()).to(x.dtype)
 
     def velocity(self, model_fn: ModelFn, x: Tensor, t: Time) -> Tensor:
         """Return dx/dt at ``x`` (B, ...) and ``t`` (float or (B,)), whatever the network predicts."""
@@ -219,9 +236,6 @@ class Flow:
         if t is None:
             t = draw_timesteps(self, torch.rand(x1.shape[0], dtype=torch.float64))
         x0 = torch.randn_like(x1) if x0 is None else x0
-        if x0.shape != x1.shape or t.shape != x1.shape[:1]:
-            shapes = f"x0 {tuple(x0.shape)}, t {tuple(t.shape)} for x1 {tuple(x1.shape)}"
-            raise UserError(f"loss: {shapes}; expected x0 in the shape of x1 and t of shape ({x1.shape[0]},).")
         t = t.to(x1)
         x_t, velocity = self.interpolate(x0, x1, t)
         prediction = self.predict(model_fn, x_t, t)
@@ -272,7 +286,7 @@ def draw_timesteps(
     if stratum is not None:
         positions, size = stratum
         u = (positions.to(u) + u) / size
-    if _named("time_distribution", time_distribution, TIME_DISTRIBUTIONS) == "logit_normal":
+    if named("time_distribution", time_distribution, TIME_DISTRIBUTIONS) == "logit_normal":
         if not (math.isfinite(logit_mean) and math.isfinite(logit_std) and logit_std > 0):
             raise UserError(
                 f"logit_mean, logit_std: {logit_mean!r}, {logit_std!r}; expected finite numbers, std above 0."

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vit5gen.errors import UserError
-from vit5gen.flow.flow import ModelFn
+from vit5gen.flow.flow import ModelFn, call
 
 ConditionalModel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -32,7 +32,7 @@ def guide(
     batched: c and u in one forward of 2B rows, or in two of B where memory is short.
     Where nothing is guided (both scales 1, or every t outside the interval) it is one plain forward of ``model``.
     Velocity, score and noise are affine in each other with weights that c, u and w share, so guiding any of them is
-    the same. Raises `UserError` on scales that are not finite, bad intervals, channels or labels.
+    the same. Raises `UserError` on scales that are not finite and bad intervals, channels, labels or output shapes.
     """
     for name, value in (("guidance_scale", scale), ("weak_scale", weak_scale)):
         if not math.isfinite(value):
@@ -55,20 +55,20 @@ def guide(
             raise UserError(f"guidance_channels: {channels}; the model has only {x.shape[1]}.")
         inside = None if (low, high) == (0, 1) else (t >= low) & (t <= high)
         if (scale == 1 and weak_scale == 1) or (inside is not None and not inside.any()):
-            return model(x, t, class_labels)
+            return call(model, x, t, class_labels)
         labelled, unlabelled = class_labels, torch.full_like(class_labels, -1 if null is None else null)
         if scale == 1 or not batched:
-            conditional = model(x, t, labelled)
+            conditional = call(model, x, t, labelled)
         else:
-            both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([labelled, unlabelled]))
+            both = call(model, torch.cat([x, x]), torch.cat([t, t]), torch.cat([labelled, unlabelled]))
             conditional, unconditional = both.chunk(2)
         out = conditional
         if scale != 1:
             if not batched:
-                unconditional = model(x, t, unlabelled)
+                unconditional = call(model, x, t, unlabelled)
             out = out + (scale - 1) * (conditional - unconditional)
         if weak_model is not None and weak_scale != 1:
-            out = out + (weak_scale - 1) * (conditional - weak_model(x, t, class_labels))
+            out = out + (weak_scale - 1) * (conditional - call(weak_model, x, t, labelled))
         if channels is not None:
             out = torch.cat([out[:, :channels], conditional[:, channels:]], dim=1)
         if inside is not None:

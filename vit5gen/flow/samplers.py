@@ -7,13 +7,14 @@ elementwise network a sample is bitwise the same alone and in a batch. No gradie
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
+from numbers import Real
 
 import torch
 from torch import Generator, Tensor
 
-from vit5gen.errors import UserError, choose
+from vit5gen.errors import UserError
 from vit5gen.flow.dopri5 import dopri5_steps
-from vit5gen.flow.flow import DIFFUSIONS, Flow, ModelFn, NonFiniteError, Time, shift_time
+from vit5gen.flow.flow import DIFFUSIONS, Flow, ModelFn, NonFiniteError, Time, named, shift_time
 
 Field = Callable[[Tensor, Time], Tensor]
 Step = tuple[int, float, Tensor]
@@ -82,7 +83,7 @@ def time_grid(
 
     Raises `UserError` unless num_steps >= 1, 0 <= start < end <= 1 and ``times`` increases strictly in [0, 1].
     """
-    if isinstance(num_steps, bool) or int(num_steps) != num_steps or num_steps < 1:
+    if not (isinstance(num_steps, Real) and num_steps >= 1 and num_steps % 1 == 0) or num_steps is True:
         raise UserError(f"num_steps: {num_steps!r}; expected a whole number of at least 1.")
     if times is None:
         if not 0 <= start < end <= 1:
@@ -107,7 +108,7 @@ def integrate(
 
     dopri5 uses only the ends of the grid and yields the time of the slowest sample.
     """
-    method = choose("method", str(method).lower(), ODE_METHODS)
+    method = named("method", method, ODE_METHODS)
     if method == "dopri5":
         if not all(math.isfinite(tolerance) and tolerance > 0 for tolerance in (rtol, atol)):
             raise UserError(f"rtol, atol: {rtol!r}, {atol!r}; expected finite numbers above 0.")
@@ -167,7 +168,7 @@ def ode_steps(
     reverse: from data to noise, along the same grid backwards (its t_span may be given either way round; its default
     is `Flow.reversed_interval`).  debug: raise at the first step that is not finite. Raises `UserError` on bad values.
     """
-    start, end = t_span or (sorted(flow.reversed_interval()) if reverse else flow.interval())
+    start, end = t_span or (flow.reversed_interval() if reverse else flow.interval())
     if reverse:
         start, end = min(start, end), max(start, end)
     grid = time_grid(num_steps, start, end, shift, times)
@@ -247,9 +248,9 @@ def sde_steps(
     or none, which sets that size to 0.  noise: an iterable of (B, ...) tensors, a Generator, B Generators, or None; one
     draw a step.  t_span, shift, times, debug: as in `ode_steps`. Raises `UserError` on bad values.
     """
-    method = choose("method", str(method).lower(), SDE_METHODS)
-    diffusion = choose("diffusion", str(diffusion).lower(), DIFFUSIONS)
-    last_step = choose("last_step", str(last_step).lower(), LAST_STEPS)
+    method = named("method", method, SDE_METHODS)
+    diffusion = named("diffusion", diffusion, DIFFUSIONS)
+    last_step = named("last_step", last_step, LAST_STEPS)
     size = 0.0 if last_step == "none" else last_step_size
     if not 0 <= size < 1:
         raise UserError(f"last_step_size: {last_step_size!r}; expected a number in [0, 1).")
