@@ -5,8 +5,7 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from vit5gen.errors import choose
-from vit5gen.flow.flow import Flow, ModelFn, Time
+from vit5gen.flow.flow import Flow, ModelFn, Time, named
 from vit5gen.flow.samplers import final_state, integrate, time_grid
 
 PROBES = ("rademacher", "exact")
@@ -25,14 +24,14 @@ def log_likelihood(
 ) -> tuple[Tensor, Tensor]:
     """Return the log-density of data ``x1`` (B, ...) in nats, (B,), and the noise ``x0`` it flows from.
 
-    ``log p(x1) = log N(x0; 0, 1) - int div v dt`` over the flow's interval (arXiv 2011.13456, eq. 39).
+    ``log p(x1) = log N(x0; 0, 1) - int div v dt`` over `Flow.reversed_interval` (arXiv 2011.13456, eq. 39).
     probes: ``rademacher`` estimates the divergence with one vector of +-1 a sample, drawn once (Hutchinson);
     ``exact`` takes one backward pass a dimension. num_steps, method, rtol, atol: as in `ode_steps`; the divergence is
     part of the state, so that dopri5 controls its error too. Raises `UserError` on bad values.
     """
-    probes = choose("probes", str(probes).lower(), PROBES)
+    probes = named("probes", probes, PROBES)
     size = x1[0].numel()
-    grid = time_grid(num_steps, *flow.interval())[::-1]
+    grid = time_grid(num_steps, *flow.reversed_interval())[::-1]
     if probes == "rademacher":
         device = x1.device if generator is None else generator.device
         signs = torch.randint(0, 2, x1.shape, generator=generator, device=device).to(x1) * 2 - 1
