@@ -18,7 +18,7 @@ LAYERS = [
     {"outputs", "sampling", "classify"},
     {"evaluation"},
     {"training"},
-    {"convert", "benchmark", "study"},
+    {"convert"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -1,4 +1,4 @@
-"""The command line: ``vit5gen train | encode | sample | evaluate | convert | classify | benchmark``.
+"""The command line: ``vit5gen train | encode | sample | evaluate | convert | classify``.
 
 Parsing only: a command imports its module when it runs, so that ``--help`` answers at once.
 Bad input ends as one line on standard error and exit code 2.
