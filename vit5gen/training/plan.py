@@ -70,14 +70,17 @@ def run_cost(config: Config) -> Cost:
 
 
 def describe(config: Config, num_processes: int = 1) -> list[str]:
-    """Return the lines on size, memory, time and disk, for 1 and 8 GPUs and the present number of processes."""
+    """Return the lines on size, memory, time and disk, for the present number of processes and for 1 and 8 GPUs."""
     found, section = run_cost(config), config.model
+    settings = config.training
+    unit = settings.micro_batch_size or 1
+    processes = sorted({num_processes} | {n for n in (1, 8) if settings.global_batch_size % (n * unit) == 0})
     size = section.preset or f"{section.num_layers}x{section.hidden_size}"
     forward, backward = _short(found.forward_flops / 1e9), _short(found.backward_flops / 1e9)
     return [
         f"model:    {section.backbone} {size}, {found.parameters:,} parameters, {found.tokens} tokens",
         f"FLOPs:    {forward} G forward, {backward} G backward, an image",
-        *(memory_line(config, found, n) for n in sorted({1, 8, num_processes})),
+        *(memory_line(config, found, n) for n in processes),
         time_line(config, found),
         disk_line(config, found),
     ]
@@ -85,12 +88,10 @@ def describe(config: Config, num_processes: int = 1) -> list[str]:
 
 def memory_line(config: Config, found: Cost, num_processes: int) -> str:
     """Describe memory and traffic of each of so many GPUs; where 80 GB are too little, also a micro-batch that fits."""
-    local, rest = divmod(config.training.global_batch_size, num_processes)
+    local = config.training.global_batch_size // num_processes
     micro = config.training.micro_batch_size or local
-    line = f"memory:   {num_processes} GPU{'s' if num_processes > 1 else ''} x {micro} images: "
-    if rest or local % micro:
-        return f"{line}does not divide training.global_batch_size {config.training.global_batch_size}"
-    line += f"{_short(memory_bytes(found, config, micro, num_processes) / 1e9)} GB"
+    needed = _short(memory_bytes(found, config, micro, num_processes) / 1e9)
+    line = f"memory:   {num_processes} GPU{'s' if num_processes > 1 else ''} x {micro} images: {needed} GB"
     if num_processes > 1:
         sharded = memory_bytes(found, config, micro, num_processes, sharded=True) / 1e9
         sent = cost.communication_bytes(found, config, local // micro, num_processes) / 1e9
@@ -124,7 +125,7 @@ def disk_line(config: Config, found: Cost) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.01 else "<0.01"
 
 
 def missing(config: Config) -> dict[str, str]:

@@ -1,0 +1,169 @@
+"""The recipes: SiT's settings, pairs that differ in the backbone alone, head comments that stay true, and --dry-run."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState, GradientState
+from tiny_run import make_inputs
+
+from vit5gen.cli import main
+from vit5gen.config import Config, load_config
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(ROOT.glob("configs/imagenet*/*.yaml"))
+SIT = [path for path in RECIPES if path.stem.startswith("sit-")]
+VIT5 = [path for path in RECIPES if path.stem.startswith("vit5-")]
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIT5GEN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def without_backbone(config: Config) -> dict[str, Any]:
+    plain = config.model_dump()
+    for key in ("backbone", "backbone_kwargs"):
+        del plain["model"][key]
+    return plain
+
+
+def name(path: Path) -> str:
+    return f"{path.parent.name}-{path.stem}"
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *map(str, arguments), "--dry-run"])
+    printed = capsys.readouterr()
+    assert ended.value.code == 0, printed.err
+    return printed.out.splitlines()
+
+
+def tree(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_every_recipe_is_there() -> None:
+    expected = {f"imagenet256-{kind}-{size}-2" for kind in ("sit", "vit5") for size in ("s", "b", "l", "xl")}
+    expected |= {"imagenet512-sit-xl-2", "imagenet512-vit5-xl-2"}
+    expected |= {"imagenet256-vit5-b-2-gamma1", "imagenet256-vit5-b-2-gate"}
+    assert {name(path) for path in RECIPES} == expected
+
+
+@pytest.mark.parametrize("path", VIT5, ids=name)
+def test_a_pair_differs_in_the_backbone_alone(path: Path) -> None:
+    partner = path.with_name(re.sub(r"^vit5-(\w+)-2.*", r"sit-\1-2.yaml", path.name))
+    assert without_backbone(load_config(path)) == without_backbone(load_config(partner))
+
+
+def test_what_the_backbones_are_given() -> None:
+    given = {name(path): load_config(path).model.backbone_kwargs for path in RECIPES}
+    assert given.pop("imagenet256-vit5-b-2-gamma1") == {"gamma_init": 1.0}
+    assert given.pop("imagenet256-vit5-b-2-gate") == {"layer_scale": "none"}
+    assert set(map(str, given.values())) == {"{}"}
+
+
+@pytest.mark.parametrize("path", SIT, ids=name)
+def test_settings_are_those_of_sit(path: Path) -> None:
+    config = load_config(path)
+    model, training, data = config.model, config.training, config.data
+    assert model.preset == f"{path.stem.split('-')[1].upper()}/2"
+    assert (model.class_dropout_prob, model.mlp_ratio, model.learn_sigma) == (0.1, 4.0, False)
+    assert (config.flow.path, config.flow.prediction, config.flow.loss_weight) == ("linear", "velocity", None)
+    assert (config.flow.time_distribution, config.flow.time_shift, config.flow.stratified) == ("uniform", 1.0, False)
+    assert config.flow.direction_weight == 0
+    assert (training.num_steps, training.global_batch_size, training.precision) == (400_000, 256, "tf32")
+    assert (training.learning_rate, training.adam_betas, training.weight_decay) == (1e-4, [0.9, 0.999], 0.0)
+    assert (training.schedule, training.warmup_steps, training.max_grad_norm) == ("constant", 0, None)
+    assert (training.ema_decays, training.seed) == ([0.9999], 0)
+    assert (config.vae.name, config.vae.latent_channels, config.vae.downsample) == ("stabilityai/sd-vae-ft-ema", 4, 8)
+    assert (data.horizontal_flip, data.num_classes) == (True, 1000)
+    assert data.resolution == int(path.parent.name.removeprefix("imagenet"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_dry_run_is_green_and_prints_what_the_head_says(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    head = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
+    relative = path.relative_to(ROOT)
+    assert any(line.startswith(f"{relative} --output runs/") for line in head)
+    for steps in (400_000, 7_000_000):
+        printed = dry_run(capsys, path, "--training.num_steps", steps)
+        facts = [line for line in printed if not line.startswith(("missing: ", "trial: "))]
+        assert len(facts) == 6
+        assert set(facts) <= set(head)
+        assert sum(f"{steps:,} steps" in line for line in facts) == 2
+        latents = f"data/{path.parent.name}-latents"
+        assert f"missing: {latents} (vit5gen encode CONFIG --output {latents})" in printed
+        assert any(line.startswith("missing: data/imagenet (") for line in printed)
+    assert not list(tmp_path.iterdir())
+
+
+def test_heads_and_page_give_the_same_published_figures() -> None:
+    page = (ROOT / "docs/reproduction.md").read_text()
+    for path in RECIPES:
+        figures = re.search(r"([\d.]+) at 200K steps, ([\d.]+) at 400K", path.read_text())
+        if figures is None:
+            assert "gamma1" in path.stem or "gate" in path.stem or "512" in str(path)
+            continue
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{path.stem}`"))
+        assert [cell.strip() for cell in row.split("|")[2:5:2]] == list(figures.groups()), path
+
+
+def test_dry_run_tries_real_steps_where_the_data_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_inputs(tmp_path)
+    trial = r"trial:    3 real steps: peak memory [\d.]+ GB, [\d.,]+ images/s; 10 steps will take \S+ hours"
+    before = tree(tmp_path)
+    assert dry_run(capsys, config)[-1].startswith("trial:    none before the latents are encoded")
+    assert re.fullmatch(trial, dry_run(capsys, config, "--data.from_images", "true")[-1])
+    with pytest.raises(SystemExit):
+        main(["encode", str(config), "--output", str(tmp_path / "latents")])
+    before = tree(tmp_path)
+    accumulated = ["--data.latents", tmp_path / "latents", "--training.micro_batch_size", 2]
+    assert re.fullmatch(trial, dry_run(capsys, config, *accumulated, "--output", tmp_path / "run")[-1])
+    assert tree(tmp_path) == before
+    shutil.rmtree(tmp_path / "vae")
+    printed = dry_run(capsys, config, *accumulated)
+    assert printed[-2].startswith(f"missing: {tmp_path / 'vae'} (")
+    assert printed[-1] == "trial:    3 real steps, once nothing is missing"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [
+        ("--sampling.sampler", "ode-hune", "ode-heun"),
+        ("--evaluation.extractor", "resnet", "effnet-lite0"),
+        ("--model.backbone", "vitt5", "vit5"),
+        ("--model.backbone_kwargs", "{gama_init: 1}", "gamma_init"),
+        ("--data.resolution", "260", "resolution"),
+        ("--training.micro_batch_size", "3", "divisor"),
+        ("--data.source", "emojis", "emoji"),
+    ],
+)
+def test_dry_run_refuses_bad_values(option: str, value: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(ROOT / "configs/imagenet256/vit5-s-2.yaml"), "--dry-run", option, value])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert named in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "num_processes"), [("one_gpu", 1), ("eight_gpus", 8), ("two_nodes", 16), ("fsdp2", 8)]
+)
+def test_accelerate_reads_its_configurations(file: str, num_processes: int) -> None:
+    config = load_config_from_file(str(ROOT / f"configs/accelerate/{file}.yaml"))
+    assert config.num_processes == num_processes
+    if file == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
