@@ -24,7 +24,7 @@ SWITCHES = [
 MODELS: dict[str, dict[str, Any]] = {
     **{f"{name}-small": {"backbone": name, **SMALL} for name in ("sit", "vit5")},
     **{f"vit5-small-{i}": {"backbone": "vit5", "backbone_kwargs": k, **SMALL} for i, k in enumerate(SWITCHES)},
-    **{f"{name}-{size}": {"backbone": name, "preset": size} for name in ("sit", "vit5") for size in ("S/2", "XL/8")},
+    **{f"{name}-{size}": {"backbone": name, "preset": size} for name in ("sit", "vit5") for size in ("S/2", "XL/2")},
     "sit-512": {"backbone": "sit", "preset": "S/4", "sample_size": 64, "learn_sigma": True},
     "vit5-oblong": {"backbone": "vit5", **SMALL, "sample_size": (8, 16)},
 }

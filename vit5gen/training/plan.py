@@ -193,13 +193,23 @@ def _trial(config: Config, accelerator: Accelerator, micro_batch_size: int, accu
             loss.item()  # waits for the accelerator
             start = start or time.perf_counter()  # after the first step, which compiles and allocates
     seconds = (time.perf_counter() - start) / (TRIAL_STEPS - 1)
+    speed, used = settings.global_batch_size / seconds, ""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
+        used = utilisation(config, speed / accelerator.num_processes, torch.cuda.get_device_name(device))
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     steps = config.training.num_steps
     return (
         f"{TRIAL_STEPS} real steps: peak memory {_short(peak / 1e9)} GB, "
-        f"{_short(settings.global_batch_size / seconds)} images/s; "
+        f"{_short(speed)} images/s{used}; "
         f"{steps:,} steps will take {_short(steps * seconds / 3600)} hours"
     )
+
+
+def utilisation(config: Config, images_per_second: float, device_name: str) -> str:
+    """Return `` (MFU ...)`` for the speed of one GPU whose peak is known, else an empty string."""
+    gpu = next((name for name in GPUS if name in device_name), None)
+    if gpu is None:
+        return ""
+    return f" (MFU {cost.mfu(run_cost(config), images_per_second, gpu, config.training.precision):.1%} of {gpu})"
