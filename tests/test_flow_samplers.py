@@ -51,8 +51,8 @@ def test_order_of_convergence(method: str, grid: str) -> None:
     errors = []
     for n in steps:
         options = {"shift": 0.5} if grid == "shifted" else {}
-        if grid == "given":
-            options = {"times": [(i / n) ** 1.5 for i in range(n + 1)]}
+        if grid == "given":  # long and short steps in turn: on a smooth grid a multistep may forget their ratio
+            options = {"times": [(i + i % 2 / 2) / n for i in range(n + 1)]}
         x = sample_ode(gaussian.flow, gaussian.predict, x0, n, method, **options)
         errors.append((x - exact).abs().max().item())
     print(f"{method:9}{grid:8}", *(f"{e:.1e}" for e in errors), f"order {slope(steps, errors):.2f}")
