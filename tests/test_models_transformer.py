@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 from vit5gen.errors import UserError
 from vit5gen.models import VARIANTS, SiTTransformer2DModel
+from vit5gen.models.rope import sincos_table
 from vit5gen.models.transformer import TimeEmbedding
 
 BACKBONES = ("sit", "vit5")
@@ -65,6 +66,26 @@ def test_presets_set_size_and_patch(name):
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_output_is_zero_at_initialisation(backbone):
     assert not make(backbone, activate=False)(*batch()).any()
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_weights_start_as_published(backbone):
+    """SiT: Xavier-uniform, but embeddings normal of 0.02; zero are biases, modulations and head. ViT-5 adds its own."""
+    model = make(backbone, activate=False, num_classes=200)
+    gammas, ones = ("gamma_1", "gamma_2"), ("q_norm.weight", "k_norm.weight")
+    for name, p in model.named_parameters():
+        if name.endswith("bias") or "modulation" in name or name == "head.linear.weight":
+            assert not p.any(), name
+        elif name.endswith((*gammas, *ones)):
+            assert torch.equal(p, torch.full_like(p, 1e-4 if name.endswith(gammas) else 1.0)), name
+        elif name.startswith(("time_embed", "label_embed")) or name.endswith("reg_token"):
+            assert p.std().item() == pytest.approx(0.02, rel=0.3), name
+        elif name == "backbone.pos_embed":
+            assert torch.equal(p, sincos_table(48, (4, 4)))
+        else:
+            bound = (6 / sum(p.shape)) ** 0.5
+            assert 0.95 * bound < p.abs().max() <= bound, name
+            assert p.std().item() == pytest.approx(bound / 3**0.5, rel=0.1), name
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

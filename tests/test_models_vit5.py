@@ -65,6 +65,17 @@ def test_every_parameter_gets_a_gradient(switches):
     assert not idle
 
 
+def test_weights_start_as_the_classifiers_on_demand():
+    classifier = ViT5(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, num_classes=40)
+    backbone = make("vit5", activate=False, backbone_kwargs={"weight_init": "trunc_normal"}).backbone
+    for model, skipped in ((classifier, "patch_embed"), (backbone, "pos_embed")):
+        for name, p in model.named_parameters():
+            if name.endswith("bias") and skipped not in name:
+                assert not p.any(), name
+            elif p.ndim > 1 and skipped not in name:
+                assert p.std().item() == pytest.approx(0.0 if "modulation" in name else 0.02, rel=0.5), name
+
+
 def test_every_parameter_of_sit_gets_a_gradient():
     model = make("sit")
     model(*batch()).square().mean().backward()
