@@ -14,6 +14,7 @@ LAYERS = [
     {"config", "files"},
     {"models", "flow", "data"},
     {"card", "grid", "cost"},
+    {"scheduler"},
     {"pipeline"},
     {"outputs", "sampling", "classify"},
     {"evaluation"},

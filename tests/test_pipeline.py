@@ -189,6 +189,17 @@ def test_autoguidance_is_linear_in_both_models(pipe: SiTPipeline) -> None:
     torch.testing.assert_close(result, x + weak + 3 * (strong - weak), rtol=0, atol=1e-5)
 
 
+def test_a_guide_of_other_data_is_refused(pipe: SiTPipeline) -> None:
+    for options, message in (
+        ({"num_classes": 3}, "guide: num_classes = 3, the transformer has 5"),
+        ({"in_channels": 8}, "guide: in_channels = 8, the transformer has 4"),
+    ):
+        pipe.guide = tiny_transformer(**options)
+        pipe(0, **EULER)
+        with pytest.raises(UserError, match=message):
+            pipe(0, autoguidance_scale=2.0, **EULER)
+
+
 # --- costs
 
 
@@ -222,7 +233,7 @@ def test_guidance_scale_one_is_off_bit_for_bit(pipe: SiTPipeline) -> None:
 def test_an_image_depends_on_its_generator_alone(pipe: SiTPipeline, sampler: str) -> None:
     options = {"num_inference_steps": 4, "sampler": sampler, "output_type": "latent", "guidance_scale": 2.0}
     together = pipe([0, 1, 2], generator=seeds(5, 6, 7), **options).images
-    alone = pipe(1, generator=seeds(6), **options).images
+    alone = pipe(1, generator=tuple(seeds(6)), **options).images
     torch.testing.assert_close(together[1:2], alone, rtol=1e-5, atol=1e-5)
 
 
@@ -233,7 +244,7 @@ def test_images_of_a_label_lie_next_to_each_other(pipe: SiTPipeline) -> None:
 
 def test_other_sizes(pipe: SiTPipeline) -> None:
     assert pipe.image_size == (16, 16)
-    images = pipe(0, height=24, width=8, num_inference_steps=1, output_type="pt", generator=seed()).images
+    images = pipe(0, height=np.int64(24), width=8, num_inference_steps=1, output_type="pt", generator=seed()).images
     assert images.shape == (1, 3, 24, 8)
 
 
@@ -420,6 +431,13 @@ def test_load_in_bf16(pipe: SiTPipeline, tmp_path: Path) -> None:
     assert again.config.id2label == NAMES
 
 
+def test_from_pipe_shares_the_components(pipe: SiTPipeline) -> None:
+    again = SiTPipeline.from_pipe(pipe)
+    assert again.transformer is pipe.transformer
+    assert again.vae is pipe.vae
+    assert again.config.id2label == NAMES
+
+
 def test_a_hub_name_resolves_our_components(pipe: SiTPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe.save_pretrained(tmp_path)
     monkeypatch.setattr(SiTPipeline, "download", classmethod(lambda cls, name, **options: str(tmp_path)))
@@ -486,11 +504,14 @@ def test_load_pipeline_takes_a_run_or_its_pipeline(pipe: SiTPipeline, tmp_path: 
         ({"sampler": "ode-hen"}, "Did you mean 'ode-heun'"),
         ({"sampler": "heun"}, "sampler: 'heun' is not known; expected one of ode-euler"),
         ({"generator": [torch.Generator()]}, "generator: a list of 1; expected one for each of the 2 images"),
+        ({"generator": 3}, "generator: 3; expected torch.Generator"),
+        ({"generator": [3, 4]}, "generator: 3; expected torch.Generator"),
         ({"latents": torch.zeros(2, 4, 8, 4)}, r"latents: shape \(2, 4, 8, 4\); expected \(2, 4, 8, 8\)"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents: shape \(1, 4, 8, 8\)"),
-        ({"height": 18}, "height = 18 cannot be made; expected a multiple of 4, e.g. 16"),
+        ({"height": 18}, "height = 18 cannot be made; expected a multiple of 4"),
         ({"height": 16.0}, "height = 16.0 cannot be made"),
-        ({"width": 0}, "width = 0 cannot be made; expected a multiple of 4, e.g. 4"),
+        ({"height": "16"}, "height = '16' cannot be made"),
+        ({"width": 0}, "width = 0 cannot be made"),
         ({"output_type": "jpg"}, "output_type: 'jpg'"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"guidance_interval": (0.5, 0.2)}, "guidance_interval"),
@@ -512,6 +533,9 @@ def test_bad_schedulers(pipe: SiTPipeline) -> None:
         pipe(0, sampler="ode-heun")
     pipe.scheduler = DDIMScheduler()
     with pytest.raises(UserError, match="DDIMScheduler is not made for flow matching"):
+        pipe(0)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    with pytest.raises(UserError, match="with use_dynamic_shifting needs"):
         pipe(0)
     pipe = SiTPipeline(tiny_transformer(), SiTScheduler(path="gvp"))
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()

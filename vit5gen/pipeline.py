@@ -1,6 +1,5 @@
-"""SiTPipeline, the only label -> image code there is, and its scheduler, which holds the path from noise to data."""
+"""SiTPipeline, the only label -> image code there is."""
 
-import inspect
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -8,109 +7,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
 
 from vit5gen.card import TrainingFacts, model_card
-from vit5gen.config import FlowConfig, SamplingConfig
+from vit5gen.config import SamplingConfig
 from vit5gen.data.autoencoder import decode, downsample, to_uint8
 from vit5gen.errors import UserError, choose, nearest
 from vit5gen.files import write_text
-from vit5gen.flow import (
-    ODE_METHODS,
-    SDE_METHODS,
-    CountingModel,
-    Flow,
-    guide,
-    ode_steps,
-    sde_steps,
-    shift_time,
-    to_diffusers,
-)
+from vit5gen.flow import CountingModel, Flow, guide
+from vit5gen.models import SiTTransformer2DModel
+from vit5gen.scheduler import SAMPLERS, Generators, ModelFn, SiTScheduler, foreign_steps
+
+__all__ = ["SAMPLERS", "SiTPipeline", "SiTScheduler", "load_pipeline", "pipeline_folder"]
 
 # Without this diffusers stores our classes under their module path, and does not find them by a hub name.
 LOADABLE_CLASSES.setdefault("vit5gen", {})
 
-SAMPLERS = (*(f"ode-{method}" for method in ODE_METHODS), *(f"sde-{method}" for method in SDE_METHODS))
 OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
-_FLOW, _SAMPLING = FlowConfig(), SamplingConfig()
+_SAMPLING = SamplingConfig()
 
 Labels = int | str | Sequence[int | str] | Tensor | np.ndarray
-Generators = torch.Generator | list[torch.Generator] | None
-ModelFn = Callable[[Tensor, Tensor], Tensor]
-
-
-class SiTScheduler(SchedulerMixin, ConfigMixin):
-    """The path from noise to data and what the network predicts, with the finer settings of the solvers.
-
-    shift: of the time grid towards noise (above 1).  rtol, atol: of dopri5.  diffusion, last_step, last_step_size: of
-    the SDE solvers, see `vit5gen.flow.sde_steps`.  Change one with ``SiTScheduler.from_config(config, shift=2.0)``.
-    """
-
-    @register_to_config
-    def __init__(
-        self,
-        path: str = _FLOW.path,
-        prediction: str = _FLOW.prediction,
-        shift: float = 1.0,
-        rtol: float = 1e-3,
-        atol: float = 1e-6,
-        diffusion: str = "sigma",
-        last_step: str = "mean",
-        last_step_size: float = 0.04,
-    ) -> None:
-        shift_time(0.5, shift)  # raises where shift is no shift
-        self.flow = Flow(path, prediction)
-
-    def steps(
-        self, sampler: str, model_fn: ModelFn, x: Tensor, num_steps: int, noise: Generators
-    ) -> Iterator[tuple[int, float, Tensor]]:
-        """Yield (i, t, x) after each step of the solver ``ode-<method>`` or ``sde-<method>``."""
-        kind, method = choose("sampler", sampler, SAMPLERS).split("-")
-        config = self.config
-        if kind == "ode":
-            tolerances = {"rtol": config.rtol, "atol": config.atol}
-            return ode_steps(self.flow, model_fn, x, num_steps, method, shift=config.shift, **tolerances)
-        ending = {"last_step": config.last_step, "last_step_size": config.last_step_size}
-        options = {"diffusion": config.diffusion, "noise": noise, "shift": config.shift, **ending}
-        return sde_steps(self.flow, model_fn, x, num_steps, method, **options)
-
-
-def foreign_steps(
-    scheduler: Any, flow: Flow, model_fn: ModelFn, x: Tensor, num_steps: int, noise: Generators
-) -> Iterator[tuple[int, float, Tensor]]:
-    """Yield (i, t, x) after each ``step`` of a flow-match scheduler of diffusers, which works in sigma = 1 - t.
-
-    The grid is uniform in t, as ours is, if the scheduler takes sigmas; otherwise its own.
-    Raises `UserError` for a scheduler that is not made for flow matching or a path that is not linear.
-    """
-    name = type(scheduler).__name__
-    if not (name.startswith("FlowMatch") or scheduler.config.get("prediction_type") == "flow_prediction"):
-        raise UserError(
-            f"scheduler: {name} is not made for flow matching; expected SiTScheduler, a FlowMatch one, or one with"
-            " prediction_type='flow_prediction' and use_flow_sigmas=True"
-        )
-    if flow.path != "linear":
-        raise UserError(f"scheduler: {name} knows the linear path only, the model has {flow.path!r}; use SiTScheduler")
-    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
-        scheduler.set_timesteps(sigmas=1 - np.arange(num_steps) / num_steps, device=x.device)
-    else:
-        scheduler.set_timesteps(num_steps, device=x.device)
-    scheduler.set_begin_index(0)
-    takes_noise = "generator" in inspect.signature(scheduler.step).parameters
-    options = {"generator": noise} if takes_noise else {}
-    # Not the timesteps: some schedulers round them.
-    sigmas = scheduler.sigmas.tolist()
-    for i, timestep in enumerate(scheduler.timesteps):
-        velocity = flow.velocity(model_fn, x, to_diffusers(sigmas[i], x)[0])
-        _, output = to_diffusers(sigmas[i], velocity)
-        x = scheduler.step(output, timestep, x, return_dict=False, **options)[0]
-        yield i, to_diffusers(sigmas[i + 1], x)[0], x
 
 
 class SiTPipeline(DiffusionPipeline):
@@ -128,10 +49,10 @@ class SiTPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: nn.Module,
+        transformer: SiTTransformer2DModel,
         scheduler: SchedulerMixin,
-        vae: nn.Module | None = None,
-        guide: nn.Module | None = None,
+        vae: AutoencoderKL | None = None,
+        guide: SiTTransformer2DModel | None = None,
         id2label: dict | None = None,
     ) -> None:
         super().__init__()
@@ -250,12 +171,10 @@ class SiTPipeline(DiffusionPipeline):
         for name in callback_on_step_end_tensor_inputs:
             choose("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
 
-        if autoguidance_scale != 1 and self.guide is None:
-            raise UserError(f"autoguidance_scale = {autoguidance_scale} needs a second transformer; set pipe.guide")
-
+        generator = _generators(generator, len(ids))
         x = self._initial_latents(len(ids), height, width, generator, latents)
         network = CountingModel(self.transformer)
-        weak = None if self.guide is None else CountingModel(self.guide)
+        weak = None if autoguidance_scale == 1 else CountingModel(self._weak_model(autoguidance_scale))
         model_fn = guide(
             network,
             torch.tensor(ids, device=x.device),
@@ -302,6 +221,17 @@ class SiTPipeline(DiffusionPipeline):
             )
         return self.transformer.null_label
 
+    def _weak_model(self, scale: float) -> nn.Module:
+        if self.guide is None:
+            raise UserError(f"autoguidance_scale = {scale} needs a second transformer; set pipe.guide")
+        for name in ("num_classes", "in_channels"):
+            weak, strong = self.guide.config[name], self.transformer.config[name]
+            if weak != strong:
+                raise UserError(
+                    f"guide: {name} = {weak}, the transformer has {strong}; expected a model of the same data"
+                )
+        return self.guide
+
     def _initial_latents(
         self, batch: int, height: int | None, width: int | None, generator: Generators, latents: Tensor | None
     ) -> Tensor:
@@ -309,12 +239,9 @@ class SiTPipeline(DiffusionPipeline):
         sides = [built if side is None else side for side, built in zip((height, width), self.image_size, strict=True)]
         unit = factor * config.patch_size
         for name, side in zip(("height", "width"), sides, strict=True):
-            if not isinstance(side, int) or side < unit or side % unit:
-                fits = max(unit, int(side) // unit * unit)
-                raise UserError(f"{name} = {side} cannot be made; expected a multiple of {unit}, e.g. {fits}")
-        shape = (batch, config.in_channels, *(side // factor for side in sides))
-        if isinstance(generator, list) and len(generator) != batch:
-            raise UserError(f"generator: a list of {len(generator)}; expected one for each of the {batch} images")
+            if not isinstance(side, int | np.integer) or side < unit or side % unit:
+                raise UserError(f"{name} = {side!r} cannot be made; expected a multiple of {unit}")
+        shape = (batch, config.in_channels, *(int(side) // factor for side in sides))
         device = self._execution_device
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
@@ -412,6 +339,17 @@ def _count(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise UserError(f"{name} = {value!r}; expected a whole number of at least 1")
     return int(value)
+
+
+def _generators(generator: Any, batch: int) -> Generators:
+    if isinstance(generator, list | tuple):
+        if len(generator) != batch:
+            raise UserError(f"generator: a list of {len(generator)}; expected one for each of the {batch} images")
+        generator = list(generator)
+    for one in generator if isinstance(generator, list) else [generator]:
+        if not isinstance(one, torch.Generator | None):
+            raise UserError(f"generator: {one!r}; expected torch.Generator().manual_seed(...), or a list of them")
+    return generator
 
 
 def _ids_by_name(names: dict[int, str]) -> dict[str, set[int]]:
