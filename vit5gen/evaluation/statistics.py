@@ -1,5 +1,6 @@
 """Streaming mean and covariance of features, in float64: any batches, any order, any number of processes."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,20 +12,24 @@ from torch import Tensor
 from vit5gen.errors import UserError
 
 GROUPS = 10
+_STRIP = 256
+_ROWS = 4096
 
 
 class FeatureStatistics:
     """Count, mean and scatter of feature rows, updated and merged by the pairwise rule of Chan et al. (1983).
 
-    Memory is constant: ``(dim, dim)`` float64, whatever the number of rows. Rounding does not grow with a common offset
-    of the features, because every batch is centred before it is squared.
+    Memory is constant, whatever the number of rows: the upper triangle of ``(dim, dim)`` float64, in strips. Rounding
+    does not grow with a common offset of the features, because every batch is centred before it is squared.
     """
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
         self.count = 0
         self._mean = torch.zeros(dim, dtype=torch.float64)
-        self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
+        self._scatter = torch.zeros(
+            sum(min(_STRIP, dim - i) * (dim - i) for i in range(0, dim, _STRIP)), dtype=torch.float64
+        )
 
     @classmethod
     def from_moments(cls, mean: object, covariance: object, count: int) -> "FeatureStatistics":
@@ -33,23 +38,25 @@ class FeatureStatistics:
         result = cls(len(mean))
         result.count = count
         result._mean = mean.double().clone()
-        result._scatter = covariance.double() * (count - 1)
+        for first, strip in result._strips():
+            strip.copy_(covariance[first : first + len(strip), first:].double() * (count - 1))
         return result
 
     def update(self, features: object) -> "FeatureStatistics":
         """Add the rows of ``features (B, dim)``; raise `UserError` on another shape or on NaN and infinity."""
-        rows = torch.as_tensor(features).detach().to("cpu", torch.float64)
-        if rows.ndim != 2 or rows.shape[1] != self.dim:
-            raise UserError(f"features: shape {tuple(rows.shape)}; expected (B, {self.dim}); check the extractor")
-        if not rows.isfinite().all():
-            bad = int((~rows.isfinite()).any(dim=1).nonzero()[0])
-            raise UserError(
-                f"features: NaN or infinity in row {self.count + bad}; expected finite numbers; check that image"
-            )
-        if len(rows):
-            mean = rows.mean(dim=0)
-            rows = rows - mean
-            self._add(len(rows), mean, rows)
+        features = torch.as_tensor(features).detach()
+        if features.ndim != 2 or features.shape[1] != self.dim:
+            raise UserError(f"features: shape {tuple(features.shape)}; expected (B, {self.dim}); check the extractor")
+        for part in features.split(_ROWS):  # in float64 all of 50,000 rows take 0.8 GB
+            rows = part.to("cpu", torch.float64)
+            if not rows.isfinite().all():
+                bad = int((~rows.isfinite()).any(dim=1).nonzero()[0])
+                raise UserError(
+                    f"features: NaN or infinity in row {self.count + bad}; expected finite numbers; check that image"
+                )
+            if len(rows):
+                mean = rows.mean(dim=0)
+                self._add(len(rows), mean, rows - mean)
         return self
 
     def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
@@ -71,7 +78,7 @@ class FeatureStatistics:
             rest._mean = self._mean + (self._mean - other._mean) * (other.count / rest.count)
             shift = other._mean - rest._mean
             rest._scatter = self._scatter - other._scatter
-            rest._scatter.addr_(shift, shift, alpha=-rest.count * other.count / self.count)
+            rest._add_products(shift[None], -rest.count * other.count / self.count)
         return rest
 
     def all_reduce(self) -> "FeatureStatistics":
@@ -84,7 +91,8 @@ class FeatureStatistics:
         if self.count:
             self._mean = sum_over_processes(local_mean * (count / self.count))
             shift = local_mean - self._mean
-            self._scatter = sum_over_processes(self._scatter.addr_(shift, shift, alpha=count))
+            self._add_products(shift[None], count)
+            self._scatter = sum_over_processes(self._scatter)
         return self
 
     @property
@@ -97,14 +105,30 @@ class FeatureStatistics:
     def covariance(self) -> Tensor:
         """Unbiased covariance ``(dim, dim)`` in float64 (ddof 1)."""
         self._need(2)
-        return self._scatter / (self.count - 1)
+        result = torch.empty(self.dim, self.dim, dtype=torch.float64)
+        for first, strip in self._strips():
+            result[first:, first : first + len(strip)] = strip.T
+            result[first : first + len(strip), first:] = strip
+        return result.div_(self.count - 1)
+
+    def _strips(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield ``(first row, scatter[first row : first row + H, first row:])``, views of the flat storage."""
+        start = 0
+        for first in range(0, self.dim, _STRIP):
+            shape = (min(_STRIP, self.dim - first), self.dim - first)
+            yield first, self._scatter[start : start + math.prod(shape)].view(shape)
+            start += math.prod(shape)
+
+    def _add_products(self, rows: Tensor, weight: float = 1) -> None:
+        for first, strip in self._strips():
+            strip.addmm_(rows[:, first : first + len(strip)].T, rows[:, first:], alpha=weight)
 
     def _add(self, count: int, mean: Tensor, centred: Tensor) -> None:
         total = self.count + count
         shift = mean - self._mean
         between = shift * (self.count * count / total) ** 0.5
         rows = torch.cat([centred, between[None]])  # one product adds the spread within the batch and between the means
-        self._scatter.addmm_(rows.T, rows)
+        self._add_products(rows)
         self._mean = self._mean + shift * (count / total)
         self.count = total
 
