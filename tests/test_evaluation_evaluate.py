@@ -249,7 +249,7 @@ def test_statistics_file_scores_as_its_images_and_knows_its_extractor(tmp_path, 
         write_folder(tmp_path / "real", pictures(50, seed=1)),
         write_folder(tmp_path / "samples", pictures(20, seed=0)),
     )
-    file, output = tmp_path / "real.safetensors", tmp_path / "card.json"
+    file, output = tmp_path / "real.statistics", tmp_path / "card.json"
     assert evaluate_command([str(real)], save_statistics_to=str(file), extractor="colours") == 0
     evaluate_command([str(samples)], reference=str(file), output=str(output), extractor="colours")
     card, direct = json.loads(output.read_text()), card_of(samples, real, colour_extractor, 50)
@@ -257,7 +257,7 @@ def test_statistics_file_scores_as_its_images_and_knows_its_extractor(tmp_path, 
     assert card["reference"]["count"] == 50
     assert "| FD-Colours |" in capsys.readouterr().out
     with pytest.raises(
-        UserError, match=r"real.safetensors: from another extractor \(name 'Colours', now 'EffNetLite0@96'"
+        UserError, match=r"real.statistics: from another extractor \(name 'Colours', now 'EffNetLite0@96'"
     ):
         evaluate_command([str(samples)], reference=str(file), extractor="effnet-lite0")
 
@@ -353,6 +353,11 @@ def test_broken_files_and_mixed_sizes_are_named(tmp_path, colour_extractor) -> N
     refuses(tmp_path / "float.npz", "arr_0 is float32")
     np.savez(tmp_path / "grey.npz", arr_0=np.zeros((4, 8, 8, 1), np.uint8))
     refuses(tmp_path / "grey.npz", r"arr_0 is uint8 \(4, 8, 8, 1\)")
+    directory = bytearray(good.read_bytes())
+    directory[directory.rfind(b"PK\x01\x02")] ^= 255
+    (tmp_path / "directory.npz").write_bytes(directory)
+    with pytest.raises(UserError, match=r"directory.npz cannot be read"):
+        open_reference(tmp_path / "directory.npz", colour_extractor, 2)
     with zipfile.ZipFile(tmp_path / "empty.npz", "w"):
         pass
     refuses(tmp_path / "empty.npz", "no arr_0")
@@ -363,10 +368,12 @@ def test_broken_files_and_mixed_sizes_are_named(tmp_path, colour_extractor) -> N
 
 def test_too_few_samples_and_bad_options_are_errors_of_one_line(tmp_path, colour_extractor) -> None:
     one, three = (write_npz(tmp_path / f"{count}.npz", pictures(count, seed=0)) for count in (1, 3))
-    with pytest.raises(UserError, match="metric fid: 1 sample; needs at least 2"):
+    with pytest.raises(UserError, match="metric fid: 1 samples; needs at least 2"):
         card_of(one, three, colour_extractor, metrics=["fid"])
     with pytest.raises(UserError, match="metric pr: 3 samples; needs at least 4"):
-        card_of(three, three, colour_extractor, metrics=["pr"])
+        card_of(three, three, colour_extractor)
+    with pytest.raises(UserError, match=f"{three}/card.json: cannot be written"):
+        evaluate_command([str(three)], reference=str(three), output=f"{three}/card.json")
     with pytest.raises(UserError, match="Did you mean 'fid'"):
         card_of(three, three, colour_extractor, metrics=["fidd"])
     with pytest.raises(UserError, match="either --reference REF or --save-statistics"):

@@ -1,6 +1,7 @@
 """Samples and a reference to an evaluation card: every score, its error, and every setting that it depends on."""
 
 import json
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,7 @@ from vit5gen.evaluation.reference import (
     REFERENCE_ROWS,
     Reference,
     is_adm_reference,
+    is_statistics,
     local_chunks,
     read_adm_reference,
     read_statistics,
@@ -30,7 +32,7 @@ from vit5gen.evaluation.reference import (
     save_statistics,
     scan,
 )
-from vit5gen.evaluation.scores import RELIABLE_COUNT, Score, check_metrics, scores
+from vit5gen.evaluation.scores import RELIABLE_COUNT, Score, available, scores
 from vit5gen.evaluation.sources import ImageSource, open_data, open_folder, open_npz
 from vit5gen.files import read_json, write_json
 from vit5gen.pipeline import SiTPipeline, load_pipeline, pipeline_folder
@@ -70,7 +72,7 @@ def open_reference(path: str | Path | DataConfig, extractor: Extractor, batch_si
     """Open what samples are compared with: ADM's npz, a statistics file, or the images of `open_source`."""
     if not isinstance(path, DataConfig):
         file = Path(path)
-        if file.suffix == ".safetensors":
+        if is_statistics(file):
             return read_statistics(file, extractor)
         if is_adm_reference(file):
             return read_adm_reference(file, extractor, batch_size)
@@ -125,15 +127,13 @@ def evaluation_card(
     adm = protocol is not None and choose("protocol", protocol, PROTOCOLS) == "adm"
     if adm and metrics is not None and set(metrics) != set(ADM_METRICS):
         raise UserError(f"--protocol adm fixes the metrics {', '.join(ADM_METRICS)}; leave --metrics out")
-    metrics = ADM_METRICS if adm else check_metrics(metrics)
-    needs_rows = reference.rows is not None and (metrics is None or bool({"pr", "kid"} & set(metrics)))
+    wanted, skipped = available(ADM_METRICS if adm else metrics, reference, extractor)
+    needs_rows = bool({"pr", "kid"} & set(wanted))
     runs: list[dict[str, Score]] = []
-    skipped: dict[str, str] = {}
     for one in samples:
         found = scan(one.chunks(), one.count, extractor, rows=one.count if needs_rows else 0)
         if is_main():
-            run, skipped = scores(found, reference, extractor, metrics, adm_fp16=adm)
-            runs.append(run)
+            runs.append(scores(found, reference, extractor, wanted, adm_fp16=adm))
     if not is_main():
         return {}
     differences = _differences_from_adm(samples, reference, extractor) if adm else []
@@ -190,6 +190,7 @@ def evaluate_command(
         raise UserError("evaluate: expected either --reference REF or --save-statistics FILE; give one of them")
     if batch_size < 1:
         raise UserError(f"--batch-size = {batch_size}; expected at least 1")
+    _check_writable(Path(output or save_statistics_to or "card.json"))
     state = start_processes()
     network = load_extractor(extractor, state.device, weights, weights_sha256)
     if save_statistics_to is not None:
@@ -219,6 +220,15 @@ def evaluate_command(
 def is_main() -> bool:
     """Whether this process holds the results."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another path") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: a folder, or in one that cannot be written; choose another path")
 
 
 def _open_samples(

@@ -18,7 +18,7 @@ from vit5gen.card import versions
 from vit5gen.errors import UserError
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.metrics import FrechetReference, ScoreSums
-from vit5gen.evaluation.sources import ImageSource, open_npz
+from vit5gen.evaluation.sources import ImageSource, broken_npz, open_npz
 from vit5gen.evaluation.statistics import GROUPS, FeatureStatistics, Grouped, gather_rows, sum_over_processes
 from vit5gen.files import atomic, sha256
 
@@ -139,7 +139,10 @@ def local_chunks(source: ImageSource, batch_size: int) -> Iterable[tuple[int, Te
 
 def is_adm_reference(path: Path) -> bool:
     """Whether ``path`` is an npz with ADM's ``mu`` and ``sigma``."""
-    return path.suffix == ".npz" and zipfile.is_zipfile(path) and "mu.npy" in zipfile.ZipFile(path).namelist()
+    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
+        return False
+    with broken_npz(path), zipfile.ZipFile(path) as archive:
+        return "mu.npy" in archive.namelist()
 
 
 def read_adm_reference(path: Path, extractor: Extractor, batch_size: int) -> Reference:
@@ -149,20 +152,18 @@ def read_adm_reference(path: Path, extractor: Extractor, batch_size: int) -> Ref
             f"reference {path}: its mu and sigma are of Inception features; extractor {extractor.name} needs images "
             "or a statistics file made with it"
         )
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = set(archive.files)
-            arrays = {name: torch.from_numpy(archive[name]).double() for name in names & set(_ADM_SHAPES)}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"reference {path} cannot be read ({error}); fetch it again") from error
+    with broken_npz(path), np.load(path, allow_pickle=False) as archive:
+        names = set(archive.files)
+        arrays = {name: torch.from_numpy(archive[name].astype(np.float64)) for name in names & set(_ADM_SHAPES)}
     for name, shape in _ADM_SHAPES.items():
         if name in arrays and (arrays[name].shape != shape or not arrays[name].isfinite().all()):
             raise UserError(f"reference {path}: {name} is {tuple(arrays[name].shape)}; expected {shape}, all finite")
     if "sigma" not in arrays:
         raise UserError(f"reference {path}: has mu but no sigma; fetch it again")
     spatial = Moments(arrays["mu_s"], arrays["sigma_s"]) if {"mu_s", "sigma_s"} <= arrays.keys() else None
-    rows = reference_of(open_npz(path), extractor, batch_size).rows if "arr_0" in names else None
-    identity = {"kind": "adm", "path": str(path), "sha256": sha256(path), "images": 0 if rows is None else len(rows)}
+    batch = reference_of(open_npz(path), extractor, batch_size) if "arr_0" in names else None
+    images, rows = (batch.count, batch.rows) if batch is not None else (0, None)
+    identity = {"kind": "adm", "path": str(path), "sha256": sha256(path), "images": images}
     return Reference(Moments(arrays["mu"], arrays["sigma"]), spatial, None, rows, identity)
 
 
@@ -177,6 +178,15 @@ def save_statistics(reference: Reference, extractor: Extractor, path: Path) -> N
     metadata = {"format": FORMAT, "extractor": json.dumps(_identity(extractor)), "content": json.dumps(content)}
     with atomic(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def is_statistics(path: Path) -> bool:
+    """Whether ``path`` is a safetensors file, by its name or its first bytes: a header's length and its brace."""
+    if path.suffix == ".safetensors" or not path.is_file():
+        return path.suffix == ".safetensors"
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
 
 
 def read_statistics(path: Path, extractor: Extractor) -> Reference:

@@ -14,40 +14,49 @@ from vit5gen.evaluation.statistics import FeatureStatistics, Grouped
 METRICS = ("fid", "sfid", "is", "pr", "kid")
 NEIGHBOURS = 3
 SUBSET_SIZE = 1000
+_NEEDED = {"fid": 2, "sfid": 2, "is": 1, "pr": NEIGHBOURS + 1, "kid": 2}
 CONFIDENCE = 0.95
 RELIABLE_COUNT = 50_000
 
 Score = dict[str, Any]
 
 
-def scores(
-    scan: Scan,
-    reference: Reference,
-    extractor: Extractor,
-    metrics: Sequence[str] | None = None,
-    adm_fp16: bool = False,
-) -> tuple[dict[str, Score], dict[str, str]]:
-    """Return scores by name, and the reasons of the metrics that cannot be had.
+def available(
+    metrics: Sequence[str] | None, reference: Reference, extractor: Extractor
+) -> tuple[list[str], dict[str, str]]:
+    """Return the metrics that reference and extractor allow, and the reasons against the others; before a long scan.
 
     ``metrics``: some of `METRICS`; `UserError` when one of these cannot be had. Default: all that can be had.
+    """
+    wanted = [choose("metrics", metric, METRICS) for metric in metrics or METRICS]
+    skipped = {}
+    for metric in wanted:
+        obstacle = _obstacle(metric, reference, extractor)
+        if obstacle is not None and metrics:
+            raise UserError(f"metric {metric}: {obstacle}")
+        if obstacle is not None:
+            skipped[metric] = obstacle
+    return [metric for metric in wanted if metric not in skipped], skipped
+
+
+def scores(
+    scan: Scan, reference: Reference, extractor: Extractor, metrics: Sequence[str], adm_fp16: bool = False
+) -> dict[str, Score]:
+    """Return the scores of ``metrics``, which must be `available`, by name.
+
+    Raises `UserError` when there are fewer samples, or fewer images in the reference, than a metric needs.
     FID, sFID, IS, precision, recall and KID are names of Inception features alone; other extractors have their own.
     """
     found: dict[str, Score] = {}
-    skipped: dict[str, str] = {}
-    for metric in check_metrics(metrics) or METRICS:
-        obstacle = _obstacle(metric, scan, reference, extractor)
-        if obstacle is None:
-            found |= _COMPUTE[metric](scan, reference, extractor, adm_fp16)
-        elif metrics:
-            raise UserError(f"metric {metric}: {obstacle}")
-        else:
-            skipped[metric] = obstacle
-    return found, skipped
-
-
-def check_metrics(metrics: Sequence[str] | None) -> Sequence[str] | None:
-    """Return ``metrics``; raise `UserError` for a name that is not known."""
-    return [choose("metrics", metric, METRICS) for metric in metrics] if metrics else None
+    for metric in metrics:
+        counts = {"samples": scan.count}
+        if metric in ("pr", "kid") and reference.rows is not None:
+            counts["reference images"] = len(reference.rows)
+        for what, count in counts.items():
+            if count < _NEEDED[metric]:
+                raise UserError(f"metric {metric}: {count} {what}; needs at least {_NEEDED[metric]}; give more images")
+        found |= _COMPUTE[metric](scan, reference, extractor, adm_fp16)
+    return found
 
 
 def frechet_report(
@@ -80,21 +89,15 @@ def frechet_with_error(samples: Grouped, reference: FrechetReference) -> Score:
     return score | {"standard_error": error, "interval": [score["value"] - margin, score["value"] + margin]}
 
 
-def _obstacle(metric: str, scan: Scan, reference: Reference, extractor: Extractor) -> str | None:
-    if metric == "sfid" and scan.spatial is None:
+def _obstacle(metric: str, reference: Reference, extractor: Extractor) -> str | None:
+    if metric == "sfid" and not extractor.spatial_dim:
         return f"extractor {extractor.name} has no spatial features; use inception"
     if metric == "sfid" and reference.spatial is None:
         return "the reference has no mu_s and sigma_s; use ADM's full reference file or images"
-    if metric == "is":
-        return None if scan.score is not None else f"extractor {extractor.name} has no class scores; use inception"
-    if metric in ("fid", "sfid"):
-        return None if scan.count >= 2 else f"{scan.count} sample; needs at least 2"
-    if reference.rows is None:
+    if metric == "is" and not extractor.num_classes:
+        return f"extractor {extractor.name} has no class scores; use inception"
+    if metric in ("pr", "kid") and reference.rows is None:
         return "the reference has no images; use one with arr_0, a statistics file of ours or images"
-    needed = {"pr": NEIGHBOURS + 1, "kid": 2}[metric]
-    for what, count in (("samples", scan.count), ("reference images", len(reference.rows))):
-        if count < needed:
-            return f"{count} {what}; needs at least {needed}"
     return None
 
 

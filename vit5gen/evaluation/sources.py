@@ -56,16 +56,18 @@ class ImageSource:
 
 def open_npz(path: Path) -> ImageSource:
     """Open ADM's npz: ``arr_0 (N, H, W, 3)`` uint8 and perhaps ``arr_1 (N,)`` labels, read row by row."""
-    with _broken(path), zipfile.ZipFile(path) as archive:
+    with broken_npz(path), zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if "arr_0.npy" not in names:
             raise UserError(f"npz {path}: no arr_0; it holds {', '.join(names)}; expected arr_0 (N, H, W, 3) uint8")
         with archive.open("arr_0.npy") as member:
             shape, dtype = _header(member)
         labels = None
-        if "arr_1.npy" in names:
+        if "arr_1.npy" in names and shape:
             with archive.open("arr_1.npy") as member:
-                labels = torch.as_tensor(np.lib.format.read_array(member, allow_pickle=False).astype(np.int64))
+                classes = np.lib.format.read_array(member, allow_pickle=False)
+            if classes.size == shape[0]:
+                labels = torch.from_numpy(np.unique(classes.ravel(), return_inverse=True)[1])
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]:
         raise UserError(f"npz {path}: arr_0 is {dtype} {shape}; expected uint8 (N, H, W, 3); write it anew")
     return ImageSource(shape[0], _NpzReader(path, shape), labels, {"kind": "npz", "path": str(path)})
@@ -82,7 +84,7 @@ class _NpzReader:
 
     def __call__(self, start: int, stop: int) -> Tensor:
         row = int(np.prod(self.shape[1:]))
-        with _broken(self.path):
+        with broken_npz(self.path):
             if self._member is None or start < self._next:
                 self._member = zipfile.ZipFile(self.path).open("arr_0.npy")  # noqa: SIM115  # open between calls
                 _header(self._member)
@@ -131,7 +133,7 @@ def open_data(data: DataConfig) -> ImageSource:
 
 
 @contextmanager
-def _broken(path: Path) -> Iterator[None]:
+def broken_npz(path: Path) -> Iterator[None]:
     """Turn what a broken archive raises into one line."""
     try:
         yield
