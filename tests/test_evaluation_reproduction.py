@@ -45,7 +45,6 @@ def commands() -> list[list[str]]:
     return [shlex.split(line) for line in block.strip().splitlines()]
 
 
-@pytest.mark.slow
 def test_the_commands_of_level_0_run(folder: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(folder)
     extra = {**EXTRA, "evaluate": [*EXTRA["evaluate"], sha256("inception.pth")]}
