@@ -162,16 +162,28 @@ def test_killed_runs_go_on_where_they_stopped(
     assert whole == killed
 
 
-def test_kill_while_the_npz_is_assembled(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kill_while_the_hidden_folder_is_removed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "out.npz"
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             draw(checkpoint, target)
+    (tmp_path / ".out.npz.part" / "evaluations").unlink()
     before = target.read_bytes()
+    monkeypatch.setattr("vit5gen.sampling.generate", None)
     draw(checkpoint, target)
     assert target.read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.card.json", "out.npz"]
+
+
+@pytest.mark.parametrize("name", ["out.npz", "out"])
+def test_kill_before_the_card_is_written(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    target = Output(tmp_path / name, (3, 16, 16, 3))
+    target.part.mkdir(parents=True)
+    draw(checkpoint, target.path, num_images=3)
+    assert target.finished
 
 
 def test_batch_size_may_change_on_resume(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,8 +317,9 @@ def test_files_without_a_card_are_not_overwritten(checkpoint: Path, tmp_path: Pa
     ],
 )
 def test_bad_values_leave_nothing_behind(checkpoint: Path, tmp_path: Path, options: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        draw(checkpoint, tmp_path / "out.npz", **options)
+    for name in ("out.npz", "out"):
+        with pytest.raises(UserError, match=message):
+            draw(checkpoint, tmp_path / name, **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -316,7 +329,7 @@ def test_bad_outputs(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match="too many for a grid"):
         draw(checkpoint, tmp_path / "out.png", num_images=3000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 1000))
-    with pytest.raises(UserError, match=r"out\.npz needs 0\.0 GB, 0\.0 GB are free; make room"):
+    with pytest.raises(UserError, match=r"out\.npz needs 3\.5e-05 GB, 1e-06 GB are free; make room"):
         draw(checkpoint, tmp_path / "out.npz")
     with pytest.raises(UserError, match="neither a run nor a pipeline folder"):
         draw(tmp_path, tmp_path / "out.npz")

@@ -1,7 +1,7 @@
 """Images on disk that survive a kill: a grid, a folder of PNGs, or an npz as ADM's evaluator reads it.
 
 While it grows, an output lies in a hidden folder: the card, the pixels, and how many network evaluations each image
-took (0: not there yet). A finished output has its card beside it and no hidden folder.
+took (0: not there yet). An output is finished when its card lies beside it; then the hidden folder goes.
 """
 
 import os
@@ -58,7 +58,7 @@ class Output:
 
     @property
     def finished(self) -> bool:
-        return self.card_file.is_file() and self.path.exists() and not self.part.exists()
+        return self.card_file.is_file() and self.path.exists()
 
     def check(self, card: dict[str, Any]) -> None:
         """Raise `UserError` when the output holds images of another card or of none, or the disk is too small."""
@@ -68,8 +68,9 @@ class Output:
                 raise UserError(
                     f"output {self.path} holds images of another run: {differing}; choose another --output or delete it"
                 )
-        taken = any(self.path.iterdir()) if self.path.is_dir() else self.path.exists()
-        if taken and not cards:
+        # A kill may have left a hidden folder without a card.
+        inside = self.path.iterdir() if self.path.is_dir() else [self.path] if self.path.exists() else []
+        if not cards and any(file != self.part for file in inside):
             raise UserError(f"output {self.path} exists and has no card; choose another --output or delete it")
         if not self.finished:
             self._check_space()
@@ -84,7 +85,7 @@ class Output:
         need = size if self.kind == "folder" else 2 * size - (pixels.stat().st_blocks * 512 if pixels.exists() else 0)
         if (free := shutil.disk_usage(folder).free) < need:
             raise UserError(
-                f"output {self.path} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room first"
+                f"output {self.path} needs {need / 1e9:.2g} GB, {free / 1e9:.2g} GB are free; make room first"
             )
 
     def begin(self, card: dict[str, Any]) -> None:
@@ -114,7 +115,7 @@ class Output:
         _write_at(self.part / "evaluations", 4 * indices.start, counts.tobytes())
 
     def finish(self, card: dict[str, Any], labels: Sequence[int], titles: Sequence[str]) -> None:
-        """Assemble the output of all images, write its card and remove the hidden folder; one process calls this."""
+        """Assemble the output of all images and, last, write its card; one process calls this."""
         if self.kind == ".npz":
             self._save_npz(np.asarray(labels, dtype=np.int64))
         elif self.kind == ".png":
@@ -126,7 +127,6 @@ class Output:
         counts = {"total": int(evaluations.sum()), "per_image": float(evaluations.mean())}
         with self._whole(self.card_file) as temporary:
             write_json(temporary, {**card, "network_evaluations": counts})
-        shutil.rmtree(self.part)
 
     @contextmanager
     def _whole(self, path: Path) -> Iterator[Path]:
@@ -135,10 +135,12 @@ class Output:
             yield temporary
         os.replace(self.part / f"new_{path.name}", path)
 
-    def discard_if_empty(self) -> None:
-        """Remove the hidden folder if nothing is drawn yet, as after a setting that the pipeline refuses."""
-        if self.part.exists() and not self.evaluations().any():
+    def tidy(self) -> None:
+        """Remove the hidden folder of an output that is finished or has no image yet; one process calls this."""
+        if self.part.exists() and (self.finished or not self.evaluations().any()):
             shutil.rmtree(self.part)
+            if self.path.is_dir() and not any(self.path.iterdir()):
+                self.path.rmdir()
 
     def _save_npz(self, labels: np.ndarray) -> None:
         """Stream ``arr_0`` (N, H, W, 3) uint8 and ``arr_1``, the labels (N,) int64; equal images give equal bytes."""

@@ -149,6 +149,8 @@ def sample_command(
     target.check(card)
     state.wait_for_everyone()
     if target.finished:
+        if state.is_main_process:
+            target.tidy()  # a kill may have come between the card and this
         state.print(f"{target.path} is finished already; nothing to do")
         return
     _prepare(pipe, state.device, precision, compile)
@@ -158,22 +160,23 @@ def sample_command(
         state.wait_for_everyone()
         done = target.evaluations() > 0
         state.wait_for_everyone()
-        progress = tqdm(desc="images", total=num_images, initial=int(done.sum()), disable=not state.is_main_process)
-        for indices, images in generate(pipe, job, done):
-            target.write(indices, images, labels[indices.start : indices.stop], pipe.num_evaluations)
-            progress.update(min(len(indices) * state.num_processes, num_images - progress.n))
-        progress.close()
+        start, silent = int(done.sum()), not state.is_main_process
+        with tqdm(desc="images", total=num_images, initial=start, disable=silent) as progress:
+            for indices, images in generate(pipe, job, done):
+                target.write(indices, images, labels[indices.start : indices.stop], pipe.num_evaluations)
+                progress.update(min(len(indices) * state.num_processes, num_images - progress.n))
         state.wait_for_everyone()
         if state.is_main_process:
             target.finish(card, labels, [pipe.class_name(i) for i in labels])
+            target.tidy()
         state.wait_for_everyone()
     except UserError:
         if state.is_main_process:
-            target.discard_if_empty()
+            target.tidy()
         raise
     except OSError as error:
         raise UserError(
-            f"output {target.path}: {error.strerror or error}; what is drawn is kept: mend it and run the command again"
+            f"output {target.path}: {error.strerror or error}; what is drawn is kept: mend it, run the command again"
         ) from error
     state.print(f"{num_images} images: {target.path}, settings: {target.card_file}")
 
