@@ -198,8 +198,14 @@ def test_scores_are_errors_of_one_line_on_bad_features() -> None:
         precision_recall(rows[:3], rows)
     with pytest.raises(UserError, match="20 real samples; needs at least 1000"):
         kernel_distance(rows, rows)
-    with pytest.raises(UserError, match="rows do not sum to 1"):
-        inception_score(rows)
+    for wrong in (rows.abs(), torch.tensor([[1.5, -0.5]]), torch.full((2, 2), torch.nan)):
+        with pytest.raises(UserError, match="rows that do not sum to 1"):
+            inception_score(wrong)
+    with pytest.raises(UserError, match="k = 0"):
+        precision_recall(rows, rows, k=0)
+    for options in ({"subsets": 0, "subset_size": 9}, {"subset_size": 1}):
+        with pytest.raises(UserError, match="expected at least 1 of at least 2"):
+            kernel_distance(rows, rows, **options)
 
 
 @pytest.mark.slow

@@ -86,8 +86,11 @@ def inception_score(probabilities: Any, split_size: int = 5000) -> float:
     rows = torch.as_tensor(probabilities)
     if rows.ndim != 2:
         raise UserError(f"Inception Score: probabilities {tuple(rows.shape)}; expected (N, K)")
-    if not torch.allclose(rows.double().sum(dim=1), torch.ones((), dtype=torch.float64), atol=1e-3):
-        raise UserError("Inception Score: rows do not sum to 1; give probabilities, i.e. the softmax of logits")
+    sums_to_one = torch.allclose(rows.double().sum(dim=1), torch.ones((), dtype=torch.float64), atol=1e-3)
+    if not sums_to_one or (rows < 0).any():
+        raise UserError(
+            "Inception Score: values below 0 or rows that do not sum to 1; give probabilities, i.e. the softmax of logits"
+        )
     sums = ScoreSums(rows.shape[0], rows.shape[1], split_size)
     sums.update(rows, torch.arange(len(rows)))
     return sums.value()
@@ -104,6 +107,8 @@ def kernel_distance(
     U-statistic, Hoeffding 1948; up to sqrt(2) too wide for equal distributions).
     ``real (N, D)``, ``generated (M, D)``. Raises `UserError` when there are fewer rows than ``subset_size``.
     """
+    if subsets < 1 or subset_size < 2:
+        raise UserError(f"KID: {subsets} subsets of {subset_size}; expected at least 1 of at least 2")
     real, generated = _pair(real, generated, subset_size, "KID")
     draw = np.random.RandomState(seed)
     values, spreads = [], []
@@ -126,6 +131,8 @@ def precision_recall(real: Any, generated: Any, k: int = 3, adm_fp16: bool = Fal
     the reverse (Kynkaanniemi et al., 2019, eq. 2). ``adm_fp16`` rounds squared distances to float16 as ADM does, and
     like it falls back to float32 for a block with an overflow. Raises `UserError` for ``k`` rows or fewer.
     """
+    if k < 1:
+        raise UserError(f"precision and recall: k = {k}; expected at least 1")
     real, generated = _pair(real, generated, k + 1, "precision and recall")
     radii_real, radii_generated = (_radii(rows, k, adm_fp16) for rows in (real, generated))
     recalled, precise = [], torch.zeros(len(generated), dtype=torch.bool, device=generated.device)
