@@ -313,6 +313,9 @@ def test_files_without_a_card_are_not_overwritten(checkpoint: Path, tmp_path: Pa
         ({"classes": ["retreiver"]}, "Did you mean"),
         ({"label_mode": "ordered"}, "labels: 'ordered'"),
         ({"precision": "fp8"}, "precision: 'fp8'"),
+        ({"autoguidance_scale": float("nan")}, "autoguidance_scale = nan"),
+        ({"guide": "weak"}, r"autoguidance_scale = 1\.0; .* with a guide not 1"),
+        ({"guide": "weak", "autoguidance_scale": 2.0}, "weak is neither a run nor a pipeline folder"),
         ({"settings": SamplingConfig(sampler="ode-hen")}, "Did you mean 'ode-heun'"),
     ],
 )
@@ -356,6 +359,29 @@ def test_fast_paths(
     draw(checkpoint, tmp_path / "fast.npz", settings=settings, **options)
     plain, fast = (np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in ("plain", "fast"))
     assert abs(plain - fast).max() <= (8 if "bf16" in options.values() else 1)
+
+
+def test_autoguidance(checkpoint: Path, tmp_path: Path) -> None:
+    weak = SiTPipeline(tiny_transformer(seed=8), SiTScheduler())
+    weak.save_pretrained(tmp_path / "weak")
+    options = {"settings": FAST, "batch_size": 23, "autoguidance_scale": 2.5}
+    draw(checkpoint, tmp_path / "out.npz", guide=tmp_path / "weak", **options)
+    pipe = SiTPipeline.from_pretrained(checkpoint / "pipeline", guide=weak.transformer)
+    labels = draw_labels(23, range(5), 3)
+    generators = [image_generator(3, i) for i in range(23)]
+    expected = pipe(labels, generator=generators, autoguidance_scale=2.5, **FAST.model_dump()).images
+    assert np.array_equal(np.load(tmp_path / "out.npz")["arr_0"], np.stack(expected))
+    card = json.loads((tmp_path / "out.card.json").read_text())
+    assert card["settings"]["autoguidance_scale"] == 2.5
+    assert card["network_evaluations"]["per_image"] == 12  # four steps: with label, without, and the weaker one's
+    SiTPipeline(tiny_transformer(seed=9), SiTScheduler()).save_pretrained(tmp_path / "weaker")
+    with pytest.raises(UserError, match="guide_sha256 is"):
+        draw(checkpoint, tmp_path / "out.npz", guide=tmp_path / "weaker", **options)
+    pipe.save_pretrained(tmp_path / "both")  # a folder may bring its guide
+    draw(tmp_path / "both", tmp_path / "both.npz", **options)
+    assert (tmp_path / "both.npz").read_bytes() == (tmp_path / "out.npz").read_bytes()
+    with pytest.raises(UserError, match="needs a second transformer"):
+        draw(checkpoint, tmp_path / "other.npz", **options)
 
 
 def test_a_foreign_scheduler_in_the_folder(tmp_path: Path) -> None:

@@ -119,6 +119,8 @@ def sample(args: argparse.Namespace) -> None:
         args.labels,
         args.precision,
         args.compile,
+        args.guide,
+        args.autoguidance_scale,
     )
 
 
@@ -196,6 +198,8 @@ def build_parser() -> Parser:
     sub.add_argument("--batch-size", type=int, default=evaluation.batch_size, help=f"[{evaluation.batch_size}]")
     sub.add_argument("--precision", default="fp32", help="fp32 | tf32 | bf16, of the network alone [fp32]")
     sub.add_argument("--compile", action="store_true", help="compile the network")
+    sub.add_argument("--guide", metavar="RUN", help="run or pipeline folder of autoguidance's weaker model")
+    sub.add_argument("--autoguidance-scale", type=float, default=1.0, metavar="VALUE", help="1 = off [1]")
     add_sampling(sub)
 
     sub = command(evaluate, "score images against a reference, or build a reference")

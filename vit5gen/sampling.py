@@ -1,6 +1,7 @@
 """Many images: their labels, their noise, and their division over processes."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ class SamplingJob:
     seed: int = _EVALUATION.seed
     batch_size: int = _EVALUATION.batch_size
     settings: SamplingConfig = field(default_factory=SamplingConfig)
+    autoguidance_scale: float = 1.0
 
 
 def draw_labels(num_images: int, classes: Sequence[int], seed: int, mode: str = "balanced") -> list[int]:
@@ -66,7 +68,7 @@ def generate(pipe: SiTPipeline, job: SamplingJob, done: np.ndarray | None = None
     state, count = _processes(), len(job.labels)
     chunks = [range(i, min(i + job.batch_size, count)) for i in range(0, count, job.batch_size)]
     pending = [chunk for chunk in chunks if done is None or not done[chunk.start : chunk.stop].all()]
-    settings = job.settings.model_dump()
+    settings = job.settings.model_dump() | {"autoguidance_scale": job.autoguidance_scale}
     if not isinstance(pipe.scheduler, SiTScheduler):
         del settings["sampler"]  # a scheduler of diffusers steps by itself
     shown = getattr(pipe, "_progress_bar_config", {})
@@ -106,32 +108,44 @@ def sample_command(
     label_mode: str = "balanced",
     precision: str = "fp32",
     compile: bool = False,
+    guide: str | Path | None = None,
+    autoguidance_scale: float = 1.0,
 ) -> None:
     """Draw images of a run or pipeline folder into FILE.png (a grid), FILE.npz or a folder, and write their card.
 
     classes: names or ids, default all.  precision: of the network; state, decoding and rounding are always fp32.
+    guide: run or pipeline folder of the weaker model of autoguidance, default the one in the checkpoint's folder.
     A killed run goes on where it stopped, a finished one is left alone, on any number of processes.
     Raises `UserError` for bad values, an output of other settings, or a disk that is full; what is drawn is kept.
     """
     for name, value, least in (("num_images", num_images, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
         if value < least:
             raise UserError(f"{name} = {value}; expected a whole number of at least {least}")
+    if not math.isfinite(autoguidance_scale) or (guide is not None and autoguidance_scale == 1):
+        raise UserError(
+            f"autoguidance_scale = {autoguidance_scale}; expected a finite number, with a guide not 1 (off)"
+        )
     choose("precision", precision, PRECISIONS)
     state = start_processes()
     pipe = load_pipeline(checkpoint)
     if pipe.vae is None:
         raise UserError(f"checkpoint {checkpoint} has no autoencoder; convert it again with --vae NAME_OR_FOLDER")
+    if guide is not None:
+        pipe.guide = load_pipeline(guide).transformer
     # A class that is given twice counts once.
     given = classes or range(pipe.transformer.config.num_classes)
     ids = list(dict.fromkeys(pipe.class_ids(list(given))))
     settings = settings or SamplingConfig()
     labels = draw_labels(num_images, ids, seed, label_mode)
-    job = SamplingJob(labels, seed, batch_size, settings)
+    job = SamplingJob(labels, seed, batch_size, settings, autoguidance_scale)
     target = Output(Path(output), (num_images, *pipe.image_size, 3))
     decided = {"num_images": num_images, "seed": seed, "labels": label_mode, "classes": ids, **settings.model_dump()}
     scheduler = json.loads(pipe.scheduler.to_json_string())
     if not isinstance(pipe.scheduler, SiTScheduler):
         decided["sampler"] = None
+    if guide is not None:
+        decided["guide_sha256"] = pipeline_hash(pipeline_folder(guide))
+    decided["autoguidance_scale"] = autoguidance_scale
     decided["scheduler"] = {name: scheduler[name] for name in scheduler if name == "_class_name" or name[0] != "_"}
     folder = pipeline_folder(checkpoint)
     card = {
@@ -185,7 +199,8 @@ def _prepare(pipe: SiTPipeline, device: torch.device, precision: str, compile: b
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = False  # convolutions are the autoencoder's
     pipe.to(device)
-    if precision == "bf16":
-        pipe.transformer.to(torch.bfloat16)
-    if compile:
-        pipe.transformer.compile()
+    for network in filter(None, (pipe.transformer, pipe.guide)):
+        if precision == "bf16":
+            network.to(torch.bfloat16)
+        if compile:
+            network.compile()
