@@ -5,25 +5,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit5gen.errors import UserError, choose
-from vit5gen.models.rope import rotate, without_autocast
+from vit5gen.models.rope import rotate, widen, without_autocast
 
 EPS = 1e-6
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS norm whose statistics are taken in fp32 whatever the dtype of its input; returns the input's dtype."""
+    """RMS norm whose statistics are taken in fp32 at least; returns the input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.float()
-        return F.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x.dtype)
+        wide = widen(x)
+        weight = None if self.weight is None else self.weight.to(wide.dtype)
+        return F.rms_norm(wide, self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm whose statistics are taken in fp32 whatever the dtype of its input; returns the input's dtype."""
+    """Layer norm whose statistics are taken in fp32 at least; returns the input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        wide = widen(x)
+        weight, bias = (None if p is None else p.to(wide.dtype) for p in (self.weight, self.bias))
+        return F.layer_norm(wide, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 def make_norm(kind: str, size: int, affine: bool = True) -> nn.Module:
@@ -45,11 +47,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Float32Linear(nn.Linear):
-    """Linear map computed in fp32 whatever the dtype of its weights, also under autocast."""
+    """Linear map computed in fp32, or in its weights' float64, also under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x.device):
-            return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+            weight = widen(self.weight)
+            return F.linear(x.to(weight.dtype), weight, None if self.bias is None else self.bias.to(weight.dtype))
 
 
 class Attention(nn.Module):

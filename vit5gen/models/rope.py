@@ -65,9 +65,14 @@ def rope_table(segments: tuple[Segment, ...], head_dim: int, device: torch.devic
     return torch.stack([angles.cos(), angles.sin()], dim=-1).to(device)
 
 
+def widen(x: Tensor) -> Tensor:
+    """Return x in fp32, or in float64 if it has that: what must not be computed in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn neighbouring pairs of channels of x (B, heads, N, head_dim) by the angles of `rope`, in fp32."""
-    pairs = x.float().unflatten(-1, (-1, 2))
+    """Turn neighbouring pairs of channels of x (B, heads, N, head_dim) by the angles of `rope`, in fp32 at least."""
+    pairs = widen(x).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # the compiler fuses real arithmetic only
         (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
         turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
