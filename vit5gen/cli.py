@@ -248,5 +248,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             raise UserError(f"{prog}: unknown argument {unknown[0]!r}.{hint} `{prog} --help` lists the options")
         sys.exit(args.run(args) or 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # That of a data worker comes with its traceback.
+        print(f"error: {str(error).strip().split('UserError: ')[-1]}", file=sys.stderr)
         sys.exit(2)
