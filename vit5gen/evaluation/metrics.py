@@ -88,9 +88,7 @@ def inception_score(probabilities: Any, split_size: int = 5000) -> float:
         raise UserError(f"Inception Score: probabilities {tuple(rows.shape)}; expected (N, K)")
     sums_to_one = torch.allclose(rows.double().sum(dim=1), torch.ones((), dtype=torch.float64), atol=1e-3)
     if not sums_to_one or (rows < 0).any():
-        raise UserError(
-            "Inception Score: values below 0 or rows that do not sum to 1; give probabilities, i.e. the softmax of logits"
-        )
+        raise UserError("Inception Score: values below 0 or rows that do not sum to 1; give the softmax of logits")
     sums = ScoreSums(rows.shape[0], rows.shape[1], split_size)
     sums.update(rows, torch.arange(len(rows)))
     return sums.value()
