@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,26 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | more
 
 
-def train_in(num_processes: int, jobs: list[dict[str, Any]], folder: Path, fsdp: bool = False) -> list[int]:
-    """Run trainings ``{config, output, overrides}`` in turn in so many joined processes; return their exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def train_in(
+    num_processes: int, jobs: list[dict[str, Any]], folder: Path, fsdp: bool = False
+) -> tuple[list[int], list[str]]:
+    """Run trainings ``{config, output, overrides}`` in turn in so many joined processes.
+
+    Returns their exit codes and the classes of the modules that were sharded.
+    """
+    # A port for each training: one process may look for the next store where the other has yet to close the last.
+    jobs = [{**job, "port": str(port)} for job, port in zip(jobs, _free_ports(len(jobs)), strict=True)]
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs, default=str))
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
+    common = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(num_processes)}
     common |= FSDP if fsdp else {"ACCELERATE_USE_CPU": "true"}
     processes = [
         subprocess.Popen(
@@ -49,33 +62,43 @@ def train_in(num_processes: int, jobs: list[dict[str, Any]], folder: Path, fsdp:
         for rank in range(num_processes)
     ]
     try:
-        codes = [process.wait(timeout=600) for process in processes]
+        codes = [process.wait(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.kill()
     logs = "\n".join((folder / f"rank{rank}.txt").read_text()[-3000:] for rank in range(num_processes))
     assert codes == [0] * num_processes, logs
-    return json.loads((folder / "codes.json").read_text())
+    codes, sharded = json.loads((folder / "outcome.json").read_text())
+    return codes, sharded
 
 
 def _main(file: Path) -> None:
     import registered_backbones  # noqa: F401
+    import torch.distributed.fsdp
     from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 
     from vit5gen.config import load_config
     from vit5gen.training.loop import train
 
+    fully_shard, sharded = torch.distributed.fsdp.fully_shard, []
+
+    def recorded(module: Any, **options: Any) -> Any:
+        sharded.append(type(module).__name__)
+        return fully_shard(module, **options)
+
+    torch.distributed.fsdp.fully_shard = recorded
     if "ACCELERATE_USE_FSDP" in os.environ:
         # On the CPU accelerate silently takes DDP instead of FSDP; nothing else differs from a run on GPUs.
         PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
     codes = []
     for job in json.loads(file.read_text()):
-        AcceleratorState._reset_state()
+        os.environ["MASTER_PORT"] = job["port"]
+        AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         config = load_config(job["config"], job.get("overrides"))
         codes.append(train(config, job["output"], job.get("resume", "auto"), job.get("accept", False)))
     if os.environ["RANK"] == "0":
-        (file.parent / "codes.json").write_text(json.dumps(codes))
+        (file.parent / "outcome.json").write_text(json.dumps([codes, sharded]))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from vit5gen.pipeline import SiTPipeline
 from vit5gen.training import checkpoint
 from vit5gen.training.loop import NONFINITE
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 
 def test_a_run_leaves_what_the_contract_lists_and_repeats_itself(config_file: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
@@ -63,6 +64,8 @@ def make_inputs(folder: Path) -> Path:
 
 def run(config_file: Path, output: Path, resume: str = "auto", accept: bool = False, **overrides: Any) -> int:
     """Train in this process; overrides are written ``section__key=value``."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     overrides = {key.replace("__", "."): value for key, value in overrides.items()}
     return train(load_config(config_file, overrides), output, resume, accept)
 
