@@ -104,7 +104,8 @@ def test_any_average_of_a_training_checkpoint(run: Path, tmp_path: Path, weights
     assert (pipe.flow.path, pipe.flow.prediction) == ("gvp", "noise")
     assert pipe.class_ids("owl") == [2]
     assert pipe.image_size == (16, 16)
-    assert "README.md" in {file.name for file in (tmp_path / "out").iterdir()}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"converted from {weights or 'ema_0.9'} of {run}/checkpoints/step_00000010\n" in card
 
 
 def test_a_run_gives_its_newest_checkpoint(run: Path, tmp_path: Path) -> None:
@@ -132,7 +133,8 @@ def test_bad_checkpoints_leave_nothing_behind(run: Path, tmp_path: Path, vae: st
         (file, {"vae": vae}, "give num_attention_heads"),
         (file, {"num_attention_heads": heads, "weights": "model"}, "--weights = 'model' goes with"),
         (file, {"num_attention_heads": heads, "vae": str(tmp_path / "empty")}, "no autoencoder can be loaded"),
-        (run, {"weights": "ema_0.5"}, "holds no 'ema_0.5', it has ema_0.9, ema_0.99, model"),
+        (run, {"weights": "ema_0.5"}, "weights: 'ema_0.5' is not known; expected one of ema_0.9, ema_0.99, model"),
+        (run, {"weights": "optimizer"}, "weights: 'optimizer' is not known"),
         (run, {"num_attention_heads": 2}, "--num-attention-heads goes with"),
         (run, {"vae": str(tmp_path / "wide")}, "latents of 8 channels, the model takes 4"),
     ]

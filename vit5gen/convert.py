@@ -10,7 +10,7 @@ from vit5gen.card import TrainingFacts
 from vit5gen.config import VaeConfig, load_config
 from vit5gen.data.autoencoder import load_autoencoder
 from vit5gen.data.images import imagenet_names
-from vit5gen.errors import UserError
+from vit5gen.errors import UserError, choose
 from vit5gen.files import read_json
 from vit5gen.models import SiTTransformer2DModel, load_sit
 from vit5gen.pipeline import SiTPipeline, SiTScheduler
@@ -39,7 +39,7 @@ def convert_command(
     if source.is_dir():
         if num_attention_heads is not None:
             raise UserError("--num-attention-heads goes with a published SiT file; a run knows its own")
-        pipe = _from_run(source, vae, weights)
+        pipe, origin = _from_run(source, vae, weights)
     else:
         if weights is not None:
             raise UserError(f"--weights = {weights!r} goes with a checkpoint folder of a run; a SiT file holds one set")
@@ -47,9 +47,10 @@ def convert_command(
         classes = model.config.num_classes
         names = imagenet_names(ImageNetInfo().label_names()) if classes == 1000 else []
         pipe = _assemble(model, SiTScheduler(), vae or VaeConfig().name, dict(enumerate(names)))
+        origin = source.name
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        pipe.save_pretrained(temporary, facts=TrainingFacts(command=f"converted from {source.name}"))
+        pipe.save_pretrained(temporary, facts=TrainingFacts(command=f"converted from {origin}"))
         os.replace(temporary, target)
     except OSError as error:
         raise UserError(f"output {target}: {error.strerror or error}; nothing was written") from error
@@ -58,7 +59,8 @@ def convert_command(
     print(f"{target}: try `python sample.py --checkpoint {target} --num-images 8 --seed 0 --output samples.png`")
 
 
-def _from_run(source: Path, vae: str | None, weights: str | None) -> SiTPipeline:
+def _from_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPipeline, str]:
+    """Return the pipeline, and in words which weights of which checkpoint it holds."""
     folder = newest_valid(source / "checkpoints") if (source / "checkpoints").is_dir() else source
     if folder is None or not (folder / "config.yaml").is_file():
         raise UserError(
@@ -68,13 +70,14 @@ def _from_run(source: Path, vae: str | None, weights: str | None) -> SiTPipeline
         raise UserError(f"checkpoint {folder}: {fault}; take another one of the run")
     config = load_config(folder / "config.yaml")
     model = build_model(config)
-    chosen = weights or f"ema_{config.training.ema_decays[0]}"
+    averages = [f"ema_{decay}" for decay in config.training.ema_decays]
+    chosen = choose("weights", weights or averages[0], [*averages, "model"])
     # An average holds parameters only; buffers come from the model.
     model.load_state_dict({**load_tensors(folder, "model"), **load_tensors(folder, chosen)})
     index = folder.parent.parent / "pipeline" / "model_index.json"
     names = read_json(index, "pipeline")["id2label"] if index.is_file() else {}
     scheduler = SiTScheduler(config.flow.path, config.flow.prediction)
-    return _assemble(model, scheduler, vae or config.vae.name, names)
+    return _assemble(model, scheduler, vae or config.vae.name, names), f"{chosen} of {folder}"
 
 
 def _assemble(model: SiTTransformer2DModel, scheduler: SiTScheduler, vae: str, names: dict[int, str]) -> SiTPipeline:
