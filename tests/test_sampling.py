@@ -395,6 +395,8 @@ def test_a_foreign_scheduler_in_the_folder(tmp_path: Path) -> None:
     assert card["settings"]["sampler"] is None
     assert card["settings"]["scheduler"]["_class_name"] == "FlowMatchEulerDiscreteScheduler"
     assert card["network_evaluations"]["per_image"] == 3
+    with pytest.raises(UserError, match="sampler = 'sde-euler': the scheduler is FlowMatchEulerDiscreteScheduler"):
+        draw(tmp_path, tmp_path / "other.npz")
 
 
 def _measure(folder: Path, count: int, peak: object) -> None:

@@ -69,8 +69,8 @@ def generate(pipe: SiTPipeline, job: SamplingJob, done: np.ndarray | None = None
     chunks = [range(i, min(i + job.batch_size, count)) for i in range(0, count, job.batch_size)]
     pending = [chunk for chunk in chunks if done is None or not done[chunk.start : chunk.stop].all()]
     settings = job.settings.model_dump() | {"autoguidance_scale": job.autoguidance_scale}
-    if not isinstance(pipe.scheduler, SiTScheduler):
-        del settings["sampler"]  # a scheduler of diffusers steps by itself
+    if not isinstance(pipe.scheduler, SiTScheduler) and "sampler" not in job.settings.model_fields_set:
+        del settings["sampler"]  # a scheduler of diffusers steps by itself; the pipeline refuses one that was asked for
     shown = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(disable=True)
     try:
