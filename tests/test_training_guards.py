@@ -1,0 +1,191 @@
+"""What keeps a run: signals, memory, retention, full disks, randomness of backbones, schedules and averages."""
+
+import json
+import os
+import resource
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import registered_backbones  # noqa: F401
+import torch
+from tiny_run import assert_identical, run, weights
+from torch import nn
+
+from vit5gen.config import TrainingConfig, load_config
+from vit5gen.errors import UserError
+from vit5gen.models import SiTTransformer2DModel
+from vit5gen.training import checkpoint
+from vit5gen.training.build import build_model, build_optimizer, learning_rate
+from vit5gen.training.ema import EMA
+from vit5gen.training.loop import STOPPED
+from vit5gen.training.monitor import Monitor
+from vit5gen.training.run import locked
+
+
+@pytest.mark.parametrize(("number", "where"), [(signal.SIGTERM, "write"), (signal.SIGINT, "_generate")])
+def test_a_signal_saves_and_the_run_goes_on(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, where: str
+) -> None:
+    steps = {"training__num_steps": 9, "training__checkpoint_every": 100, "evaluation__every": 6}
+    run(config_file, tmp_path / "whole", **steps)
+    handler, original = signal.getsignal(number), getattr(Monitor, where)
+
+    def signalled(self: Monitor, *args: Any) -> Any:
+        # In the log of step 4, or while the images of step 6 are drawn.
+        if (where == "write" and args[0] == 4) or (where == "_generate" and (self.output / "log.jsonl").exists()):
+            os.kill(os.getpid(), number)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, where, signalled)
+        assert run(config_file, tmp_path / "parts", **steps) == STOPPED
+    assert signal.getsignal(number) == handler
+    (saved,) = (tmp_path / "parts/checkpoints").iterdir()
+    assert saved.name == ("step_00000005" if where == "write" else "step_00000006")
+    assert run(config_file, tmp_path / "parts", **steps) == 0
+    assert_identical(weights(tmp_path / "whole", 9), weights(tmp_path / "parts", 9))
+    evaluations = json.loads((tmp_path / "parts/metrics.json").read_text())["evaluations"]
+    assert [entry["step"] for entry in evaluations] == [0, 6, 9]
+
+
+def test_a_backbone_with_dropout_resumes_bit_for_bit(config_file: Path, tmp_path: Path) -> None:
+    changes = {"model__backbone": "dropout", "model__backbone_kwargs": {}, "training__micro_batch_size": 2}
+    run(config_file, tmp_path / "whole", training__num_steps=12, **changes)
+    run(config_file, tmp_path / "parts", training__num_steps=5, **changes)
+    torch.rand(3)  # the state of torch's own generator does not matter
+    run(config_file, tmp_path / "parts", training__num_steps=12, **changes)
+    assert_identical(weights(tmp_path / "whole", 12), weights(tmp_path / "parts", 12))
+
+
+def test_out_of_memory_names_the_micro_batch_to_try(config_file: Path, tmp_path: Path) -> None:
+    changes = {"model__backbone": "hungry", "model__backbone_kwargs": {}, "training__num_steps": 2}
+    with pytest.raises(UserError, match=r"out of memory .* try --training\.micro_batch_size 2,"):
+        run(config_file, tmp_path / "run", **changes)
+    assert run(config_file, tmp_path / "run", training__micro_batch_size=1, **changes) == 0
+
+
+def test_retention_keeps_the_newest_and_the_multiples(config_file: Path, tmp_path: Path) -> None:
+    kept = {"training__checkpoint_every": 1, "training__keep_last": 2, "training__keep_every": 4}
+    run(config_file, tmp_path / "run", **kept)
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == [f"step_{step:08d}" for step in (4, 8, 9, 10)]
+    # Resumed from an older one on purpose, a run keeps its new checkpoints.
+    older = str(tmp_path / "run/checkpoints/step_00000004")
+    run(config_file, tmp_path / "run", resume=older, training__num_steps=6, **kept)
+    assert (tmp_path / "run/checkpoints/step_00000006").exists()
+
+
+def test_a_save_that_does_not_fit_leaves_the_older_checkpoint(tmp_path: Path) -> None:
+    tensors = {"model": {"a": torch.ones(300_000)}}
+    checkpoint.save(tmp_path, 1, tensors, {}, "")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # a real write that fails half-way
+    try:
+        with pytest.raises(Exception, match="File too large"):
+            checkpoint.save(tmp_path, 2, tensors, {}, "")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoint.newest_valid(tmp_path) == tmp_path / "step_00000001"
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
+    trainer, child = socket.socketpair()
+    with locked(tmp_path / "run"):
+        if not (number := os.fork()):
+            child.send(b"started")
+            child.recv(1)  # outlives the lock
+            os._exit(0)
+        trainer.recv(7)
+        with pytest.raises(UserError, match="another process trains"), locked(tmp_path / "run"):
+            pass
+    try:
+        with locked(tmp_path / "run"):
+            pass
+    finally:
+        trainer.send(b".")
+        os.waitpid(number, 0)
+
+
+def test_a_tracker_that_is_not_installed_is_named(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"training\.trackers: wandb is not installed"):
+        run(config_file, tmp_path / "run", training__trackers=["wandb"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_gets_the_loss_and_a_grid_of_every_evaluation(config_file: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(config_file, tmp_path / "run", training__num_steps=2)
+    events = EventAccumulator(str(tmp_path / "run/vit5gen")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+    assert [event.step for event in events.Images("samples")] == [0, 2]
+
+
+def test_compilation_and_gradient_checkpointing_reach_the_model(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+    original = SiTTransformer2DModel.enable_gradient_checkpointing
+    monkeypatch.setattr(SiTTransformer2DModel, "compile_repeated_blocks", lambda self: called.append("compile"))
+    monkeypatch.setattr(
+        SiTTransformer2DModel,
+        "enable_gradient_checkpointing",
+        lambda self: (called.append("checkpointing"), original(self)),
+    )
+    run(config_file, tmp_path / "plain", training__num_steps=3)
+    assert called == []
+    run(config_file, tmp_path / "on", training__num_steps=3, training__compile=True)
+    run(config_file, tmp_path / "less", training__num_steps=3, training__gradient_checkpointing=True)
+    assert called == ["compile", "checkpointing"]
+    assert_identical(weights(tmp_path / "plain", 3), weights(tmp_path / "less", 3))
+
+
+def test_learning_rates_follow_their_schedule() -> None:
+    settings = TrainingConfig(num_steps=110, learning_rate=2.0, warmup_steps=10)
+    assert [learning_rate(step, settings) for step in (0, 4, 9, 10, 109)] == [0.2, 1.0, 2.0, 2.0, 2.0]
+    cosine = settings.model_copy(update={"schedule": "cosine"})
+    assert [learning_rate(step, cosine) for step in (4, 10, 60, 110)] == pytest.approx([1.0, 2.0, 1.0, 0.0])
+
+
+def test_weight_decay_spares_vectors_tokens_and_what_a_module_names(config_file: Path) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Linear(2, 2, bias=False)
+
+        def no_weight_decay(self) -> set[str]:
+            return {"table.weight"}
+
+    model = build_model(load_config(config_file))
+    model.add_module("named", Named())
+    optimizer = build_optimizer(model, TrainingConfig(weight_decay=0.1))
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    spared = {name for name, parameter in model.named_parameters() if id(parameter) not in decayed}
+    assert {"backbone.pos_embed", "backbone.reg_token", "named.table.weight", "patch_embed.bias"} <= spared
+    assert "backbone.blocks.0.attn.qkv.weight" not in spared
+    assert not any(name.endswith("mlp.fc1.weight") for name in spared)
+
+
+def test_averages_follow_their_closed_form() -> None:
+    model, decays = nn.Linear(3, 1, bias=False).double(), [0.0, 0.5, 0.9, 0.9999]
+    ema, path = EMA(model, decays), [model.weight.detach().clone()]
+    for step in range(1, 21):
+        nn.init.constant_(model.weight, float(step))
+        ema.update()
+        path.append(model.weight.detach().clone())
+    for decay in decays:
+        expected = decay**20 * path[0] + sum((1 - decay) * decay ** (20 - k) * path[k] for k in range(1, 21))
+        assert torch.allclose(dict(ema.items(decay))["weight"], expected, rtol=1e-12)
+
+
+def test_a_state_of_another_model_is_refused(config_file: Path, tmp_path: Path) -> None:
+    run(config_file, tmp_path / "run", training__num_steps=1)
+    with pytest.raises(UserError, match=r"model has no '.*' of shape .*; resume with the same model"):
+        run(config_file, tmp_path / "run", accept=True, training__num_steps=2, model__hidden_size=48)
