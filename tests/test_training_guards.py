@@ -110,6 +110,15 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
         os.waitpid(number, 0)
 
 
+def test_one_process_where_two_were_launched_is_noticed(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # all that `accelerate launch --cpu --num_processes 2` leaves
+    with pytest.raises(UserError, match="ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"):
+        run(config_file, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_tracker_that_is_not_installed_is_named(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,6 +131,7 @@ def test_the_lock_dies_with_the_trainer_and_workers_change_nothing(config_file: 
     assert_identical(weights(tmp_path / "killed", 60), weights(tmp_path / "whole", 60))
 
 
+@pytest.mark.slow
 def test_a_launcher_that_starts_one_process_for_two_is_noticed(config_file: Path, tmp_path: Path) -> None:
     launcher = (str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2")
     output = start(config_file, tmp_path / "run", launcher=launcher).communicate(timeout=300)[0]
