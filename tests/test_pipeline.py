@@ -220,6 +220,14 @@ def test_forwards(pipe: SiTPipeline, options: dict, forwards: int, rows: int) ->
     assert pipe.num_evaluations == rows // 2
 
 
+@pytest.mark.parametrize(("sampler", "rows"), [("ode-heun", {1}), ("sde-euler", {1}), ("ode-dopri5", {2, 4})])
+def test_the_time_is_embedded_once(pipe: SiTPipeline, sampler: str, rows: set[int]) -> None:
+    seen: set[int] = set()
+    pipe.transformer.time_embed.register_forward_pre_hook(lambda module, args: seen.add(len(args[0])))
+    pipe([0, 1], num_inference_steps=2, sampler=sampler, guidance_scale=2.0, guidance_interval=(0.0, 0.6))
+    assert seen == rows
+
+
 def test_guidance_scale_one_is_off_bit_for_bit(pipe: SiTPipeline) -> None:
     plain = pipe([0, 1], generator=seed(), **EULER).images
     assert torch.equal(plain, pipe([0, 1], generator=seed(), guidance_scale=1, guidance_channels=3, **EULER).images)

@@ -173,8 +173,10 @@ class SiTPipeline(DiffusionPipeline):
 
         generator = _generators(generator, len(ids))
         x = self._initial_latents(len(ids), height, width, generator, latents)
-        network = CountingModel(self.transformer)
-        weak = None if autoguidance_scale == 1 else CountingModel(self._weak_model(autoguidance_scale))
+        network = CountingModel(_at_one_time(self.transformer, sampler))
+        weak = None
+        if autoguidance_scale != 1:
+            weak = CountingModel(_at_one_time(self._weak_model(autoguidance_scale), sampler))
         model_fn = guide(
             network,
             torch.tensor(ids, device=x.device),
@@ -339,6 +341,13 @@ def _count(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise UserError(f"{name} = {value!r}; expected a whole number of at least 1")
     return int(value)
+
+
+def _at_one_time(transformer: nn.Module, sampler: str | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Hand in the time that all images share as an expanded one, which the transformer embeds once."""
+    if sampler == "ode-dopri5":  # its images are at different times
+        return transformer
+    return lambda x, t, class_labels: transformer(x, t[:1].expand(len(x)), class_labels)
 
 
 def _generators(generator: Any, batch: int) -> Generators:

@@ -182,7 +182,10 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         patches = rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
         dtype = self.patch_embed.weight.dtype
         tokens = self.patch_embed(patches.to(dtype)).to(dtype)  # under autocast too
-        conditioning = (self.time_embed(timestep.expand(batch)) + self.label_embed(class_labels)).to(dtype)
+        times = timestep.expand(batch)
+        if times.stride(0) == 0:  # expanded: one time for the whole batch, embedded once
+            times = times[:1]
+        conditioning = (self.time_embed(times) + self.label_embed(class_labels)).to(dtype)
         hook: dict[str, Any] = {"taps": taps} if taps else {}
         if extra_tokens is not None:
             hook["extra_tokens"] = extra_tokens

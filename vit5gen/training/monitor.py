@@ -5,6 +5,7 @@ Pictures and distances go through the very pipeline that users call.
 
 import math
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -164,7 +165,8 @@ class Monitor:
         folder, new, old = (self.output / name for name in ("pipeline", ".pipeline.new", ".pipeline.old"))
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-        facts = TrainingFacts(command="vit5gen " + " ".join(sys.argv[1:]), metrics=entry, picture=picture)
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        facts = TrainingFacts(command=command, metrics=entry, picture=picture)
         pipe.save_pretrained(new, facts=facts)
         if folder.exists():
             os.replace(folder, old)
