@@ -190,3 +190,12 @@ def test_fashion_mnist(tmp_path: Path, compress: bool) -> None:
     broken.write_bytes(broken.read_bytes()[:100])
     with pytest.raises(UserError, match="is not an idx file"):
         open_images(data, "test")
+
+
+def test_a_folder_without_splits_has_no_second_one(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat" / "0.png")
+    data = DataConfig(source="folder", path=str(tmp_path), resolution=8)
+    assert len(open_images(data)) == 1
+    with pytest.raises(UserError, match="'test'"):
+        open_images(data, "test")

@@ -43,6 +43,7 @@ def load_autoencoder(name: str) -> AutoencoderKL:
             f"vae.name {name!r}: no autoencoder can be loaded ({detail}); expected 'emoji', the folder of one"
             f" (config.json, safetensors), or a hub name and a network"
         ) from error
+    vae.register_to_config(_name_or_path=name)  # as it was asked for: pipelines tell it, not this machine's folder
     return vae.float().eval().requires_grad_(False)
 
 

@@ -119,6 +119,8 @@ def _open_folder(data: DataConfig, split: str) -> ImageSet:
     root = _path(data)
     if (root / split).is_dir():
         root = root / split
+    elif split != data.split:  # images of the whole folder are no second split
+        raise UserError(f"data.path {root}: no folder {split!r}; expected the images of that split there")
     folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
         raise UserError(f"data.path {root}: no class folders; expected one folder of images for each class")

@@ -1,7 +1,8 @@
 """Checkpoints that are whole or absent: ``RUN/checkpoints/step_00000010/``.
 
 A checkpoint holds ``model``, ``ema_<decay>`` and ``optimizer`` as safetensors of whole (unsharded) tensors, so that any
-number of processes, DDP or FSDP, resumes it; ``state.json``, ``config.yaml`` and, last, the checksums of all of them.
+number of processes, DDP or FSDP, resumes it; ``state.json`` (step, counters, versions), ``config.yaml`` and, last, the
+checksums of all of them.
 """
 
 import json
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from vit5gen.card import versions
 from vit5gen.errors import UserError
 from vit5gen.files import read_json, sha256, write_json
 from vit5gen.training.ema import EMA
@@ -73,8 +75,9 @@ class State:
     @torch.no_grad()
     def restore(self, folder: Path) -> None:
         """Load what `gather` collected and `save` wrote, sharding it as the model is."""
-        for name, number in read_state(folder).items():
-            setattr(self, name, number)
+        saved = read_state(folder)
+        for name in self.numbers():
+            setattr(self, name, saved[name])
         _fill(self.model.state_dict().items(), folder, "model")
         for decay in self.ema.averages:
             _fill(self.ema.items(decay), folder, f"ema_{decay}")
@@ -123,7 +126,7 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
             safetensors.torch.save_file(
                 {key: value.contiguous() for key, value in values.items()}, temporary / f"{name}.safetensors"
             )
-        write_json(temporary / "state.json", {"step": step, **state})
+        write_json(temporary / "state.json", {"step": step, **state, "versions": versions()})
         (temporary / "config.yaml").write_text(config, encoding="utf-8")
         files = sorted(temporary.iterdir())
         write_json(temporary / _CHECKSUMS, {file.name: sha256(file) for file in files})
