@@ -39,7 +39,7 @@ def conv_package(tmp_path, monkeypatch):
 
 
 def test_installed_package_trains_and_round_trips(conv_package, tmp_path):
-    assert backbone_names() == ["conv", "sit", "vit5"]
+    assert {"conv", "sit", "vit5"} <= set(backbone_names())
     model = make("conv", activate=False, backbone_kwargs={"kernel_size": 5})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
