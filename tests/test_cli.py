@@ -20,6 +20,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_inputs(folder)
     (folder / "broken.yaml").write_text("model: [unclosed\n")
     (folder / "list.yaml").write_text("- 1\n")
+    (folder / "scalar_section.yaml").write_text(yaml.safe_dump({"model": {"preset": "S/2"}, "training": 5}))
     (folder / "mistyped.yaml").write_text(yaml.safe_dump({"modle": {"preset": "S/2"}}))
     (folder / "unnamed_model.yaml").write_text(yaml.safe_dump({"training": {"num_steps": 1}}))
     (folder / "no_images" / "cat").mkdir(parents=True)
@@ -41,6 +42,10 @@ BAD = {
     "configuration is a list": ("train TINY/list.yaml --output OUT", ["list.yaml", "list"]),
     "section is mistyped": ("train TINY/mistyped.yaml --output OUT", ["modle", "'model'"]),
     "section is missing": ("train TINY/unnamed_model.yaml --output OUT", ["model", "missing"]),
+    "section is a number": (
+        "train TINY/scalar_section.yaml --output OUT --training.seed 1",
+        ["'training'", "num_steps", "5"],
+    ),
     "key is mistyped": ("train TINY/run.yaml --output OUT --training.num_step 3", ["num_step", "num_steps"]),
     "wrong type": ("train TINY/run.yaml --output OUT --training.num_steps many", ["training.num_steps", "many"]),
     "fraction of a step": ("train TINY/run.yaml --output OUT --training.num_steps 1.5", ["num_steps", "1.5"]),
@@ -49,11 +54,21 @@ BAD = {
         "train TINY/run.yaml --output OUT --model.class_dropout_prob 2",
         ["class_dropout_prob", "2"],
     ),
+    "seed is beyond 63 bits": (f"train TINY/run.yaml --output OUT --training.seed {2**63}", ["training.seed"]),
+    "interval is reversed": (
+        "train TINY/run.yaml --output OUT --sampling.guidance_interval [0.9,0.1]",
+        ["guidance_interval", "[0.9, 0.1]", "start"],
+    ),
+    "MLP has no width": ("train TINY/run.yaml --output OUT --model.mlp_ratio 1e-4", ["mlp_ratio", "0.0001"]),
     "unknown choice": ("train TINY/run.yaml --output OUT --flow.path linaer", ["flow.path", "linear"]),
     "unknown backbone": ("train TINY/run.yaml --output OUT --model.backbone vitt5", ["vitt5", "'vit5'"]),
     "unknown switch": (
         "train TINY/run.yaml --output OUT --model.backbone_kwargs {gama_init: 1}",
         ["gama_init", "gamma_init"],
+    ),
+    "switch is no number": (
+        "train TINY/run.yaml --output OUT --model.backbone_kwargs {gamma_init: low}",
+        ["gamma_init", "'low'", "number"],
     ),
     "heads do not divide": ("train TINY/run.yaml --output OUT --model.num_attention_heads 5", ["5", "32"]),
     "batch does not divide": ("train TINY/run.yaml --output OUT --training.micro_batch_size 3", ["3", "4"]),

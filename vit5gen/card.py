@@ -68,7 +68,9 @@ def model_card(transformer: dict[str, Any], scheduler: dict[str, Any], vae: str,
 
 
 def _cell(value: Any) -> str:
-    return ", ".join(f"{key} {inner}" for key, inner in value.items()) if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_cell(inner)}" for key, inner in value.items())
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

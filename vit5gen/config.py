@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vit5gen.errors import UserError, nearest
 
@@ -19,7 +19,7 @@ NonNegative = Annotated[Float, Field(ge=0)]
 Unit = Annotated[Float, Field(ge=0, le=1)]
 Decay = Annotated[Float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+Natural = Annotated[int, Field(ge=0, lt=2**63)]
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -129,6 +129,13 @@ class SamplingConfig(Section):
     guidance_interval: list[Unit] = Field([0.0, 1.0], min_length=2, max_length=2, description="times of guidance")
     guidance_channels: Count | None = Field(None, description="guide the first k channels only; default: all")
 
+    @field_validator("guidance_interval")
+    @classmethod
+    def _ordered(cls, interval: list[float]) -> list[float]:
+        if interval[0] > interval[1]:
+            raise ValueError("expected the start first, then the end")
+        return interval
+
 
 class EvaluationConfig(Section):
     """Frechet distance and grids while training."""
@@ -197,11 +204,10 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     """Read a run's configuration from YAML, replace single keys (``{"training.seed": 1}``) and check every value."""
     data = read_yaml(path)
     for dotted, value in (overrides or {}).items():
-        *sections, key = dotted.split(".")
-        target = data
-        for section in sections:
-            target = target.setdefault(section, {})
-        target[key] = value
+        section, key = dotted.split(".")
+        keys = data.setdefault(section, {})
+        if isinstance(keys, dict):  # what else it is, the check below tells
+            keys[key] = value
     return validate(Config, data, f"configuration {path}")
 
 
@@ -224,6 +230,9 @@ def _first_problem(kind: type[BaseModel], error: ValidationError) -> str:
         return f"unknown key {where!r}; expected one of {', '.join(known)}.{nearest(path[-1], known)}{more}"
     if problem["type"] == "missing":
         return f"{where!r} is missing; add it{more}"
+    if problem["type"] == "model_type":
+        first = _keys(kind, path)[0]
+        return f"section {where!r}: expected keys such as '{first}:' in it, found {problem['input']!r}{more}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     value = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"

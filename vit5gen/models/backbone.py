@@ -68,6 +68,8 @@ def make_backbone(
             raise UserError(f"backbone_kwargs: {key!r} is not an option of {name!r}; {known}.{nearest(key, allowed)}")
         if isinstance(allowed[key], bool) and not isinstance(value, bool):  # "off" would count as true
             raise UserError(f"backbone_kwargs: {key} = {value!r} is not a switch; expected true or false.")
+        if isinstance(allowed[key], int | float) and not isinstance(value, int | float):
+            raise UserError(f"backbone_kwargs: {key} = {value!r} is not a number; expected one such as {allowed[key]}.")
     return cls(hidden_size, num_layers, num_attention_heads, mlp_ratio, grid, **options)
 
 

@@ -97,6 +97,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         super().__init__()
         check_positive(patch_size=patch_size, in_channels=in_channels, num_classes=num_classes)
         check_positive(hidden_size=hidden_size, num_layers=num_layers, mlp_ratio=mlp_ratio)
+        if int(mlp_ratio * hidden_size) == 0:
+            raise UserError(f"mlp_ratio: {mlp_ratio} of hidden_size {hidden_size} leaves no width; choose e.g. 4.")
         if not 0 <= class_dropout_prob <= 1:
             raise UserError(f"class_dropout_prob: {class_dropout_prob} is not a probability; expected 0 to 1.")
         self._patch, self._channels, self._discard = patch_size, in_channels, learn_sigma

@@ -45,7 +45,9 @@ def build_reference(config: Config, extractor: Extractor, rank: int, world_size:
     distance = FrechetReference(moments.mean, moments.covariance)
     try:
         held_out = choose(open_images(config.data, evaluation.held_out_split), evaluation.num_images)
-    except UserError:
+    except UserError as error:
+        if rank == 0:
+            print(f"\nnote: no floor beside the distance, for want of held-out images: {error}", flush=True)
         return Reference(distance, training.labels[: evaluation.num_images].tolist(), floor=None)
     real = statistics(held_out)
     return Reference(distance, held_out.labels.tolist(), distance.distance(real.mean, real.covariance))
