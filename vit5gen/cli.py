@@ -7,7 +7,7 @@ Bad input ends as one line on standard error and exit code 2.
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -34,7 +34,9 @@ def _sections() -> dict[str, type[BaseModel]]:
 def _add_key(group: Any, option: str, section: type[BaseModel], key: str) -> None:
     field = section.model_fields[key]
     default = "" if field.default is None else f" [{field.default}]"
-    text = f"{field.description}{default}".replace("%", "%%")
+    kinds = [field.annotation, *get_args(field.annotation)]
+    choices = [" | ".join(get_args(kind)) for kind in kinds if get_origin(kind) is Literal]
+    text = f"{': '.join([str(field.description), *choices])}{default}".replace("%", "%%")
     group.add_argument(option, dest=option, metavar="VALUE", default=argparse.SUPPRESS, help=text)
 
 
@@ -51,6 +53,7 @@ def _value(section: type[BaseModel], key: str, option: str, text: str) -> Any:
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Take CONFIG, and make every key of it an option ``--section.key VALUE``."""
+    parser.usage = "%(prog)s CONFIG --output PATH [--section.key VALUE ...] [other options]"
     parser.add_argument("config", metavar="CONFIG", help="YAML file, e.g. configs/quickstart.yaml")
     for name, section in _sections().items():
         group = parser.add_argument_group(name, section.__doc__)

@@ -98,7 +98,10 @@ def _train(
         tick, tick_step = time.perf_counter(), state.step
         while True:
             if not stop and monitor.due(state.step):
+                bar.set_description("evaluate")
                 stop = not monitor.evaluate(state.step)
+                bar.set_description("train")
+                bar.unpause()  # the time left is that of steps
                 tick, tick_step = time.perf_counter(), state.step
             if stop:
                 if state.step > saved_step:
@@ -149,8 +152,11 @@ def _train(
                 }
                 tick_step = state.step
                 monitor.write(state.step, line)
-                shown = {name: f"{value:.4g}" for name, value in line.items() if value is not None}
-                bar.set_postfix(shown, refresh=False)
+                shown = {"loss": line["loss"], "norm": line["grad_norm"], "images/s": line["images_per_second"]}
+                shown |= {"skipped": state.skipped} if state.skipped else {}
+                bar.set_postfix(
+                    {key: f"{value:.3g}" for key, value in shown.items() if value is not None}, refresh=False
+                )
             if state.step % settings.checkpoint_every == 0 or last:
                 save(accelerator, checkpoints, state, config)
                 saved_step = state.step

@@ -155,10 +155,9 @@ class Monitor:
 
     def next_command(self) -> str:
         """Return the shell command that draws more images of the run's first class."""
-        return (
-            f'python sample.py --checkpoint {self.output} --class "{self.class_names[0]}" --num-images 8 --seed 0'
-            f" --guidance-scale {self.config.sampling.guidance_scale:g} --output {self.output / 'more.png'}"
-        )
+        words = ["--checkpoint", self.output, "--class", self.class_names[0], "--num-images", 8]
+        words += ["--guidance-scale", f"{self.config.sampling.guidance_scale:g}", "--output", self.output / "more.png"]
+        return shlex.join(map(str, ["python", "sample.py", *words]))
 
     def _export(self, pipe: SiTPipeline, entry: dict[str, Any], picture: Path) -> None:
         """Replace ``pipeline/`` by the present one."""
