@@ -19,6 +19,7 @@ NonNegative = Annotated[Float, Field(ge=0)]
 Unit = Annotated[Float, Field(ge=0, le=1)]
 Decay = Annotated[Float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Several = Annotated[int, Field(ge=2)]
 Natural = Annotated[int, Field(ge=0, lt=2**63)]
 T = TypeVar("T", bound=BaseModel)
 
@@ -141,8 +142,8 @@ class EvaluationConfig(Section):
     """Frechet distance and grids while training."""
 
     every: Count | None = Field(None, description="steps between evaluations; default: first and last step only")
-    num_images: Count = Field(1000, description="images generated for the distance, at most as many as are held out")
-    num_reference: Count = Field(10_000, description="training images that they are held against")
+    num_images: Several = Field(1000, description="images generated for the distance, at most as many as are held out")
+    num_reference: Several = Field(10_000, description="training images that they are held against")
     held_out_split: str = Field("test", description="split of real images that give the floor at the same number")
     batch_size: Count = Field(100, description="images generated at once, per process")
     extractor: str = Field("effnet-lite0", description="feature network")

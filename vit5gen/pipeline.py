@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
@@ -115,7 +116,8 @@ class SiTPipeline(DiffusionPipeline):
                     f"class {label!r} is the name of several classes; give one of the ids {sorted(matches)}"
                 )
             if not matches and not label.strip().isdecimal():
-                known = f"one of {len(names)} names or an id" if names else "an id (there are no class names)"
+                listed = ", ".join(names.values()) if len(names) <= 12 else f"{len(names)} names"
+                known = f"one of {listed}, or an id" if names else "an id (there are no class names)"
                 guess = nearest(label, known_names)
                 raise UserError(f"class {label!r} does not exist; expected {known} in 0..{count - 1}.{guess}")
             label = min(matches) if matches else int(label)
@@ -313,10 +315,15 @@ class SiTPipeline(DiffusionPipeline):
 def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
     """Load the pipeline of a run (RUN or RUN/pipeline) or a pipeline folder; raise `UserError` if it is neither."""
     folder = pipeline_folder(checkpoint)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # of three files read
     try:
         return SiTPipeline.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"checkpoint {folder} does not load: {' '.join(str(error).split())}; make it again") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def pipeline_folder(checkpoint: str | Path) -> Path:

@@ -18,7 +18,7 @@ from vit5gen.card import pipeline_hash, versions
 from vit5gen.config import EvaluationConfig, SamplingConfig
 from vit5gen.errors import UserError, choose
 from vit5gen.outputs import Output
-from vit5gen.pipeline import SiTPipeline, SiTScheduler, load_pipeline, pipeline_folder
+from vit5gen.pipeline import SAMPLERS, SiTPipeline, SiTScheduler, load_pipeline, pipeline_folder
 
 _EVALUATION = EvaluationConfig()
 LABEL_MODES = ("balanced", "random")
@@ -126,6 +126,8 @@ def sample_command(
             f"autoguidance_scale = {autoguidance_scale}; expected a finite number, with a guide not 1 (off)"
         )
     choose("precision", precision, PRECISIONS)
+    choose("labels", label_mode, LABEL_MODES)
+    choose("sampler", (settings or SamplingConfig()).sampler, SAMPLERS)
     state = start_processes()
     pipe = load_pipeline(checkpoint)
     if pipe.vae is None:
@@ -175,7 +177,7 @@ def sample_command(
         done = target.evaluations() > 0
         state.wait_for_everyone()
         start, silent = int(done.sum()), not state.is_main_process
-        with tqdm(desc="images", total=num_images, initial=start, disable=silent) as progress:
+        with tqdm(desc="images", total=num_images, initial=start, disable=silent, delay=1) as progress:
             for indices, images in generate(pipe, job, done):
                 target.write(indices, images, labels[indices.start : indices.stop], pipe.num_evaluations)
                 progress.update(min(len(indices) * state.num_processes, num_images - progress.n))

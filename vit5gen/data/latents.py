@@ -53,7 +53,9 @@ def encode_dataset(images: ImageSet, vae: AutoencoderKL, folder: str | Path, con
         if not (folder / MANIFEST).exists():
             write_json(folder / MANIFEST, settings | {"shards": None})
     state.wait_for_everyone()
-    with tqdm(desc="encode", unit="image", total=ours, disable=not (ours and state.is_main_process)) as progress:
+    with tqdm(
+        desc="encode", unit="image", total=ours, disable=not (ours and state.is_main_process), delay=1
+    ) as progress:
         for k in mine:
             if k not in records:
                 tensors, broken = _encode_shard(images.select(chunks[k]), vae, config, progress)
@@ -111,7 +113,7 @@ def check_autoencoder(config: Config, vae: AutoencoderKL) -> None:
 class LatentDataset:
     """Latents on disk; opening reads the manifest alone, `get` maps and reads one sample.
 
-    Raises `UserError` when the manifest is absent, unfinished or broken, or a shard has not the size it says.
+    Raises `UserError` when the manifest is absent, unfinished, empty or broken, or a shard has not the size it says.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -121,6 +123,7 @@ class LatentDataset:
             id2label, shards = self.manifest["id2label"], self.manifest["shards"]
             self.class_names: list[str] = [id2label[str(label)] for label in range(len(id2label))]
             self._ends = list(accumulate(shard["images"] for shard in shards or []))
+            self._views = (1 + self.manifest["horizontal_flip"], *self.manifest["latent_shape"])
             sizes = {self.folder / shard["file"]: shard["bytes"] for shard in shards or []}
         except (KeyError, TypeError) as error:
             raise UserError(
@@ -132,6 +135,8 @@ class LatentDataset:
             found = path.stat().st_size if path.is_file() else "no file"
             if found != size:
                 raise UserError(f"latents: {path} has {found} bytes, its manifest says {size}; encode again to mend it")
+        if not sum(shard["images"] for shard in shards):
+            raise UserError(f"latents {self.folder}: hold no images; encode again")
         self._open: dict[int, Any] = {}  # shards by number; a process maps one when it first reads there
 
     def __len__(self) -> int:
@@ -150,20 +155,33 @@ class LatentDataset:
     def labels(self) -> torch.Tensor:
         """All labels (N,) int64, read on first use."""
         labels = torch.cat([_read_labels(self.folder / shard["file"]) for shard in self.manifest["shards"]])
+        self._check_labels(labels)
+        return labels
+
+    def verify(self, process_index: int = 0, num_processes: int = 1) -> None:
+        """Compare this process's share of the shards with the manifest; raise `UserError` when one differs.
+
+        Compared are checksums, shapes, and labels with the classes.
+        """
+        for shard in self.manifest["shards"][process_index::num_processes]:
+            path, expected = self.folder / shard["file"], [shard["images"], *self._views]
+            if sha256(path) != shard["sha256"]:
+                raise UserError(f"latents: {path} does not match its checksum; encode again to mend it")
+            with safe_open(path, framework="pt") as file:
+                found = [file.get_slice(name).get_shape() for name in ("mean", "std", "labels")]
+            if found != [expected, expected, expected[:1]]:
+                raise UserError(
+                    f"latents: {path} has means, deviations, labels of shapes {found}, its manifest says {expected}; "
+                    "encode again"
+                )
+            self._check_labels(_read_labels(path))
+
+    def _check_labels(self, labels: torch.Tensor) -> None:
         if not 0 <= int(labels.min()) <= int(labels.max()) < len(self.class_names):
             raise UserError(
                 f"latents {self.folder}: labels from {labels.min()} to {labels.max()}, expected 0 to"
                 f" {len(self.class_names) - 1}; encode again"
             )
-        return labels
-
-    def verify(self, process_index: int = 0, num_processes: int = 1) -> None:
-        """Compare this process's share of the shards with their checksums; raise `UserError` when one differs."""
-        for shard in self.manifest["shards"][process_index::num_processes]:
-            if sha256(self.folder / shard["file"]) != shard["sha256"]:
-                raise UserError(
-                    f"latents: {self.folder / shard['file']} does not match its checksum; encode again to mend it"
-                )
 
     def check(self, config: Config, vae: AutoencoderKL) -> None:
         """Raise `UserError` naming both values unless a run of this configuration can train on these latents."""
@@ -173,10 +191,10 @@ class LatentDataset:
             if self.manifest.get(key) != wanted[key]:
                 names = f" ({self.manifest.get('vae')} there, {wanted['vae']} here)" if key == "vae_sha256" else ""
                 self._refuse(key, self.manifest.get(key), wanted[key], names)
-        if config.data.classes is not None and self.class_names != config.data.classes:
-            self._refuse("classes", self.class_names, config.data.classes)
         if len(self.class_names) != config.data.num_classes:
             self._refuse("num_classes", len(self.class_names), config.data.num_classes)
+        if self.class_names != (classes := config.data.classes or open_images(config.data).class_names):
+            self._refuse("classes", self.class_names, classes)
         if config.data.horizontal_flip and not self.manifest["horizontal_flip"]:
             self._refuse("horizontal_flip", False, True)
 

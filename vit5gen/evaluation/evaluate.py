@@ -32,7 +32,7 @@ from vit5gen.evaluation.reference import (
     save_statistics,
     scan,
 )
-from vit5gen.evaluation.scores import RELIABLE_COUNT, Score, available, scores
+from vit5gen.evaluation.scores import METRICS, RELIABLE_COUNT, Score, available, scores
 from vit5gen.evaluation.sources import ImageSource, open_data, open_folder, open_npz
 from vit5gen.files import read_json, write_json
 from vit5gen.pipeline import SiTPipeline, load_pipeline, pipeline_folder
@@ -190,6 +190,10 @@ def evaluate_command(
         raise UserError("evaluate: expected either --reference REF or --save-statistics FILE; give one of them")
     if batch_size < 1:
         raise UserError(f"--batch-size = {batch_size}; expected at least 1")
+    for metric in metrics or ():
+        choose("--metrics", metric, METRICS)
+    if protocol is not None:
+        choose("--protocol", protocol, PROTOCOLS)
     _check_writable(Path(output or save_statistics_to or "card.json"))
     state = start_processes()
     network = load_extractor(extractor, state.device, weights, weights_sha256)

@@ -7,9 +7,28 @@ import torch
 from torch import nn
 
 from vit5gen.config import Config, TrainingConfig
-from vit5gen.errors import UserError
+from vit5gen.errors import UserError, choose
+from vit5gen.evaluation import features
 from vit5gen.flow import Flow
 from vit5gen.models import SiTTransformer2DModel
+from vit5gen.pipeline import SAMPLERS
+
+
+def check_values(config: Config) -> None:
+    """Raise `UserError` for values that the types of the configuration cannot tell to be wrong."""
+    channels, _, _ = latent_shape(config)
+    build_flow(config)
+    with torch.device("meta"):
+        build_model(config)
+    choose("sampling.sampler", config.sampling.sampler, SAMPLERS)
+    if (config.sampling.guidance_channels or 0) > channels:
+        raise UserError(
+            f"sampling.guidance_channels = {config.sampling.guidance_channels}: expected at most the {channels} of "
+            "vae.latent_channels"
+        )
+    choose("evaluation.extractor", config.evaluation.extractor, sorted(features._EXTRACTORS))
+    if config.data.source in ("emoji", "fashion-mnist"):
+        choose("data.split", config.data.split, ["train", "test"])
 
 
 def latent_shape(config: Config) -> tuple[int, int, int]:

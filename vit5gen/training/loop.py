@@ -2,7 +2,7 @@
 
 import math
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from vit5gen.config import Config
 from vit5gen.errors import UserError
 from vit5gen.flow import Flow, draw_timesteps
 from vit5gen.training import checkpoint, run
-from vit5gen.training.build import build_flow, build_model, build_optimizer, learning_rate
+from vit5gen.training.build import build_flow, build_model, build_optimizer, check_values, learning_rate
 from vit5gen.training.draws import data_index
 from vit5gen.training.ema import EMA
 from vit5gen.training.monitor import Monitor
@@ -50,9 +50,10 @@ def train(config: Config, output: str | Path, resume: str = "auto", accept_chang
     settings, output = config.training, Path(output)
     accelerator = make_accelerator(settings, output)
     micro_batch_size, accumulation = batch_sizes(settings, accelerator.num_processes)
+    check_values(config)  # before hours of encoding
     with ExitStack() as stack:
         on_main(accelerator, lambda: stack.enter_context(run.locked(output)))
-        start = on_main(accelerator, lambda: run.prepare(config, output, resume, accept_changes))
+        start = on_main(accelerator, lambda: run.find_start(config, output, resume, accept_changes))
         if run.finished(config, output, start):
             accelerator.print(f"{output} is already trained to step {settings.num_steps}; nothing to do")
             return 0
@@ -89,11 +90,12 @@ def _train(
     if start is not None:
         state.restore(start)
         accelerator.print(f"going on from {start}")
+    on_main(accelerator, lambda: run.begin(config, output, state.step))
     batches = micro_batches(config, source, accelerator, state.step, micro_batch_size, bare.null_label)
 
     bar = tqdm(total=settings.num_steps, initial=state.step, unit="step", disable=not accelerator.is_main_process)
     stop, saved_step, nonfinite_in_a_row = False, state.step, 0
-    with stop_signals() as stop_asked, bar:
+    with stop_signals() as stop_asked, closing(batches), bar:
         monitor = Monitor(config, output, accelerator, bare, state.ema, vae, source.class_names, stop_asked)
         tick, tick_step = time.perf_counter(), state.step
         while True:

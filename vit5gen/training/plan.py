@@ -13,10 +13,8 @@ from vit5gen.config import Config
 from vit5gen.cost import GPUS, Cost, gpu_hours, largest_micro_batch, memory_bytes
 from vit5gen.data import autoencoder, emoji, latents
 from vit5gen.data.latents import MANIFEST, check_autoencoder, open_for
-from vit5gen.errors import choose
 from vit5gen.evaluation import features
-from vit5gen.pipeline import SAMPLERS
-from vit5gen.training.build import build_flow, build_model, build_optimizer, latent_shape
+from vit5gen.training.build import build_flow, build_model, build_optimizer, check_values, latent_shape
 from vit5gen.training.ema import EMA
 from vit5gen.training.loop import losses
 from vit5gen.training.process import batch_sizes, make_accelerator, memory_hint
@@ -50,16 +48,6 @@ def plan(config: Config) -> int:
     else:
         accelerator.print(f"trial:    {_trial(config, accelerator, micro_batch_size, accumulation)}")
     return 0
-
-
-def check_values(config: Config) -> None:
-    """Raise `UserError` for values that the types of the configuration cannot tell to be wrong."""
-    latent_shape(config)
-    build_flow(config)
-    choose("sampling.sampler", config.sampling.sampler, SAMPLERS)
-    choose("evaluation.extractor", config.evaluation.extractor, sorted(features._EXTRACTORS))
-    if config.data.source in ("emoji", "fashion-mnist"):
-        choose("data.split", config.data.split, ["train", "test"])
 
 
 def run_cost(config: Config) -> Cost:
