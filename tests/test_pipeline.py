@@ -411,6 +411,8 @@ for name, pipe in {{"DiffusionPipeline": found, "SiTPipeline": SiTPipeline.from_
 """
     expected = eval("pipe" + call, {"pipe": pipe, "g": seed()})
     pipe.save_pretrained(tmp_path)
+    for file in tmp_path.glob("*/*.safetensors"):
+        assert file.stat().st_mode == file.with_name("config.json").stat().st_mode  # others read it too
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["transformer"] == ["vit5gen", "SiTTransformer2DModel"]
     assert index["scheduler"] == ["vit5gen", "SiTScheduler"]

@@ -124,7 +124,7 @@ class TrainingConfig(Section):
 class SamplingConfig(Section):
     """How images are drawn: for previews and evaluation in training, and by `sample.py`."""
 
-    sampler: str = Field("ode-heun", description="ode-<method> or sde-<method>")
+    sampler: str = Field("ode-heun", description="ode-{euler,heun,midpoint,rk4,ab2,dopri5} or sde-{euler,heun}")
     num_inference_steps: Count = Field(50, description="solver steps")
     guidance_scale: NonNegative = Field(1.0, description="classifier-free guidance; 1 = off, one forward")
     guidance_interval: list[Unit] = Field([0.0, 1.0], min_length=2, max_length=2, description="times of guidance")
