@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -37,11 +37,12 @@ _FREE = {
 def locked(folder: Path) -> Iterator[None]:
     """Hold the kernel's lock on a run, which is gone when this process is; make the folder if need be.
 
-    Bad input that shows before the first checkpoint leaves no new folder behind.
-    Raises `UserError` when another process trains in this folder, or it cannot be written.
+    Bad input that shows before the first evaluation, with which a run begins, leaves no new folder behind.
+    Raises `UserError` when another process trains in this folder, or it cannot be written or locked.
     """
     existed = folder.exists()
-    if existed and not (folder / ".lock").exists() and (not folder.is_dir() or any(folder.iterdir())):
+    of_a_run = (folder / ".lock").exists() or (folder / "checkpoints").is_dir()  # copies often lack hidden files
+    if existed and not of_a_run and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {folder}: holds other files; choose a new folder or that of an earlier run")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,18 +52,27 @@ def locked(folder: Path) -> Iterator[None]:
     # A forked child (a data worker) would hold the lock beyond the trainer's death.
     os.register_at_fork(after_in_child=lock.close)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock(lock, folder)
         yield
-    except BlockingIOError:
-        raise UserError(
-            f"--output {folder}: another process trains there; wait for it or choose another folder"
-        ) from None
     except UserError:
-        if not existed and not checkpoint.steps(folder / "checkpoints"):
+        if not existed and not (folder / "metrics.json").exists():
             shutil.rmtree(folder)
         raise
     finally:
         lock.close()
+
+
+def _flock(lock: IO[bytes], folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"--output {folder}: another process trains there; wait for it or choose another folder"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"--output {folder}: cannot be locked ({error.strerror}); choose a file system with flock"
+        ) from error
 
 
 def to_yaml(config: Config) -> str:
@@ -113,20 +123,34 @@ class Log:
             file.write(json.dumps(line) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """Return the lines; one that a kill cut short is left out."""
-        lines = self.lines.read_text(encoding="utf-8").split("\n") if self.lines.exists() else []
-        return [json.loads(line) for line in lines[:-1]]
+        """Return the lines; those that a kill cut short or a disk damaged are left out."""
+        text = self.lines.read_text(encoding="utf-8", errors="replace") if self.lines.exists() else ""
+        return [line for line in map(_parsed, text.split("\n")[:-1]) if isinstance(line, dict) and "step" in line]
 
     def evaluations(self) -> list[dict[str, Any]]:
-        return read_json(self.metrics, "metrics")["evaluations"] if self.metrics.exists() else []
+        """Return the entries; raise `UserError` when they cannot be read: only evaluations can give them again."""
+        if not self.metrics.exists():
+            return []
+        content = read_json(self.metrics, "metrics")
+        try:
+            return [entry for entry in content["evaluations"] if entry["step"] is not None]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"metrics {self.metrics}: no list of evaluations; restore or remove the file") from error
 
     def add_evaluation(self, entry: dict[str, Any]) -> None:
         others = [old for old in self.evaluations() if old["step"] != entry["step"]]
         write_json(self.metrics, {"evaluations": [*others, entry]})
 
 
-def prepare(config: Config, output: Path, resume: str, accept_changes: bool) -> Path | None:
-    """Settle where a run starts, and write its configuration; return the checkpoint to resume, if any.
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def find_start(config: Config, output: Path, resume: str, accept_changes: bool) -> Path | None:
+    """Settle where a run starts; return the checkpoint to resume, if any.
 
     Raises `UserError` when the folder holds another run, or the checkpoint does not fit the configuration.
     """
@@ -143,7 +167,6 @@ def prepare(config: Config, output: Path, resume: str, accept_changes: bool) -> 
             raise UserError(
                 f"--resume {start}: {fault}; expected a valid checkpoint such as RUN/checkpoints/step_00000010"
             )
-    step = 0
     if start is not None:
         check_same(start, config, accept_changes)
         step = checkpoint.read_state(start)["step"]
@@ -151,10 +174,13 @@ def prepare(config: Config, output: Path, resume: str, accept_changes: bool) -> 
             raise UserError(
                 f"{start} is beyond training.num_steps = {config.training.num_steps}; ask for {step} or more"
             )
-    if not finished(config, output, start):
-        Log(output).rewind(step)
-        write_text(output / "config.yaml", to_yaml(config))
     return start
+
+
+def begin(config: Config, output: Path, step: int) -> None:
+    """Write the configuration of a run that goes on from ``step``, now that all of its input has proved to fit."""
+    Log(output).rewind(step)
+    write_text(output / "config.yaml", to_yaml(config))
 
 
 def finished(config: Config, output: Path, start: Path | None) -> bool:
