@@ -1,6 +1,6 @@
 """Where training samples come from: latent shards, or images that are encoded anew in every step."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 from accelerate import Accelerator
@@ -12,8 +12,10 @@ from vit5gen.config import Config
 from vit5gen.data.autoencoder import encode, load_autoencoder
 from vit5gen.data.images import ImageSet, drop_broken
 from vit5gen.data.latents import LatentDataset, ensure_latents, open_for
+from vit5gen.errors import UserError
 from vit5gen.training.build import latent_shape
 from vit5gen.training.draws import MicroBatches, TrainingSet
+from vit5gen.training.process import signals_blocked
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def micro_batches(
     first_step: int,
     size: int,
     null_label: int,
-) -> Iterator[dict[str, Tensor]]:
+) -> Generator[dict[str, Tensor]]:
     """Yield this process's micro-batches of ``size`` samples (see `TrainingSet`) from ``first_step`` to the last."""
     settings = config.training
     samples = TrainingSet(
@@ -84,8 +86,20 @@ def micro_batches(
         # Forked, workers would inherit the state of CUDA and of the trainer's threads.
         multiprocessing_context="spawn" if config.data.num_workers else None,
     )
-    for batch in loader:
-        yield {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+    with signals_blocked():
+        batches = iter(loader)
+    try:
+        for batch in batches:
+            yield {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+    except UserError as error:
+        if not config.data.num_workers:
+            raise
+        # Comes with the traceback of the worker, whose last line is "module.Class: message".
+        raise UserError(str(error).strip().splitlines()[-1].partition(": ")[2]) from None
+    finally:
+        if config.data.num_workers:
+            # Left to garbage collection, workers that SIGTERM does not reach would keep a failed trainer from exiting.
+            batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def encode_batch(vae: AutoencoderKL, images: Tensor, noise: Tensor) -> Tensor:
