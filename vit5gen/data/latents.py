@@ -123,7 +123,6 @@ class LatentDataset:
             id2label, shards = self.manifest["id2label"], self.manifest["shards"]
             self.class_names: list[str] = [id2label[str(label)] for label in range(len(id2label))]
             self._ends = list(accumulate(shard["images"] for shard in shards or []))
-            self._views = (1 + self.manifest["horizontal_flip"], *self.manifest["latent_shape"])
             sizes = {self.folder / shard["file"]: shard["bytes"] for shard in shards or []}
         except (KeyError, TypeError) as error:
             raise UserError(
@@ -161,10 +160,11 @@ class LatentDataset:
     def verify(self, process_index: int = 0, num_processes: int = 1) -> None:
         """Compare this process's share of the shards with the manifest; raise `UserError` when one differs.
 
-        Compared are checksums, shapes, and labels with the classes.
+        Compared are checksums, shapes, and labels with the classes. The manifest has passed `check`.
         """
+        views = [1 + self.manifest["horizontal_flip"], *self.manifest["latent_shape"]]
         for shard in self.manifest["shards"][process_index::num_processes]:
-            path, expected = self.folder / shard["file"], [shard["images"], *self._views]
+            path, expected = self.folder / shard["file"], [shard["images"], *views]
             if sha256(path) != shard["sha256"]:
                 raise UserError(f"latents: {path} does not match its checksum; encode again to mend it")
             with safe_open(path, framework="pt") as file:
@@ -195,7 +195,7 @@ class LatentDataset:
             self._refuse("num_classes", len(self.class_names), config.data.num_classes)
         if self.class_names != (classes := config.data.classes or open_images(config.data).class_names):
             self._refuse("classes", self.class_names, classes)
-        if config.data.horizontal_flip and not self.manifest["horizontal_flip"]:
+        if self.manifest.get("horizontal_flip") not in ([True] if config.data.horizontal_flip else [True, False]):
             self._refuse("horizontal_flip", False, True)
 
     def _refuse(self, key: str, found: Any, wanted: Any, more: str = "") -> None:
