@@ -1,6 +1,7 @@
 """What keeps a run: signals, memory, retention, full disks, randomness of backbones, schedules and averages."""
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -22,7 +23,7 @@ from vit5gen.training.build import build_model, build_optimizer, learning_rate
 from vit5gen.training.ema import EMA
 from vit5gen.training.loop import STOPPED
 from vit5gen.training.monitor import Monitor
-from vit5gen.training.run import locked
+from vit5gen.training.run import Log, locked
 
 
 @pytest.mark.parametrize(("number", "where"), [(signal.SIGTERM, "write"), (signal.SIGINT, "_generate")])
@@ -198,3 +199,52 @@ def test_a_state_of_another_model_is_refused(config_file: Path, tmp_path: Path) 
     run(config_file, tmp_path / "run", training__num_steps=1)
     with pytest.raises(UserError, match=r"model has no '.*' of shape .*; resume with the same model"):
         run(config_file, tmp_path / "run", accept=True, training__num_steps=2, model__hidden_size=48)
+
+
+def test_a_signal_to_the_whole_group_spares_the_data_workers(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Monitor.write
+
+    def signalled(self: Monitor, *args: Any) -> None:
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid or 0, signal.SIGTERM)
+            os.kill(worker.pid or 0, signal.SIGINT)
+        write(self, *args)
+
+    monkeypatch.setattr(Monitor, "write", signalled)
+    monkeypatch.setattr(Monitor, "due", lambda self, step: False)
+    assert run(config_file, tmp_path / "run", training__num_steps=9, data__num_workers=1) == 0
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_after_the_first_evaluation_keeps_the_run(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Monitor, "write", full)
+    with pytest.raises(UserError, match="No space left"):
+        run(config_file, tmp_path / "run")
+    assert (tmp_path / "run/pipeline").is_dir()
+
+
+def test_a_resume_that_does_not_fit_changes_nothing(config_file: Path, tmp_path: Path) -> None:
+    run(config_file, tmp_path / "run", training__checkpoint_every=2, training__num_steps=4)
+    files = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    older = str(tmp_path / "run/checkpoints/step_00000002")
+    with pytest.raises(UserError, match="resume with the same model"):
+        run(config_file, tmp_path / "run", older, accept=True, model__hidden_size=48)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == files
+
+
+def test_damaged_lines_of_the_log_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n{"st\x00\xff\n5\n{"step": 3}\n{"step": 4')
+    assert [line["step"] for line in Log(tmp_path).read()] == [1, 3]
+
+
+def test_a_copy_without_hidden_files_is_a_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with locked(tmp_path):
+        pass

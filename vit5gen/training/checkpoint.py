@@ -158,10 +158,11 @@ def problem(folder: Path) -> str | None:
             if sha256(folder / name) != checksum:
                 return f"{name} is damaged"
     except OSError as error:
-        return f"{Path(error.filename).name} is missing"
+        # A failing disk names no file.
+        return f"{Path(error.filename).name} is missing" if error.filename else f"cannot be read ({error.strerror})"
     except (ValueError, AttributeError):
         return f"{_CHECKSUMS} is damaged"
-    return None
+    return None if checksums else f"{_CHECKSUMS} is damaged"
 
 
 def step_name(step: int) -> str:
