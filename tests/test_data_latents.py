@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import time
 from collections.abc import Callable
@@ -271,6 +272,11 @@ def test_labels_out_of_range_and_no_folder(config: Config, tmp_path: Path) -> No
     manifest.write_text(manifest.read_text().replace(',\n    "1": "dog"', ""))
     with pytest.raises(UserError, match="labels from 0 to 1, expected 0 to 0"):
         _ = LatentDataset(tmp_path / "out").labels
+    with pytest.raises(UserError, match="expected 0 to 0"):
+        LatentDataset(tmp_path / "out").verify()
+    manifest.write_text(re.sub(r'"images": \d+,(\s+"bytes")', r'"images": 2,\1', manifest.read_text()))
+    with pytest.raises(UserError, match=r"its manifest says \[2, "):
+        LatentDataset(tmp_path / "out").verify()
     with pytest.raises(UserError, match="No such file"):
         LatentDataset(tmp_path / "nowhere")
 
