@@ -130,6 +130,8 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
         (temporary / "config.yaml").write_text(config, encoding="utf-8")
         files = sorted(temporary.iterdir())
         write_json(temporary / _CHECKSUMS, {file.name: sha256(file) for file in files})
+        for file in files:
+            shutil.copymode(temporary / "config.yaml", file)  # safetensors writes for the owner alone
         for file in [*files, temporary]:
             _fsync(file)
         # A checkpoint of the same step can stand there only if it is broken: a valid one would have been resumed.

@@ -122,7 +122,8 @@ def _train(
                 for micro in range(accumulation):
                     batch = next(batches)
                     sync = nullcontext() if micro == accumulation - 1 else accelerator.no_sync(wrapped)
-                    with sync, seeded(settings.seed, state.step, int(batch["position"][0]), accelerator.device):
+                    first = (accelerator.process_index * accumulation + micro) * micro_batch_size
+                    with sync, seeded(settings.seed, state.step, first, accelerator.device):
                         loss = losses(config, flow, vae, wrapped, batch).mean() / accumulation
                         loss.backward()
                     total += loss.detach()
