@@ -57,6 +57,18 @@ def build_model(config: Config) -> SiTTransformer2DModel:
         return SiTTransformer2DModel.from_preset(section.preset, backbone=section.backbone, **arguments)
 
 
+def build_trainee(config: Config) -> SiTTransformer2DModel:
+    """Construct the transformer as it is trained: in its precision, checkpointed and compiled as configured."""
+    model = build_model(config)
+    if config.training.precision == "fp64":
+        model.double()
+    if config.training.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if config.training.compile:
+        model.compile_repeated_blocks()
+    return model
+
+
 def build_flow(config: Config) -> Flow:
     """Construct the flow of a run."""
     section = config.flow

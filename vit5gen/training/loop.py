@@ -16,7 +16,7 @@ from vit5gen.config import Config
 from vit5gen.errors import UserError
 from vit5gen.flow import Flow, draw_timesteps
 from vit5gen.training import checkpoint, run
-from vit5gen.training.build import build_flow, build_model, build_optimizer, check_values, learning_rate
+from vit5gen.training.build import build_flow, build_optimizer, build_trainee, check_values, learning_rate
 from vit5gen.training.draws import data_index
 from vit5gen.training.ema import EMA
 from vit5gen.training.monitor import Monitor
@@ -77,13 +77,7 @@ def _train(
 
     # Data, model and averages. The averages are of the parameters as prepared: sharded under FSDP.
     source, vae = open_source(config, accelerator)
-    flow, model = build_flow(config), build_model(config)
-    if settings.precision == "fp64":
-        model.double()
-    if settings.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if settings.compile:
-        model.compile_repeated_blocks()
+    flow, model = build_flow(config), build_trainee(config)
     wrapped, optimizer = accelerator.prepare(model, build_optimizer(model, settings))
     bare = accelerator.unwrap_model(wrapped)
     state = checkpoint.State(bare, optimizer.optimizer, EMA(bare, settings.ema_decays))

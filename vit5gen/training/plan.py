@@ -14,7 +14,14 @@ from vit5gen.cost import GPUS, Cost, gpu_hours, largest_micro_batch, memory_byte
 from vit5gen.data import autoencoder, emoji, latents
 from vit5gen.data.latents import MANIFEST, check_autoencoder, open_for
 from vit5gen.evaluation import features
-from vit5gen.training.build import build_flow, build_model, build_optimizer, check_values, latent_shape
+from vit5gen.training.build import (
+    build_flow,
+    build_model,
+    build_optimizer,
+    build_trainee,
+    check_values,
+    latent_shape,
+)
 from vit5gen.training.ema import EMA
 from vit5gen.training.loop import losses
 from vit5gen.training.process import batch_sizes, make_accelerator, memory_hint
@@ -156,13 +163,7 @@ def _trial(config: Config, accelerator: Accelerator, micro_batch_size: int, accu
     short = config.model_copy(update={"training": config.training.model_copy(update={"num_steps": TRIAL_STEPS})})
     settings, device = short.training, accelerator.device
     source, vae = open_source(short, accelerator)
-    flow, model = build_flow(short), build_model(short)
-    if settings.precision == "fp64":
-        model.double()
-    if settings.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if settings.compile:
-        model.compile_repeated_blocks()
+    flow, model = build_flow(short), build_trainee(short)
     null_label = model.null_label
     network, optimizer = accelerator.prepare(model, build_optimizer(model, settings))
     ema = EMA(accelerator.unwrap_model(network), settings.ema_decays)
