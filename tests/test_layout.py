@@ -19,7 +19,7 @@ LAYERS = [
     {"outputs", "sampling", "classify"},
     {"evaluation"},
     {"training"},
-    {"convert"},
+    {"convert", "benchmark", "study"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

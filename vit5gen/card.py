@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,16 @@ def versions() -> dict[str, str]:
     packages = {name: importlib.metadata.version(name) for name in ("diffusers", "timm", "numpy")}
     own = {"vit5gen": vit5gen.__version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     return own | packages
+
+
+def commit() -> str:
+    """Return the commit of the source tree, with ``-dirty`` if that was changed; without one the package's version."""
+    folder = Path(vit5gen.__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return str(vit5gen.__version__)
 
 
 def pipeline_hash(folder: Path) -> str:

@@ -202,11 +202,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
-    """Read a run's configuration from YAML, replace single keys (``{"training.seed": 1}``) and check every value."""
+    """Read a run's configuration from YAML, replace single keys (``{"training.seed": 1}``) and check every value.
+
+    Keys inside a key are replaced alike: ``{"model.backbone_kwargs.gamma_init": 1}``.
+    """
     data = read_yaml(path)
     for dotted, value in (overrides or {}).items():
-        section, key = dotted.split(".")
-        keys = data.setdefault(section, {})
+        *parents, key = dotted.split(".")
+        keys: Any = data
+        for parent in parents:
+            keys = keys.setdefault(parent, {}) if isinstance(keys, dict) else None
         if isinstance(keys, dict):  # what else it is, the check below tells
             keys[key] = value
     return validate(Config, data, f"configuration {path}")

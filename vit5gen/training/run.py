@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -34,10 +34,11 @@ _FREE = {
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, begun: str = "metrics.json") -> Iterator[None]:
     """Hold the kernel's lock on a run, which is gone when this process is; make the folder if need be.
 
-    Bad input that shows before the first evaluation, with which a run begins, leaves no new folder behind.
+    Bad input that shows before there is a file ``begun`` (a pattern) leaves no new folder behind: a run begins with its
+    first evaluation.
     Raises `UserError` when another process trains in this folder, or it cannot be written or locked.
     """
     existed = folder.exists()
@@ -55,7 +56,7 @@ def locked(folder: Path) -> Iterator[None]:
         _flock(lock, folder)
         yield
     except UserError:
-        if not existed and not (folder / "metrics.json").exists():
+        if not existed and not any(folder.glob(begun)):
             shutil.rmtree(folder)
         raise
     finally:
@@ -80,14 +81,14 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def differences(old: dict[str, Any], config: Config) -> list[str]:
-    """List ``section.key: old -> new`` for every key that changes what a run computes."""
+def differences(old: dict[str, Any], config: Config, free: Collection[str] = _FREE) -> list[str]:
+    """List ``section.key: old -> new`` for every key that is not free to change, as those that show and keep are."""
     new = config.model_dump(mode="json")
     return [
         f"{section}.{key}: {old.get(section, {}).get(key)!r} -> {value!r}"
         for section, values in new.items()
         for key, value in values.items()
-        if not {section, f"{section}.{key}"} & _FREE and old.get(section, {}).get(key) != value
+        if not {section, f"{section}.{key}"} & set(free) and old.get(section, {}).get(key) != value
     ]
 
 

@@ -1,0 +1,91 @@
+"""Tests of a study's file: its runs, its bad input, and the budgets of the studies that ship."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny_run import make_inputs
+
+from vit5gen.cost import model_cost
+from vit5gen.errors import UserError
+from vit5gen.study.plan import Run, read_study
+from vit5gen.training.build import build_model
+
+STUDIES = sorted((Path(__file__).parents[1] / "configs" / "studies").glob("*.yaml"))
+
+
+def write_study(folder: Path, **changes: Any) -> Path:
+    """Write a study of two backbones and two seeds over the tiny run."""
+    study: dict[str, Any] = {
+        "base": make_inputs(folder).name if not (folder / "run.yaml").exists() else "run.yaml",
+        "seeds": [0, 1],
+        "overrides": {"training.num_steps": 4, "training.trackers": []},
+        "grid": {"backbone": {"vit5": {}, "sit": {"model.backbone": "sit", "model.backbone_kwargs": {}}}},
+        "baseline": {"backbone": "vit5"},
+    }
+    (folder / "study.yaml").write_text(yaml.safe_dump(study | changes, sort_keys=False))
+    return folder / "study.yaml"
+
+
+def test_every_combination_runs_from_every_seed(tmp_path: Path) -> None:
+    grid = {
+        "gamma": {"one": {"model.backbone_kwargs.gamma_init": 1.0}, "small": {"model.backbone_kwargs.gamma_init": 0.5}},
+        "norm": {"rms": {}, "layer": {"model.backbone_kwargs.norm": "layer"}},
+    }
+    _, runs = read_study(write_study(tmp_path, grid=grid, baseline={}))
+    assert [run.name for run in runs] == [
+        f"{gamma}, {norm}, seed {seed}" for seed in (0, 1) for gamma in ("one", "small") for norm in ("rms", "layer")
+    ]
+    last = runs[-1].config
+    assert last.training.seed == 1
+    assert last.training.num_steps == 4
+    assert last.model.backbone_kwargs == {"gamma_init": 0.5, "norm": "layer"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grid": {"width": {"wide": {"model.hiden_size": 64}}}}, "wide.*unknown key 'model.hiden_size'.*hidden_size"),
+        ({"grid": {"a": {"x": {"model.backbone_kwargs.gama": 1}}}}, "grid x.*'gama' is not an option.*gamma_init"),
+        ({"grid": {"a": {"x": {"seed": 1}}}}, "grid x.*unknown key 'seed'"),
+        ({"grid": {"a": {"x": {"training.seed": 1}}}}, "training.seed.*under seeds"),
+        ({"grid": {"a": {"x": {"data.resolution": 16}}, "b": {"y": {"data.resolution": 8}}}}, "set by two axes"),
+        ({"grid": {"a": {"../x": {}}}}, "name a folder"),
+        ({"grid": {"a": {}}}, "every axis a level"),
+        ({"baseline": {"backbone": "vit6"}}, "baseline backbone: 'vit6' is not known.*Did you mean 'vit5'"),
+        ({"baseline": {"back": "vit5"}}, "axis: 'back' is not known.*Did you mean 'backbone'"),
+        ({"seeds": [0, 0]}, "name a seed twice"),
+        ({"gird": {}}, "unknown key 'gird'"),
+        ({"base": "absent.yaml"}, "absent.yaml: No such file"),
+    ],
+)
+def test_bad_studies_are_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    study = write_study(tmp_path, **({"baseline": {}} | changes if "grid" in changes else changes))
+    with pytest.raises(UserError, match=message) as caught:
+        read_study(study)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
+def test_shipped_studies_are_valid(study: Path) -> None:
+    plan, runs = read_study(study)
+    assert f"{len(runs)} runs" in study.read_text()
+    assert len(plan.seeds) >= 3
+
+
+def test_equal_flops_are_equal() -> None:
+    (path,) = (path for path in STUDIES if path.stem == "backbones")
+    _, runs = read_study(path)
+
+    def flops(run: Run) -> int:
+        with torch.device("meta"):
+            return model_cost(build_model(run.config)).training_flops * run.config.training.num_steps
+
+    spent = {run.name.removesuffix(", seed 0"): flops(run) for run in runs if run.seed == 0}
+    equal = [name for name in spent if "equal FLOPs" in name]
+    assert len(equal) == 2
+    for name in equal:
+        assert spent[name] == pytest.approx(spent["vit5"], rel=5e-3)
+        assert spent[name] != pytest.approx(spent[name.removesuffix(", equal FLOPs")], rel=5e-2)

@@ -1,0 +1,143 @@
+"""Tests of the runner: rows, resumption, and what it says of rows and folders that do not fit."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from test_study_plan import write_study
+
+from vit5gen.data.autoencoder import encode
+from vit5gen.data.images import open_images
+from vit5gen.errors import UserError
+from vit5gen.pipeline import load_pipeline
+from vit5gen.study import runner
+from vit5gen.study.__main__ import main
+from vit5gen.study.measure import held_out_loss
+from vit5gen.study.plan import read_study
+from vit5gen.training.loop import STOPPED
+
+
+def study(path: Path, output: Path) -> int:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return runner.run_study(path, output)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    assert study(write_study(folder), folder / "out") == 0
+    return folder
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "out" / "rows.jsonl").read_text().splitlines()]
+
+
+def test_a_row_for_each_run(done: Path) -> None:
+    found = rows(done)
+    assert [row["run"] for row in found] == ["vit5, seed 0", "sit, seed 0", "vit5, seed 1", "sit, seed 1"]
+    for row in found:
+        log = (done / "out" / "runs" / row["run"] / "log.jsonl").read_text().splitlines()
+        assert row["loss"] == json.loads(log[-1])["loss"]
+        assert row["settings"]["training"]["seed"] == row["seed"]
+        assert (row["n"], row["steps"]) == (6, 4)
+        assert row["metric"] == "FD-EffNetLite0@96"
+        assert row["floor"] == found[0]["floor"] > 0
+        assert row["seconds"] > 0
+        assert row["commit"]
+    assert len({row["held_out_loss"] for row in found}) == 4
+    assert "| vit5 | 2 |" in (done / "out" / "table.md").read_text()
+    assert (done / "out" / "differences.png").is_file()
+
+
+def test_finished_rows_are_not_done_again(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (done / "out" / "rows.jsonl").read_bytes()
+    assert study(done / "study.yaml", done / "out") == 0
+    assert (done / "out" / "rows.jsonl").read_bytes() == before
+    assert "run 1 of" not in capsys.readouterr().out
+
+
+def test_a_lost_row_comes_back_the_same(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = done / "out" / "rows.jsonl"
+    before = file.read_text()
+    file.write_text("".join(line + "\n" for line in before.splitlines() if "sit, seed 0" not in line))
+    assert study(done / "study.yaml", done / "out") == 0
+    again = {row["run"]: row for row in rows(done)}
+    assert again == {row["run"]: row for row in map(json.loads, before.splitlines())}
+    assert "run 2 of 4: sit, seed 0 (incomplete folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("mangle", "message"),
+    [
+        (lambda text: text[:-20], "line 4: unreadable row"),
+        (lambda text: text.replace('"held_out_loss"', '"lost"', 1), "line 1: unreadable row.*held_out_loss"),
+        (lambda text: text + text.splitlines()[1] + "\n", "line 5: a second row of '.*, seed [01]'"),
+        (lambda text: text.replace('"hidden_size": 32', '"hidden_size": 64', 1), "model.hidden_size: 64 -> 32"),
+    ],
+)
+def test_rows_that_do_not_fit_are_named(done: Path, tmp_path: Path, mangle: Any, message: str) -> None:
+    _, runs = read_study(done / "study.yaml")
+    file = tmp_path / "rows.jsonl"
+    file.write_text(mangle((done / "out" / "rows.jsonl").read_text()))
+    with pytest.raises(UserError, match=message):
+        runner.read_rows(file, runs)
+
+
+def test_a_stop_keeps_rows_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, train = write_study(tmp_path), runner.train
+    codes = iter([0, STOPPED])
+    monkeypatch.setattr(runner, "train", lambda *args: train(*args) or next(codes))
+    assert study(path, tmp_path / "out") == STOPPED
+    first = rows(tmp_path)
+    assert [row["run"] for row in first] == ["vit5, seed 0"]
+    monkeypatch.setattr(runner, "train", train)
+    assert study(path, tmp_path / "out") == 0
+    assert rows(tmp_path)[0] == first[0]
+    assert len(rows(tmp_path)) == 4
+
+
+def test_a_run_that_diverges_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, train = write_study(tmp_path), runner.train
+    monkeypatch.setattr(
+        runner, "train", lambda config, folder: 70 if "sit, seed 0" in folder.name else train(config, folder)
+    )
+    assert study(path, tmp_path / "out") == 70
+    assert [row["run"] for row in rows(tmp_path)] == ["vit5, seed 0", "vit5, seed 1", "sit, seed 1"]
+    assert "run sit, seed 0 ended with exit code 70" in capsys.readouterr().out
+
+
+def test_the_held_out_loss_is_that_of_all_images(done: Path) -> None:
+    _, runs = read_study(done / "study.yaml")
+    pipe = load_pipeline(done / "out" / "runs" / runs[0].name)
+    pipe.transformer.requires_grad_(False)
+    pipe.transformer.head.linear.weight.zero_()
+    pipe.transformer.head.linear.bias.zero_()
+    config = runs[0].config
+    small = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"batch_size": 5})})
+    loss = held_out_loss(pipe, config, 12)
+    assert held_out_loss(pipe, small, 12) == pytest.approx(loss, rel=1e-6)
+    # A network that says zero has the loss E|x1 - x0|^2 = 1 + E|x1|^2 an element.
+    with torch.inference_mode():
+        images = open_images(config.data, "test")
+        x1, _ = encode(pipe.vae, torch.stack([images.read(i) for i in range(12)]))
+    assert loss == pytest.approx(1 + x1.square().mean().item(), rel=0.05)
+    assert held_out_loss(pipe, config, 6) != loss
+
+
+def test_bad_input_ends_with_code_2(
+    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["study"])
+    with pytest.raises(SystemExit) as caught:
+        main([str(done / "absent.yaml"), "--output", str(done / "new")])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (done / "new").exists()

@@ -1,0 +1,1 @@
+"""Studies: a grid of settings and seeds, trained and scored run by run, with paired differences between its cells."""

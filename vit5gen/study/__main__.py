@@ -1,0 +1,27 @@
+"""The command line of studies: ``python -m vit5gen.study STUDY --output FOLDER``."""
+
+import argparse
+import sys
+
+from vit5gen.errors import UserError
+from vit5gen.study.runner import run_study
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train and score every run of a study, one at a time; run again, it goes on where it stopped."""
+    parser = argparse.ArgumentParser(prog="python -m vit5gen.study", description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("study", help="YAML file, e.g. configs/studies/backbones.yaml")
+    parser.add_argument("--output", metavar="FOLDER", required=True, help="folder of rows.jsonl, table, plot and runs")
+    options = parser.parse_args(arguments)
+    try:
+        sys.exit(run_study(options.study, options.output))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(75)
+
+
+if __name__ == "__main__":
+    main()
