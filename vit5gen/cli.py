@@ -1,4 +1,4 @@
-"""The command line: ``vit5gen train | encode | sample | evaluate | convert | classify``.
+"""The command line: ``vit5gen train | encode | sample | evaluate | convert | classify | benchmark``.
 
 Parsing only: a command imports its module when it runs, so that ``--help`` answers at once.
 Bad input ends as one line on standard error and exit code 2.
@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
+from vit5gen.benchmark import NAMES as BENCHMARKS
 from vit5gen.classify import HELP as CLASSIFY_HELP
 from vit5gen.config import Config, EvaluationConfig, SamplingConfig, load_config, validate
 from vit5gen.errors import UserError, nearest
@@ -161,6 +162,12 @@ def classify(args: argparse.Namespace) -> None:
     print(f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, {result['num_images']:.0f} images")
 
 
+def benchmark(args: argparse.Namespace) -> None:
+    from vit5gen.benchmark.command import benchmark_command
+
+    benchmark_command(args.output, args.sit, args.vit5, args.trained, args.only, args.quick)
+
+
 def build_parser() -> Parser:
     """Build the parser of all commands."""
     parser = Parser(prog="vit5gen", description=__doc__)
@@ -238,6 +245,14 @@ def build_parser() -> Parser:
     sub.add_argument("--checkpoint", metavar="FILE", required=True, help="published .pth file")
     sub.add_argument("--batch-size", type=int, default=64, help="[64]")
     sub.add_argument("--num-workers", type=int, default=0, help="[0]")
+
+    sub = command(benchmark, "measure against published code, side by side, and write ratios; on the CPU")
+    sub.add_argument("--sit", metavar="PATH", help="checkout of willisma/SiT, whose code is then run")
+    sub.add_argument("--vit5", metavar="PATH", help="checkout of wangf3014/ViT-5, whose code is then run")
+    sub.add_argument("--run", dest="trained", metavar="RUN", help="folder of a run, for the benchmark sampling")
+    sub.add_argument("--only", metavar="NAME", help=f"{' | '.join(BENCHMARKS)}; default: all")
+    sub.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, its figures mean nothing")
+    sub.add_argument("--output", metavar="FILE.json", required=True, help="result; a table FILE.md is put beside it")
     return parser
 
 

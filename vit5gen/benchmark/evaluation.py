@@ -1,0 +1,55 @@
+"""What statistics and distance cost beside the extraction of the features that they are made of."""
+
+import io
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+from vit5gen.benchmark.setting import Setting
+from vit5gen.benchmark.timing import Row, alternate, row, seconds
+from vit5gen.evaluation import Extractor, FeatureStatistics, frechet_distance, load_extractor
+from vit5gen.evaluation.statistics import Grouped
+from vit5gen.files import sha256
+
+
+def rows(setting: Setting) -> Iterator[Row]:
+    """Compare, for a batch of images: moments alone, in the groups of a standard error, and one final distance."""
+    sizes, generator = setting.sizes, torch.Generator().manual_seed(0)
+    count, side = sizes.scored_images, sizes.scored_side
+    images = torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
+    indices = torch.arange(count)
+    for name, extractor in (("effnet-lite0", load_extractor("effnet-lite0")), ("inception", random_inception())):
+        features = torch.randn(2 * extractor.dim, extractor.dim, generator=generator)
+        moments, groups = FeatureStatistics(extractor.dim), Grouped.empty(extractor.dim)
+        whole = FeatureStatistics(extractor.dim).update(features)
+        mean, covariance = whole.mean, whole.covariance
+        batch = features[:count]
+        tasks: dict[str, Callable[[], object]] = {
+            "moments": partial(moments.update, batch),
+            "grouped moments": partial(groups.update, batch, indices),
+            "distance": partial(frechet_distance, mean, covariance, mean, covariance),
+        }
+        for mode, task in tasks.items():
+            extract = seconds(partial(extractor, images))
+            pairs = alternate(seconds(task), extract, sizes.repetitions, sizes.warm_up)
+            found = row("evaluation", mode, "statistics", name, pairs)
+            yield found | {"images": count, "share": found["our_median"] / (found["our_median"] + found["peer_median"])}
+
+
+def random_inception() -> Extractor:
+    """Return Inception with random weights, which take as long as the published ones and need no download."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    empty = io.BytesIO()
+    torch.save({}, empty)
+    empty.seek(0)
+    with patch.object(FeatureExtractorInceptionV3, "load_state_dict"):
+        network = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path=empty)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "inception.pth"
+        torch.save(network.state_dict(), file)
+        return load_extractor("inception", weights=file, weights_sha256=sha256(file))

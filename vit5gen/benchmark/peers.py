@@ -1,0 +1,93 @@
+"""Published repositories, imported from the folder into which a user has checked them out, on the CPU."""
+
+import importlib
+import importlib.util
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock, patch
+
+import torch
+
+from vit5gen.errors import UserError
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository on GitHub, and what tells its checkout: files, each with a name that it defines."""
+
+    name: str
+    files: dict[str, str]
+
+
+SIT = Repository(
+    "willisma/SiT",
+    {"models.py": "SiT_models", "transport/__init__.py": "create_transport", "train.py": "update_ema"},
+)
+VIT5 = Repository("wangf3014/ViT-5", {"models_vit5.py": "vit5_small", "rope.py": "VisionRotaryEmbedding"})
+# Imported by train.py of SiT, of no use to a training step.
+_NEEDLESS = ("torchdiffeq", "wandb")
+
+
+def check(repository: Repository, folder: Path) -> None:
+    """Raise `UserError` unless ``folder`` is a checkout of the repository."""
+    for name, text in repository.files.items():
+        try:
+            found = text in (folder / name).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            found = False
+        if not found:
+            raise UserError(
+                f"peer folder {folder}: expected a checkout of {repository.name}, with {text} in {name}; "
+                f"`git clone https://github.com/{repository.name}` and give that folder"
+            )
+
+
+def load(repository: Repository, folder: Path) -> SimpleNamespace:
+    """Run the repository's own code and return everything that the modules of its files define.
+
+    Neither its folder nor its modules stay on Python's paths, and it registers no model with timm.
+    Raises `UserError` when it is no checkout, or needs a package that is not installed.
+    """
+    check(repository, folder)
+    absent = {name: MagicMock() for name in _NEEDLESS if importlib.util.find_spec(name) is None}
+    with (
+        _modules_of(folder.resolve()),
+        patch.dict(sys.modules, absent),
+        patch("timm.models.register_model", lambda function: function),
+        patch("timm.models._registry.register_model", lambda function: function),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        try:
+            modules = [importlib.import_module(Path(name).parts[0].removesuffix(".py")) for name in repository.files]
+        except ImportError as error:
+            raise UserError(f"peer folder {folder}: {error}; install what {repository.name} asks for") from error
+    return SimpleNamespace(**{name: value for module in modules for name, value in vars(module).items()})
+
+
+@contextmanager
+def _modules_of(folder: Path) -> Iterator[None]:
+    """Let names such as ``models`` and ``utils`` mean those of ``folder`` for a while."""
+    names = {path.stem for path in folder.iterdir()}
+
+    def take_out() -> dict[str, object]:
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in names}
+
+    hidden = take_out()
+    try:
+        with patch.object(sys, "path", [str(folder), *sys.path]):
+            yield
+    finally:
+        take_out()
+        sys.modules.update(hidden)  # type: ignore[arg-type]
+
+
+@contextmanager
+def without_cuda() -> Iterator[None]:
+    """Let ``tensor.cuda()``, which the published ViT-5 calls in its forward pass, return the tensor itself."""
+    with patch.object(torch.Tensor, "cuda", lambda tensor: tensor):
+        yield

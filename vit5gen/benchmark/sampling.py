@@ -1,0 +1,87 @@
+"""The cheapest sampler that is as good as the published ones, on a model that was trained here."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+
+from vit5gen.benchmark.setting import Setting
+from vit5gen.benchmark.timing import Row, alternate, row, seconds
+from vit5gen.config import SamplingConfig, load_config
+from vit5gen.evaluation import load_extractor
+from vit5gen.evaluation.metrics import jackknife_error
+from vit5gen.evaluation.statistics import Grouped
+from vit5gen.pipeline import load_pipeline
+from vit5gen.sampling import SamplingJob, generate
+from vit5gen.training.reference import build_reference
+
+PUBLISHED = ("sde-euler", "ode-euler")
+# By network evaluations.
+CANDIDATES = (
+    *(("ode-ab2", 6), ("ode-heun", 4), ("ode-ab2", 8), ("ode-heun", 5), ("ode-ab2", 10), ("ode-heun", 6)),
+    *(("ode-ab2", 12), ("ode-heun", 8), ("ode-ab2", 16), ("ode-heun", 10), ("ode-ab2", 20), ("ode-heun", 12)),
+    *(("ode-ab2", 24), ("ode-heun", 15), ("ode-ab2", 30), ("ode-heun", 20), ("ode-heun", 25), ("ode-heun", 50)),
+)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A Frechet distance, what it is without each group of images, and the network evaluations of an image."""
+
+    distance: float
+    without_group: tuple[float, ...]
+    evaluations: int
+
+
+def no_worse(ours: Score, theirs: Score) -> bool:
+    """Tell whether our distance is not above theirs by more than one standard error of the difference.
+
+    Images of equal index start from equal noise, so the error is a jackknife of the difference itself.
+    """
+    differences = [a - b for a, b in zip(ours.without_group, theirs.without_group, strict=True)]
+    return ours.distance - theirs.distance <= jackknife_error(differences)
+
+
+def rows(setting: Setting) -> Iterator[Row]:
+    """Compare network evaluations and time of the first candidate that is `no_worse` than 250 published steps."""
+    if setting.run is None:
+        return
+    sizes, config, pipe = setting.sizes, load_config(setting.run / "config.yaml"), load_pipeline(setting.run)
+    extractor = load_extractor(config.evaluation.extractor)
+    reference = build_reference(config, extractor, rank=0, world_size=1)
+    labels = reference.labels[: sizes.drawn_images]
+
+    def job(sampler: str, steps: int, count: int) -> SamplingJob:
+        settings = config.sampling.model_dump() | {"sampler": sampler, "num_inference_steps": steps}
+        evaluation = config.evaluation
+        return SamplingJob(labels[:count], evaluation.seed, evaluation.batch_size, SamplingConfig(**settings))
+
+    def draw(sampler: str, steps: int) -> None:
+        for _ in generate(pipe, job(sampler, steps, config.evaluation.batch_size)):
+            pass
+
+    @cache
+    def score(sampler: str, steps: int) -> Score:
+        groups = Grouped.empty(extractor.dim)
+        for indices, images in generate(pipe, job(sampler, steps, len(labels))):
+            groups.update(extractor(images).pooled, torch.tensor(indices))
+        total = groups.total()
+        distance, *rest = (
+            reference.distance.distance(part.mean, part.covariance) for part in (total, *groups.leave_one_out(total))
+        )
+        return Score(distance, tuple(rest), pipe.num_evaluations)
+
+    for sampler in PUBLISHED:
+        peer, published = f"{sampler}-{sizes.published_steps}", (sampler, sizes.published_steps)
+        theirs = score(*published)
+        chosen = next((one for one in CANDIDATES if no_worse(score(*one), theirs)), None)
+        if chosen is None:
+            print(f"note: no candidate is as good as {peer}, whose distance is {theirs.distance:.4g}")
+            continue
+        name, ours = "{}-{}".format(*chosen), score(*chosen)
+        facts = {"images": len(labels), "our_distance": ours.distance, "peer_distance": theirs.distance}
+        evaluations = [(float(ours.evaluations), float(theirs.evaluations))]
+        yield row("sampling", "evaluations", name, peer, evaluations, unit="evaluations") | facts
+        timed = seconds(partial(draw, *chosen)), seconds(partial(draw, *published))
+        yield row("sampling", "fp32", name, peer, alternate(*timed, sizes.repetitions, sizes.warm_up)) | facts

@@ -1,0 +1,124 @@
+"""A whole training step, optimizer and average included: ours against published SiT, `vit5` against our `sit`."""
+
+import math
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit5gen.benchmark.peers import SIT, load
+from vit5gen.benchmark.setting import Setting
+from vit5gen.benchmark.timing import Row, alternate, row, seconds
+from vit5gen.config import Config, validate
+from vit5gen.training.build import build_flow, build_optimizer, build_trainee, latent_shape, learning_rate
+from vit5gen.training.ema import EMA
+from vit5gen.training.loop import losses
+from vit5gen.training.process import batch_sizes, make_accelerator, seeded
+from vit5gen.training.source import micro_batches
+
+# The published code has fp32 alone; in "bf16" it is put under autocast, in "fastest" it stays as it is.
+MODES: dict[str, dict[str, Any]] = {
+    "fp32": {"precision": "fp32"},
+    "bf16": {"precision": "bf16"},
+    "fastest": {"precision": "bf16", "compile": True},
+}
+
+
+def step_config(mode: str, side: int, batch: int, backbone: str = "sit", **training: Any) -> Config:
+    """Return the configuration of an S/2 model like the published one on latents (4, side, side) of 1000 classes."""
+    sections = {
+        "model": {"backbone": backbone, "preset": "S/2", "learn_sigma": True},
+        "data": {"resolution": 8 * side},
+        "training": {"global_batch_size": batch, "trackers": [], **MODES[mode], **training},
+    }
+    return validate(Config, sections, "benchmark")
+
+
+@dataclass(frozen=True)
+class RandomLatents:
+    """Normal latents, in place of encoded images."""
+
+    shape: tuple[int, int, int]
+    num_classes: int
+
+    def __len__(self) -> int:
+        return 1000
+
+    def get(self, index: int, flip: bool) -> tuple[Tensor, Tensor, int]:
+        """Return (mean, standard deviation, label)."""
+        return torch.zeros(self.shape), torch.ones(self.shape), index % self.num_classes
+
+
+class OurStep:
+    """One step of `training.loop` a call, made of its parts; source: the data, by default `RandomLatents`."""
+
+    def __init__(self, config: Config, source: Any = None) -> None:
+        settings, accelerator = config.training, make_accelerator(config.training, Path())
+        self.config, self.accelerator = config, accelerator
+        self.model, self.flow = build_trainee(config), build_flow(config)
+        self.network, self.optimizer = accelerator.prepare(self.model, build_optimizer(self.model, settings))
+        self.ema = EMA(self.model, settings.ema_decays)
+        size, _ = batch_sizes(settings, accelerator.num_processes)
+        self.first = accelerator.process_index * size
+        source = source or RandomLatents(latent_shape(config), config.data.num_classes)
+        self.batches = micro_batches(config, source, accelerator, 0, size, self.model.null_label)
+        self.step = 0
+        self.network.train()
+
+    def __call__(self) -> None:
+        settings, accelerator = self.config.training, self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, settings)
+        batch = next(self.batches)
+        with seeded(settings.seed, self.step, self.first, accelerator.device):
+            loss = losses(self.config, self.flow, None, self.network, batch).mean()
+            loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), settings.max_grad_norm or math.inf)
+        numbers = accelerator.reduce(torch.stack([loss.detach(), norm]), "mean").tolist()
+        assert all(map(math.isfinite, numbers))
+        self.optimizer.step()
+        self.ema.update()
+        self.optimizer.zero_grad()
+        self.step += 1
+
+
+def published_step(folder: Path, side: int, batch: int, autocast: bool = False) -> Callable[[], None]:
+    """Return the training step of the published train.py: its model, loss, optimizer and average, as they are."""
+    peer = load(SIT, folder)
+    model = peer.SiT_models["SiT-S/2"](input_size=side, num_classes=1000)
+    ema = deepcopy(model).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
+    transport = peer.create_transport()
+    peer.update_ema(ema, model, decay=0)
+    model.train()
+    x, y = torch.randn(batch, 4, side, side), torch.randint(1000, (batch,))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = transport.training_losses(model, x, {"y": y})["loss"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        peer.update_ema(ema, model)
+        loss.item()
+
+    return step
+
+
+def rows(setting: Setting) -> Iterator[Row]:
+    """Compare steps of the same batch, each with all that it needs from latents to averaged weights."""
+    sizes = setting.sizes
+    size = sizes.latent_side, sizes.batch
+    timed = partial(alternate, repetitions=sizes.repetitions, warm_up=sizes.warm_up)
+    for mode in MODES if setting.sit else ():
+        assert setting.sit is not None
+        theirs = published_step(setting.sit, *size, autocast=mode == "bf16")
+        pairs = timed(seconds(OurStep(step_config(mode, *size))), seconds(theirs))
+        yield row("train-step", mode, "sit", "sit", pairs)
+    ours, theirs = (OurStep(step_config("fastest", *size, backbone=name)) for name in ("vit5", "sit"))
+    yield row("train-step", "fastest", "vit5", "vit5gen-sit", timed(seconds(ours), seconds(theirs)))
