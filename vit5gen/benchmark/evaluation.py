@@ -5,12 +5,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from statistics import median
 from unittest.mock import patch
 
 import torch
 
 from vit5gen.benchmark.setting import Setting
-from vit5gen.benchmark.timing import Row, alternate, row, seconds
+from vit5gen.benchmark.timing import Row, race, row
 from vit5gen.evaluation import Extractor, FeatureStatistics, frechet_distance, load_extractor
 from vit5gen.evaluation.statistics import Grouped
 from vit5gen.files import sha256
@@ -34,10 +35,9 @@ def rows(setting: Setting) -> Iterator[Row]:
             "distance": partial(frechet_distance, mean, covariance, mean, covariance),
         }
         for mode, task in tasks.items():
-            extract = seconds(partial(extractor, images))
-            pairs = alternate(seconds(task), extract, sizes.repetitions, sizes.warm_up)
-            found = row("evaluation", mode, "statistics", name, pairs)
-            yield found | {"images": count, "share": found["our_median"] / (found["our_median"] + found["peer_median"])}
+            pairs = race(task, partial(extractor, images), sizes)
+            shares = [mine / (mine + extraction) for mine, extraction in pairs]
+            yield row("evaluation", mode, "statistics", name, pairs, more={"share of time": median(shares)})
 
 
 def random_inception() -> Extractor:

@@ -2,13 +2,12 @@
 
 import importlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 from vit5gen.benchmark.peers import SIT, load
 from vit5gen.benchmark.processes import fresh
 from vit5gen.benchmark.setting import Setting, Sizes
-from vit5gen.benchmark.timing import Row, alternate, row
+from vit5gen.benchmark.timing import Row, row
 from vit5gen.benchmark.train_step import OurStep, published_step, step_config
 
 STEPS = 3
@@ -18,36 +17,29 @@ def rows(setting: Setting) -> Iterator[Row]:
     """Compare what training takes beyond its imports; the absolute peaks stand beside it."""
     if setting.sit is None:
         return
-    theirs: list[float] = []
+    sizes = setting.sizes
     for mode in ("fp32", "fastest"):
         for checkpointing in (False, True):
-            ours: list[float] = []
-            pairs = alternate(
-                partial(_measure, ours, _our_peak, mode, checkpointing, setting.sizes),
-                partial(_measure, theirs, _published_peak, setting.sit, setting.sizes),
-                setting.sizes.memory_repetitions,
-            )
+            peaks = [
+                (fresh(_ours, mode, checkpointing, sizes), fresh(_published, setting.sit, sizes))
+                for _ in range(sizes.memory_repetitions)
+            ]
+            growth, absolute = ([(ours[i], theirs[i]) for ours, theirs in peaks] for i in (0, 1))
+            highest = dict(zip(("our_peak", "peer_peak"), map(max, zip(*absolute, strict=True)), strict=True))
             name = mode + "-checkpointing" * checkpointing
-            peaks = {"our_absolute": max(ours), "peer_absolute": max(theirs)}
-            yield row("memory", name, "sit", "sit", pairs, unit="MB") | peaks
+            yield row("memory", name, "sit", "sit", growth, "MB", highest)
 
 
-def _measure(absolute: list[float], function: Callable[..., tuple[float, float]], *arguments: object) -> float:
-    growth, peak = fresh(function, *arguments)
-    absolute.append(peak)
-    return growth
-
-
-def _our_peak(mode: str, checkpointing: bool, sizes: Sizes) -> tuple[float, float]:
-    config = step_config(mode, sizes.latent_side, sizes.batch, gradient_checkpointing=checkpointing)
+def _ours(mode: str, checkpointing: bool, sizes: Sizes) -> tuple[float, float]:
+    config = step_config(mode, sizes, gradient_checkpointing=checkpointing)
     if config.training.compile:
         importlib.import_module("torch._inductor.compile_fx")
     return _peak(lambda: OurStep(config))
 
 
-def _published_peak(folder: Path, sizes: Sizes) -> tuple[float, float]:
+def _published(folder: Path, sizes: Sizes) -> tuple[float, float]:
     load(SIT, folder)
-    return _peak(lambda: published_step(folder, sizes.latent_side, sizes.batch))
+    return _peak(lambda: published_step(folder, sizes))
 
 
 def _peak(build: Callable[[], Callable[[], None]]) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock, patch
 
 import torch
@@ -54,13 +55,10 @@ def load(repository: Repository, folder: Path) -> SimpleNamespace:
     Raises `UserError` when it is no checkout, or needs a package that is not installed.
     """
     check(repository, folder)
-    absent = {name: MagicMock() for name in _NEEDLESS if importlib.util.find_spec(name) is None}
     with (
-        _modules_of(folder.resolve()),
-        patch.dict(sys.modules, absent),
-        patch("timm.models.register_model", lambda function: function),
-        patch("timm.models._registry.register_model", lambda function: function),
         warnings.catch_warnings(action="ignore"),
+        patch("timm.models.registry.register_model", lambda function: function),
+        _modules_of(folder.resolve()),
     ):
         try:
             modules = [importlib.import_module(Path(name).parts[0].removesuffix(".py")) for name in repository.files]
@@ -72,18 +70,20 @@ def load(repository: Repository, folder: Path) -> SimpleNamespace:
 @contextmanager
 def _modules_of(folder: Path) -> Iterator[None]:
     """Let names such as ``models`` and ``utils`` mean those of ``folder`` for a while."""
-    names = {path.stem for path in folder.iterdir()}
+    absent: dict[str, Any] = {name: MagicMock() for name in _NEEDLESS if importlib.util.find_spec(name) is None}
+    names = absent.keys() | {path.stem for path in folder.iterdir()}
 
-    def take_out() -> dict[str, object]:
+    def take_out() -> dict[str, Any]:
         return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in names}
 
     hidden = take_out()
+    sys.modules.update(absent)
     try:
         with patch.object(sys, "path", [str(folder), *sys.path]):
             yield
     finally:
         take_out()
-        sys.modules.update(hidden)  # type: ignore[arg-type]
+        sys.modules.update(hidden)
 
 
 @contextmanager

@@ -1,14 +1,15 @@
 """How time grows with tokens, batch, samples and processes, beside the growth of the work."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from vit5gen.benchmark.processes import fresh
-from vit5gen.benchmark.setting import Setting
-from vit5gen.benchmark.timing import Row, alternate, row, seconds
+from vit5gen.benchmark.setting import Setting, Sizes
+from vit5gen.benchmark.timing import Pairs, Row, race, ratio, row, seconds
 from vit5gen.benchmark.train_step import OurStep, step_config
 from vit5gen.config import Config
 from vit5gen.cost import communication_bytes
@@ -16,51 +17,62 @@ from vit5gen.pipeline import SiTPipeline, SiTScheduler
 from vit5gen.training.build import build_model
 from vit5gen.training.plan import run_cost
 
-BACKBONE = "vit5"
 SAMPLING_STEPS = 2
 
 
+@dataclass(frozen=True)
+class Size:
+    """A number of tokens, images or samples, the work in FLOPs, and a call that does it."""
+
+    number: int
+    work: float
+    call: Callable[[], object]
+
+
 def rows(setting: Setting) -> Iterator[Row]:
-    """Compare every size with the smallest one, which takes the place of the peer."""
-    sizes, batch = setting.sizes, setting.sizes.batches[0]
-    config = partial(step_config, "fp32", backbone=BACKBONE)
-    by_side = {side: config(side, batch) for side in sizes.sides}
-    by_tokens = {run_cost(one).tokens: one for one in by_side.values()}
-    by_batch = {count: config(sizes.latent_side, count) for count in sizes.batches}
-    timed = partial(alternate, repetitions=sizes.repetitions, warm_up=sizes.warm_up)
+    """Compare each size of a kind with the smallest one, which takes the place of the peer.
 
-    def grow(mode: str, measures: dict[int, Callable[[], object]], flops: Sequence[float]) -> Iterator[Row]:
-        (least, smallest), *larger = measures.items()
-        for (size, call), work in zip(larger, flops[1:], strict=True):
-            found = row("scaling", mode, str(size), str(least), timed(seconds(call), seconds(smallest)))
-            factor = math.log(size / least)
-            yield found | {
-                "exponent": -math.log(found["ratio"]) / factor,
-                "work_exponent": math.log(work / flops[0]) / factor,
-            }
-
-    yield from grow("tokens", {n: OurStep(one) for n, one in by_tokens.items()}, [*map(_flops, by_tokens.values())])
-    yield from grow("batch", {n: OurStep(one) for n, one in by_batch.items()}, [*map(_flops, by_batch.values())])
-    pipe = SiTPipeline(build_model(by_batch[batch]).eval(), SiTScheduler(), None)
+    ``exponent`` is that of time over size. What products bound grows with ``work exponent``, that of their FLOPs; less
+    is the fixed part of a call, more is memory or communication.
+    """
+    sizes = setting.sizes
+    small = replace(sizes, batch=sizes.batches[0])
+    config = partial(step_config, "fp32", backbone="vit5")
+    by_tokens = [config(replace(small, latent_side=side)) for side in sizes.sides]
+    by_batch = [config(replace(sizes, batch=batch)) for batch in sizes.batches]
+    pipe = SiTPipeline(build_model(by_batch[0]).eval(), SiTScheduler(), None)
     pipe.set_progress_bar_config(disable=True)
     draw = partial(pipe, num_inference_steps=SAMPLING_STEPS, sampler="ode-heun", output_type="latent")
-    yield from grow("samples", {n: partial(draw, [0] * n) for n in sizes.batches}, sizes.batches)
-    yield _processes(by_batch[sizes.batches[-1]], sizes.repetitions, sizes.warm_up)
+    kinds = {
+        "tokens": [Size(run_cost(one).tokens, _work(one), OurStep(one)) for one in by_tokens],
+        "batch": [Size(one.training.global_batch_size, _work(one), OurStep(one)) for one in by_batch],
+        "samples": [Size(count, count, partial(draw, [0] * count)) for count in sizes.batches],
+    }
+    for kind, (least, *larger) in kinds.items():
+        for size in larger:
+            pairs, factor = race(size.call, least.call, sizes), math.log(size.number / least.number)
+            growth = _growth(pairs, factor, math.log(size.work / least.work) / factor)
+            yield row("scaling", kind, str(size.number), str(least.number), pairs, more=growth)
+    yield _processes(by_batch[-1], sizes)
 
 
-def _flops(config: Config) -> float:
+def _work(config: Config) -> float:
     return run_cost(config).training_flops * config.training.global_batch_size
 
 
-def _processes(config: Config, repetitions: int, warm_up: int) -> Row:
-    """Compare two processes with one, at the same global batch and one thread each; not interleaved."""
-    one, two = (fresh(_step_times, config, warm_up + repetitions, count=count)[warm_up:] for count in (1, 2))
-    found = row("scaling", "processes", "2", "1", list(zip(two, one, strict=True)))
-    sent = communication_bytes(run_cost(config), config, 1, 2)
-    return found | {"exponent": -math.log2(found["ratio"]), "work_exponent": -1.0, "bytes_sent": sent}
+def _processes(config: Config, sizes: Sizes) -> Row:
+    """Compare two processes with one, each with one thread, on the same global batch; one after the other."""
+    two, one = (fresh(_step_times, config, sizes, count=count) for count in (2, 1))
+    sent = communication_bytes(run_cost(config), config, accumulation=1, num_processes=2)
+    pairs = list(zip(two, one, strict=True))
+    return row("scaling", "processes", "2", "1", pairs, more=_growth(pairs, math.log(2), -1) | {"MB sent": sent / 1e6})
 
 
-def _step_times(config: Config, count: int) -> list[float]:
+def _growth(pairs: Pairs, factor: float, work_exponent: float) -> dict[str, float]:
+    return {"exponent": -math.log(ratio(pairs)[0]) / factor, "work exponent": work_exponent}
+
+
+def _step_times(config: Config, sizes: Sizes) -> list[float]:
     torch.set_num_threads(1)
-    step = seconds(OurStep(config))
-    return [step() for _ in range(count)]
+    step = OurStep(config)
+    return [seconds(step) for _ in range(sizes.warm_up + sizes.repetitions)][sizes.warm_up :]

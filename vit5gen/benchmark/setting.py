@@ -12,6 +12,7 @@ class Sizes:
     warm_up: int = 3
     memory_repetitions: int = 3
     latent_side: int = 32
+    num_layers: int = 12  # of our models
     batch: int = 16
     image_side: int = 224
     images: int = 8
@@ -29,6 +30,7 @@ QUICK = Sizes(
     warm_up=1,
     memory_repetitions=1,
     latent_side=4,
+    num_layers=1,
     batch=2,
     image_side=32,
     images=1,

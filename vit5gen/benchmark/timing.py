@@ -6,24 +6,23 @@ from typing import Any
 
 import numpy as np
 
+from vit5gen.benchmark.setting import Sizes
+
 Row = dict[str, Any]
-Pairs = list[tuple[float, float]]
+Pairs = Sequence[tuple[float, float]]
 
 
-def seconds(call: Callable[[], object]) -> Callable[[], float]:
-    """Return a function that runs ``call`` once and returns how long it took."""
-
-    def timed() -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    return timed
+def race(ours: Callable[[], object], theirs: Callable[[], object], sizes: Sizes) -> Pairs:
+    """Time ours, theirs, ours, theirs, ...; return the seconds of each pair after the warm-up."""
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(sizes.warm_up + sizes.repetitions)]
+    return pairs[sizes.warm_up :]
 
 
-def alternate(ours: Callable[[], float], theirs: Callable[[], float], repetitions: int, warm_up: int = 0) -> Pairs:
-    """Measure ours, theirs, ours, theirs, ...; the first ``warm_up`` pairs are dropped."""
-    return [(ours(), theirs()) for _ in range(warm_up + repetitions)][warm_up:]
+def seconds(call: Callable[[], object]) -> float:
+    """Return how long ``call`` takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def ratio(pairs: Pairs) -> tuple[float, float, float]:
@@ -36,10 +35,12 @@ def ratio(pairs: Pairs) -> tuple[float, float, float]:
     return float(theirs / ours), float(low), float(high)
 
 
-def row(name: str, mode: str, ours: str, peer: str, pairs: Sequence[tuple[float, float]], unit: str = "s") -> Row:
-    """Return one row of the result: ``ratio`` is the peer's median over ours, above 1 where we need less."""
-    value, low, high = ratio(list(pairs))
-    medians = np.median(np.array(pairs), axis=0)
+def row(
+    name: str, mode: str, ours: str, peer: str, pairs: Pairs, unit: str = "s", more: dict[str, float] | None = None
+) -> Row:
+    """Return one row of the result; its ratio is above 1 where we need less than the peer. more: what else it tells."""
+    value, low, high = ratio(pairs)
+    our_median, peer_median = np.median(np.array(pairs), axis=0).tolist()
     return {
         "name": name,
         "mode": mode,
@@ -48,9 +49,10 @@ def row(name: str, mode: str, ours: str, peer: str, pairs: Sequence[tuple[float,
         "ratio": value,
         "low": low,
         "high": high,
-        "our_median": float(medians[0]),
-        "peer_median": float(medians[1]),
+        "our_median": our_median,
+        "peer_median": peer_median,
         "unit": unit,
         "repetitions": len(pairs),
-        "measured": [list(pair) for pair in pairs],
+        "measured": pairs,
+        "more": more or {},
     }

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vit5gen.benchmark.peers import SIT, load
-from vit5gen.benchmark.setting import Setting
-from vit5gen.benchmark.timing import Row, alternate, row, seconds
+from vit5gen.benchmark.setting import Setting, Sizes
+from vit5gen.benchmark.timing import Row, race, row
 from vit5gen.config import Config, validate
 from vit5gen.training.build import build_flow, build_optimizer, build_trainee, latent_shape, learning_rate
 from vit5gen.training.ema import EMA
@@ -29,12 +28,12 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def step_config(mode: str, side: int, batch: int, backbone: str = "sit", **training: Any) -> Config:
-    """Return the configuration of an S/2 model like the published one on latents (4, side, side) of 1000 classes."""
+def step_config(mode: str, sizes: Sizes, backbone: str = "sit", **training: Any) -> Config:
+    """Return the configuration of an S/2 model that has all that the published one has."""
     sections = {
-        "model": {"backbone": backbone, "preset": "S/2", "learn_sigma": True},
-        "data": {"resolution": 8 * side},
-        "training": {"global_batch_size": batch, "trackers": [], **MODES[mode], **training},
+        "model": {"backbone": backbone, "preset": "S/2", "num_layers": sizes.num_layers, "learn_sigma": True},
+        "data": {"resolution": 8 * sizes.latent_side},
+        "training": {"global_batch_size": sizes.batch, "trackers": [], **MODES[mode], **training},
     }
     return validate(Config, sections, "benchmark")
 
@@ -87,9 +86,9 @@ class OurStep:
         self.step += 1
 
 
-def published_step(folder: Path, side: int, batch: int, autocast: bool = False) -> Callable[[], None]:
+def published_step(folder: Path, sizes: Sizes, autocast: bool = False) -> Callable[[], None]:
     """Return the training step of the published train.py: its model, loss, optimizer and average, as they are."""
-    peer = load(SIT, folder)
+    peer, side, batch = load(SIT, folder), sizes.latent_side, sizes.batch
     model = peer.SiT_models["SiT-S/2"](input_size=side, num_classes=1000)
     ema = deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
@@ -113,12 +112,9 @@ def published_step(folder: Path, side: int, batch: int, autocast: bool = False) 
 def rows(setting: Setting) -> Iterator[Row]:
     """Compare steps of the same batch, each with all that it needs from latents to averaged weights."""
     sizes = setting.sizes
-    size = sizes.latent_side, sizes.batch
-    timed = partial(alternate, repetitions=sizes.repetitions, warm_up=sizes.warm_up)
-    for mode in MODES if setting.sit else ():
-        assert setting.sit is not None
-        theirs = published_step(setting.sit, *size, autocast=mode == "bf16")
-        pairs = timed(seconds(OurStep(step_config(mode, *size))), seconds(theirs))
-        yield row("train-step", mode, "sit", "sit", pairs)
-    ours, theirs = (OurStep(step_config("fastest", *size, backbone=name)) for name in ("vit5", "sit"))
-    yield row("train-step", "fastest", "vit5", "vit5gen-sit", timed(seconds(ours), seconds(theirs)))
+    if setting.sit is not None:
+        for mode in MODES:
+            ours, theirs = OurStep(step_config(mode, sizes)), published_step(setting.sit, sizes, mode == "bf16")
+            yield row("train-step", mode, "sit", "sit", race(ours, theirs, sizes))
+    vit5, sit = (OurStep(step_config("fastest", sizes, backbone)) for backbone in ("vit5", "sit"))
+    yield row("train-step", "fastest", "vit5", "vit5gen-sit", race(vit5, sit, sizes))

@@ -1,0 +1,76 @@
+"""Stand-ins for checkouts of published code: the names that a benchmark uses, and what it must get along with."""
+
+from pathlib import Path
+
+SIT = {
+    "models.py": """
+import torch
+from torch import nn
+
+class Linear(nn.Module):
+    def __init__(self, input_size, num_classes):
+        super().__init__()
+        self.labels, self.mix = nn.Embedding(num_classes, 4), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x, t, y):
+        return self.mix(x) * t[:, None, None, None] + self.labels(y)[:, :, None, None]
+
+SiT_models = {"SiT-S/2": Linear}
+""",
+    "transport/__init__.py": "from .transport import create_transport\n",
+    "transport/transport.py": """
+import torch
+from torchdiffeq import odeint
+
+class Transport:
+    def training_losses(self, model, x1, model_kwargs):
+        x0, t = torch.randn_like(x1), torch.rand(len(x1))
+        return {"loss": (model(x0, t, **model_kwargs) - x1 + x0).square().mean(dim=(1, 2, 3))}
+
+def create_transport():
+    return Transport()
+""",
+    "wandb_utils.py": "import wandb\n",
+    "train.py": """
+import wandb_utils
+from models import SiT_models
+
+def update_ema(ema_model, model, decay=0.9999):
+    for average, weight in zip(ema_model.parameters(), model.parameters()):
+        average.mul_(decay).add_(weight.data, alpha=1 - decay)
+""",
+}
+VIT5 = {
+    "rope.py": "class VisionRotaryEmbedding: pass\n",
+    "utils.py": "raise AssertionError('of no use here')\n",
+    "models_vit5.py": """
+from timm.models.registry import register_model
+
+from rope import VisionRotaryEmbedding
+from vit5gen.models import ViT5
+
+class OnCuda(ViT5):
+    def forward(self, images):
+        return super().forward(images.cuda()) + OFFSET
+
+@register_model
+def vit5_small(img_size=224, **options):
+    return OnCuda(img_size, embed_dim=384, depth=12, num_heads=6)
+""",
+}
+
+
+def write_sit(folder: Path) -> Path:
+    return _write(folder, SIT)
+
+
+def write_vit5(folder: Path, offset: float = 0) -> Path:
+    """offset: of the logits, wrong unless zero."""
+    return _write(folder, VIT5 | {"models_vit5.py": f"OFFSET = {offset}\n{VIT5['models_vit5.py']}"})
+
+
+def _write(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder

@@ -1,0 +1,166 @@
+"""Every benchmark runs once at tiny sizes, and bad input ends before any work; no figure is tested."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmark_peers import write_sit, write_vit5
+from tiny_run import make_inputs, run
+
+from vit5gen.benchmark import NAMES, memory, sampling, scaling
+from vit5gen.benchmark.costs import costs
+from vit5gen.benchmark.sampling import Score, no_worse
+from vit5gen.cli import main
+
+# Rows by (mode, ours, peer).
+EXPECTED = {
+    "train-step": [
+        *[(mode, "sit", "sit") for mode in ("fp32", "bf16", "fastest")],
+        ("fastest", "vit5", "vit5gen-sit"),
+    ],
+    "classifier": [("fp32", "vit5_small", peer) for peer in ("vit5", "timm-vit_small")],
+    "evaluation": [
+        (mode, "statistics", peer)
+        for peer in ("effnet-lite0", "inception")
+        for mode in ("moments", "grouped moments", "distance")
+    ],
+    "memory": [(mode, "sit", "sit") for mode in ("fp32", "fp32-checkpointing", "fastest", "fastest-checkpointing")],
+    "start-up": [("help", "vit5gen --help", "python")],
+    "scaling": [("tokens", "20", "8"), ("batch", "4", "2"), ("samples", "4", "2"), ("processes", "2", "1")],
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmark")
+    write_sit(folder / "sit")
+    write_vit5(folder / "vit5")
+    write_vit5(folder / "other", offset=0.1)
+    return folder
+
+
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither start processes nor compile, which other tests do."""
+    for module in (memory, scaling):
+        monkeypatch.setattr(module, "fresh", lambda function, *arguments, count=1: function(*arguments))
+
+
+def execute(words: str, folder: Path) -> int:
+    with pytest.raises(SystemExit) as stop, torch.compiler.set_stance("force_eager"):
+        main(["benchmark", *(str(folder / word[1:]) if word[0] == "@" else word for word in words.split())])
+    return stop.value.code  # type: ignore[return-value]
+
+
+def check(found: dict[str, Any], name: str) -> None:
+    assert found["name"] == name
+    assert found["low"] <= found["ratio"] <= found["high"]
+    assert found["ratio"] == pytest.approx(found["peer_median"] / found["our_median"])
+    assert len(found["measured"]) == found["repetitions"]
+
+
+@pytest.mark.usefixtures("cheap")
+@pytest.mark.parametrize("name", EXPECTED)
+def test_runs(name: str, folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        words = f"--sit @sit --vit5 @vit5 --only {name} --quick --output @{name}/result.json"
+        assert execute(words, folders) == 0
+    finally:
+        torch.set_num_threads(threads)
+    result = json.loads((folders / name / "result.json").read_text())
+    assert [(row["mode"], row["ours"], row["peer"]) for row in result["rows"]] == EXPECTED[name]
+    for row in result["rows"]:
+        check(row, name)
+        assert all(map(math.isfinite, row["more"].values()))
+    assert result["quick"]
+    assert set(result["peers"]) == {"willisma/SiT", "wangf3014/ViT-5"}
+    table, printed = (folders / name / "result.md").read_text(), capsys.readouterr().out
+    assert "its figures mean nothing" in table
+    assert table.startswith(printed)
+    assert printed.count(f"\n| {name} | ") == len(EXPECTED[name])
+
+
+def test_sampling_takes_the_first_that_is_no_worse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(make_inputs(tmp_path), tmp_path / "run", training__num_steps=1)
+    monkeypatch.setattr(sampling, "CANDIDATES", [("ode-heun", 1), ("sde-euler", 3)])  # one equals a published sampler
+    monkeypatch.setattr(sampling, "no_worse", lambda ours, theirs: ours == theirs)
+    assert execute("--run @run --only sampling --quick --output @result.json", tmp_path) == 0
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [(row["mode"], row["ours"], row["peer"]) for row in rows] == [
+        ("evaluations", "sde-euler-3", "sde-euler-3"),
+        ("fp32", "sde-euler-3", "sde-euler-3"),
+    ]
+    for row in rows:
+        check(row, "sampling")
+        assert row["more"]["our distance"] == row["more"]["peer's distance"]
+    assert rows[0]["our_median"] == 4  # three steps and the last one
+
+
+def test_without_peers_it_tells_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute("--only memory --quick --output @result.json", tmp_path) == 0
+    assert "memory: rows that need --sit are left out" in capsys.readouterr().out
+    assert json.loads((tmp_path / "result.json").read_text())["rows"] == []
+
+
+BAD = {
+    "unknown benchmark": ("--only trian-step --output @r.json", ["trian-step", "'train-step'"]),
+    "not a checkout": ("--sit @vit5 --output @r.json", ["vit5", "willisma/SiT", "git clone"]),
+    "the other checkout": ("--vit5 @sit --output @r.json", ["sit", "wangf3014/ViT-5"]),
+    "missing folder": ("--vit5 @none --output @r.json", ["none", "wangf3014/ViT-5"]),
+    "not a run": ("--run @sit --output @r.json", ["sit", "neither a run"]),
+    "no json": ("--output @result.md", ["result.md", "FILE.json"]),
+    "below a file": ("--output @sit/train.py/r.json", ["r.json", "cannot be written"]),
+    "a folder": ("--output @folder.json", ["folder.json", "cannot be written"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(
+    case: str, folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folders / "folder.json").mkdir(exist_ok=True)
+    monkeypatch.setattr("vit5gen.benchmark.command.BENCHMARKS", {})
+    words, named = BAD[case]
+    assert execute(words, folders) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    for text in named:
+        assert text in printed.err
+    assert not list(folders.glob("r.*"))
+    assert not list(folders.glob(".*.tmp"))
+
+
+def test_a_classifier_of_other_logits_is_no_peer(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute("--vit5 @other --only classifier --quick --output @other.json", folders) == 2
+    assert "differs from ours by 0.1" in capsys.readouterr().err
+
+
+def test_no_worse_allows_one_standard_error() -> None:
+    theirs = Score(5.0, (5.0, 5.0, 5.0), 250)
+    differences = (0.3, 0.0, -0.3)  # variance 0.06 over 3 groups: standard error sqrt(0.06 * 2)
+    for excess, expected in ((0.34, True), (0.35, False), (-1.0, True)):
+        ours = Score(5 + excess, tuple(5 + value for value in differences), 10)
+        assert no_worse(ours, theirs) is expected
+
+
+def test_costs_by_hand() -> None:
+    table = costs()
+    assert [entry["steps"] for entry in table] == [400_000, 7_000_000] * 2
+    flops = 6 * 119e9 * 256 * 400_000  # three passes of 119 G multiply-adds
+    assert table[0]["computed A100-hours"] == pytest.approx(flops / (312e12 * 0.35 * 3600), rel=0.01)
+
+
+@pytest.mark.slow
+def test_all_in_one_with_processes_and_compiled(folders: Path) -> None:
+    words = ["--sit", folders / "sit", "--vit5", folders / "vit5", "--quick", "--output", folders / "all.json"]
+    code = "from vit5gen.cli import main; main()"
+    subprocess.run([sys.executable, "-c", code, "benchmark", *map(str, words)], check=True)
+    rows = json.loads((folders / "all.json").read_text())["rows"]
+    assert {row["name"] for row in rows} == set(NAMES) - {"sampling"}
