@@ -41,8 +41,8 @@ def folder(tmp_path_factory) -> Path:
 
 def commands() -> list[list[str]]:
     text = (ROOT / "docs/reproduction.md").read_text()
-    block = text.split("## Level 0")[1].split("```")[1]
-    return [shlex.split(line) for line in block.strip().splitlines()]
+    block = text.split("## Level 0")[1].split("```sh\n")[1].split("```")[0]
+    return [words for line in block.splitlines() if (words := shlex.split(line, comments=True))]
 
 
 def test_the_commands_of_level_0_run(folder: Path, monkeypatch, capsys) -> None:
