@@ -147,7 +147,8 @@ def effnet_lite0(device: torch.device, weights: Path | None, weights_sha256: str
         dim=network.num_features,
         weights_sha256=digest,
         settings={"resize": "bilinear, antialiased, float32, half-pixel centres, to 96x96", "range": "-1..1"},
-        network=network.to(device).eval().requires_grad_(False),
+        # twice as fast on CPU: depthwise convolutions
+        network=network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False),
         features=_effnet_features,
         device=device,
     )
@@ -156,7 +157,8 @@ def effnet_lite0(device: torch.device, weights: Path | None, weights_sha256: str
 def _effnet_features(network: nn.Module, images: Tensor) -> Features:
     size = (EFFNET_SIDE, EFFNET_SIDE)
     pixels = F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
-    return Features(pooled=network(pixels / 127.5 - 1))
+    pixels = (pixels / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    return Features(pooled=network(pixels))
 
 
 def _package_file(package: str, file: str) -> Path:
