@@ -135,7 +135,7 @@ def _machine() -> dict[str, Any]:
     except OSError:
         commit = ""
     return {
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "commit": commit or "unknown",
