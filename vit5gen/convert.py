@@ -56,7 +56,7 @@ def convert_command(
         raise UserError(f"output {target}: {error.strerror or error}; nothing was written") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{target}: try `python sample.py --checkpoint {target} --num-images 8 --seed 0 --output samples.png`")
+    print(f"{target}: try `vit5gen sample --checkpoint {target} --num-images 8 --seed 0 --output samples.png`")
 
 
 def _from_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPipeline, str]:

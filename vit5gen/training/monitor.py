@@ -157,7 +157,7 @@ class Monitor:
         """Return the shell command that draws more images of the run's first class."""
         words = ["--checkpoint", self.output, "--class", self.class_names[0], "--num-images", 8]
         words += ["--guidance-scale", f"{self.config.sampling.guidance_scale:g}", "--output", self.output / "more.png"]
-        return shlex.join(map(str, ["python", "sample.py", *words]))
+        return shlex.join(map(str, ["vit5gen", "sample", *words]))
 
     def _export(self, pipe: SiTPipeline, entry: dict[str, Any], picture: Path) -> None:
         """Replace ``pipeline/`` by the present one."""
