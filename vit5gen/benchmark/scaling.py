@@ -22,11 +22,11 @@ SAMPLING_STEPS = 2
 
 @dataclass(frozen=True)
 class Size:
-    """A number of tokens, images or samples, the work in FLOPs, and a call that does it."""
+    """A number of tokens, images or samples, the work in FLOPs, and how to build the call that does it."""
 
     number: int
     work: float
-    call: Callable[[], object]
+    build: Callable[[], Callable[[], object]]
 
 
 def rows(setting: Setting) -> Iterator[Row]:
@@ -44,13 +44,14 @@ def rows(setting: Setting) -> Iterator[Row]:
     pipe.set_progress_bar_config(disable=True)
     draw = partial(pipe, num_inference_steps=SAMPLING_STEPS, sampler="ode-heun", output_type="latent")
     kinds = {
-        "tokens": [Size(run_cost(one).tokens, _work(one), OurStep(one)) for one in by_tokens],
-        "batch": [Size(one.training.global_batch_size, _work(one), OurStep(one)) for one in by_batch],
-        "samples": [Size(count, count, partial(draw, [0] * count)) for count in sizes.batches],
+        "tokens": [Size(run_cost(one).tokens, _work(one), partial(OurStep, one)) for one in by_tokens],
+        "batch": [Size(one.training.global_batch_size, _work(one), partial(OurStep, one)) for one in by_batch],
+        "samples": [Size(count, count, partial(partial, draw, [0] * count)) for count in sizes.batches],
     }
     for kind, (least, *larger) in kinds.items():
+        smallest = least.build()
         for size in larger:
-            pairs, factor = race(size.call, least.call, sizes), math.log(size.number / least.number)
+            pairs, factor = race(size.build(), smallest, sizes), math.log(size.number / least.number)
             growth = _growth(pairs, factor, math.log(size.work / least.work) / factor)
             yield row("scaling", kind, str(size.number), str(least.number), pairs, more=growth)
     yield _processes(by_batch[-1], sizes)
