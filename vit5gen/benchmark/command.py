@@ -1,7 +1,6 @@
 """``vit5gen benchmark``: check what is given, measure, and write rows as JSON and as a Markdown table."""
 
 import os
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from vit5gen.benchmark.costs import costs
 from vit5gen.benchmark.peers import SIT, VIT5, load
 from vit5gen.benchmark.setting import FULL, QUICK, Setting
 from vit5gen.benchmark.timing import Row
-from vit5gen.card import versions
+from vit5gen.card import commit, versions
 from vit5gen.config import load_config
 from vit5gen.errors import UserError, choose
 from vit5gen.files import sha256, write_json, write_text
@@ -129,15 +128,10 @@ def _cells(values: Iterable[object]) -> str:
 
 def _machine() -> dict[str, Any]:
     """Return what of this machine decides times; nothing that tells which one it is."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
     return {
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "commit": commit or "unknown",
+        "commit": commit(),
         **versions(),
     }
