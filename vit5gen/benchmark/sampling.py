@@ -58,7 +58,7 @@ def rows(setting: Setting) -> Iterator[Row]:
         return SamplingJob(labels[:count], evaluation.seed, evaluation.batch_size, SamplingConfig(**settings))
 
     def draw(sampler: str, steps: int) -> None:
-        for _ in generate(pipe, job(sampler, steps, config.evaluation.batch_size)):
+        for _ in generate(pipe, job(sampler, steps, sizes.batch)):
             pass
 
     @cache
