@@ -1,6 +1,5 @@
 """A whole training step, optimizer and average included: ours against published SiT, `vit5` against our `sit`."""
 
-import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -8,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vit5gen.benchmark.peers import SIT, load
 from vit5gen.benchmark.setting import Setting, Sizes
 from vit5gen.benchmark.timing import Row, race, row
 from vit5gen.config import Config, validate
-from vit5gen.training.build import build_flow, build_optimizer, build_trainee, latent_shape, learning_rate
-from vit5gen.training.ema import EMA
-from vit5gen.training.loop import losses
-from vit5gen.training.process import batch_sizes, make_accelerator, seeded
-from vit5gen.training.source import micro_batches
+from vit5gen.training.build import latent_shape
+from vit5gen.training.process import make_accelerator
+from vit5gen.training.step import Trainee
 
 # The published code has fp32 alone; in "bf16" it is put under autocast, in "fastest" it stays as it is.
 MODES: dict[str, dict[str, Any]] = {
@@ -54,36 +51,16 @@ class RandomLatents:
 
 
 class OurStep:
-    """One step of `training.loop` a call, made of its parts; source: the data, by default `RandomLatents`."""
+    """One step of the training loop a call; source: the data, by default `RandomLatents`."""
 
     def __init__(self, config: Config, source: Any = None) -> None:
-        settings, accelerator = config.training, make_accelerator(config.training, Path())
-        self.config, self.accelerator = config, accelerator
-        self.model, self.flow = build_trainee(config), build_flow(config)
-        self.network, self.optimizer = accelerator.prepare(self.model, build_optimizer(self.model, settings))
-        self.ema = EMA(self.model, settings.ema_decays)
-        size, _ = batch_sizes(settings, accelerator.num_processes)
-        self.first = accelerator.process_index * size
-        source = source or RandomLatents(latent_shape(config), config.data.num_classes)
-        self.batches = micro_batches(config, source, accelerator, 0, size, self.model.null_label)
-        self.step = 0
-        self.network.train()
+        self.trainee = Trainee(config, make_accelerator(config.training, Path()))
+        self.batches = self.trainee.batches(source or RandomLatents(latent_shape(config), config.data.num_classes))
+        self.number = 0
 
     def __call__(self) -> None:
-        settings, accelerator = self.config.training, self.accelerator
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, settings)
-        batch = next(self.batches)
-        with seeded(settings.seed, self.step, self.first, accelerator.device):
-            loss = losses(self.config, self.flow, None, self.network, batch).mean()
-            loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), settings.max_grad_norm or math.inf)
-        numbers = accelerator.reduce(torch.stack([loss.detach(), norm]), "mean").tolist()
-        assert all(map(math.isfinite, numbers))
-        self.optimizer.step()
-        self.ema.update()
-        self.optimizer.zero_grad()
-        self.step += 1
+        assert self.trainee.step(self.number, self.batches).finite
+        self.number += 1
 
 
 def published_step(folder: Path, sizes: Sizes, autocast: bool = False) -> Callable[[], None]:

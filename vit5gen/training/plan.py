@@ -14,18 +14,10 @@ from vit5gen.cost import GPUS, Cost, gpu_hours, largest_micro_batch, memory_byte
 from vit5gen.data import autoencoder, emoji, latents
 from vit5gen.data.latents import MANIFEST, check_autoencoder, open_for
 from vit5gen.evaluation import features
-from vit5gen.training.build import (
-    build_flow,
-    build_model,
-    build_optimizer,
-    build_trainee,
-    check_values,
-    latent_shape,
-)
-from vit5gen.training.ema import EMA
-from vit5gen.training.loop import losses
-from vit5gen.training.process import batch_sizes, make_accelerator, memory_hint
-from vit5gen.training.source import micro_batches, open_source
+from vit5gen.training.build import build_model, check_values, latent_shape
+from vit5gen.training.process import batch_sizes, make_accelerator
+from vit5gen.training.source import open_source
+from vit5gen.training.step import Trainee
 
 TRIAL_STEPS = 3
 
@@ -36,7 +28,7 @@ def plan(config: Config) -> int:
     Raises `UserError` for a value that does not fit, as training would.
     """
     accelerator = make_accelerator(config.training, Path())
-    micro_batch_size, accumulation = batch_sizes(config.training, accelerator.num_processes)
+    batch_sizes(config.training, accelerator.num_processes)
     check_values(config)
     for line in describe(config, accelerator.num_processes):
         accelerator.print(line)
@@ -53,7 +45,7 @@ def plan(config: Config) -> int:
             open_for(config, vae)
         accelerator.print("trial:    none before the latents are encoded; `vit5gen encode`, then --data.latents FOLDER")
     else:
-        accelerator.print(f"trial:    {_trial(config, accelerator, micro_batch_size, accumulation)}")
+        accelerator.print(f"trial:    {_trial(config, accelerator)}")
     return 0
 
 
@@ -158,29 +150,16 @@ _DATA = {
 }
 
 
-def _trial(config: Config, accelerator: Accelerator, micro_batch_size: int, accumulation: int) -> str:
+def _trial(config: Config, accelerator: Accelerator) -> str:
     """Train a few steps of the run, and say what they took and how long all of them will."""
     short = config.model_copy(update={"training": config.training.model_copy(update={"num_steps": TRIAL_STEPS})})
     settings, device = short.training, accelerator.device
     source, vae = open_source(short, accelerator)
-    flow, model = build_flow(short), build_trainee(short)
-    null_label = model.null_label
-    network, optimizer = accelerator.prepare(model, build_optimizer(model, settings))
-    ema = EMA(accelerator.unwrap_model(network), settings.ema_decays)
-    network.train()
-    batches = micro_batches(short, source, accelerator, 0, micro_batch_size, null_label)
-    start = 0.0
-    with memory_hint(micro_batch_size):
-        for number, batch in enumerate(batches, start=1):
-            loss = losses(short, flow, vae, network, batch).mean() / accumulation
-            loss.backward()
-            if number % accumulation:
-                continue
-            optimizer.step()
-            optimizer.zero_grad()
-            ema.update()
-            loss.item()  # waits for the accelerator
-            start = start or time.perf_counter()  # after the first step, which compiles and allocates
+    trainee = Trainee(short, accelerator, vae)
+    batches, start = trainee.batches(source), 0.0
+    for number in range(TRIAL_STEPS):
+        trainee.step(number, batches)
+        start = start or time.perf_counter()  # after the first step, which compiles and allocates
     seconds = (time.perf_counter() - start) / (TRIAL_STEPS - 1)
     speed, used = settings.global_batch_size / seconds, ""
     if device.type == "cuda":
