@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from vit5gen.benchmark.peers import SIT, load
 from vit5gen.benchmark.setting import Setting, Sizes
-from vit5gen.benchmark.timing import Row, race, row
+from vit5gen.benchmark.timing import Pairs, Row, race, row, seconds
 from vit5gen.config import Config, validate
+from vit5gen.models.transformer import SIZES
 from vit5gen.training.build import latent_shape
+from vit5gen.training.plan import run_cost
 from vit5gen.training.process import make_accelerator
 from vit5gen.training.step import Trainee
 
@@ -91,7 +94,19 @@ def rows(setting: Setting) -> Iterator[Row]:
     sizes = setting.sizes
     if setting.sit is not None:
         for mode in MODES:
-            ours, theirs = OurStep(step_config(mode, sizes)), published_step(setting.sit, sizes, mode == "bf16")
-            yield row("train-step", mode, "sit", "sit", race(ours, theirs, sizes))
-    vit5, sit = (OurStep(step_config("fastest", sizes, backbone)) for backbone in ("vit5", "sit"))
-    yield row("train-step", "fastest", "vit5", "vit5gen-sit", race(vit5, sit, sizes))
+            config = step_config(mode, sizes)
+            pairs = race(OurStep(config), published_step(setting.sit, sizes, mode == "bf16"), sizes)
+            yield row("train-step", mode, "sit", "sit", pairs, more=_utilisation(config, pairs))
+    vit5, sit = (step_config("fastest", sizes, backbone) for backbone in ("vit5", "sit"))
+    pairs = race(OurStep(vit5), OurStep(sit), sizes)
+    yield row("train-step", "fastest", "vit5", "vit5gen-sit", pairs, more=_utilisation(vit5, pairs))
+
+
+def _utilisation(config: Config, pairs: Pairs) -> dict[str, float]:
+    """Return our speed, and its share of the speed of products alone: the largest of the step, in its precision."""
+    cost, batch = run_cost(config), config.training.global_batch_size
+    speed = cost.training_flops * batch / median(ours for ours, _ in pairs)
+    width, dtype = SIZES["S"][0], torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    a, b = torch.ones(batch * cost.tokens, width, dtype=dtype), torch.ones(width, 4 * width, dtype=dtype)
+    product = 2 * a.numel() * 4 * width / min(seconds(lambda: a @ b) for _ in range(20))
+    return {"GFLOP/s": speed / 1e9, "share of a product's speed": speed / product}
