@@ -44,6 +44,18 @@ def test_every_combination_runs_from_every_seed(tmp_path: Path) -> None:
     assert last.model.backbone_kwargs == {"gamma_init": 0.5, "norm": "layer"}
 
 
+def test_a_cell_does_not_change_the_next(tmp_path: Path) -> None:
+    overrides = {"model.backbone_kwargs": {"gamma_init": 0.5}}
+    layer, bias = {"model.backbone_kwargs.norm": "layer"}, {"model.backbone_kwargs.qkv_bias": True}
+    grid = {"change": {"none": {}, "layer": layer, "bias": bias}}
+    _, runs = read_study(write_study(tmp_path, overrides=overrides, grid=grid, baseline={}, seeds=[0]))
+    assert [run.config.model.backbone_kwargs for run in runs] == [
+        {"gamma_init": 0.5},
+        {"gamma_init": 0.5, "norm": "layer"},
+        {"gamma_init": 0.5, "qkv_bias": True},
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -52,7 +64,12 @@ def test_every_combination_runs_from_every_seed(tmp_path: Path) -> None:
         ({"grid": {"a": {"x": {"seed": 1}}}}, "grid x.*unknown key 'seed'"),
         ({"grid": {"a": {"x": {"training.seed": 1}}}}, "training.seed.*under seeds"),
         ({"grid": {"a": {"x": {"data.resolution": 16}}, "b": {"y": {"data.resolution": 8}}}}, "set by two axes"),
-        ({"grid": {"a": {"../x": {}}}}, "name a folder"),
+        ({"grid": {"a": {"x": {"model.hidden_size.x": 1}}}}, "unknown key 'model.hidden_size.x': 32 holds no 'x'"),
+        ({"grid": {"a": {"x": {"training.num_steps": 0}}}}, "num_steps = 0"),
+        ({"grid": {"a": {"x": {"training.micro_batch_size": 3}}}}, "micro_batch_size = 3 does not divide"),
+        ({"grid": {"a": {"../x": {}}}}, "'../x' names folders"),
+        ({"grid": {"a": {"x|y": {}}}}, r"'x\|y' names folders and rows"),
+        ({"grid": {"a": {"p": {}, "p, q": {}}, "b": {"q, r": {}, "r": {}}}}, "two cells are called 'p, q, r'"),
         ({"grid": {"a": {}}}, "every axis a level"),
         ({"baseline": {"backbone": "vit6"}}, "baseline backbone: 'vit6' is not known.*Did you mean 'vit5'"),
         ({"baseline": {"back": "vit5"}}, "axis: 'back' is not known.*Did you mean 'backbone'"),

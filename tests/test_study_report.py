@@ -9,9 +9,10 @@ from scipy import stats
 
 from vit5gen.study.plan import StudyConfig
 from vit5gen.study.report import find_differences, write_report
+from vit5gen.study.rows import Row
 
 
-def make_rows(seeds: int, levels: dict[str, float], budget: str = "short") -> list[dict[str, Any]]:
+def make_rows(seeds: int, levels: dict[str, float], budget: str = "short") -> list[Row]:
     """Rows whose loss is a level's mean and noise that seeds share with an own part; the distance is its double."""
     rng = np.random.default_rng(0)
     shared = rng.normal(size=seeds)
@@ -20,19 +21,23 @@ def make_rows(seeds: int, levels: dict[str, float], budget: str = "short") -> li
         for seed in range(seeds):
             loss = mean + shared[seed] + 0.1 * rng.normal()
             rows.append(
-                {
-                    "levels": {"model": level, "budget": budget},
-                    "seed": seed,
-                    "held_out_loss": loss,
-                    "distance": 2 * loss,
-                    "metric": "FD-X",
-                    "parameters": 10,
-                    "steps": 1,
-                    "training_flops": 1,
-                    "n": 7,
-                    "floor": 1.0,
-                    "seconds": 1.0,
-                }
+                Row(
+                    run=f"{level}, {budget}, seed {seed}",
+                    levels={"model": level, "budget": budget},
+                    seed=seed,
+                    commit="0",
+                    loss=1.0,
+                    held_out_loss=loss,
+                    distance=2 * loss,
+                    metric="FD-X",
+                    parameters=10,
+                    steps=1,
+                    training_flops=1,
+                    n=7,
+                    floor=1.0,
+                    seconds=1.0,
+                    settings={},
+                )
             )
     return rows
 
@@ -50,7 +55,7 @@ def test_intervals_and_p_are_those_of_paired_t() -> None:
     assert [(d.cell, d.baseline) for d in found] == [("b, short", "a, short"), ("c, short", "a, short")]
     raw = []
     for d, level in zip(found, "bc", strict=True):
-        ours, base = ([row["held_out_loss"] for row in rows if row["levels"]["model"] == name] for name in (level, "a"))
+        ours, base = ([row.held_out_loss for row in rows if row.levels["model"] == name] for name in (level, "a"))
         expected = stats.ttest_rel(ours, base)
         interval = expected.confidence_interval(0.95)
         assert (d.low, d.high) == pytest.approx((interval.low, interval.high))
@@ -66,10 +71,20 @@ def test_few_seeds_are_not_tested() -> None:
     assert all(d.p is None and d.low > 0 for d in found)
 
 
+def test_differences_by_rounding_alone_are_not_tested() -> None:
+    rows = [row.model_copy(update={"held_out_loss": 0.1 * row.seed}) for row in make_rows(5, {"a": 0.0, "b": 0.0})]
+    shifted = [
+        row.model_copy(update={"held_out_loss": row.held_out_loss + 0.1}) if row.levels["model"] == "b" else row
+        for row in rows
+    ]
+    (found,) = (d for d in find_differences(study(5), shifted) if d.measure == "held_out_loss")
+    assert found.p is None
+
+
 def test_only_seeds_that_both_have_count(tmp_path: Path) -> None:
     rows = make_rows(5, {"a": 0.0, "b": 1.0, "c": 2.0})
-    rows = [row for row in rows if not (row["levels"]["model"] == "b" and row["seed"] == 4)]
-    rows = [row for row in rows if not (row["levels"]["model"] == "c" and row["seed"] > 0)]
+    rows = [row for row in rows if not (row.levels["model"] == "b" and row.seed == 4)]
+    rows = [row for row in rows if not (row.levels["model"] == "c" and row.seed > 0)]
     found = find_differences(study(5), rows)
     assert [(d.cell, len(d.values)) for d in found] == [("b, short", 4)] * 2
     write_report(study(5), rows, tmp_path)

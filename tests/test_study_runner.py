@@ -1,6 +1,7 @@
 """Tests of the runner: rows, resumption, and what it says of rows and folders that do not fit."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from test_study_plan import write_study
+from tiny_run import run as tiny_run
 
 from vit5gen.data.autoencoder import encode
 from vit5gen.data.images import open_images
@@ -18,6 +20,7 @@ from vit5gen.study import runner
 from vit5gen.study.__main__ import main
 from vit5gen.study.measure import held_out_loss
 from vit5gen.study.plan import read_study
+from vit5gen.study.rows import read_rows
 from vit5gen.training.loop import STOPPED
 
 
@@ -69,7 +72,17 @@ def test_a_lost_row_comes_back_the_same(done: Path, capsys: pytest.CaptureFixtur
     assert study(done / "study.yaml", done / "out") == 0
     again = {row["run"]: row for row in rows(done)}
     assert again == {row["run"]: row for row in map(json.loads, before.splitlines())}
-    assert "run 2 of 4: sit, seed 0 (incomplete folder" in capsys.readouterr().out
+    assert "run 2 of 4: sit, seed 0 (going on in" in capsys.readouterr().out
+
+
+def test_a_copy_without_hidden_files_goes_on(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    rows = (done / "out" / "rows.jsonl").read_text()
+    (tmp_path / "out" / "rows.jsonl").write_text(rows)
+    assert study(done / "study.yaml", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "table.md").read_text() == (done / "out" / "table.md").read_text()
+    assert "run 1 of" not in capsys.readouterr().out
+    assert (tmp_path / "out" / "rows.jsonl").read_text() == rows
 
 
 @pytest.mark.parametrize(
@@ -79,6 +92,11 @@ def test_a_lost_row_comes_back_the_same(done: Path, capsys: pytest.CaptureFixtur
         (lambda text: text.replace('"held_out_loss"', '"lost"', 1), "line 1: unreadable row.*held_out_loss"),
         (lambda text: text + text.splitlines()[1] + "\n", "line 5: a second row of '.*, seed [01]'"),
         (lambda text: text.replace('"hidden_size": 32', '"hidden_size": 64', 1), "model.hidden_size: 64 -> 32"),
+        (lambda text: text.replace('"seed": 0, "commit"', '"seed": 1, "commit"', 1), "seed: 1 -> 0"),
+        (lambda text: text.replace('{"backbone": "vit5"}', '{"back": "vit5"}', 1), "levels: .*'back'"),
+        (lambda text: text.replace('"floor": ', '"floor": null, "was": ', 1), "line 1: unreadable row.*'was'"),
+        (lambda text: text.replace('"n": 6', '"n": "six"', 1), "line 1: unreadable row.*n = 'six'"),
+        (lambda text: "[]\n" + text, "line 1: unreadable row"),
     ],
 )
 def test_rows_that_do_not_fit_are_named(done: Path, tmp_path: Path, mangle: Any, message: str) -> None:
@@ -86,7 +104,7 @@ def test_rows_that_do_not_fit_are_named(done: Path, tmp_path: Path, mangle: Any,
     file = tmp_path / "rows.jsonl"
     file.write_text(mangle((done / "out" / "rows.jsonl").read_text()))
     with pytest.raises(UserError, match=message):
-        runner.read_rows(file, runs)
+        read_rows(file, runs)
 
 
 def test_a_stop_keeps_rows_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +130,29 @@ def test_a_run_that_diverges_leaves_the_others(
     assert study(path, tmp_path / "out") == 70
     assert [row["run"] for row in rows(tmp_path)] == ["vit5, seed 0", "vit5, seed 1", "sit, seed 1"]
     assert "run sit, seed 0 ended with exit code 70" in capsys.readouterr().out
+
+
+def test_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    path = write_study(tmp_path, seeds=[0])
+    folder = tmp_path / "out" / "runs" / "vit5, seed 0"
+    assert tiny_run(path.with_name("run.yaml"), folder, training__num_steps=2, training__trackers=[]) == 0
+    with pytest.raises(UserError, match=r"run vit5, seed 0: .*begun with other settings: training.num_steps: 2 -> 4"):
+        study(path, tmp_path / "out")
+    shutil.rmtree(folder)
+    assert study(path, tmp_path / "out") == 0
+    (tmp_path / "out" / "rows.jsonl").unlink()
+    log = folder / "log.jsonl"
+    log.write_text(log.read_text()[:-20])
+    with pytest.raises(UserError, match=r"run vit5, seed 0: .*log.jsonl ends at step 3; delete that folder"):
+        study(path, tmp_path / "out")
+
+
+def test_inputs_are_missed_before_any_run(tmp_path: Path) -> None:
+    grid = {"held out": {"test": {}, "none": {"evaluation.held_out_split": "nope"}}}
+    path = write_study(tmp_path, grid=grid, baseline={})
+    with pytest.raises(UserError, match=r"run none, seed 0: .*no folder 'nope'"):
+        study(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_held_out_loss_is_that_of_all_images(done: Path) -> None:

@@ -4,6 +4,7 @@ A configuration is a YAML file of the sections below. Each key is also an option
 (``--section.key value``). Unknown keys, wrong types and values out of range are errors of one line.
 """
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -208,12 +209,15 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     """
     data = read_yaml(path)
     for dotted, value in (overrides or {}).items():
-        *parents, key = dotted.split(".")
-        keys: Any = data
-        for parent in parents:
-            keys = keys.setdefault(parent, {}) if isinstance(keys, dict) else None
-        if isinstance(keys, dict):  # what else it is, the check below tells
-            keys[key] = value
+        section, *inner = dotted.split(".")
+        if inner and not isinstance(data.setdefault(section, {}), dict):
+            break  # what else it is, the check below tells
+        keys, key = data, section
+        for inner_key in inner:
+            keys, key = keys.setdefault(key, {}), inner_key
+            if not isinstance(keys, dict):
+                raise UserError(f"configuration {path}: unknown key {dotted!r}: {keys!r} holds no {key!r}")
+        keys[key] = deepcopy(value)
     return validate(Config, data, f"configuration {path}")
 
 

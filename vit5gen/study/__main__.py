@@ -1,6 +1,7 @@
 """The command line of studies: ``python -m vit5gen.study STUDY --output FOLDER``."""
 
 import argparse
+import signal
 import sys
 
 from vit5gen.errors import UserError
@@ -13,6 +14,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("study", help="YAML file, e.g. configs/studies/backbones.yaml")
     parser.add_argument("--output", metavar="FOLDER", required=True, help="folder of rows.jsonl, table, plot and runs")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # while measuring; the trainer has its own
     try:
         sys.exit(run_study(options.study, options.output))
     except UserError as error:

@@ -16,12 +16,13 @@ from vit5gen.sampling import SamplingJob, generate, start_processes
 from vit5gen.training.process import autocast
 from vit5gen.training.reference import Reference, build_reference
 
+NUM_HELD_OUT = 2048  # images of the held-out loss, where there are as many
+
 
 class Judge:
     """Measures runs, all with the same images, noise, times and labels; what they are held against is made once."""
 
-    def __init__(self, num_held_out: int) -> None:
-        self.num_held_out = num_held_out
+    def __init__(self) -> None:
         self._references: dict[str, tuple[Extractor, Reference]] = {}
 
     def measure(self, folder: Path, config: Config) -> dict[str, Any]:
@@ -34,7 +35,7 @@ class Judge:
             images = (images for _, images in generate(pipe, job))
             report = frechet_report(frechet_of(images, extractor), reference.distance, reference.floor)
         return {
-            "held_out_loss": held_out_loss(pipe, config, self.num_held_out),
+            "held_out_loss": held_out_loss(pipe, config),
             "metric": extractor.metric,
             "distance": report["value"],
             "floor": report["floor"],
@@ -50,7 +51,7 @@ class Judge:
 
 
 @torch.inference_mode()
-def held_out_loss(pipe: SiTPipeline, config: Config, count: int) -> float:
+def held_out_loss(pipe: SiTPipeline, config: Config, count: int = NUM_HELD_OUT) -> float:
     """Return the mean loss of a pipeline's network, in fp32, on the same ``count`` held-out images for every run.
 
     Noise and order come from ``evaluation.seed``; one t lies in each of ``count`` equal parts of the time interval.

@@ -7,9 +7,10 @@ from typing import Any
 
 from pydantic import Field
 
-from vit5gen.config import Config, Count, Natural, Section, load_config, read_yaml, validate
+from vit5gen.config import Config, Natural, Section, load_config, read_yaml, validate
 from vit5gen.errors import UserError, choose
 from vit5gen.training.build import check_values
+from vit5gen.training.process import batch_sizes
 
 
 class StudyConfig(Section):
@@ -20,7 +21,6 @@ class StudyConfig(Section):
     seeds: list[Natural] = Field([0, 1, 2], min_length=1, description="training seeds of every cell")
     grid: dict[str, dict[str, dict[str, Any]]] = Field(description="axis: {level: {section.key: value}}")
     baseline: dict[str, str] = Field({}, description="axis: the level that its other levels are held against")
-    num_held_out: Count = Field(2048, description="held-out images that the velocity loss is taken on, at most")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,9 @@ def read_study(path: str | Path) -> tuple[StudyConfig, list[Run]]:
         raise UserError(f"study {path}: seeds {study.seeds} name a seed twice; list each once")
     for axis, level in study.baseline.items():
         choose(f"study {path}: baseline {axis}", level, study.grid[choose(f"study {path}: axis", axis, study.grid)])
+    names = [", ".join(levels) for levels in itertools.product(*study.grid.values())]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"study {path}: two cells are called {min(twice)!r}; rename a level")
     cells = {levels: _config(path, study, levels) for levels in itertools.product(*study.grid.values())}
     return study, [
         Run(dict(zip(study.grid, levels, strict=True)), seed, _seeded(config, seed))
@@ -59,8 +62,10 @@ def read_study(path: str | Path) -> tuple[StudyConfig, list[Run]]:
 
 def _config(path: str | Path, study: StudyConfig, levels: tuple[str, ...]) -> Config:
     overrides, where = dict(study.overrides), f"study {path}: grid {' / '.join(levels)}"
-    if any("/" in level or level.startswith(".") for level in levels):
-        raise UserError(f"{where}: levels name a folder; leave out '/' and leading dots")
+    if bad := [level for level in levels if not level.isprintable() or set(level) & set("/|") or level[:1] in "."]:
+        raise UserError(
+            f"{where}: level {bad[0]!r} names folders and rows of tables; leave out '/', '|', a leading dot"
+        )
     for axis, level in zip(study.grid, levels, strict=True):
         for key, value in study.grid[axis][level].items():
             if key in overrides.keys() - study.overrides.keys():
@@ -71,6 +76,9 @@ def _config(path: str | Path, study: StudyConfig, levels: tuple[str, ...]) -> Co
     try:
         config = load_config(Path(path).parent / study.base, overrides)
         check_values(config)
+        batch_sizes(config.training, num_processes=1)
+        if config.training.num_steps == 0:
+            raise UserError("training.num_steps = 0; expected at least 1")
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     return config

