@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
 from vit5gen.config import TrainingConfig
+from vit5gen.cpu import keep_freed_memory
 from vit5gen.errors import UserError
 from vit5gen.sampling import start_processes
 
@@ -34,6 +35,7 @@ def make_accelerator(settings: TrainingConfig, output: Path) -> Accelerator:
         if importlib.util.find_spec(tracker) is None:
             raise UserError(f"training.trackers: {tracker} is not installed; `pip install {tracker}`, or leave it out")
     start_processes()
+    keep_freed_memory()
     torch.set_float32_matmul_precision("highest" if settings.precision in ("fp32", "fp64") else "high")
     return Accelerator(
         mixed_precision="no",

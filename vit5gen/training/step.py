@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from vit5gen.config import Config
+from vit5gen.cpu import fast_products
 from vit5gen.flow import Flow, draw_timesteps
 from vit5gen.training.build import build_flow, build_optimizer, build_trainee, learning_rate
 from vit5gen.training.ema import EMA
@@ -63,7 +64,7 @@ class Trainee:
             group["lr"] = learning_rate(number, settings)
         self.network.train()
         total = torch.zeros((), device=accelerator.device, dtype=next(self.model.parameters()).dtype)
-        with memory_hint(self.micro_batch_size):
+        with fast_products(), memory_hint(self.micro_batch_size):
             for micro in range(self.accumulation):
                 batch = next(batches)
                 sync = nullcontext() if micro == self.accumulation - 1 else accelerator.no_sync(self.network)

@@ -1,0 +1,42 @@
+"""Products that are faster and still fp32; memory that stays with the process."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vit5gen import cpu
+
+
+def test_fast_products_are_fp32_and_end_with_the_context():
+    a, b = (torch.randn(700, 700, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    exact = a.double() @ b.double()
+    before = torch.get_float32_matmul_precision()
+    with cpu.fast_products():
+        error = (a @ b - exact).abs().max() / exact.abs().max()
+    assert error < 2e-6  # bf16 leaves 2e-3
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_fast_products_are_not_asked_for_where_they_round(monkeypatch):
+    monkeypatch.setattr(torch, "equal", lambda a, b: False)
+    cpu._medium_is_exact.cache_clear()
+    with cpu.fast_products():
+        assert torch.get_float32_matmul_precision() == "highest"
+    cpu._medium_is_exact.cache_clear()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_kept():
+    code = (
+        "import resource, torch; from vit5gen.cpu import keep_freed_memory; keep_freed_memory()\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    [torch.ones(2**20) for _ in range(8)]\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "print(*[faults() for _ in range(8)])"
+    )
+    faults = [int(number) for number in subprocess.check_output([sys.executable, "-c", code], text=True).split()]
+    assert faults[0] > 4 * 2**22 / resource.getpagesize() > 50 * faults[-1]
