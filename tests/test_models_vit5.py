@@ -26,7 +26,7 @@ REMOVALS = {
     "bias-free qkv": {"qkv_bias": True},
 }
 OTHERS = {
-    "gamma alone": {"layer_scale": "gamma_only", "gamma_init": 1.0},
+    "gamma alone": {"layer_scale": "gamma_only", "gamma_init": 1},
     "fixed APE": {"absolute_position": "sincos_fixed"},
     "affine norms": {"affine_norms": True},
     "nine registers": {"num_registers": 9, "rope_theta": 100.0, "weight_init": "trunc_normal"},

@@ -101,7 +101,7 @@ class ViT5Block(nn.Module):
         self.mlp = mlp(hidden_size, mlp_ratio)
         self.gated = layer_scale != "gamma_only"
         for name in ("gamma_1", "gamma_2"):
-            gamma = nn.Parameter(torch.full((hidden_size,), gamma_init)) if layer_scale != "none" else None
+            gamma = nn.Parameter(torch.full((hidden_size,), float(gamma_init))) if layer_scale != "none" else None
             self.register_parameter(name, gamma)
         self.modulation = nn.Linear(hidden_size, (6 if self.gated else 4) * hidden_size) if modulated else None
         self.drop_path = DropPath(drop_path)
