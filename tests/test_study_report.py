@@ -21,7 +21,7 @@ def make_rows(seeds: int, levels: dict[str, float], budget: str = "short") -> li
         for seed in range(seeds):
             loss = mean + shared[seed] + 0.1 * rng.normal()
             rows.append(
-                Row(
+                Row.model_construct(
                     run=f"{level}, {budget}, seed {seed}",
                     levels={"model": level, "budget": budget},
                     seed=seed,
@@ -36,7 +36,6 @@ def make_rows(seeds: int, levels: dict[str, float], budget: str = "short") -> li
                     n=7,
                     floor=1.0,
                     seconds=1.0,
-                    settings={},
                 )
             )
     return rows

@@ -141,5 +141,6 @@ def _plot(found: list[Difference], metric: str) -> Figure:
         names = [d.cell if len(baselines) == 1 else f"{d.cell} - {d.baseline}" for d in reversed(panel)]
         axes.set_yticks(range(len(panel)), names)
         axes.set_xlabel(f"{title}: difference to {against}\n(95 % interval; left of 0 is better)")
+        axes.locator_params(axis="x", nbins=6)
         axes.grid(axis="x", alpha=0.3)
     return figure

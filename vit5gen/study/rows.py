@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from vit5gen.config import Natural, Section, validate
+from vit5gen.config import Config, Natural, Section, validate
 from vit5gen.errors import UserError
 from vit5gen.files import write_text
 from vit5gen.study.plan import Run
@@ -27,7 +27,7 @@ class Row(Section):
     floor: float
     n: Natural
     seconds: float  # of training alone
-    settings: dict[str, dict[str, object]]
+    settings: Config
 
     @property
     def cell(self) -> str:
@@ -70,9 +70,9 @@ def _changes(row: Row, run: Run) -> list[str]:
         for name, old, new in (("levels", row.levels, run.levels), ("seed", row.seed, run.seed))
         if old != new
     ]
-    return own + differences(row.settings, run.config, free=())
+    return own + differences(row.settings.model_dump(mode="json"), run.config, free=())
 
 
 def write_rows(file: Path, rows: list[Row]) -> None:
     """Replace the file of rows."""
-    write_text(file, "".join(json.dumps(row.model_dump()) + "\n" for row in rows))
+    write_text(file, "".join(json.dumps(row.model_dump(mode="json")) + "\n" for row in rows))

@@ -114,5 +114,5 @@ def _row(run: Run, folder: Path, judge: Judge, revision: str) -> Row:
         loss=lines[-1]["loss"],
         **judge.measure(folder, config),
         seconds=float(images @ [1 / line["images_per_second"] for line in lines]),
-        settings=config.model_dump(mode="json"),
+        settings=config,
     )

@@ -1,0 +1,32 @@
+"""The page of the study shows what its rows say: tables made anew from the rows stand in the page as they are."""
+
+from pathlib import Path
+
+import pytest
+
+from vit5gen.study.plan import read_study
+from vit5gen.study.report import write_report
+from vit5gen.study.rows import read_rows
+
+ROOT = Path(__file__).parents[1]
+STUDIES = sorted(path.parent for path in (ROOT / "docs" / "study").glob("*/rows.jsonl"))
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
+def test_tables_are_those_of_the_rows(study: Path, tmp_path: Path) -> None:
+    config, runs = read_study(ROOT / "configs" / "studies" / f"{study.name}.yaml")
+    rows = read_rows(study / "rows.jsonl", runs)
+    assert rows.keys() <= {run.name for run in runs}
+    write_report(config, [rows[run.name] for run in runs if run.name in rows], tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert (study / "table.md").read_text() == table
+    page = (ROOT / "docs" / "study.md").read_text()
+    for part in table.strip().split("\n\n"):
+        assert part in page
+    assert f"study/{study.name}/differences.png" in page
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
+def test_all_rows_of_a_study_are_of_one_commit(study: Path) -> None:
+    (commit,) = {row.commit for row in read_rows(study / "rows.jsonl", runs=[]).values()}
+    assert not commit.endswith("-dirty")
