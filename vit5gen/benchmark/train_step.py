@@ -14,6 +14,7 @@ from vit5gen.benchmark.peers import SIT, load
 from vit5gen.benchmark.setting import Setting, Sizes
 from vit5gen.benchmark.timing import Pairs, Row, race, row, seconds
 from vit5gen.config import Config, validate
+from vit5gen.cpu import fast_products
 from vit5gen.models.transformer import SIZES
 from vit5gen.training.build import latent_shape
 from vit5gen.training.plan import run_cost
@@ -108,5 +109,6 @@ def _utilisation(config: Config, pairs: Pairs) -> dict[str, float]:
     speed = cost.training_flops * batch / median(ours for ours, _ in pairs)
     width, dtype = SIZES["S"][0], torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     a, b = torch.ones(batch * cost.tokens, width, dtype=dtype), torch.ones(width, 4 * width, dtype=dtype)
-    product = 2 * a.numel() * 4 * width / min(seconds(lambda: a @ b) for _ in range(20))
+    with fast_products():
+        product = 2 * a.numel() * 4 * width / min(seconds(lambda: a @ b) for _ in range(20))
     return {"GFLOP/s": speed / 1e9, "share of a product's speed": speed / product}
