@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from vit5gen import cpu
+from vit5gen.models.classifier import ViT5
+from vit5gen.models.transformer import SiTTransformer2DModel
 
 
 def test_fast_products_are_fp32_and_end_with_the_context():
@@ -26,6 +28,23 @@ def test_fast_products_are_not_asked_for_where_they_round(monkeypatch):
     with cpu.fast_products():
         assert torch.get_float32_matmul_precision() == "highest"
     cpu._medium_is_exact.cache_clear()
+
+
+def test_models_ask_for_them_where_no_gradient_is_recorded(monkeypatch):
+    monkeypatch.setattr(cpu, "_medium_is_exact", lambda: True)
+    met = []
+    generator = SiTTransformer2DModel(sample_size=4, hidden_size=8, num_layers=1, num_attention_heads=2)
+    classifier = ViT5(img_size=32, embed_dim=8, depth=1, num_heads=2)
+    calls = ((generator, (torch.zeros(1, 4, 4, 4), torch.zeros(1), torch.zeros(1, dtype=torch.long))),)
+    calls += ((classifier, (torch.zeros(1, 3, 32, 32),)),)
+    for model, inputs in calls:
+        layer = next(m for m in model.modules() if isinstance(m, torch.nn.Linear))
+        layer.register_forward_hook(lambda *_: met.append(torch.get_float32_matmul_precision()))
+        model(*inputs)
+        with torch.no_grad():
+            model(*inputs)
+    assert met == ["highest", "medium"] * 2
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")

@@ -31,7 +31,6 @@ def classify(
     import torch
     from torch.utils.data import DataLoader
 
-    from vit5gen.cpu import fast_products
     from vit5gen.models import load_vit5
     from vit5gen.models.classifier import default_cfgs
 
@@ -54,7 +53,7 @@ def classify(
             "a folder's place in the order is its label, so all must be there."
         )
     hits = torch.zeros(2, dtype=torch.int64)
-    with torch.inference_mode(), fast_products():
+    with torch.inference_mode():
         for pixels, labels in _batches(DataLoader(images, batch_size, num_workers=num_workers)):
             with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
                 logits = net(pixels.to(where))

@@ -22,6 +22,16 @@ def fast_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+@contextlib.contextmanager
+def fast_inference() -> Iterator[None]:
+    """Compute as `fast_products` where no gradient is recorded: a backward pass comes too late to compute likewise."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # what is compiled keeps the setting it meets
+        yield
+    else:
+        with fast_products():
+            yield
+
+
 @functools.cache
 def _medium_is_exact() -> bool:
     """Whether "medium", which hands products to oneDNN and lets it round to bf16, leaves the last bit of fp32 alone.

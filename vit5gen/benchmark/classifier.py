@@ -8,7 +8,6 @@ import torch
 from vit5gen.benchmark.peers import VIT5, load, without_cuda
 from vit5gen.benchmark.setting import Setting
 from vit5gen.benchmark.timing import Row, race, row
-from vit5gen.cpu import fast_products
 from vit5gen.errors import UserError
 from vit5gen.models.classifier import vit5_small
 
@@ -20,11 +19,6 @@ def rows(setting: Setting) -> Iterator[Row]:
     sizes, side = setting.sizes, setting.sizes.image_side
     images = torch.randn(sizes.images, 3, side, side, generator=torch.Generator().manual_seed(0))
     ours = vit5_small(img_size=side).eval()
-
-    def forward() -> None:
-        with fast_products():  # as `vit5gen classify` computes
-            ours(images)
-
     with torch.inference_mode(), without_cuda():
         if setting.vit5 is not None:
             theirs = load(VIT5, setting.vit5).vit5_small(img_size=side).eval()
@@ -36,8 +30,8 @@ def rows(setting: Setting) -> Iterator[Row]:
                     f"peer folder {setting.vit5}: its vit5_small differs from ours by {difference:.2g} in a logit; "
                     "expected the published model"
                 )
-            pairs = race(forward, lambda: theirs(images), sizes)
+            pairs = race(lambda: ours(images), lambda: theirs(images), sizes)
             yield row("classifier", "fp32", "vit5_small", "vit5", pairs, more={"largest difference": difference})
         plain = timm.create_model("vit_small_patch16_224", img_size=side).eval()
-        pairs = race(forward, lambda: plain(images), sizes)
+        pairs = race(lambda: ours(images), lambda: plain(images), sizes)
         yield row("classifier", "fp32", "vit5_small", "timm-vit_small", pairs)

@@ -12,6 +12,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from vit5gen.cpu import fast_inference
 from vit5gen.errors import UserError, choose
 from vit5gen.models.backbone import Backbone
 from vit5gen.models.layers import check_heads, check_positive, init_linears, make_norm
@@ -111,6 +112,7 @@ class ViT5(Backbone):
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
+    @fast_inference()
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 

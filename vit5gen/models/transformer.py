@@ -10,6 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
+from vit5gen.cpu import fast_inference
 from vit5gen.errors import UserError, choose
 from vit5gen.models.backbone import Backbone, make_backbone
 from vit5gen.models.layers import Float32Linear, check_positive, init_linears, make_norm, modulate
@@ -163,6 +164,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
             raise UserError(f"latent size: {height}x{width} is not divisible by patch_size {self._patch}.")
         return height // self._patch, width // self._patch
 
+    @fast_inference()
     def forward(
         self,
         latents: Tensor,
