@@ -19,6 +19,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     make_inputs(folder)
     (folder / "broken.yaml").write_text("model: [unclosed\n")
+    (folder / "twice.yaml").write_text("training:\n  num_steps: 1\ntraining:\n  seed: 1\n")
     (folder / "list.yaml").write_text("- 1\n")
     (folder / "scalar_section.yaml").write_text(yaml.safe_dump({"model": {"preset": "S/2"}, "training": 5}))
     (folder / "mistyped.yaml").write_text(yaml.safe_dump({"modle": {"preset": "S/2"}}))
@@ -38,6 +39,14 @@ BAD = {
     "unknown command": ("trian", ["trian", "train"]),
     "no configuration": ("train --output OUT", ["CONFIG"]),
     "configuration is missing": ("train TINY/none.yaml --output OUT", ["none.yaml", "No such file"]),
+    "configuration with a key twice": (
+        "train TINY/twice.yaml --output OUT",
+        ["twice.yaml", "training is given twice", "line 3"],
+    ),
+    "sampling option for images": (
+        "evaluate TINY/broken_images --sampler sde-euler --reference TINY/broken_images",
+        ["--sampler", "images already"],
+    ),
     "configuration is no YAML": ("train TINY/broken.yaml --output OUT", ["broken.yaml", "not valid YAML"]),
     "configuration is a list": ("train TINY/list.yaml --output OUT", ["list.yaml", "list"]),
     "section is mistyped": ("train TINY/mistyped.yaml --output OUT", ["modle", "'model'"]),

@@ -184,10 +184,22 @@ class AutoencoderTraining(Section):
     seed: Natural = Field(0, description="fixes initialisation, order, augmentation and latent noise")
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key that is given twice is an error; PyYAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping; raise `UserError` when the file is missing, unreadable or no mapping."""
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
     except OSError as error:
         raise UserError(
             f"configuration {path}: {error.strerror}; expected a YAML file, e.g. configs/quickstart.yaml"

@@ -194,6 +194,11 @@ def evaluate_command(
         choose("--metrics", metric, METRICS)
     if protocol is not None:
         choose("--protocol", protocol, PROTOCOLS)
+    if sampling is not None and sampling.model_fields_set and not any(map(_is_pipeline, samples)):
+        option = "--" + min(sampling.model_fields_set).replace("_", "-")
+        raise UserError(
+            f"{option}: {samples[0]} holds images already; it is for runs and pipeline folders: leave it out"
+        )
     _check_writable(Path(output or save_statistics_to or "card.json"))
     state = start_processes()
     network = load_extractor(extractor, state.device, weights, weights_sha256)
@@ -235,6 +240,10 @@ def _check_writable(path: Path) -> None:
         raise UserError(f"{path}: a folder, or in one that cannot be written; choose another path")
 
 
+def _is_pipeline(path: str) -> bool:
+    return any((Path(path) / part / "model_index.json").is_file() for part in ("", "pipeline"))
+
+
 def _open_samples(
     path: str,
     batch_size: int,
@@ -244,7 +253,7 @@ def _open_samples(
     sampling: SamplingConfig | None,
     device: torch.device,
 ) -> list[Samples]:
-    if not any((Path(path) / part / "model_index.json").is_file() for part in ("", "pipeline")):
+    if not _is_pipeline(path):
         return [samples_of(open_source(path), batch_size)]
     if num_images < 1:
         raise UserError(f"--num-images = {num_images}; expected at least 1")
