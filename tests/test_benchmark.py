@@ -14,6 +14,7 @@ from tiny_run import make_inputs, run
 
 from vit5gen.benchmark import NAMES, memory, sampling, scaling
 from vit5gen.benchmark.costs import costs
+from vit5gen.benchmark.peers import SIT, VIT5
 from vit5gen.benchmark.sampling import Score, no_worse
 from vit5gen.cli import main
 
@@ -46,7 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither start processes nor compile, which other tests do."""
+    """Start no processes, which tests/test_benchmark_processes.py does."""
     for module in (memory, scaling):
         monkeypatch.setattr(module, "fresh", lambda function, *arguments, count=1: function(*arguments))
 
@@ -116,7 +117,11 @@ BAD = {
     "not a run": ("--run @sit --output @r.json", ["sit", "neither a run"]),
     "no json": ("--output @result.md", ["result.md", "FILE.json"]),
     "below a file": ("--output @sit/train.py/r.json", ["r.json", "cannot be written"]),
-    "a folder": ("--output @folder.json", ["folder.json", "cannot be written"]),
+    "no name": ("--output .", ["--output", "FILE.json"]),
+    "table is a folder": ("--output @table.json", ["table.md", "a folder"]),
+    "names in comments alone": ("--sit @comments --output @r.json", ["comments", "defines no SiT_models"]),
+    "code that is broken": ("--vit5 @broken --output @r.json", ["broken", "SyntaxError", "git clone"]),
+    "a folder": ("--output @folder.json", ["folder.json", "a folder"]),
 }
 
 
@@ -124,7 +129,12 @@ BAD = {
 def test_bad_input_is_one_line(
     case: str, folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (folders / "folder.json").mkdir(exist_ok=True)
+    for name in ("folder.json", "table.md"):
+        (folders / name).mkdir(exist_ok=True)
+    for repository, name, text in ((SIT, "comments", "# {}"), (VIT5, "broken", "def {}")):
+        for file, defined in repository.files.items():
+            (folders / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (folders / name / file).write_text(text.format(defined))
     monkeypatch.setattr("vit5gen.benchmark.command.BENCHMARKS", {})
     words, named = BAD[case]
     assert execute(words, folders) == 2
@@ -133,8 +143,25 @@ def test_bad_input_is_one_line(
     assert printed.err.count("\n") == 1
     for text in named:
         assert text in printed.err
-    assert not list(folders.glob("r.*"))
+    assert not [*folders.glob("r.*"), *folders.glob("table.json")]
     assert not list(folders.glob(".*.tmp"))
+
+
+def test_a_broken_run_costs_no_earlier_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(make_inputs(tmp_path), tmp_path / "run", training__num_steps=1)
+    (tmp_path / "run" / "pipeline" / "transformer" / "config.json").write_text("{")
+    (tmp_path / "result.json").write_text("earlier")
+    capsys.readouterr()
+    assert execute("--run @run --only sampling --quick --output @result.json", tmp_path) == 2
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "result.json").read_text() == "earlier"
+
+
+def test_no_candidate_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(make_inputs(tmp_path), tmp_path / "run", training__num_steps=1)
+    monkeypatch.setattr(sampling, "CANDIDATES", [])
+    assert execute("--run @run --only sampling --quick --output @result.json", tmp_path) == 0
+    assert "no candidate is as good as sde-euler-3" in (tmp_path / "result.md").read_text()
 
 
 def test_a_classifier_of_other_logits_is_no_peer(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,11 @@
 import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 import torch
 from accelerate import PartialState
 
@@ -19,3 +25,30 @@ def test_processes_are_fresh_and_joined() -> None:
     (one, pid, alone), (two, other, both) = fresh(joined, 3), fresh(joined, 3, count=2)
     assert (one, alone, two, both) == (1, 3, 2, 7)
     assert len({pid, other, os.getpid()}) == 3
+
+
+def tell_and_sleep(file: str) -> None:
+    Path(file).write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_benchmark_leaves_no_process_at_work(tmp_path: Path) -> None:
+    script, pid = tmp_path / "parent.py", tmp_path / "pid"
+    script.write_text(
+        "from test_benchmark_processes import fresh, tell_and_sleep\n"
+        f"if __name__ == '__main__':\n    fresh(tell_and_sleep, {str(pid)!r})\n"
+    )
+    parent = subprocess.Popen([sys.executable, script], env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)})
+    wait_for(lambda: pid.is_file() and pid.read_text() != "")
+    state = Path(f"/proc/{pid.read_text()}/stat")
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not state.exists() or state.read_text().rsplit(")")[1].split()[0] == "Z")

@@ -26,6 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
     **{f"vit5-small-{i}": {"backbone": "vit5", "backbone_kwargs": k, **SMALL} for i, k in enumerate(SWITCHES)},
     **{f"{name}-{size}": {"backbone": name, "preset": size} for name in ("sit", "vit5") for size in ("S/2", "XL/2")},
     "sit-512": {"backbone": "sit", "preset": "S/4", "sample_size": 64, "learn_sigma": True},
+    "sit-wide-patches": {"backbone": "sit", "preset": "S/8", "in_channels": 32, "sample_size": 32},
     "vit5-oblong": {"backbone": "vit5", **SMALL, "sample_size": (8, 16)},
 }
 
@@ -141,9 +142,12 @@ def test_memory_and_traffic_by_hand() -> None:
     assert cost.run_bytes(found, kept) == (2 + 10 + 1) * 16_000 + 8_000
 
 
-def test_time_and_utilisation_are_inverse() -> None:
-    found = cost.Cost(1000, 10, 4, forward_flops=10**9, activation_bytes=300, recomputes=False)
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_time_and_utilisation_are_inverse(recomputes: bool) -> None:
+    found = cost.Cost(1000, 10, 4, forward_flops=10**9, activation_bytes=300, recomputes=recomputes)
+    passes = 3 + recomputes
     images = 10**9
     hours = cost.gpu_hours(found, images, "A100", "bf16")
-    assert hours == pytest.approx(3e18 / (312e12 * cost.ASSUMED_MFU) / 3600)
-    assert cost.mfu(found, images / (hours * 3600), "A100", "bf16") == pytest.approx(cost.ASSUMED_MFU)
+    assert hours == pytest.approx(passes * 1e18 / (312e12 * cost.ASSUMED_UTILISATION) / 3600)
+    utilisation = cost.mfu(found, images / (hours * 3600), "A100", "bf16") * passes / 3  # recomputed: no work
+    assert utilisation == pytest.approx(cost.ASSUMED_UTILISATION)

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from vit5gen import cpu
 from vit5gen.models.classifier import ViT5
@@ -23,15 +25,55 @@ def test_fast_products_are_fp32_and_end_with_the_context():
 
 
 def test_fast_products_are_not_asked_for_where_they_round(monkeypatch):
-    monkeypatch.setattr(torch, "equal", lambda a, b: False)
-    cpu._medium_is_exact.cache_clear()
+    monkeypatch.setattr(cpu, "_rounds_nothing", lambda: False)
     with cpu.fast_products():
         assert torch.get_float32_matmul_precision() == "highest"
-    cpu._medium_is_exact.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        lambda: torch.device("meta"),
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        FakeTensorMode,
+        lambda: FlopCounterMode(display=False),
+    ],
+)
+def test_whether_they_round_is_tried_outside_of_modes(mode):
+    cpu._rounds_nothing.cache_clear()
+    with cpu.fast_products():
+        expected = torch.get_float32_matmul_precision()
+    cpu._rounds_nothing.cache_clear()
+    with mode() as entered, cpu.fast_products():
+        assert torch.get_float32_matmul_precision() == expected
+    if isinstance(entered, FlopCounterMode):
+        assert entered.get_total_flops() == 0
+
+
+def test_overlapping_contexts_end_with_the_last(monkeypatch):
+    monkeypatch.setattr(cpu, "_rounds_nothing", lambda: True)
+    first, second = cpu.fast_products(), cpu.fast_products()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.get_float32_matmul_precision() == "medium"
+    second.__exit__(None, None, None)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_torchs_newer_settings_stand():
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with cpu.fast_products():
+            assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_models_ask_for_them_where_no_gradient_is_recorded(monkeypatch):
-    monkeypatch.setattr(cpu, "_medium_is_exact", lambda: True)
+    monkeypatch.setattr(cpu, "_rounds_nothing", lambda: True)
     met = []
     generator = SiTTransformer2DModel(sample_size=4, hidden_size=8, num_layers=1, num_attention_heads=2)
     classifier = ViT5(img_size=32, embed_dim=8, depth=1, num_heads=2)

@@ -13,7 +13,7 @@ from vit5gen.config import Config
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.models.layers import Attention
 
-ASSUMED_MFU = 0.35  # nobody has measured this toolkit on these GPUs; time scales with its inverse
+ASSUMED_UTILISATION = 0.35  # nobody has measured this toolkit on these GPUs; time scales with its inverse
 IMAGENET_IMAGES = 1_281_167
 
 
@@ -42,11 +42,12 @@ class Cost:
     forward_flops: int
     activation_bytes: int
     recomputes: bool
+    entrance_flops: int = 0  # of those of the forward pass, the ones of the layers that latents and times enter
 
     @property
     def backward_flops(self) -> int:
-        """Gradients to inputs and to weights are a product each for every product of the forward pass."""
-        return 2 * self.forward_flops
+        """Gradients to inputs and to weights are a product each for every product, but none to latents and times."""
+        return 2 * self.forward_flops - self.entrance_flops
 
     @property
     def training_flops(self) -> int:
@@ -72,7 +73,7 @@ def model_cost(model: SiTTransformer2DModel, precision: str = "fp32", recomputes
     height, breadth = (size, size) if isinstance(size, int) else size
     patches = height * breadth // model.config.patch_size**2
     tokens = patches + getattr(backbone, "num_registers", 0)
-    flops = inside = outside = 0
+    flops = entrance = inside = outside = 0
     for name, module in model.named_modules():
         in_backbone = name.startswith("backbone.")
         rows = tokens if in_backbone else patches
@@ -81,6 +82,7 @@ def model_cost(model: SiTTransformer2DModel, precision: str = "fp32", recomputes
             if name.endswith("modulation") or name.startswith("time_embed"):
                 rows = 1
             flops += 2 * rows * module.weight.numel()
+            entrance += 2 * rows * module.weight.numel() * (name in ("patch_embed", "time_embed.fc1"))
             activations = rows * sum(_features(module)) * kept
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
             channels = width if name.endswith(("q_norm", "k_norm")) else prod(module.normalized_shape)
@@ -93,7 +95,7 @@ def model_cost(model: SiTTransformer2DModel, precision: str = "fp32", recomputes
     if recomputes:
         inside = inside // blocks + blocks * tokens * width * wide
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Cost(parameters, blocks, tokens, flops, inside + outside, recomputes)
+    return Cost(parameters, blocks, tokens, flops, inside + outside, recomputes, entrance)
 
 
 def _features(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
@@ -138,9 +140,9 @@ def communication_bytes(
     return passes * width * cost.parameters * (num_processes - 1) // num_processes
 
 
-def gpu_hours(cost: Cost, num_images: int, gpu: str, precision: str, mfu: float = ASSUMED_MFU) -> float:
-    """Return the hours of one GPU to train on so many images."""
-    return num_images * cost.executed_flops / (GPUS[gpu].peak[precision] * 1e12 * mfu) / 3600
+def gpu_hours(cost: Cost, num_images: int, gpu: str, precision: str, utilisation: float = ASSUMED_UTILISATION) -> float:
+    """Return the hours of one GPU to train on so many images; utilisation: of its peak, recomputation included."""
+    return num_images * cost.executed_flops / (GPUS[gpu].peak[precision] * 1e12 * utilisation) / 3600
 
 
 def mfu(cost: Cost, images_per_second: float, gpu: str, precision: str) -> float:

@@ -3,9 +3,14 @@
 import contextlib
 import ctypes
 import functools
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
+
+_LOCK = threading.Lock()
+_OPEN: list[str | None] = []  # for every open context, of any thread, the precision to which the last one returns
 
 
 @contextlib.contextmanager
@@ -14,12 +19,15 @@ def fast_products() -> Iterator[None]:
 
     Off Intel's processors it is twice as fast as MKL, torch's choice for fp32 (measured on AMD Zen 5).
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if _medium_is_exact() else before)
+    with _LOCK:
+        _OPEN.append(_OPEN[-1] if _OPEN else _ask())
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        with _LOCK:
+            before = _OPEN.pop()
+            if not _OPEN and before is not None:
+                torch.set_float32_matmul_precision(before)
 
 
 @contextlib.contextmanager
@@ -32,20 +40,34 @@ def fast_inference() -> Iterator[None]:
             yield
 
 
-@functools.cache
-def _medium_is_exact() -> bool:
-    """Whether "medium", which hands products to oneDNN and lets it round to bf16, leaves the last bit of fp32 alone.
+def _ask() -> str | None:
+    """Ask for "medium", which hands products to oneDNN and lets it round to bf16; return the precision before."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the user chose by torch's newer settings, one a backend: they stand
+        return None
+    torch.set_float32_matmul_precision("medium")
+    if not _rounds_nothing():
+        torch.set_float32_matmul_precision(before)
+    return before
 
-    It does not on GPUs, nor on processors with tiles for bf16.
+
+@functools.cache
+def _rounds_nothing() -> bool:
+    """Whether "medium", set by now, leaves the last bit of fp32 alone: not on GPUs, nor on CPUs with tiles for bf16.
+
+    Tried in a thread of its own, where no mode of the caller's holds: autocast, another device, a counter of FLOPs.
     """
     if torch.cuda.is_available():
         return False
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    x = torch.full((512, 512), 1 + torch.finfo(torch.float32).eps)
-    exact = torch.equal(x @ torch.eye(512), x)
-    torch.set_float32_matmul_precision(before)
-    return exact
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_keeps_the_last_bit).result()
+
+
+def _keeps_the_last_bit() -> bool:
+    one = torch.eye(512, dtype=torch.float32, device="cpu")
+    x = (1 + torch.finfo(torch.float32).eps) * torch.ones_like(one)
+    return torch.equal(x @ one, x)
 
 
 def keep_freed_memory() -> None:

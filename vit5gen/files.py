@@ -29,6 +29,17 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise `UserError` unless a file can be written there, before the work whose result it is to hold."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another path") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: a folder, or in one that cannot be written; choose another path")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic(path) as temporary:

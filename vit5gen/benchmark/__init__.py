@@ -1,6 +1,6 @@
 """Ratios to published code and growth with size, measured side by side on one machine in one run.
 
-`vit5gen.benchmark.command` is the command; every other module but the first three is one benchmark. All on the CPU.
+`command` is the command; the module of each of `NAMES` yields the rows of one benchmark. All on the CPU.
 """
 
 NAMES = ("train-step", "classifier", "sampling", "evaluation", "memory", "start-up", "scaling")

@@ -24,9 +24,10 @@ from vit5gen.benchmark.setting import FULL, QUICK, Setting
 from vit5gen.benchmark.timing import Row
 from vit5gen.card import commit, versions
 from vit5gen.config import load_config
+from vit5gen.data.images import open_images
 from vit5gen.errors import UserError, choose
-from vit5gen.files import sha256, write_json, write_text
-from vit5gen.pipeline import pipeline_folder
+from vit5gen.files import check_writable, sha256, write_json, write_text
+from vit5gen.pipeline import load_pipeline
 
 _MODULES = (train_step, classifier, sampling, evaluation, memory, start_up, scaling)
 BENCHMARKS = {name: module.rows for name, module in zip(NAMES, _MODULES, strict=True)}
@@ -46,24 +47,29 @@ def benchmark_command(
     What needs a folder that is not given is left out with a note. Raises `UserError` for bad input before any work.
     """
     names = NAMES if only is None else (choose("--only", only, NAMES),)
-    folders = [None if folder is None else Path(folder) for folder in (sit, vit5, run)]
-    setting = Setting(QUICK if quick else FULL, *folders)
+    output, given = Path(output), {"sit": sit, "vit5": vit5, "run": run}
+    if output.suffix != ".json":
+        raise UserError(f"--output {output}: expected FILE.json, beside which FILE.md is written")
     notes = ["a quick run of tiny sizes: its figures mean nothing"] if quick else []
     notes += [
         f"{name}: rows that need --{option} are left out"
         for name, option in _NEEDS.items()
-        if name in names and getattr(setting, option) is None
+        if name in names and given[option] is None
     ]
+    folders = {name: None if folder is None else Path(folder) for name, folder in given.items()}
+    setting = Setting(QUICK if quick else FULL, **folders, notes=notes)
     result: dict[str, Any] = {"rows": [], "quick": quick, "notes": notes, "peers": _check(setting)}
+    for path in (output, output.with_suffix(".md")):
+        check_writable(path)
     result |= {"machine": _machine(), "costs": costs()}
-    _write(Path(output), result)  # fails now if it must
     print("\n".join(_head(result)), flush=True)
     with patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"}):
         for name in names:
             for found in BENCHMARKS[name](setting):
                 print(_line(found), flush=True)
                 result["rows"].append(found)
-                _write(Path(output), result)  # an interruption leaves what is measured
+                _write(output, result)  # an interruption leaves what is measured
+    _write(output, result)
 
 
 def _check(setting: Setting) -> dict[str, dict[str, str]]:
@@ -72,24 +78,18 @@ def _check(setting: Setting) -> dict[str, dict[str, str]]:
     for repository, folder in ((SIT, setting.sit), (VIT5, setting.vit5)):
         if folder is not None:
             load(repository, folder)
-            found[repository.name] = {name: sha256(folder / name) for name in repository.files}
+            found[repository.name] = {str(file.relative_to(folder)): sha256(file) for file in folder.rglob("*.py")}
     if setting.run is not None:
-        pipeline_folder(setting.run)
-        load_config(setting.run / "config.yaml")
+        load_pipeline(setting.run)
+        open_images(load_config(setting.run / "config.yaml").data)
     return found
 
 
 def _write(output: Path, result: dict[str, Any]) -> None:
-    table = output.with_suffix(".md")
-    if output.suffix != ".json":
-        raise UserError(f"--output {output}: expected FILE.json, beside which {table.name} is written")
     lines = [*_head(result), *map(_line, result["rows"]), "", *_table(result["costs"][0])]
     lines += [_cells(entry.values()) for entry in result["costs"]]
-    try:
-        write_json(output, result)
-        write_text(table, "\n".join(lines) + "\n")
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written ({error.strerror}); choose another path") from error
+    write_json(output, result)
+    write_text(output.with_suffix(".md"), "\n".join(lines) + "\n")
 
 
 def _head(result: dict[str, Any]) -> list[str]:
@@ -114,7 +114,7 @@ def _line(found: Row) -> str:
     interval = f"{found['low']:.3g} - {found['high']:.3g}"
     medians = [f"{found[name]:.4g}" for name in ("our_median", "peer_median")]
     names = [found[name] for name in ("name", "mode", "ours", "peer")]
-    more = [f"{name} {value:.4g}" for name, value in found["more"].items()]
+    more = [f"{name} {value:.5g}" for name, value in found["more"].items()]
     return _cells([*names, f"{found['ratio']:.3g}", interval, *medians, found["unit"], ", ".join(more)])
 
 

@@ -28,6 +28,6 @@ def _cost(backbone: str, steps: int) -> dict[str, Any]:
         "forward GFLOPs an image": round(one.forward_flops / 1e9, 1),
         f"GB on each of {NUM_GPUS} GPUs": round(cost.memory_bytes(one, config, batch // NUM_GPUS, NUM_GPUS) / 1e9, 1),
         "GB sent a step": round(cost.communication_bytes(one, config, 1, NUM_GPUS) / 1e9, 2),
-        "assumed MFU": cost.ASSUMED_MFU,
+        "assumed utilisation": cost.ASSUMED_UTILISATION,
         **{f"computed {gpu}-hours": round(cost.gpu_hours(one, steps * batch, gpu, "bf16")) for gpu in cost.GPUS},
     }

@@ -44,7 +44,7 @@ def check(repository: Repository, folder: Path) -> None:
         if not found:
             raise UserError(
                 f"peer folder {folder}: expected a checkout of {repository.name}, with {text} in {name}; "
-                f"`git clone https://github.com/{repository.name}` and give that folder"
+                f"{_advice(repository)}"
             )
 
 
@@ -64,7 +64,17 @@ def load(repository: Repository, folder: Path) -> SimpleNamespace:
             modules = [importlib.import_module(Path(name).parts[0].removesuffix(".py")) for name in repository.files]
         except ImportError as error:
             raise UserError(f"peer folder {folder}: {error}; install what {repository.name} asks for") from error
-    return SimpleNamespace(**{name: value for module in modules for name, value in vars(module).items()})
+        except Exception as error:
+            raise UserError(f"peer folder {folder}: {error!r} in its code; {_advice(repository)}") from error
+    found = SimpleNamespace(**{name: value for module in modules for name, value in vars(module).items()})
+    for name in repository.files.values():
+        if not hasattr(found, name):
+            raise UserError(f"peer folder {folder}: its code defines no {name}; {_advice(repository)}")
+    return found
+
+
+def _advice(repository: Repository) -> str:
+    return f"`git clone https://github.com/{repository.name}` and give that folder"
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 import os
 import socket
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 from accelerate import PartialState
@@ -24,6 +26,7 @@ def fresh(function: Callable[..., T], *arguments: Any, count: int = 1) -> T:
 
 
 def _call(rank: int, count: int, port: int, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if count > 1:
         joined = {
             "RANK": rank,
@@ -37,3 +40,11 @@ def _call(rank: int, count: int, port: int, function: Callable[..., T], argument
         return function(*arguments)
     finally:
         PartialState().destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """Leave no process at work when the one that started it is killed."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

@@ -77,7 +77,7 @@ def rows(setting: Setting) -> Iterator[Row]:
         theirs = score(*published)
         chosen = next((one for one in CANDIDATES if no_worse(score(*one), theirs)), None)
         if chosen is None:
-            print(f"note: no candidate is as good as {peer}, whose distance is {theirs.distance:.4g}")
+            setting.note(f"sampling: no candidate is as good as {peer}, whose distance is {theirs.distance:.5g}")
             continue
         name, ours = "{}-{}".format(*chosen), score(*chosen)
         facts = {"images": len(labels), "our distance": ours.distance, "peer's distance": theirs.distance}

@@ -62,10 +62,13 @@ def _work(config: Config) -> float:
 
 
 def _processes(config: Config, sizes: Sizes) -> Row:
-    """Compare two processes with one, each with one thread, on the same global batch; one after the other."""
-    two, one = (fresh(_step_times, config, sizes, count=count) for count in (2, 1))
+    """Compare two processes with one, each with one thread, on the same global batch; in turn, afresh."""
+    times: dict[int, list[float]] = {1: [], 2: []}
+    while len(times[1]) < sizes.repetitions:
+        for count, found in times.items():
+            found += fresh(_step_times, config, sizes, count=count)
     sent = communication_bytes(run_cost(config), config, accumulation=1, num_processes=2)
-    pairs = list(zip(two, one, strict=True))
+    pairs = list(zip(times[2], times[1], strict=True))
     return row("scaling", "processes", "2", "1", pairs, more=_growth(pairs, math.log(2), -1) | {"MB sent": sent / 1e6})
 
 
@@ -76,4 +79,4 @@ def _growth(pairs: Pairs, factor: float, work_exponent: float) -> dict[str, floa
 def _step_times(config: Config, sizes: Sizes) -> list[float]:
     torch.set_num_threads(1)
     step = OurStep(config)
-    return [seconds(step) for _ in range(sizes.warm_up + sizes.repetitions)][sizes.warm_up :]
+    return [seconds(step) for _ in range(sizes.warm_up + sizes.repetitions_a_process)][sizes.warm_up :]

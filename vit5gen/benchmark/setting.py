@@ -1,6 +1,6 @@
 """What a benchmark is given: how large, how often, and against whom."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -9,6 +9,7 @@ class Sizes:
     """Sizes of all benchmarks; the defaults are those of the published comparison."""
 
     repetitions: int = 15
+    repetitions_a_process: int = 3  # of those of `repetitions` that run in processes of their own
     warm_up: int = 3
     memory_repetitions: int = 3
     latent_side: int = 32
@@ -27,6 +28,7 @@ class Sizes:
 FULL = Sizes()
 QUICK = Sizes(
     repetitions=2,
+    repetitions_a_process=1,
     warm_up=1,
     memory_repetitions=1,
     latent_side=4,
@@ -51,3 +53,9 @@ class Setting:
     sit: Path | None = None
     vit5: Path | None = None
     run: Path | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Add and print what no row can say."""
+        self.notes.append(text)
+        print(f"Note: {text}.", flush=True)

@@ -1,7 +1,6 @@
 """Samples and a reference to an evaluation card: every score, its error, and every setting that it depends on."""
 
 import json
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -34,7 +33,7 @@ from vit5gen.evaluation.reference import (
 )
 from vit5gen.evaluation.scores import METRICS, RELIABLE_COUNT, Score, available, scores
 from vit5gen.evaluation.sources import ImageSource, open_data, open_folder, open_npz
-from vit5gen.files import read_json, write_json
+from vit5gen.files import check_writable, read_json, write_json
 from vit5gen.pipeline import SiTPipeline, load_pipeline, pipeline_folder
 from vit5gen.sampling import SamplingJob, draw_labels, generate, start_processes
 
@@ -199,7 +198,7 @@ def evaluate_command(
         raise UserError(
             f"{option}: {samples[0]} holds images already; it is for runs and pipeline folders: leave it out"
         )
-    _check_writable(Path(output or save_statistics_to or "card.json"))
+    check_writable(output or save_statistics_to or "card.json")
     state = start_processes()
     network = load_extractor(extractor, state.device, weights, weights_sha256)
     if save_statistics_to is not None:
@@ -229,15 +228,6 @@ def evaluate_command(
 def is_main() -> bool:
     """Whether this process holds the results."""
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _check_writable(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another path") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path}: a folder, or in one that cannot be written; choose another path")
 
 
 def _is_pipeline(path: str) -> bool:

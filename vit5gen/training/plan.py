@@ -96,7 +96,7 @@ def time_line(config: Config, found: Cost) -> str:
     hours = [f"{_short(gpu_hours(found, images, gpu, settings.precision))} on {gpu}" for gpu in ("A100", "H100")]
     return (
         f"time:     {settings.num_steps:,} steps x {settings.global_batch_size} images: GPU-hours {', '.join(hours)} "
-        f"({settings.precision}, {cost.ASSUMED_MFU:.0%} of peak assumed)"
+        f"({settings.precision}, {cost.ASSUMED_UTILISATION:.0%} of peak assumed)"
     )
 
 
