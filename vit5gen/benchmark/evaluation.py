@@ -9,6 +9,7 @@ from statistics import median
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from vit5gen.benchmark.setting import Setting
 from vit5gen.benchmark.timing import Row, race, row
@@ -16,28 +17,34 @@ from vit5gen.evaluation import Extractor, FeatureStatistics, frechet_distance, l
 from vit5gen.evaluation.statistics import Grouped
 from vit5gen.files import sha256
 
+BATCHES = 20  # of images whose features are added in one repetition
+
 
 def rows(setting: Setting) -> Iterator[Row]:
     """Compare, for a batch of images: moments alone, in the groups of a standard error, and one final distance."""
     sizes, generator = setting.sizes, torch.Generator().manual_seed(0)
     count, side = sizes.scored_images, sizes.scored_side
     images = torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
-    indices = torch.arange(count)
     for name, extractor in (("effnet-lite0", load_extractor("effnet-lite0")), ("inception", random_inception())):
         features = torch.randn(2 * extractor.dim, extractor.dim, generator=generator)
-        moments, groups = FeatureStatistics(extractor.dim), Grouped.empty(extractor.dim)
         whole = FeatureStatistics(extractor.dim).update(features)
         mean, covariance = whole.mean, whole.covariance
-        batch = features[:count]
-        tasks: dict[str, Callable[[], object]] = {
-            "moments": partial(moments.update, batch),
-            "grouped moments": partial(groups.update, batch, indices),
-            "distance": partial(frechet_distance, mean, covariance, mean, covariance),
+        tasks: dict[str, tuple[float, Callable[[], object]]] = {
+            "moments": (BATCHES, partial(_add, Grouped.empty(extractor.dim, groups=1), features, count)),
+            "grouped moments": (BATCHES, partial(_add, Grouped.empty(extractor.dim), features, count)),
+            "distance": (1, partial(frechet_distance, mean, covariance, mean, covariance)),
         }
-        for mode, task in tasks.items():
-            pairs = race(task, partial(extractor, images), sizes)
+        for mode, (times, task) in tasks.items():
+            pairs = [(mine / times, theirs) for mine, theirs in race(task, partial(extractor, images), sizes)]
             shares = [mine / (mine + extraction) for mine, extraction in pairs]
             yield row("evaluation", mode, "statistics", name, pairs, more={"share of time": median(shares)})
+
+
+def _add(groups: Grouped, features: Tensor, count: int) -> None:
+    """Add some batches of ``count`` rows, and what waits for more."""
+    for batch in features[: BATCHES * count].split(count):
+        groups.update(batch, torch.arange(len(batch)))
+    assert groups.groups
 
 
 def random_inception() -> Extractor:

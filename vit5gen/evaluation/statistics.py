@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from vit5gen.errors import UserError
 GROUPS = 10
 _STRIP = 256
 _ROWS = 4096
+_ROWS_A_GROUP = 64
 
 
 class FeatureStatistics:
@@ -143,9 +144,13 @@ class FeatureStatistics:
 
 @dataclass(frozen=True)
 class Grouped:
-    """The rows of a set dealt into groups by sample index, so that a delete-group jackknife needs no second pass."""
+    """The rows of a set dealt into groups by sample index, so that a delete-group jackknife needs no second pass.
 
-    groups: tuple[FeatureStatistics, ...]
+    Rows wait until there are some for every group: however few are added, all of a scatter is read and written.
+    """
+
+    _groups: tuple[FeatureStatistics, ...]
+    _waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @classmethod
     def empty(cls, dim: int, groups: int = GROUPS) -> "Grouped":
@@ -153,8 +158,22 @@ class Grouped:
 
     def update(self, features: Tensor, indices: Tensor) -> None:
         """Add ``features (B, D)`` whose positions in the whole set are ``indices (B,)``."""
-        for residue, group in enumerate(self.groups):
-            group.update(features[indices % len(self.groups) == residue])
+        self._waiting.append((features, indices))
+        if sum(len(rows) for rows, _ in self._waiting) >= _ROWS_A_GROUP * len(self._groups):
+            self._deal()
+
+    def _deal(self) -> None:
+        if self._waiting:
+            features, indices = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+            self._waiting.clear()
+            for residue, group in enumerate(self._groups):
+                group.update(features[indices % len(self._groups) == residue])
+
+    @property
+    def groups(self) -> tuple[FeatureStatistics, ...]:
+        """Statistics of each group: of the rows whose index leaves the group's number as remainder."""
+        self._deal()
+        return self._groups
 
     def all_reduce(self) -> None:
         for group in self.groups:
