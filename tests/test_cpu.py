@@ -14,6 +14,15 @@ from vit5gen.models.classifier import ViT5
 from vit5gen.models.transformer import SiTTransformer2DModel
 
 
+@pytest.fixture(autouse=True)
+def highest():
+    """Begin at torch's default, which trainings in this process may have left."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 def test_fast_products_are_fp32_and_end_with_the_context():
     a, b = (torch.randn(700, 700, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     exact = a.double() @ b.double()
