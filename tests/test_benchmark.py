@@ -12,7 +12,8 @@ import torch
 from benchmark_peers import write_sit, write_vit5
 from tiny_run import make_inputs, run
 
-from vit5gen.benchmark import NAMES, memory, sampling, scaling
+from vit5gen import cpu
+from vit5gen.benchmark import NAMES, memory, sampling, scaling, train_step
 from vit5gen.benchmark.costs import costs
 from vit5gen.benchmark.peers import SIT, VIT5
 from vit5gen.benchmark.sampling import Score, no_worse
@@ -47,7 +48,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start no processes, which tests/test_benchmark_processes.py does."""
+    """Start no processes, which tests/test_benchmark_processes.py does; have every mode, whatever this CPU has."""
+    monkeypatch.setattr(cpu, "has_bf16", lambda: True)
     for module in (memory, scaling):
         monkeypatch.setattr(module, "fresh", lambda function, *arguments, count=1: function(*arguments))
 
@@ -85,6 +87,23 @@ def test_runs(name: str, folders: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "its figures mean nothing" in table
     assert table.startswith(printed)
     assert printed.count(f"\n| {name} | ") == len(EXPECTED[name])
+
+
+@pytest.mark.usefixtures("cheap")
+def test_without_bf16_fp32_is_the_fastest(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "has_bf16", lambda: False)
+    trained = []
+    build = train_step.OurStep
+    monkeypatch.setattr(train_step, "OurStep", lambda config: trained.append(config.training) or build(config))
+    assert execute("--sit @sit --only train-step --quick --output @fp32.json", folders) == 0
+    result = json.loads((folders / "fp32.json").read_text())
+    assert [(row["mode"], row["peer"]) for row in result["rows"]] == [
+        ("fp32", "sit"),
+        ("fastest", "sit"),
+        ("fastest", "vit5gen-sit"),
+    ]
+    assert {(settings.precision, settings.compile) for settings in trained} == {("fp32", True)}
+    assert any("no arithmetic in bf16" in note for note in result["notes"])
 
 
 def test_sampling_takes_the_first_that_is_no_worse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

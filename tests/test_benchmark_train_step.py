@@ -31,7 +31,7 @@ def test_our_step_is_that_of_the_loop(tmp_path: Path) -> None:
 
 def test_our_model_has_all_that_the_published_one_has() -> None:
     with torch.device("meta"):
-        model = build_model(step_config("fp32", FULL))
+        model = build_model(step_config(FULL))
     positions = 256 * 384  # a fixed table there, counted in the published number
     assert sum(p.numel() for p in model.parameters()) + positions == 32_963_360
 

@@ -98,6 +98,18 @@ def test_models_ask_for_them_where_no_gradient_is_recorded(monkeypatch):
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+@pytest.mark.parametrize(
+    ("precision", "device", "has", "warns"),
+    [("bf16", "cpu", False, True), ("bf16", "cpu", True, False), ("bf16", "cuda", False, False)]
+    + [(precision, "cpu", False, False) for precision in ("fp32", "tf32", "fp64")],
+)
+def test_slow_bf16_is_told(precision, device, has, warns, monkeypatch):
+    monkeypatch.setattr(cpu, "has_bf16", lambda: has)
+    shown = []
+    cpu.warn_of_slow_bf16(precision, torch.device(device), shown.append)
+    assert [("bf16" in text, "fp32" in text) for text in shown] == [(True, True)] * warns
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_memory_is_kept():
     code = (

@@ -180,7 +180,7 @@ class AutoencoderTraining(Section):
     l1_weight: NonNegative = Field(0.05, description="weight of the absolute error; that of the squared error is 1")
     kl_weight: NonNegative = Field(1e-3, description="weight of the divergence from the unit normal")
     max_shift: Natural = Field(2, description="training images move by up to so many pixels")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="arithmetic of convolutions")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of convolutions")
     seed: Natural = Field(0, description="fixes initialisation, order, augmentation and latent noise")
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from vit5gen.card import pipeline_hash, versions
 from vit5gen.config import EvaluationConfig, SamplingConfig
+from vit5gen.cpu import warn_of_slow_bf16
 from vit5gen.errors import UserError, choose
 from vit5gen.outputs import Output
 from vit5gen.pipeline import SAMPLERS, SiTPipeline, SiTScheduler, load_pipeline, pipeline_folder
@@ -169,6 +170,7 @@ def sample_command(
             target.tidy()  # a kill may have come between the card and this
         state.print(f"{target.path} is finished already; nothing to do")
         return
+    warn_of_slow_bf16(precision, state.device, state.print)
     _prepare(pipe, state.device, precision, compile)
     try:
         if state.is_main_process:

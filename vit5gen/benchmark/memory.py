@@ -9,7 +9,8 @@ from vit5gen.benchmark.peers import SIT, load
 from vit5gen.benchmark.processes import fresh
 from vit5gen.benchmark.setting import Setting, Sizes
 from vit5gen.benchmark.timing import Row, row
-from vit5gen.benchmark.train_step import OurStep, published_step, step_config
+from vit5gen.benchmark.train_step import OurStep, modes, published_step, step_config
+from vit5gen.config import Config
 
 STEPS = 3
 
@@ -19,11 +20,13 @@ def rows(setting: Setting) -> Iterator[Row]:
     if setting.sit is None:
         return
     sizes = setting.sizes
-    for mode in ("fp32", "fastest"):
+    for mode, precision in modes().items():
+        if mode == "bf16":
+            continue
         for checkpointing in (False, True):
+            config = step_config(sizes, precision=precision, compile=True, gradient_checkpointing=checkpointing)
             peaks = [
-                (fresh(_ours, mode, checkpointing, sizes), fresh(_published, setting.sit, sizes))
-                for _ in range(sizes.memory_repetitions)
+                (fresh(_ours, config), fresh(_published, setting.sit, sizes)) for _ in range(sizes.memory_repetitions)
             ]
             growth, absolute = ([(ours[i], theirs[i]) for ours, theirs in peaks] for i in (0, 1))
             highest = dict(zip(("our_peak", "peer_peak"), map(max, zip(*absolute, strict=True)), strict=True))
@@ -31,10 +34,8 @@ def rows(setting: Setting) -> Iterator[Row]:
             yield row("memory", name, "sit", "sit", growth, "MB", highest)
 
 
-def _ours(mode: str, checkpointing: bool, sizes: Sizes) -> tuple[float, float]:
-    config = step_config(mode, sizes, gradient_checkpointing=checkpointing)
-    if config.training.compile:
-        importlib.import_module("torch._inductor.compile_fx")
+def _ours(config: Config) -> tuple[float, float]:
+    importlib.import_module("torch._inductor.compile_fx")  # what compiles is not of the training
     return _peak(lambda: OurStep(config))
 
 

@@ -37,7 +37,7 @@ def rows(setting: Setting) -> Iterator[Row]:
     """
     sizes = setting.sizes
     small = replace(sizes, batch=sizes.batches[0])
-    config = partial(step_config, "fp32", backbone="vit5")
+    config = partial(step_config, backbone="vit5", precision="fp32")
     by_tokens = [config(replace(small, latent_side=side)) for side in sizes.sides]
     by_batch = [config(replace(sizes, batch=batch)) for batch in sizes.batches]
     pipe = SiTPipeline(build_model(by_batch[0]).eval(), SiTScheduler(), None)

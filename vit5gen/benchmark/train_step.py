@@ -10,31 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vit5gen import cpu
 from vit5gen.benchmark.peers import SIT, load
 from vit5gen.benchmark.setting import Setting, Sizes
 from vit5gen.benchmark.timing import Pairs, Row, race, row, seconds
 from vit5gen.config import Config, validate
-from vit5gen.cpu import fast_products
 from vit5gen.models.transformer import SIZES
 from vit5gen.training.build import latent_shape
 from vit5gen.training.plan import run_cost
 from vit5gen.training.process import make_accelerator
 from vit5gen.training.step import Trainee
 
-# The published code has fp32 alone; in "bf16" it is put under autocast, in "fastest" it stays as it is.
-MODES: dict[str, dict[str, Any]] = {
-    "fp32": {"precision": "fp32"},
-    "bf16": {"precision": "bf16"},
-    "fastest": {"precision": "bf16", "compile": True},
-}
+
+def modes() -> dict[str, str]:
+    """Return the precision of ours in each mode that this CPU has arithmetic for; compiled in all of them.
+
+    The published code has fp32 alone; in "bf16" it is put under autocast, in "fastest" it stays as it is.
+    """
+    if cpu.has_bf16():
+        return {"fp32": "fp32", "bf16": "bf16", "fastest": "bf16"}
+    return {"fp32": "fp32", "fastest": "fp32"}
 
 
-def step_config(mode: str, sizes: Sizes, backbone: str = "sit", **training: Any) -> Config:
+def step_config(sizes: Sizes, backbone: str = "sit", **training: Any) -> Config:
     """Return the configuration of an S/2 model that has all that the published one has."""
     sections = {
         "model": {"backbone": backbone, "preset": "S/2", "num_layers": sizes.num_layers, "learn_sigma": True},
         "data": {"resolution": 8 * sizes.latent_side},
-        "training": {"global_batch_size": sizes.batch, "trackers": [], **MODES[mode], **training},
+        "training": {"global_batch_size": sizes.batch, "trackers": [], **training},
     }
     return validate(Config, sections, "benchmark")
 
@@ -92,13 +95,17 @@ def published_step(folder: Path, sizes: Sizes, autocast: bool = False) -> Callab
 
 def rows(setting: Setting) -> Iterator[Row]:
     """Compare steps of the same batch, each with all that it needs from latents to averaged weights."""
-    sizes = setting.sizes
+    sizes, precisions = setting.sizes, modes()
+    if "bf16" not in precisions:
+        setting.note("train-step: this CPU has no arithmetic in bf16, so that mode is left out and fp32 is the fastest")
     if setting.sit is not None:
-        for mode in MODES:
-            config = step_config(mode, sizes)
+        for mode, precision in precisions.items():
+            config = step_config(sizes, precision=precision, compile=True)
             pairs = race(OurStep(config), published_step(setting.sit, sizes, mode == "bf16"), sizes)
             yield row("train-step", mode, "sit", "sit", pairs, more=_utilisation(config, pairs))
-    vit5, sit = (step_config("fastest", sizes, backbone) for backbone in ("vit5", "sit"))
+    vit5, sit = (
+        step_config(sizes, backbone, precision=precisions["fastest"], compile=True) for backbone in ("vit5", "sit")
+    )
     pairs = race(OurStep(vit5), OurStep(sit), sizes)
     yield row("train-step", "fastest", "vit5", "vit5gen-sit", pairs, more=_utilisation(vit5, pairs))
 
@@ -109,6 +116,6 @@ def _utilisation(config: Config, pairs: Pairs) -> dict[str, float]:
     speed = cost.training_flops * batch / median(ours for ours, _ in pairs)
     width, dtype = SIZES["S"][0], torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     a, b = torch.ones(batch * cost.tokens, width, dtype=dtype), torch.ones(width, 4 * width, dtype=dtype)
-    with fast_products():
+    with cpu.fast_products():
         product = 2 * a.numel() * 4 * width / min(seconds(lambda: a @ b) for _ in range(20))
     return {"GFLOP/s": speed / 1e9, "share of a product's speed": speed / product}

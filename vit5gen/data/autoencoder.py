@@ -17,6 +17,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from vit5gen.config import AutoencoderTraining, read_yaml, validate
+from vit5gen.cpu import warn_of_slow_bf16
 from vit5gen.data.images import ImageSet, open_images
 from vit5gen.errors import UserError
 
@@ -192,6 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
     start = time.perf_counter()
     try:
         config = validate(AutoencoderTraining, read_yaml(options.config), f"configuration {options.config}")
+        warn_of_slow_bf16(config.precision, torch.device("cpu"))
         score = train_autoencoder(config, options.output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
 from vit5gen.config import TrainingConfig
-from vit5gen.cpu import keep_freed_memory
+from vit5gen.cpu import keep_freed_memory, warn_of_slow_bf16
 from vit5gen.errors import UserError
 from vit5gen.sampling import start_processes
 
@@ -37,11 +37,13 @@ def make_accelerator(settings: TrainingConfig, output: Path) -> Accelerator:
     start_processes()
     keep_freed_memory()
     torch.set_float32_matmul_precision("highest" if settings.precision in ("fp32", "fp64") else "high")
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision="no",
         log_with=list(settings.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
     )
+    warn_of_slow_bf16(settings.precision, accelerator.device, accelerator.print)
+    return accelerator
 
 
 def autocast(settings: TrainingConfig, device: torch.device) -> torch.autocast:
