@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from benchmark_peers import write_sit, write_vit5
 from tiny_run import make_inputs, run
 
 from vit5gen import cpu
-from vit5gen.benchmark import NAMES, memory, sampling, scaling, train_step
+from vit5gen.benchmark import NAMES, evaluation, memory, sampling, scaling, train_step
 from vit5gen.benchmark.costs import costs
 from vit5gen.benchmark.peers import SIT, VIT5
 from vit5gen.benchmark.sampling import Score, no_worse
@@ -90,20 +91,77 @@ def test_runs(name: str, folders: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.usefixtures("cheap")
-def test_without_bf16_fp32_is_the_fastest(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "has_bf16", lambda: False)
-    trained = []
-    build = train_step.OurStep
-    monkeypatch.setattr(train_step, "OurStep", lambda config: trained.append(config.training) or build(config))
-    assert execute("--sit @sit --only train-step --quick --output @fp32.json", folders) == 0
-    result = json.loads((folders / "fp32.json").read_text())
-    assert [(row["mode"], row["peer"]) for row in result["rows"]] == [
-        ("fp32", "sit"),
-        ("fastest", "sit"),
-        ("fastest", "vit5gen-sit"),
-    ]
-    assert {(settings.precision, settings.compile) for settings in trained} == {("fp32", True)}
-    assert any("no arithmetic in bf16" in note for note in result["notes"])
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_what_is_measured_in_which_mode(has_bf16: bool, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "has_bf16", lambda: has_bf16)
+    ours: list[Any] = []
+    theirs: list[bool] = []
+    build, published = train_step.OurStep, train_step.published_step
+    monkeypatch.setattr(train_step, "OurStep", lambda config: ours.append(config) or build(config))
+    monkeypatch.setattr(
+        train_step,
+        "published_step",
+        lambda sit, sizes, autocast=False: theirs.append(autocast) or published(sit, sizes, autocast),
+    )
+    assert execute("--sit @sit --only train-step --quick --output @modes.json", folders) == 0
+    result = json.loads((folders / "modes.json").read_text())
+    assert all(config.training.compile for config in ours)
+    precisions = [(config.model.backbone, config.training.precision) for config in ours]
+    modes = [(row["mode"], row["peer"]) for row in result["rows"]]
+    checked, *autocast = theirs
+    assert not checked
+    if has_bf16:
+        assert precisions == [("sit", "fp32"), ("sit", "bf16"), ("sit", "bf16"), ("vit5", "bf16"), ("sit", "bf16")]
+        assert autocast == [False, True, False]
+        assert modes == [*((mode, "sit") for mode in ("fp32", "bf16", "fastest")), ("fastest", "vit5gen-sit")]
+    else:
+        assert precisions == [("sit", "fp32"), ("vit5", "fp32"), ("sit", "fp32")]  # the fastest is not measured again
+        assert autocast == [False]
+        assert modes == [("fp32", "sit"), ("fastest", "sit"), ("fastest", "vit5gen-sit")]
+    assert any("no instructions for bf16" in note for note in result["notes"]) is not has_bf16
+
+
+def test_memory_of_each_setting(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "has_bf16", lambda: True)
+    settings = []
+
+    def fresh(function: Callable[..., Any], *arguments: Any) -> tuple[float, float]:
+        if function is memory._published:
+            return 40.0, 90.0
+        settings.append((arguments[0].training.precision, arguments[0].training.gradient_checkpointing))
+        return 10.0, 60.0
+
+    monkeypatch.setattr(memory, "fresh", fresh)
+    assert execute("--sit @sit --only memory --quick --output @memory.json", folders) == 0
+    assert settings == [("fp32", False), ("fp32", True), ("bf16", False), ("bf16", True)]
+    for row in json.loads((folders / "memory.json").read_text())["rows"]:
+        assert row["ratio"] == 4
+        assert row["more"] == {"our_peak": 60, "peer_peak": 90}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_peak_is_that_of_the_steps() -> None:
+    megabytes = 300
+    kept: list[torch.Tensor] = []
+    growth, absolute = memory._peak(
+        lambda: lambda: kept.append(torch.ones(megabytes * 10**6 // memory.STEPS, dtype=torch.uint8))
+    )
+    assert 0.99 * megabytes < growth < 1.1 * megabytes
+    assert absolute > growth + 100  # the interpreter and torch
+
+
+def test_growth_by_hand() -> None:
+    """Twice the size takes four times as long: the exponent is 2."""
+    assert scaling._growth([(4.0, 1.0)], math.log(2), 1.5) == {"exponent": 2.0, "work exponent": 1.5}
+
+
+@pytest.mark.usefixtures("cheap")
+def test_share_of_statistics_by_hand(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "race", lambda ours, theirs, sizes: [(20.0, 3.0)])
+    assert execute("--only evaluation --quick --output @shares.json", folders) == 0
+    for row in json.loads((folders / "shares.json").read_text())["rows"]:
+        batches = 1 if row["mode"] == "distance" else 20
+        assert row["more"]["share of time"] == pytest.approx(20 / batches / (20 / batches + 3))
 
 
 def test_sampling_takes_the_first_that_is_no_worse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +190,7 @@ BAD = {
     "unknown benchmark": ("--only trian-step --output @r.json", ["trian-step", "'train-step'"]),
     "not a checkout": ("--sit @vit5 --output @r.json", ["vit5", "willisma/SiT", "git clone"]),
     "the other checkout": ("--vit5 @sit --output @r.json", ["sit", "wangf3014/ViT-5"]),
-    "missing folder": ("--vit5 @none --output @r.json", ["none", "wangf3014/ViT-5"]),
+    "missing folder": ("--vit5 @absent --output @r.json", ["absent", "wangf3014/ViT-5"]),
     "not a run": ("--run @sit --output @r.json", ["sit", "neither a run"]),
     "no json": ("--output @result.md", ["result.md", "FILE.json"]),
     "below a file": ("--output @sit/train.py/r.json", ["r.json", "cannot be written"]),
@@ -141,6 +199,10 @@ BAD = {
     "names in comments alone": ("--sit @comments --output @r.json", ["comments", "defines no SiT_models"]),
     "code that is broken": ("--vit5 @broken --output @r.json", ["broken", "SyntaxError", "git clone"]),
     "a folder": ("--output @folder.json", ["folder.json", "a folder"]),
+    "code of other models": ("--sit @none --output @r.json", ["none", "KeyError", "git clone"]),
+    "code that exits": ("--sit @exits --output @r.json", ["exits", "SystemExit", "git clone"]),
+    "name too long": (f"--output @{'r' * 250}.json", ["too long"]),
+    "no file system for files": ("--output /proc/r.json", ["/proc/r.json", "cannot be written"]),
 }
 
 
@@ -154,6 +216,9 @@ def test_bad_input_is_one_line(
         for file, defined in repository.files.items():
             (folders / name / file).parent.mkdir(parents=True, exist_ok=True)
             (folders / name / file).write_text(text.format(defined))
+    for name, text in (("none", "SiT_models = {}"), ("exits", "raise SystemExit('usage')")):
+        models = write_sit(folders / name) / "models.py"
+        models.write_text(models.read_text() + text)
     monkeypatch.setattr("vit5gen.benchmark.command.BENCHMARKS", {})
     words, named = BAD[case]
     assert execute(words, folders) == 2
@@ -184,8 +249,17 @@ def test_no_candidate_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_classifier_of_other_logits_is_no_peer(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert execute("--vit5 @other --only classifier --quick --output @other.json", folders) == 2
+    assert execute("--vit5 @other --only start-up --quick --output @other.json", folders) == 2
     assert "differs from ours by 0.1" in capsys.readouterr().err
+    assert not (folders / "other.json").exists()
+
+
+def test_a_classifier_of_other_blocks_is_no_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = write_vit5(tmp_path) / "models_vit5.py"
+    code = models.read_text()
+    models.write_text(code.replace("return super", "self.blocks[3].attn.q_norm.eps = 10\n        return super"))
+    assert execute("--vit5 @. --only start-up --quick --output @r.json", tmp_path) == 2
+    assert "differs from ours" in capsys.readouterr().err
 
 
 def test_no_worse_allows_one_standard_error() -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from benchmark_peers import write_sit
 from tiny_run import make_inputs, run, weights
@@ -36,12 +37,16 @@ def test_our_model_has_all_that_the_published_one_has() -> None:
     assert sum(p.numel() for p in model.parameters()) + positions == 32_963_360
 
 
-def test_the_published_step_trains_and_averages(tmp_path: Path) -> None:
-    step = published_step(write_sit(tmp_path), QUICK, autocast=True)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_published_step_trains_and_averages(autocast: bool, tmp_path: Path) -> None:
+    step = published_step(write_sit(tmp_path), QUICK, autocast)
     cells = dict(zip(step.__code__.co_freevars, (cell.cell_contents for cell in step.__closure__), strict=True))
     before = [weight.clone() for weight in cells["model"].parameters()]
+    met: list[bool] = []
+    cells["model"].register_forward_hook(lambda *_: met.append(torch.is_autocast_enabled("cpu")))
     step()
     step()
+    assert met == [autocast] * 2
     for old, new, average in zip(before, cells["model"].parameters(), cells["ema"].parameters(), strict=True):
         assert not torch.equal(old, new)
         assert torch.allclose(average, old + (new - old) * 1e-4, atol=1e-6)

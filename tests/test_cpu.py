@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
+from tiny_run import make_inputs
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vit5gen import cpu
+from vit5gen.cli import main
 from vit5gen.models.classifier import ViT5
 from vit5gen.models.transformer import SiTTransformer2DModel
 
@@ -96,6 +98,25 @@ def test_models_ask_for_them_where_no_gradient_is_recorded(monkeypatch):
             model(*inputs)
     assert met == ["highest", "medium"] * 2
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("has", [True, False])
+@pytest.mark.parametrize(
+    ("machine", "probe"),
+    [("x86_64", (torch.cpu, "_is_avx512_bf16_supported")), ("arm64", (torch.ops.mkldnn, "_is_mkldnn_bf16_supported"))],
+)
+def test_bf16_is_asked_of_the_processor(machine, probe, has, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(*probe, lambda: has)
+    assert cpu.has_bf16() is has
+
+
+def test_training_tells_of_slow_bf16(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cpu, "has_bf16", lambda: False)
+    for precision, told in (("bf16", True), ("fp32", False)):
+        with pytest.raises(SystemExit):
+            main(["train", str(make_inputs(tmp_path / precision)), "--dry-run", "--training.precision", precision])
+        assert ("slower than fp32 on this CPU" in capsys.readouterr().out) is told
 
 
 @pytest.mark.parametrize(

@@ -346,14 +346,21 @@ def test_launcher_that_starts_one_process_only(
 
 @pytest.mark.parametrize("options", [{"precision": "bf16"}, {"precision": "tf32"}, {"compile": True}])
 def test_fast_paths(
-    checkpoint: Path, tmp_path: Path, options: dict, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    checkpoint: Path,
+    tmp_path: Path,
+    options: dict,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr("vit5gen.cpu.has_bf16", lambda: False)
     request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", self._call_impl))
     settings = SamplingConfig(num_inference_steps=2, sampler="ode-euler")
     draw(checkpoint, tmp_path / "plain.npz", settings=settings)
     draw(checkpoint, tmp_path / "fast.npz", settings=settings, **options)
     plain, fast = (np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in ("plain", "fast"))
+    assert ("slower than fp32 on this CPU" in capsys.readouterr().out) is ("bf16" in options.values())
     assert abs(plain - fast).max() <= (8 if "bf16" in options.values() else 1)
 
 

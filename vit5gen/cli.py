@@ -267,5 +267,5 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(args.run(args) or 0)
     except UserError as error:
         # That of a data worker comes with its traceback.
-        print(f"error: {str(error).strip().split('UserError: ')[-1]}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split('UserError: ')[-1].split())}", file=sys.stderr)
         sys.exit(2)

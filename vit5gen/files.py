@@ -16,7 +16,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path that replaces ``path`` (after fsync) on success and is removed on failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # what the umask allows: some writers take less
@@ -32,12 +32,19 @@ def atomic(path: str | Path) -> Iterator[Path]:
 def check_writable(path: str | Path) -> None:
     """Raise `UserError` unless a file can be written there, before the work whose result it is to hold."""
     path = Path(path)
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another path") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path}: a folder, or in one that cannot be written; choose another path")
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; choose another path")
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def write_text(path: str | Path, text: str) -> None:

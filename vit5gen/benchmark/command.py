@@ -19,14 +19,16 @@ from vit5gen.benchmark import (
     train_step,
 )
 from vit5gen.benchmark.costs import costs
-from vit5gen.benchmark.peers import SIT, VIT5, load
+from vit5gen.benchmark.peers import SIT, VIT5, running
 from vit5gen.benchmark.setting import FULL, QUICK, Setting
 from vit5gen.benchmark.timing import Row
 from vit5gen.card import commit, versions
 from vit5gen.config import load_config
 from vit5gen.data.images import open_images
 from vit5gen.errors import UserError, choose
+from vit5gen.evaluation import load_extractor
 from vit5gen.files import check_writable, sha256, write_json, write_text
+from vit5gen.models.classifier import vit5_small
 from vit5gen.pipeline import load_pipeline
 
 _MODULES = (train_step, classifier, sampling, evaluation, memory, start_up, scaling)
@@ -56,6 +58,8 @@ def benchmark_command(
         for name, option in _NEEDS.items()
         if name in names and given[option] is None
     ]
+    if {"train-step", "memory"} & set(names) and "bf16" not in train_step.modes():
+        notes.append("this CPU has no instructions for bf16: that mode is left out, and the fastest is fp32")
     folders = {name: None if folder is None else Path(folder) for name, folder in given.items()}
     setting = Setting(QUICK if quick else FULL, **folders, notes=notes)
     result: dict[str, Any] = {"rows": [], "quick": quick, "notes": notes, "peers": _check(setting)}
@@ -75,14 +79,24 @@ def benchmark_command(
 def _check(setting: Setting) -> dict[str, dict[str, str]]:
     """Raise `UserError` for folders that are not what they should be; return the hashes of the peers' files."""
     found = {}
-    for repository, folder in ((SIT, setting.sit), (VIT5, setting.vit5)):
-        if folder is not None:
-            load(repository, folder)
-            found[repository.name] = {str(file.relative_to(folder)): sha256(file) for file in folder.rglob("*.py")}
+    if setting.sit is not None:
+        with running(SIT, setting.sit):
+            train_step.published_step(setting.sit, QUICK)()
+        found[SIT.name] = _hashes(setting.sit)
+    if setting.vit5 is not None:
+        side = QUICK.image_side
+        classifier.published(setting.vit5, vit5_small(img_size=side).eval(), torch.ones(1, 3, side, side))
+        found[VIT5.name] = _hashes(setting.vit5)
     if setting.run is not None:
         load_pipeline(setting.run)
-        open_images(load_config(setting.run / "config.yaml").data)
+        config = load_config(setting.run / "config.yaml")
+        open_images(config.data)
+        load_extractor(config.evaluation.extractor)
     return found
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {str(file.relative_to(folder)): sha256(file) for file in folder.rglob("*.py") if file.is_file()}
 
 
 def _write(output: Path, result: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Peak memory of training, each in a fresh process."""
 
 import ctypes
-import importlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 from vit5gen.benchmark.peers import SIT, load
@@ -13,38 +13,40 @@ from vit5gen.benchmark.train_step import OurStep, modes, published_step, step_co
 from vit5gen.config import Config
 
 STEPS = 3
+Peak = tuple[float, float]  # beyond the present, and absolute
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Compare what training takes beyond its imports; the absolute peaks stand beside it."""
+    """Compare what training takes beyond the imports of its code; the absolute peaks stand beside it."""
     if setting.sit is None:
         return
-    sizes = setting.sizes
-    for mode, precision in modes().items():
-        if mode == "bf16":
-            continue
+    sizes, precisions = setting.sizes, modes()
+
+    @cache
+    def measure(sit: Path, precision: str, checkpointing: bool) -> list[tuple[Peak, Peak]]:
+        config, runs = step_config(sizes, precision=precision, gradient_checkpointing=checkpointing), range(repetitions)
+        return [(fresh(_ours, config), fresh(_published, sit, sizes)) for _ in runs]
+
+    repetitions = sizes.fresh_repetitions
+    for mode in ("fp32", "fastest"):
         for checkpointing in (False, True):
-            config = step_config(sizes, precision=precision, compile=True, gradient_checkpointing=checkpointing)
-            peaks = [
-                (fresh(_ours, config), fresh(_published, setting.sit, sizes)) for _ in range(sizes.memory_repetitions)
-            ]
+            peaks = measure(setting.sit, precisions[mode], checkpointing)
             growth, absolute = ([(ours[i], theirs[i]) for ours, theirs in peaks] for i in (0, 1))
             highest = dict(zip(("our_peak", "peer_peak"), map(max, zip(*absolute, strict=True)), strict=True))
             name = mode + "-checkpointing" * checkpointing
             yield row("memory", name, "sit", "sit", growth, "MB", highest)
 
 
-def _ours(config: Config) -> tuple[float, float]:
-    importlib.import_module("torch._inductor.compile_fx")  # what compiles is not of the training
+def _ours(config: Config) -> Peak:
     return _peak(lambda: OurStep(config))
 
 
-def _published(folder: Path, sizes: Sizes) -> tuple[float, float]:
+def _published(folder: Path, sizes: Sizes) -> Peak:
     load(SIT, folder)
     return _peak(lambda: published_step(folder, sizes))
 
 
-def _peak(build: Callable[[], Callable[[], None]]) -> tuple[float, float]:
+def _peak(build: Callable[[], Callable[[], None]]) -> Peak:
     """Return (growth over the present, absolute) peak memory of this process after some steps, in MB."""
     ctypes.CDLL(None).malloc_trim(0)  # what imports freed would hide a part of the growth
     Path("/proc/self/clear_refs").write_text("5")  # begin the peak anew

@@ -17,6 +17,10 @@ import torch
 from vit5gen.errors import UserError
 
 
+class PeerError(UserError):
+    """A folder that is not the peer it was given as."""
+
+
 @dataclass(frozen=True)
 class Repository:
     """A repository on GitHub, and what tells its checkout: files, each with a name that it defines."""
@@ -35,14 +39,14 @@ _NEEDLESS = ("torchdiffeq", "wandb")
 
 
 def check(repository: Repository, folder: Path) -> None:
-    """Raise `UserError` unless ``folder`` is a checkout of the repository."""
+    """Raise `PeerError` unless ``folder`` is a checkout of the repository."""
     for name, text in repository.files.items():
         try:
             found = text in (folder / name).read_text(encoding="utf-8", errors="replace")
         except OSError:
             found = False
         if not found:
-            raise UserError(
+            raise PeerError(
                 f"peer folder {folder}: expected a checkout of {repository.name}, with {text} in {name}; "
                 f"{_advice(repository)}"
             )
@@ -52,25 +56,34 @@ def load(repository: Repository, folder: Path) -> SimpleNamespace:
     """Run the repository's own code and return everything that the modules of its files define.
 
     Neither its folder nor its modules stay on Python's paths, and it registers no model with timm.
-    Raises `UserError` when it is no checkout, or needs a package that is not installed.
+    Raises `PeerError` when it is no checkout, or needs a package that is not installed.
     """
     check(repository, folder)
     with (
         warnings.catch_warnings(action="ignore"),
         patch("timm.models.registry.register_model", lambda function: function),
         _modules_of(folder.resolve()),
+        running(repository, folder),
     ):
-        try:
-            modules = [importlib.import_module(Path(name).parts[0].removesuffix(".py")) for name in repository.files]
-        except ImportError as error:
-            raise UserError(f"peer folder {folder}: {error}; install what {repository.name} asks for") from error
-        except Exception as error:
-            raise UserError(f"peer folder {folder}: {error!r} in its code; {_advice(repository)}") from error
+        modules = [importlib.import_module(Path(name).parts[0].removesuffix(".py")) for name in repository.files]
     found = SimpleNamespace(**{name: value for module in modules for name, value in vars(module).items()})
     for name in repository.files.values():
         if not hasattr(found, name):
-            raise UserError(f"peer folder {folder}: its code defines no {name}; {_advice(repository)}")
+            raise PeerError(f"peer folder {folder}: its code defines no {name}; {_advice(repository)}")
     return found
+
+
+@contextmanager
+def running(repository: Repository, folder: Path) -> Iterator[None]:
+    """Turn whatever fails in a peer's code into a `PeerError`."""
+    try:
+        yield
+    except PeerError:
+        raise
+    except ImportError as error:
+        raise PeerError(f"peer folder {folder}: {error}; install what {repository.name} asks for") from error
+    except (Exception, SystemExit) as error:
+        raise PeerError(f"peer folder {folder}: {error!r} in its code; {_advice(repository)}") from error
 
 
 def _advice(repository: Repository) -> str:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import median
 
 import torch
 
@@ -37,7 +38,7 @@ def rows(setting: Setting) -> Iterator[Row]:
     """
     sizes = setting.sizes
     small = replace(sizes, batch=sizes.batches[0])
-    config = partial(step_config, backbone="vit5", precision="fp32")
+    config = partial(step_config, backbone="vit5", precision="fp32", compile=False)
     by_tokens = [config(replace(small, latent_side=side)) for side in sizes.sides]
     by_batch = [config(replace(sizes, batch=batch)) for batch in sizes.batches]
     pipe = SiTPipeline(build_model(by_batch[0]).eval(), SiTScheduler(), None)
@@ -63,12 +64,9 @@ def _work(config: Config) -> float:
 
 def _processes(config: Config, sizes: Sizes) -> Row:
     """Compare two processes with one, each with one thread, on the same global batch; in turn, afresh."""
-    times: dict[int, list[float]] = {1: [], 2: []}
-    while len(times[1]) < sizes.repetitions:
-        for count, found in times.items():
-            found += fresh(_step_times, config, sizes, count=count)
+    runs = range(sizes.fresh_repetitions)
+    pairs = [(fresh(_step_time, config, sizes, count=2), fresh(_step_time, config, sizes)) for _ in runs]
     sent = communication_bytes(run_cost(config), config, accumulation=1, num_processes=2)
-    pairs = list(zip(times[2], times[1], strict=True))
     return row("scaling", "processes", "2", "1", pairs, more=_growth(pairs, math.log(2), -1) | {"MB sent": sent / 1e6})
 
 
@@ -76,7 +74,7 @@ def _growth(pairs: Pairs, factor: float, work_exponent: float) -> dict[str, floa
     return {"exponent": -math.log(ratio(pairs)[0]) / factor, "work exponent": work_exponent}
 
 
-def _step_times(config: Config, sizes: Sizes) -> list[float]:
+def _step_time(config: Config, sizes: Sizes) -> float:
     torch.set_num_threads(1)
     step = OurStep(config)
-    return [seconds(step) for _ in range(sizes.warm_up + sizes.repetitions_a_process)][sizes.warm_up :]
+    return median([seconds(step) for _ in range(2 * sizes.warm_up)][sizes.warm_up :])

@@ -9,9 +9,8 @@ class Sizes:
     """Sizes of all benchmarks; the defaults are those of the published comparison."""
 
     repetitions: int = 15
-    repetitions_a_process: int = 3  # of those of `repetitions` that run in processes of their own
+    fresh_repetitions: int = 5  # of what runs in processes of its own
     warm_up: int = 3
-    memory_repetitions: int = 3
     latent_side: int = 32
     num_layers: int = 12  # of our models
     batch: int = 16
@@ -28,9 +27,8 @@ class Sizes:
 FULL = Sizes()
 QUICK = Sizes(
     repetitions=2,
-    repetitions_a_process=1,
+    fresh_repetitions=1,
     warm_up=1,
-    memory_repetitions=1,
     latent_side=4,
     num_layers=1,
     batch=2,
