@@ -1,8 +1,10 @@
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,16 @@ def test_processes_are_fresh_and_joined() -> None:
     (one, pid, alone), (two, other, both) = fresh(joined, 3), fresh(joined, 3, count=2)
     assert (one, alone, two, both) == (1, 3, 2, 7)
     assert len({pid, other, os.getpid()}) == 3
+
+
+def interrupt_itself() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_process_ends_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BrokenProcessPool):
+        fresh(interrupt_itself)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def tell_and_sleep(file: str) -> None:

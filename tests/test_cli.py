@@ -159,3 +159,14 @@ def test_help_is_quick_and_names_every_key() -> None:
         assert option in done.stdout
     heavy = "import sys, vit5gen.cli; vit5gen.cli.build_parser(); assert not {'torch', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, check=True)
+
+
+def test_ctrl_c_is_one_word(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vit5gen.benchmark.command.benchmark_command", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["benchmark", "--output", "r.json"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"

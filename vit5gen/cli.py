@@ -257,7 +257,7 @@ def build_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and exit: 0 done, 2 bad input (one line on standard error), or the command's own code."""
+    """Run one command and exit: 0 done, 2 bad input (one line on standard error), 130 Ctrl-C, or a code of its own."""
     try:
         args, unknown = build_parser().parse_known_args(argv)
         if unknown:
@@ -269,3 +269,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         # That of a data worker comes with its traceback.
         print(f"error: {' '.join(str(error).split('UserError: ')[-1].split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,6 +1,7 @@
 """Fresh interpreters for what must not meet the past of this one: peak memory, and processes joined by gloo."""
 
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -19,7 +20,8 @@ def fresh(function: Callable[..., T], *arguments: Any, count: int = 1) -> T:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+    end_silently = (signal.signal, (signal.SIGINT, signal.SIG_DFL))  # Ctrl-C comes to all; one tells of it
+    with ProcessPoolExecutor(count, get_context("spawn"), *end_silently) as pool:
         calls = [pool.submit(_call, rank, count, port, function, arguments) for rank in range(count)]
         results = [call.result() for call in calls]
     return results[0]
