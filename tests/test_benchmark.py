@@ -263,9 +263,11 @@ def test_a_classifier_of_other_blocks_is_no_peer(tmp_path: Path, capsys: pytest.
 
 
 def test_no_worse_allows_one_standard_error() -> None:
-    theirs = Score(5.0, 0.25, 250)
-    for distance, expected in ((5.25, True), (5.26, False), (4.0, True)):
-        assert no_worse(Score(distance, 9.0, 10), theirs) is expected
+    theirs = Score(5.0, (5.0, 5.0, 5.0), 250)
+    differences = (0.3, 0.0, -0.3)  # variance 0.06 over 3 groups: standard error sqrt(0.06 * 2)
+    for excess, expected in ((0.34, True), (0.35, False), (-1.0, True)):
+        ours = Score(5 + excess, tuple(5 + value for value in differences), 10)
+        assert no_worse(ours, theirs) is expected
 
 
 def test_costs_by_hand() -> None:

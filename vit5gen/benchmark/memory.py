@@ -24,10 +24,10 @@ def rows(setting: Setting) -> Iterator[Row]:
 
     @cache
     def measure(sit: Path, precision: str, checkpointing: bool) -> list[tuple[Peak, Peak]]:
-        config, runs = step_config(sizes, precision=precision, gradient_checkpointing=checkpointing), range(repetitions)
+        config = step_config(sizes, precision=precision, gradient_checkpointing=checkpointing)
+        runs = range(sizes.fresh_repetitions)
         return [(fresh(_ours, config), fresh(_published, sit, sizes)) for _ in runs]
 
-    repetitions = sizes.fresh_repetitions
     for mode in ("fp32", "fastest"):
         for checkpointing in (False, True):
             peaks = measure(setting.sit, precisions[mode], checkpointing)
