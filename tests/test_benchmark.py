@@ -241,6 +241,18 @@ def test_a_broken_run_costs_no_earlier_result(tmp_path: Path, capsys: pytest.Cap
     assert (tmp_path / "result.json").read_text() == "earlier"
 
 
+def test_an_absent_extractor_ends_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(make_inputs(tmp_path), tmp_path / "run", training__num_steps=1)
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("extractor: effnet-lite0", "extractor: absent"))
+    capsys.readouterr()
+    assert execute("--run @run --only start-up --quick --output @result.json", tmp_path) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "absent" in printed.err
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_no_candidate_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(make_inputs(tmp_path), tmp_path / "run", training__num_steps=1)
     monkeypatch.setattr(sampling, "CANDIDATES", [])

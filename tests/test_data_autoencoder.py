@@ -138,6 +138,17 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("precision", "told"), [("bf16", True), ("fp32", False)])
+def test_command_tells_of_slow_bf16(
+    precision: str, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("vit5gen.cpu.has_bf16", lambda: False)
+    (tmp_path / "none.yaml").write_text(f"data: {{path: {tmp_path / 'absent'}}}\nprecision: {precision}\n")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "none.yaml"), "--output", str(tmp_path / "out")])
+    assert ("slower than fp32 on this CPU" in capsys.readouterr().out) is told
+
+
 def test_committed_configuration_is_valid() -> None:
     path = Path(__file__).parents[1] / "configs" / "vae" / "emoji.yaml"
     config = validate(AutoencoderTraining, read_yaml(path), str(path))
