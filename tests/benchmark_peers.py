@@ -5,17 +5,38 @@ from pathlib import Path
 SIT = {
     "models.py": """
 import torch
-from torch import nn
+from vit5gen.models import SiTTransformer2DModel
 
-class Linear(nn.Module):
+NAMES = {
+    "patch_embed.": "x_embedder.proj.",
+    "time_embed.fc1.": "t_embedder.mlp.0.",
+    "time_embed.fc2.": "t_embedder.mlp.2.",
+    "label_embed.": "y_embedder.embedding_table.",
+    "head.": "final_layer.",
+    "modulation.": "adaLN_modulation.1.",
+    "backbone.": "",
+}
+
+class Published(SiTTransformer2DModel):
     def __init__(self, input_size, num_classes):
-        super().__init__()
-        self.labels, self.mix = nn.Embedding(num_classes, 4), nn.Conv2d(4, 4, 1)
+        sizes = {"hidden_size": 24, "num_layers": 1, "num_attention_heads": 6, "patch_size": 2}
+        super().__init__(backbone="sit", sample_size=input_size, num_classes=num_classes, learn_sigma=True, **sizes)
+        for parameter in self.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+
+    def state_dict(self):
+        state = {}
+        for name, value in super().state_dict().items():
+            for ours, published in NAMES.items():
+                name = name.replace(ours, published)
+            state[name] = value
+        state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].unflatten(1, (4, 2, 2))
+        return state
 
     def forward(self, x, t, y):
-        return self.mix(x) * t[:, None, None, None] + self.labels(y)[:, :, None, None]
+        return super().forward(x, t, y) * FACTOR
 
-SiT_models = {"SiT-S/2": Linear}
+SiT_models = {"SiT-S/2": Published}
 """,
     "transport/__init__.py": "from .transport import create_transport\n",
     "transport/transport.py": """
@@ -30,8 +51,11 @@ class Transport:
 def create_transport():
     return Transport()
 """,
-    "wandb_utils.py": "import wandb\n",
+    "wandb_utils.py": "import importlib.util\n\nimport wandb\n\nimportlib.util.find_spec('wandb')\n",
     "train.py": """
+import torch
+
+torch.backends.cuda.matmul.allow_tf32 = True
 import wandb_utils
 from models import SiT_models
 
@@ -60,8 +84,9 @@ def vit5_small(img_size=224, **options):
 }
 
 
-def write_sit(folder: Path) -> Path:
-    return _write(folder, SIT)
+def write_sit(folder: Path, factor: float = 1) -> Path:
+    """factor: of the output, wrong unless one."""
+    return _write(folder, SIT | {"models.py": f"FACTOR = {factor}\n{SIT['models.py']}"})
 
 
 def write_vit5(folder: Path, offset: float = 0) -> Path:

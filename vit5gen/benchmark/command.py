@@ -19,11 +19,12 @@ from vit5gen.benchmark import (
     train_step,
 )
 from vit5gen.benchmark.costs import costs
-from vit5gen.benchmark.peers import SIT, VIT5, running
+from vit5gen.benchmark.peers import SIT, VIT5
 from vit5gen.benchmark.setting import FULL, QUICK, Setting
 from vit5gen.benchmark.timing import Row
 from vit5gen.card import commit, versions
 from vit5gen.config import load_config
+from vit5gen.cpu import keep_freed_memory
 from vit5gen.data.images import open_images
 from vit5gen.errors import UserError, choose
 from vit5gen.evaluation import load_extractor
@@ -62,6 +63,9 @@ def benchmark_command(
         notes.append("this CPU has no instructions for bf16: that mode is left out, and the fastest is fp32")
     folders = {name: None if folder is None else Path(folder) for name, folder in given.items()}
     setting = Setting(QUICK if quick else FULL, **folders, notes=notes)
+    keep_freed_memory()  # as training does, for both sides of whatever is measured
+    if "evaluation" in names:
+        load_extractor(evaluation.PRETRAINED)
     result: dict[str, Any] = {"rows": [], "quick": quick, "notes": notes, "peers": _check(setting)}
     for path in (output, output.with_suffix(".md")):
         check_writable(path)
@@ -80,15 +84,15 @@ def _check(setting: Setting) -> dict[str, dict[str, str]]:
     """Raise `UserError` for folders that are not what they should be; return the hashes of the peers' files."""
     found = {}
     if setting.sit is not None:
-        with running(SIT, setting.sit):
-            train_step.published_step(setting.sit, QUICK)()
+        train_step.check_published(setting.sit)
         found[SIT.name] = _hashes(setting.sit)
     if setting.vit5 is not None:
         side = QUICK.image_side
         classifier.published(setting.vit5, vit5_small(img_size=side).eval(), torch.ones(1, 3, side, side))
         found[VIT5.name] = _hashes(setting.vit5)
     if setting.run is not None:
-        load_pipeline(setting.run)
+        if load_pipeline(setting.run).vae is None:
+            raise UserError(f"--run {setting.run}: its pipeline has no autoencoder; expected a trained run")
         config = load_config(setting.run / "config.yaml")
         open_images(config.data)
         load_extractor(config.evaluation.extractor)
@@ -102,8 +106,11 @@ def _hashes(folder: Path) -> dict[str, str]:
 def _write(output: Path, result: dict[str, Any]) -> None:
     lines = [*_head(result), *map(_line, result["rows"]), "", *_table(result["costs"][0])]
     lines += [_cells(entry.values()) for entry in result["costs"]]
-    write_json(output, result)
-    write_text(output.with_suffix(".md"), "\n".join(lines) + "\n")
+    try:
+        write_json(output, result)
+        write_text(output.with_suffix(".md"), "\n".join(lines) + "\n")
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}); make room, or choose another path") from error
 
 
 def _head(result: dict[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Peak memory of training, each in a fresh process."""
 
 import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -17,8 +18,14 @@ Peak = tuple[float, float]  # beyond the present, and absolute
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Compare what training takes beyond the imports of its code; the absolute peaks stand beside it."""
+    """Compare what training takes beyond the imports of its code; the absolute peaks stand beside it.
+
+    Raises `PeerError` where ``setting.sit`` is no checkout of the peer.
+    """
     if setting.sit is None:
+        return
+    if sys.platform != "linux":
+        setting.note("memory: left out, for peaks are read from Linux's /proc")
         return
     sizes, precisions = setting.sizes, modes()
 

@@ -1,6 +1,7 @@
 """Published repositories, imported from the folder into which a user has checked them out, on the CPU."""
 
 import importlib
+import importlib.machinery
 import importlib.util
 import sys
 import warnings
@@ -55,7 +56,8 @@ def check(repository: Repository, folder: Path) -> None:
 def load(repository: Repository, folder: Path) -> SimpleNamespace:
     """Run the repository's own code and return everything that the modules of its files define.
 
-    Neither its folder nor its modules stay on Python's paths, and it registers no model with timm.
+    Neither its folder nor its modules stay on Python's paths, nor what it sets of torch, and it registers no model with
+    timm.
     Raises `PeerError` when it is no checkout, or needs a package that is not installed.
     """
     check(repository, folder)
@@ -63,6 +65,7 @@ def load(repository: Repository, folder: Path) -> SimpleNamespace:
         warnings.catch_warnings(action="ignore"),
         patch("timm.models.registry.register_model", lambda function: function),
         _modules_of(folder.resolve()),
+        _precision_of_products(),
         running(repository, folder),
     ):
         modules = [importlib.import_module(Path(name).parts[0].removesuffix(".py")) for name in repository.files]
@@ -94,6 +97,8 @@ def _advice(repository: Repository) -> str:
 def _modules_of(folder: Path) -> Iterator[None]:
     """Let names such as ``models`` and ``utils`` mean those of ``folder`` for a while."""
     absent: dict[str, Any] = {name: MagicMock() for name in _NEEDLESS if importlib.util.find_spec(name) is None}
+    for name, module in absent.items():
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # which others ask for to know whether it is there
     names = absent.keys() | {path.stem for path in folder.iterdir()}
 
     def take_out() -> dict[str, Any]:
@@ -107,6 +112,18 @@ def _modules_of(folder: Path) -> Iterator[None]:
     finally:
         take_out()
         sys.modules.update(hidden)
+
+
+@contextmanager
+def _precision_of_products() -> Iterator[None]:
+    """Go back to the precision of fp32 products from before, which SiT's train.py lowers for GPUs."""
+    before = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = cudnn
 
 
 @contextmanager

@@ -16,7 +16,10 @@ T = TypeVar("T")
 
 
 def fresh(function: Callable[..., T], *arguments: Any, count: int = 1) -> T:
-    """Call a module's function in ``count`` fresh processes that train together; return the result of the first."""
+    """Call a module's function in ``count`` fresh processes that train together; return the result of the first.
+
+    Raises what the function raises, and `BrokenProcessPool` when a process is killed.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -6,21 +6,25 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vit5gen import cpu
-from vit5gen.benchmark.peers import SIT, load
-from vit5gen.benchmark.setting import Setting, Sizes
+from vit5gen.benchmark.peers import SIT, PeerError, load, running
+from vit5gen.benchmark.setting import QUICK, Setting, Sizes
 from vit5gen.benchmark.timing import Pairs, Row, race, row, seconds
 from vit5gen.config import Config, validate
+from vit5gen.models import load_sit
 from vit5gen.models.transformer import SIZES
 from vit5gen.training.build import latent_shape
 from vit5gen.training.plan import run_cost
 from vit5gen.training.process import make_accelerator
 from vit5gen.training.step import Trainee
+
+TOLERANCE = 1e-4  # of an output's norm, in fp32
 
 
 def modes() -> dict[str, str]:
@@ -67,14 +71,18 @@ class OurStep:
         self.number = 0
 
     def __call__(self) -> None:
-        assert self.trainee.step(self.number, self.batches).finite
+        finite = self.trainee.step(self.number, self.batches).finite
+        assert finite
         self.number += 1
 
 
 def published_step(folder: Path, sizes: Sizes, autocast: bool = False) -> Callable[[], None]:
-    """Return the training step of the published train.py: its model, loss, optimizer and average, as they are."""
+    """Return the training step of the published train.py: its model, loss, optimizer and average, as they are.
+
+    Raises `PeerError` where ``folder`` is no checkout of it.
+    """
     peer, side, batch = load(SIT, folder), sizes.latent_side, sizes.batch
-    model = peer.SiT_models["SiT-S/2"](input_size=side, num_classes=1000)
+    model = _published_model(peer, side)
     ema = deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
     transport = peer.create_transport()
@@ -94,8 +102,39 @@ def published_step(folder: Path, sizes: Sizes, autocast: bool = False) -> Callab
     return step
 
 
+def _published_model(peer: SimpleNamespace, side: int) -> nn.Module:
+    return peer.SiT_models["SiT-S/2"](input_size=side, num_classes=1000)
+
+
+def check_published(folder: Path) -> None:
+    """Take a step of a tiny size, and hold the model against ours, which is given its weights.
+
+    They are drawn at random, for its initial ones give zeros. Raises `PeerError` for code that fails and other models.
+    """
+    sizes, generator = QUICK, torch.Generator().manual_seed(0)
+    with running(SIT, folder):
+        published_step(folder, sizes)()
+        theirs = _published_model(load(SIT, folder), sizes.latent_side).eval()
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                parameter.normal_(std=0.1, generator=generator)
+            ours = load_sit(theirs.state_dict(), num_attention_heads=SIZES["S"][2])
+            x = torch.randn(2, 4, sizes.latent_side, sizes.latent_side, generator=generator)
+            inputs = x, torch.tensor([0.2, 0.7]), torch.tensor([0, 999])
+            expected = theirs(*inputs)
+            difference = float((ours(*inputs) - expected).norm() / expected.norm())
+    if not difference <= TOLERANCE:
+        raise PeerError(
+            f"peer folder {folder}: its SiT-S/2 differs from ours by {difference:.2g} of its output; "
+            "expected the published model"
+        )
+
+
 def rows(setting: Setting) -> Iterator[Row]:
-    """Compare steps of the same batch, each with all that it needs from latents to averaged weights."""
+    """Compare steps of the same batch, each with all that it needs from latents to averaged weights.
+
+    Raises `PeerError` where ``setting.sit`` is no checkout of the peer.
+    """
     sizes, precisions = setting.sizes, modes()
 
     @cache
