@@ -132,14 +132,17 @@ def test_slow_bf16_is_told(precision, device, has, warns, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_freed_memory_is_kept():
+@pytest.mark.parametrize(("large", "mebibytes", "kept"), [(True, 16, True), (False, 16, False), (False, 4, True)])
+def test_freed_memory_is_kept(large, mebibytes, kept):
     code = (
-        "import resource, torch; from vit5gen.cpu import keep_freed_memory; keep_freed_memory()\n"
+        f"import resource, torch; from vit5gen.cpu import keep_freed_memory; keep_freed_memory(large={large})\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    [torch.ones(2**20) for _ in range(8)]\n"
+        f"    [torch.ones({mebibytes} * 2**18) for _ in range(8)]\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
         "print(*[faults() for _ in range(8)])"
     )
     faults = [int(number) for number in subprocess.check_output([sys.executable, "-c", code], text=True).split()]
-    assert faults[0] > 4 * 2**22 / resource.getpagesize() > 50 * faults[-1]
+    once = mebibytes * 2**20 / resource.getpagesize()
+    assert faults[0] > once
+    assert (once > 10 * faults[-1]) is kept

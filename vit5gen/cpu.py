@@ -84,9 +84,14 @@ def warn_of_slow_bf16(precision: str, device: torch.device, show: Callable[[str]
         show("note: precision bf16 is many times slower than fp32 on this CPU, which has no arithmetic for it")
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next step: to get it zeroed anew takes up to 10 % of a step."""
+def keep_freed_memory(large: bool = True) -> None:
+    """Have glibc keep what is freed for the next step: to get it zeroed anew takes up to 10 % of a step.
+
+    large: False has blocks of 8 MiB or more given back, for the gaps that they leave add to the peak. Measured under
+    gradient checkpointing, SiT-S/2 and batch 16: 1.2 GB in place of 1.5, for 3 % of the time; 1 MiB: 0.9 GB, 30 %.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
-        mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
+        mallopt(-4, 0 if large else 65536)  # M_MMAP_MAX: how many may be blocks of their own
+        mallopt(-3, 8 * 2**20)  # M_MMAP_THRESHOLD: the least of these
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never

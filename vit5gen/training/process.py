@@ -35,7 +35,7 @@ def make_accelerator(settings: TrainingConfig, output: Path) -> Accelerator:
         if importlib.util.find_spec(tracker) is None:
             raise UserError(f"training.trackers: {tracker} is not installed; `pip install {tracker}`, or leave it out")
     start_processes()
-    keep_freed_memory()
+    keep_freed_memory(large=not settings.gradient_checkpointing)
     torch.set_float32_matmul_precision("highest" if settings.precision in ("fp32", "fp64") else "high")
     accelerator = Accelerator(
         mixed_precision="no",
