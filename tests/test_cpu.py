@@ -12,8 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vit5gen import cpu
 from vit5gen.cli import main
+from vit5gen.config import TrainingConfig
 from vit5gen.models.classifier import ViT5
 from vit5gen.models.transformer import SiTTransformer2DModel
+from vit5gen.training.process import make_accelerator
 
 
 @pytest.fixture(autouse=True)
@@ -146,3 +148,11 @@ def test_freed_memory_is_kept(large, mebibytes, kept):
     once = mebibytes * 2**20 / resource.getpagesize()
     assert faults[0] > once
     assert (once > 10 * faults[-1]) is kept
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_checkpointing_gives_large_blocks_back(checkpointing, tmp_path, monkeypatch):
+    met = []
+    monkeypatch.setattr("vit5gen.training.process.keep_freed_memory", lambda large: met.append(large))
+    make_accelerator(TrainingConfig(gradient_checkpointing=checkpointing, trackers=[]), tmp_path)
+    assert met == [not checkpointing]
