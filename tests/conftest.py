@@ -1,4 +1,7 @@
-"""One thread a test process (a loaded machine with spinning threads is several times slower); fixtures for training."""
+"""One thread a test process, whatever the environment says; fixtures for training.
+
+Spinning threads make a loaded machine several times slower, and the processes that accelerate forks hang with more.
+"""
 
 import os
 from collections.abc import Iterator
@@ -6,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
