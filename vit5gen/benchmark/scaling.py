@@ -1,6 +1,7 @@
 """How time grows with tokens, batch, samples and processes, beside the growth of the work."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -75,6 +76,7 @@ def _growth(pairs: Pairs, factor: float, work_exponent: float) -> dict[str, floa
 
 
 def _step_time(config: Config, sizes: Sizes) -> float:
+    os.environ["OMP_NUM_THREADS"] = "1"  # accelerate would choose a number for joined processes, and say so
     torch.set_num_threads(1)
     step = OurStep(config)
     return median([seconds(step) for _ in range(2 * sizes.warm_up)][sizes.warm_up :])
