@@ -79,6 +79,10 @@ BAD = {
         "train TINY/run.yaml --output OUT --model.backbone_kwargs {gamma_init: low}",
         ["gamma_init", "'low'", "number"],
     ),
+    "switch is no finite number": (
+        "train TINY/run.yaml --output OUT --model.backbone_kwargs {gamma_init: .nan}",
+        ["gamma_init", "nan", "finite"],
+    ),
     "heads do not divide": ("train TINY/run.yaml --output OUT --model.num_attention_heads 5", ["5", "32"]),
     "batch does not divide": ("train TINY/run.yaml --output OUT --training.micro_batch_size 3", ["3", "4"]),
     "resolution does not divide": ("train TINY/run.yaml --output OUT --data.resolution 17", ["resolution", "17"]),
@@ -109,6 +113,15 @@ BAD = {
         ["none.npz"],
     ),
     "no reference": ("evaluate TINY/notes --output OUT.json", ["--reference"]),
+    "seed is negative": (
+        "evaluate TINY/broken_images --seed 0 -1 --reference TINY/broken_images",
+        ["--seed = -1", "at least 0"],
+    ),
+    "card of statistics": (
+        "evaluate TINY/broken_images --save-statistics OUT.npz --output OUT.json",
+        ["--output", "no card"],
+    ),
+    "card is a folder": ("evaluate TINY/notes --reference TINY/notes --output .", [".: a folder"]),
     "SiT file is missing": ("convert TINY/none.pt --output OUT", ["none.pt"]),
     "classifier is unknown": (
         "classify TINY/notes --model vit5_bas --checkpoint TINY/none.pth",

@@ -51,9 +51,12 @@ def test_scaling_in_and_out(scale: float, shift: float | None) -> None:
     ).eval()
     images = torch.randint(256, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     posterior = vae.encode(images / 127.5 - 1).latent_dist
+    convolutions: set[str] = set()
+    vae.decoder.register_forward_hook(lambda *_: convolutions.add(torch.backends.cudnn.conv.fp32_precision))
     with torch.autocast("cpu", torch.bfloat16):  # always in full precision
         mean, std = encode(vae, images)
         decoded = decode(vae, mean)
+    assert convolutions == {"ieee"}  # on a GPU too, whose own choice is TF32
     torch.testing.assert_close(mean, (posterior.mean - (shift or 0)) * scale)
     torch.testing.assert_close(std, posterior.std * scale)
     torch.testing.assert_close(decoded, vae.decode(posterior.mean).sample.clamp(-1, 1), rtol=1e-4, atol=1e-5)

@@ -114,6 +114,8 @@ class Unsafe:
     [
         (pickle.dumps({"model": Unsafe()}), "cannot be read safely"),
         (b"not a checkpoint", "cannot be read safely"),
+        (b"Repository not found", "cannot be read safely"),  # its letters are instructions to an unpickler
+        (b"hello", "cannot be read safely"),
         (b"", "cannot be read safely"),
         (None, "is not a file"),
     ],

@@ -1,5 +1,6 @@
 """The generator: sizes, shapes, modes of running, saving and bad input, for every registered backbone."""
 
+import math
 import re
 
 import pytest
@@ -318,9 +319,14 @@ def test_any_configuration_builds_runs_and_round_trips(tmp_path, config):
         ({"class_dropout_prob": 1.5}, "class_dropout_prob: 1.5"),
         ({"num_layers": 0}, "num_layers: 0"),
         ({"mlp_ratio": -1.0}, "mlp_ratio: -1.0"),
+        ({"mlp_ratio": math.nan}, "mlp_ratio: nan"),
         ({"backbone_kwargs": {"rope_theta": 0.0}}, "rope_theta: 0.0"),
         ({"backbone_kwargs": {"register_theta": -1.0}}, "register_theta: -1.0"),
         ({"backbone_kwargs": {"qk_norm": "off"}}, "qk_norm = 'off' is not a switch; expected true or false"),
+        ({"backbone_kwargs": {"rope_theta": math.nan}}, "rope_theta = nan is not a finite number; expected one such"),
+        ({"backbone_kwargs": {"gamma_init": "1"}}, "gamma_init = '1' is not a finite number"),
+        ({"backbone_kwargs": {"gamma_init": True}}, "gamma_init = True is not a finite number"),
+        ({"backbone_kwargs": {"num_registers": 4.0}}, "num_registers = 4.0 is not a whole number; expected one"),
         ({"backbone_kwargs": {"num_registers": 5}}, "num_registers: 5 is not a square"),
         ({"backbone_kwargs": {"num_registers": -1}}, "num_registers: -1 is not a square"),
         ({"backbone_kwargs": {"norm": "batch"}}, "norm: 'batch' is not known; expected one of rms, layer"),

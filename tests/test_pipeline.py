@@ -516,6 +516,7 @@ def test_load_pipeline_takes_a_run_or_its_pipeline(pipe: SiTPipeline, tmp_path: 
         ({"generator": [torch.Generator()]}, "generator: a list of 1; expected one for each of the 2 images"),
         ({"generator": 3}, "generator: 3; expected torch.Generator"),
         ({"generator": [3, 4]}, "generator: 3; expected torch.Generator"),
+        ({"generator": [None, None]}, "generator: None; expected torch.Generator"),
         ({"latents": torch.zeros(2, 4, 8, 4)}, r"latents: shape \(2, 4, 8, 4\); expected \(2, 4, 8, 8\)"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents: shape \(1, 4, 8, 8\)"),
         ({"height": 18}, "height = 18 cannot be made; expected a multiple of 4"),

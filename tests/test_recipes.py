@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,14 @@ def test_heads_and_page_give_the_same_published_figures() -> None:
             continue
         row = next(line for line in page.splitlines() if line.startswith(f"| `{path.stem}`"))
         assert [cell.strip() for cell in row.split("|")[2:5:2]] == list(figures.groups()), path
+
+
+def test_the_extractor_of_adm_is_known_to_a_training() -> None:
+    """In an interpreter of its own: an evaluation imports what a training may not know of."""
+    config = ROOT / "configs/imagenet256/vit5-s-2.yaml"
+    command = [sys.executable, "train.py", config, "--dry-run", "--evaluation.extractor", "inception"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "weights of Inception" in done.stdout
 
 
 def test_dry_run_tries_real_steps_where_the_data_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,7 +66,7 @@ def model_card(transformer: dict[str, Any], scheduler: dict[str, Any], vae: str,
     parts.append(
         "## Use\n\n```python\nfrom vit5gen import SiTPipeline\n\n"
         'pipe = SiTPipeline.from_pretrained("path/of/this/folder")\n'
-        'pipe(class_labels=[0, 1], generator=None).images[0].save("image.png")\n```'
+        'pipe(class_labels=0).images[0].save("image.png")\n```'
     )
     if facts.metrics:
         rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.metrics.items())

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from vit5gen.benchmark import NAMES as BENCHMARKS
 from vit5gen.classify import HELP as CLASSIFY_HELP
-from vit5gen.config import Config, EvaluationConfig, SamplingConfig, load_config, validate
+from vit5gen.config import Config, EvaluationConfig, SamplingConfig, load_config, parse_yaml, validate
 from vit5gen.errors import UserError, nearest
 
 
@@ -47,7 +47,7 @@ def _value(section: type[BaseModel], key: str, option: str, text: str) -> Any:
     if kind is str or (kind == str | None and text != "null"):
         return text
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"{option} = {text!r} is not valid YAML; expected e.g. 3, '[a, b]' or '{{key: 1}}'") from error
 

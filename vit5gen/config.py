@@ -4,21 +4,20 @@ A configuration is a YAML file of the sections below. Each key is also an option
 (``--section.key value``). Unknown keys, wrong types and values out of range are errors of one line.
 """
 
+import re
 from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vit5gen.errors import UserError, nearest
 
-# YAML 1.1 reads 1e-4 (no dot) as a string.
-Float = Annotated[float, BeforeValidator(lambda value: float(value) if isinstance(value, str) else value)]
-Positive = Annotated[Float, Field(gt=0)]
-NonNegative = Annotated[Float, Field(ge=0)]
-Unit = Annotated[Float, Field(ge=0, le=1)]
-Decay = Annotated[Float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Unit = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Several = Annotated[int, Field(ge=2)]
 Natural = Annotated[int, Field(ge=0, lt=2**63)]
@@ -58,7 +57,7 @@ class FlowConfig(Section):
     prediction: Literal["velocity", "score", "noise"] = Field("velocity", description="what the network predicts")
     loss_weight: Literal["velocity", "likelihood"] | None = Field(None, description="weight of the loss over time")
     time_distribution: Literal["uniform", "logit_normal"] = Field("uniform", description="draw of t in training")
-    logit_mean: Float = Field(0.0, description="mean of logit(t) for logit_normal")
+    logit_mean: float = Field(0.0, description="mean of logit(t) for logit_normal")
     logit_std: Positive = Field(1.0, description="standard deviation of logit(t) for logit_normal")
     time_shift: Positive = Field(1.0, description="shift of t towards noise; 1 = none")
     stratified: bool = Field(False, description="one t from each of global_batch_size equal strata")
@@ -185,7 +184,7 @@ class AutoencoderTraining(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key that is given twice is an error; PyYAML would take the last."""
+    """Safe YAML in which 1e-4 is a number, to PyYAML a string, and a key that is given twice an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -196,10 +195,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the value of YAML text; raise `yaml.YAMLError` for text that is none."""
+    return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping; raise `UserError` when the file is missing, unreadable or no mapping."""
     try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
+        data = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"configuration {path}: {error.strerror}; expected a YAML file, e.g. configs/quickstart.yaml"

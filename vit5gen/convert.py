@@ -33,7 +33,7 @@ def convert_command(
     num_attention_heads: of a SiT whose width is no preset's.
     Raises `UserError` for anything that is not such a checkpoint, and for an output that exists.
     """
-    source, target = Path(checkpoint), Path(output)
+    source, target = Path(checkpoint), Path(output).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"output {target} exists; choose another --output or delete it")
     if source.is_dir():
@@ -56,7 +56,7 @@ def convert_command(
         raise UserError(f"output {target}: {error.strerror or error}; nothing was written") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{target}: try `vit5gen sample --checkpoint {target} --num-images 8 --seed 0 --output samples.png`")
+    print(f"{output}: try `vit5gen sample --checkpoint {output} --num-images 8 --seed 0 --output samples.png`")
 
 
 def _from_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPipeline, str]:

@@ -32,6 +32,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
 def check_writable(path: str | Path) -> None:
     """Raise `UserError` unless a file can be written there, before the work whose result it is to hold."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; choose another path")
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,8 +41,6 @@ def check_writable(path: str | Path) -> None:
         temporary.unlink()
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another path") from error
-    if path.is_dir():
-        raise UserError(f"{path}: a folder; choose another path")
 
 
 def _temporary(path: Path) -> Path:

@@ -123,8 +123,7 @@ class Output:
             order = np.argsort(labels, kind="stable")
             with self._whole(self.path) as temporary:
                 save_grid(temporary, pixels[order].permute(0, 3, 1, 2), [titles[i] for i in order])
-        evaluations = self.evaluations()
-        counts = {"total": int(evaluations.sum()), "per_image": float(evaluations.mean())}
+        counts = network_evaluations(int(self.evaluations().sum()), self.shape[0])
         with self._whole(self.card_file) as temporary:
             write_json(temporary, {**card, "network_evaluations": counts})
 
@@ -155,6 +154,11 @@ class Output:
                 shutil.copyfileobj(pixels, array, _BLOCK)
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as array:
                 np.lib.format.write_array(array, labels)
+
+
+def network_evaluations(total: int, num_images: int) -> dict[str, float]:
+    """Return what a card tells of the network evaluations of its images."""
+    return {"total": total, "per_image": total / num_images}
 
 
 def _write_at(path: Path, offset: int, data: bytes) -> None:

@@ -22,9 +22,10 @@ from vit5gen.errors import UserError, choose, nearest
 from vit5gen.files import write_text
 from vit5gen.flow import CountingModel, Flow, guide
 from vit5gen.models import SiTTransformer2DModel
+from vit5gen.models.loading import align
 from vit5gen.scheduler import SAMPLERS, Generators, ModelFn, SiTScheduler, foreign_steps
 
-__all__ = ["SAMPLERS", "SiTPipeline", "SiTScheduler", "load_pipeline", "pipeline_folder"]
+__all__ = ["SAMPLERS", "SiTPipeline", "SiTScheduler", "find_pipeline", "load_pipeline", "pipeline_folder"]
 
 # Without this diffusers stores our classes under their module path, and does not find them by a hub name.
 LOADABLE_CLASSES.setdefault("vit5gen", {})
@@ -57,8 +58,8 @@ class SiTPipeline(DiffusionPipeline):
         id2label: dict | None = None,
     ) -> None:
         super().__init__()
-        for module in (transformer, vae, guide):
-            _align(module)
+        for module in filter(None, (transformer, vae, guide)):
+            align(module)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, guide=guide)
         # JSON turns ids into strings.
         self.register_to_config(id2label={int(i): name for i, name in (id2label or {}).items()})
@@ -329,21 +330,19 @@ def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
 
 
 def pipeline_folder(checkpoint: str | Path) -> Path:
-    """Return the folder that holds ``model_index.json``: the path itself, or its ``pipeline``."""
-    for folder in (Path(checkpoint) / "pipeline", Path(checkpoint)):
-        if (folder / "model_index.json").is_file():
-            return folder
-    raise UserError(
-        f"checkpoint {checkpoint} is neither a run nor a pipeline folder (no model_index.json); expected the"
-        " --output of `vit5gen train` or `vit5gen convert`"
-    )
+    """Return what `find_pipeline` does; raise `UserError` where there is none."""
+    if (folder := find_pipeline(checkpoint)) is None:
+        raise UserError(
+            f"checkpoint {checkpoint} is neither a run nor a pipeline folder (no model_index.json); expected the"
+            " --output of `vit5gen train` or `vit5gen convert`"
+        )
+    return folder
 
 
-def _align(module: nn.Module | None) -> None:
-    """Copy weights out of a mapped file: CPU kernels round otherwise at addresses that are no multiple of 64 bytes."""
-    for tensor in [] if module is None else [*module.parameters(), *module.buffers()]:
-        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-            tensor.data = tensor.data.clone()
+def find_pipeline(path: str | Path) -> Path | None:
+    """Return the folder that holds ``model_index.json``: the ``pipeline`` in a path, the path itself, or None."""
+    folders = (Path(path) / "pipeline", Path(path))
+    return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
 
 
 def _count(name: str, value: int) -> int:
@@ -364,8 +363,9 @@ def _generators(generator: Any, batch: int) -> Generators:
         if len(generator) != batch:
             raise UserError(f"generator: a list of {len(generator)}; expected one for each of the {batch} images")
         generator = list(generator)
-    for one in generator if isinstance(generator, list) else [generator]:
-        if not isinstance(one, torch.Generator | None):
+    given = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    for one in given:
+        if not isinstance(one, torch.Generator):
             raise UserError(f"generator: {one!r}; expected torch.Generator().manual_seed(...), or a list of them")
     return generator
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,6 +84,14 @@ def generate(pipe: SiTPipeline, job: SamplingJob, done: np.ndarray | None = None
         pipe.set_progress_bar_config(**shown)
 
 
+def told_of(pipe: SiTPipeline, settings: SamplingConfig) -> dict[str, Any]:
+    """Return what a card tells of the sampling: the settings and the scheduler, which if foreign is the sampler."""
+    scheduler = json.loads(pipe.scheduler.to_json_string())
+    told = {name: value for name, value in scheduler.items() if name == "_class_name" or name[0] != "_"}
+    foreign = {} if isinstance(pipe.scheduler, SiTScheduler) else {"sampler": None}
+    return settings.model_dump() | foreign | {"scheduler": told}
+
+
 def start_processes() -> PartialState:
     """Join the processes that a launcher has started; raise `UserError` where it silently started only one."""
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
@@ -142,14 +151,10 @@ def sample_command(
     labels = draw_labels(num_images, ids, seed, label_mode)
     job = SamplingJob(labels, seed, batch_size, settings, autoguidance_scale)
     target = Output(Path(output), (num_images, *pipe.image_size, 3))
-    decided = {"num_images": num_images, "seed": seed, "labels": label_mode, "classes": ids, **settings.model_dump()}
-    scheduler = json.loads(pipe.scheduler.to_json_string())
-    if not isinstance(pipe.scheduler, SiTScheduler):
-        decided["sampler"] = None
+    decided = {"num_images": num_images, "seed": seed, "labels": label_mode, "classes": ids, **told_of(pipe, settings)}
     if guide is not None:
         decided["guide_sha256"] = pipeline_hash(pipeline_folder(guide))
     decided["autoguidance_scale"] = autoguidance_scale
-    decided["scheduler"] = {name: scheduler[name] for name in scheduler if name == "_class_name" or name[0] != "_"}
     folder = pipeline_folder(checkpoint)
     card = {
         "settings": decided | {"precision": precision, "compile": compile, "resolution": list(pipe.image_size)},
@@ -201,7 +206,6 @@ def sample_command(
 
 def _prepare(pipe: SiTPipeline, device: torch.device, precision: str, compile: bool) -> None:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = False  # convolutions are the autoencoder's
     pipe.to(device)
     for network in filter(None, (pipe.transformer, pipe.guide)):
         if precision == "bf16":

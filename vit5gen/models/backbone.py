@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -66,11 +67,24 @@ def make_backbone(
         if key not in allowed:
             known = f"expected {', '.join(allowed)}" if allowed else "it has none"
             raise UserError(f"backbone_kwargs: {key!r} is not an option of {name!r}; {known}.{nearest(key, allowed)}")
-        if isinstance(allowed[key], bool) and not isinstance(value, bool):  # "off" would count as true
-            raise UserError(f"backbone_kwargs: {key} = {value!r} is not a switch; expected true or false.")
-        if isinstance(allowed[key], int | float) and not isinstance(value, int | float):
-            raise UserError(f"backbone_kwargs: {key} = {value!r} is not a number; expected one such as {allowed[key]}.")
+        _check_kind(key, value, allowed[key])
     return cls(hidden_size, num_layers, num_attention_heads, mlp_ratio, grid, **options)
+
+
+def _check_kind(key: str, value: Any, default: Any) -> None:
+    """Raise `UserError` unless the value is, as the default is, a switch ("off" would count as true) or a number."""
+    switch = isinstance(value, bool)
+    if isinstance(default, bool):
+        fits, kind = switch, "a switch; expected true or false"
+    elif isinstance(default, int):
+        fits, kind = isinstance(value, int) and not switch, f"a whole number; expected one such as {default}"
+    elif isinstance(default, float):
+        fits = isinstance(value, int | float) and not switch and math.isfinite(value)
+        kind = f"a finite number; expected one such as {default}"
+    else:
+        return
+    if not fits:
+        raise UserError(f"backbone_kwargs: {key} = {value!r} is not {kind}.")
 
 
 class Backbone(nn.Module):

@@ -135,10 +135,10 @@ class SwiGLU(nn.Module):
 
 
 def check_positive(**values: float) -> None:
-    """Raise `UserError` unless every value is above zero."""
+    """Raise `UserError` unless every value is a finite number above zero."""
     for name, value in values.items():
-        if value <= 0:
-            raise UserError(f"{name}: {value} is not positive; expected more than 0.")
+        if not 0 < value < math.inf:
+            raise UserError(f"{name}: {value} is not positive; expected a number above 0.")
 
 
 def check_heads(

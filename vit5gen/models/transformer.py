@@ -14,7 +14,7 @@ from vit5gen.cpu import fast_inference
 from vit5gen.errors import UserError, choose
 from vit5gen.models.backbone import Backbone, make_backbone
 from vit5gen.models.layers import Float32Linear, check_positive, init_linears, make_norm, modulate
-from vit5gen.models.loading import check_fit
+from vit5gen.models.loading import align, check_fit
 
 SIZES = {  # name: hidden_size, num_layers, num_attention_heads
     "S": (384, 12, 6),
@@ -140,9 +140,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
             raise UserError(f"checkpoint: {reason}; its config.json belongs to other weights.") from error
         # keys of another shape get here only by ignore_mismatched_sizes=True, that is, on purpose
         check_fit(cls.__name__, info["missing_keys"], info["unexpected_keys"], [], len(model.state_dict()))
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.data_ptr() % 64:  # mapped from the file as it lies there: CPU kernels then round differently
-                tensor.data = tensor.data.clone()
+        align(model)
         return (model, info) if output_loading_info else model
 
     @property

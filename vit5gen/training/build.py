@@ -8,7 +8,7 @@ from torch import nn
 
 from vit5gen.config import Config, TrainingConfig
 from vit5gen.errors import UserError, choose
-from vit5gen.evaluation import features
+from vit5gen.evaluation.features import extractor_names
 from vit5gen.flow import Flow
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.pipeline import SAMPLERS
@@ -26,7 +26,7 @@ def check_values(config: Config) -> None:
             f"sampling.guidance_channels = {config.sampling.guidance_channels}: expected at most the {channels} of "
             "vae.latent_channels"
         )
-    choose("evaluation.extractor", config.evaluation.extractor, sorted(features._EXTRACTORS))
+    choose("evaluation.extractor", config.evaluation.extractor, extractor_names())
     if config.data.source in ("emoji", "fashion-mnist"):
         choose("data.split", config.data.split, ["train", "test"])
 
