@@ -62,7 +62,7 @@ def test_a_constant_network_is_at_chance(data, tmp_path):
     assert result["top1"] < 50
 
 
-def test_bad_input(data, tmp_path):
+def test_bad_input(data, tmp_path, monkeypatch):
     root, _ = data
     checkpoint, images = root / "model.pth", root / "images"
     with pytest.raises(UserError, match=r"--model: 'vit5_smal' is not known.*Did you mean 'vit5_small'"):
@@ -84,6 +84,10 @@ def test_bad_input(data, tmp_path):
         with pytest.raises(UserError, match=r"^FOLDER: .*broken.png' cannot be read as an image") as error:
             classify(tmp_path / "images", "vit5_small", checkpoint, num_workers=num_workers)
         assert "\n" not in str(error.value)
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 4)
+    Image.new("RGB", (9, 9)).save(tmp_path / "images" / "only" / "broken.png")
+    with pytest.raises(UserError, match=r"broken.png' cannot be read as an image \(Image size"):
+        classify(tmp_path / "images", "vit5_small", checkpoint)
     with pytest.raises(UserError, match="--batch-size 0"):
         classify(images, "vit5_small", checkpoint, batch_size=0)
 

@@ -188,6 +188,12 @@ def test_jackknife_interval_covers_the_mean_distance_of_fresh_draws() -> None:
     assert error == pytest.approx(float(spread), rel=0.25)
 
 
+def test_features_of_half_precision_may_sum_to_more_than_it_holds() -> None:
+    rows = (normal(20, 2048) + 40).half()
+    assert precision_recall(rows, rows) == (1, 1)
+    assert kernel_distance(rows, rows, subset_size=20)[0] < 0
+
+
 def test_scores_are_errors_of_one_line_on_bad_features() -> None:
     rows = normal(20, 4)
     broken = rows.clone()

@@ -77,10 +77,12 @@ def _image_folder(folder: str | Path, size: int, config: Any) -> Any:
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
+    from vit5gen.data.images import UNREADABLE
+
     def read(path: str) -> Image.Image:
         try:
             return Image.open(path).convert("RGB")
-        except OSError as error:
+        except UNREADABLE as error:
             raise UserError(f"FOLDER: {path!r} cannot be read as an image ({error}); replace or remove it.") from error
 
     resize = Resize(int(size / config["crop_pct"]), InterpolationMode(config["interpolation"]))

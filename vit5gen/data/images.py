@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,9 @@ from vit5gen.config import DataConfig
 from vit5gen.data.emoji import CLASSES, load_emoji
 from vit5gen.errors import UserError, choose
 
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# What Pillow raises for a file that it cannot decode.
+UNREADABLE = (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError)
 _FASHION_CLASSES = [
     "t-shirt",
     "trouser",
@@ -131,7 +134,7 @@ def _open_folder(data: DataConfig, split: str) -> ImageSet:
     files: list[Path] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
-        found = sorted(file for file in (root / folder).rglob("*") if file.suffix.lower() in _EXTENSIONS)
+        found = sorted(file for file in (root / folder).rglob("*") if file.suffix.lower() in EXTENSIONS)
         files += found
         labels += [label] * len(found)
     if not files:
@@ -239,14 +242,14 @@ def _read_file(files: list[Path], resolution: int, index: int) -> torch.Tensor:
     try:
         with Image.open(files[index]) as image:
             return centre_crop(image, resolution)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise BrokenImage(f"image {files[index]} does not decode ({error}); mend or remove it{_SKIP_HINT}") from error
 
 
 def _read_row(table: Any, column: str, data: DataConfig, index: int) -> torch.Tensor:
     try:
         return centre_crop(table[index][column], data.resolution)
-    except (OSError, SyntaxError, ValueError, AttributeError) as error:
+    except (*UNREADABLE, AttributeError) as error:
         raise BrokenImage(f"image {index} of {data.path} does not decode ({error}); mend it{_SKIP_HINT}") from error
 
 

@@ -118,7 +118,7 @@ def kernel_distance(
         values.append(own_x.mean() + own_y.mean() - 2 * cross.mean())
         projections = torch.stack([own_x - cross.mean(dim=1), own_y - cross.mean(dim=0)])
         spreads.append(projections.var(dim=1) * 4)
-    variance = torch.stack(spreads).mean(dim=0) / torch.tensor([len(real), len(generated)])
+    variance = torch.stack(spreads).mean(dim=0).cpu() / torch.tensor([len(real), len(generated)])
     return float(torch.stack(values).mean()), float(variance.sum().sqrt())
 
 
@@ -206,7 +206,7 @@ def _pair(real: Any, generated: Any, needed: int, what: str) -> tuple[Tensor, Te
     for name, rows in (("real", real), ("generated", generated)):
         if len(rows) < needed:
             raise UserError(f"{what}: {len(rows)} {name} samples; needs at least {needed}; give more images")
-        if not rows.sum(dim=1).isfinite().all():  # isfinite() of all rows would copy them
+        if not rows.sum(dim=1, dtype=torch.float64).isfinite().all():  # isfinite() of all rows would copy them
             raise UserError(f"{what}: NaN or infinity in the {name} features; check the images they come from")
     dtype = torch.float64 if real.dtype == generated.dtype == torch.float64 else torch.float32
     return real.to(dtype), generated.to(dtype)

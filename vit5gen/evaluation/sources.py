@@ -15,10 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from vit5gen.config import DataConfig
-from vit5gen.data.images import ImageSet, open_images
+from vit5gen.data.images import EXTENSIONS, UNREADABLE, ImageSet, open_images
 from vit5gen.errors import UserError
-
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ def _read_image(file: Path) -> Tensor:
         with Image.open(file) as image:
             image.load()
             mode, pixels = image.mode, np.asarray(image)
-    except (OSError, SyntaxError, ValueError, zlib.error) as error:
+    except UNREADABLE as error:
         raise UserError(f"image {file} does not decode ({error}); mend or remove it") from error
     if mode != "RGB":
         raise UserError(f"image {file} has mode {mode}; expected RGB with 8 bits a channel; convert it")

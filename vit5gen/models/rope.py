@@ -107,9 +107,10 @@ def resample_positions(table: Tensor, built: Grid, grid: Grid) -> Tensor:
     """
     if built == grid:
         return table
-    rows, columns = (_resampling(n, m, table.device) for n, m in zip(built, grid, strict=True))
+    wide = widen(table[0])
+    rows, columns = (_resampling(n, m, table.device).to(wide.dtype) for n, m in zip(built, grid, strict=True))
     with without_autocast(table.device):
-        resampled = torch.einsum("hi,wj,ijd->hwd", rows, columns, table[0].float().unflatten(0, built))
+        resampled = torch.einsum("hi,wj,ijd->hwd", rows, columns, wide.unflatten(0, built))
     return resampled.flatten(0, 1)[None].to(table.dtype)
 
 
