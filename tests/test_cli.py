@@ -69,6 +69,11 @@ BAD = {
         ["guidance_interval", "[0.9, 0.1]", "start"],
     ),
     "MLP has no width": ("train TINY/run.yaml --output OUT --model.mlp_ratio 1e-4", ["mlp_ratio", "0.0001"]),
+    "month is the 13th": ("train TINY/run.yaml --output OUT --training.seed 2024-13-45", ["training.seed", "YAML"]),
+    "guidance without a null label": (
+        "train TINY/run.yaml --output OUT --model.class_dropout_prob 0 --sampling.guidance_scale 2",
+        ["guidance_scale = 2", "class_dropout_prob"],
+    ),
     "unknown choice": ("train TINY/run.yaml --output OUT --flow.path linaer", ["flow.path", "linear"]),
     "unknown backbone": ("train TINY/run.yaml --output OUT --model.backbone vitt5", ["vitt5", "'vit5'"]),
     "unknown switch": (

@@ -152,6 +152,25 @@ def test_command_tells_of_slow_bf16(
     assert ("slower than fp32 on this CPU" in capsys.readouterr().out) is told
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("block_out_channels: [10, 20]", "expected multiples of norm_num_groups 8"),
+        ("block_out_channels: [8, 8, 8]\ndata: {resolution: 30}", "data.resolution = 30: expected a multiple of 4"),
+        ("{}", "a folder; choose another path"),
+    ],
+)
+def test_command_refuses_bad_sizes_and_outputs_before_any_work(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sizes.yaml").write_text(text if "data:" in text else f"{text.strip('{}')}\ndata: {{}}\n")
+    (tmp_path / "out" / "config.json").mkdir(parents=True)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / "sizes.yaml"), "--output", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_committed_configuration_is_valid() -> None:
     path = Path(__file__).parents[1] / "configs" / "vae" / "emoji.yaml"
     config = validate(AutoencoderTraining, read_yaml(path), str(path))

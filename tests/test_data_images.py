@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vit5gen.config import DataConfig
-from vit5gen.data.images import BrokenImage, centre_crop, drop_broken, imagenet_names, open_images
+from vit5gen.data.images import BrokenImage, centre_crop, drop_broken, imagenet_names, open_held_out, open_images
 from vit5gen.errors import UserError
 
 
@@ -66,6 +66,27 @@ def test_split_is_a_subfolder_when_there_is_one(tmp_path: Path) -> None:
     save(tmp_path / "test" / "b" / "1.png")
     assert open_images(folder(tmp_path)).class_names == ["a"]
     assert open_images(folder(tmp_path), "test").class_names == ["b"]
+
+
+def test_held_out_images_have_the_labels_of_the_training_images(tmp_path: Path) -> None:
+    for name in ("circle", "square", "star"):
+        save(tmp_path / "train" / name / "1.png")
+    for name in ("star", "square"):
+        save(tmp_path / "test" / name / "1.png")
+    data = folder(tmp_path)
+    names = open_images(data).class_names
+    held_out = open_held_out(data, "test", names)
+    assert (held_out.class_names, held_out.labels.tolist()) == (names, [1, 2])
+    save(tmp_path / "test" / "moon" / "1.png")
+    with pytest.raises(UserError, match="split 'test' has classes that split 'train' lacks, such as 'moon'"):
+        open_held_out(data, "test", names)
+    assert len(open_held_out(folder(tmp_path, classes=["star"]), "test", ["star"])) == 1
+
+
+def test_a_listed_class_without_images_is_one_line(pets: Path) -> None:
+    (pets / "eel").mkdir()
+    with pytest.raises(UserError, match="holds no images"):
+        open_images(folder(pets, classes=["eel"]))
 
 
 @pytest.mark.parametrize(

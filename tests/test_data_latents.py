@@ -4,13 +4,16 @@ import json
 import os
 import re
 import resource
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
@@ -159,10 +162,59 @@ def test_goes_on_after_a_kill_before_the_manifest(
     assert not list((tmp_path / "out").glob("shard_*.json"))
 
 
-def test_two_processes_write_the_same_bytes(config: Config, tmp_path: Path) -> None:
+def test_two_processes_share_the_work_and_write_the_same_bytes(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = latents._write_shard
+
+    def noted(path: Path, *arguments: Any) -> dict[str, Any]:
+        (tmp_path / f"{path.stem}.{os.getpid()}.note").touch()
+        return write(path, *arguments)
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # the two are forked from here
+    with monkeypatch.context() as patch:
+        patch.setattr(latents, "_write_shard", noted)
+        debug_launcher(encode_command, (config, tmp_path / "two"), num_processes=2)
     encode_command(config, tmp_path / "one")
-    debug_launcher(encode_command, (config, tmp_path / "two"), num_processes=2)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    notes = [note.name.split(".") for note in tmp_path.glob("*.note")]
+    assert (len(notes), len({process for _, process, _ in notes})) == (4, 2)
+
+
+def test_other_pictures_of_the_same_names_are_encoded_anew(config: Config, tmp_path: Path) -> None:
+    vae = tiny_vae()
+    before = ensure_latents(config, vae)
+    assert ensure_latents(config, vae) == before
+    encode_command(config, tmp_path / "out")
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "cat" / "00.png")
+    assert ensure_latents(config, vae) != before
+    with pytest.raises(UserError, match="holds latents made with images_sha256"):
+        encode_command(config, tmp_path / "out")
+
+
+def test_a_broken_image_that_is_removed_stands_in_no_ones_way(config: Config, tmp_path: Path) -> None:
+    broken = tmp_path / "images" / "cat" / "00.png"
+    broken.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"00\.png does not decode"):
+        encode_command(config, tmp_path / "out")
+    broken.unlink()
+    encode_command(config, tmp_path / "out")
+    assert len(LatentDataset(tmp_path / "out")) == 10
+
+
+def test_a_run_waits_while_another_fills_its_cache(config: Config, tmp_path: Path) -> None:
+    file, entered = tmp_path / "cache" / "latents-x.lock", threading.Event()
+
+    def other() -> None:
+        with latents._alone(file):
+            entered.set()
+
+    with latents._alone(file):
+        waiting = threading.Thread(target=other)
+        waiting.start()
+        assert not entered.wait(0.2)
+    waiting.join()
+    assert entered.is_set()
 
 
 @pytest.mark.parametrize("damage", ["flip a bit", "truncate", "delete"])

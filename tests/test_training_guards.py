@@ -4,10 +4,12 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import socket
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import registered_backbones  # noqa: F401
@@ -16,13 +18,16 @@ from tiny_run import assert_identical, run, weights
 from torch import nn
 
 from vit5gen.config import TrainingConfig, load_config
+from vit5gen.data.images import BrokenImage
 from vit5gen.errors import UserError
 from vit5gen.models import SiTTransformer2DModel
+from vit5gen.pipeline import load_pipeline
 from vit5gen.training import checkpoint
 from vit5gen.training.build import build_model, build_optimizer, learning_rate
 from vit5gen.training.ema import EMA
 from vit5gen.training.loop import STOPPED
 from vit5gen.training.monitor import Monitor
+from vit5gen.training.reference import build_reference
 from vit5gen.training.run import Log, locked
 
 
@@ -199,6 +204,65 @@ def test_a_state_of_another_model_is_refused(config_file: Path, tmp_path: Path) 
     run(config_file, tmp_path / "run", training__num_steps=1)
     with pytest.raises(UserError, match=r"model has no '.*' of shape .*; resume with the same model"):
         run(config_file, tmp_path / "run", accept=True, training__num_steps=2, model__hidden_size=48)
+    with pytest.raises(UserError, match=r"model has 'backbone.blocks.1.*', this model has not; resume with the same"):
+        run(config_file, tmp_path / "run", accept=True, training__num_steps=2, model__num_layers=1)
+    assert run(config_file, tmp_path / "run", accept=True, training__num_steps=2, training__precision="fp64") == 0
+
+
+def test_a_run_without_a_checkpoint_begins_anew_under_another_configuration(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "write", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(config_file, tmp_path / "run", training__num_steps=2)
+    for folder in ("run", "fresh"):
+        assert run(config_file, tmp_path / folder, training__num_steps=2, training__seed=5) == 0
+    found, expected = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "fresh"))
+    assert found == expected
+
+
+def test_a_last_step_that_cannot_be_saved_is_an_error(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", Mock(side_effect=OSError(28, "No space left on device")))
+        with pytest.raises(UserError, match="the last step is not saved; make room"):
+            run(config_file, tmp_path / "run", training__num_steps=2)
+    assert run(config_file, tmp_path / "run", training__num_steps=2) == 0
+    assert (tmp_path / "run/checkpoints/step_00000002").is_dir()
+
+
+def test_a_kill_while_the_pipeline_is_replaced_leaves_one(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(config_file, tmp_path / "run", training__num_steps=2)
+    os.replace(tmp_path / "run/pipeline", tmp_path / "run/.pipeline.old")
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "write", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(config_file, tmp_path / "run", training__num_steps=3)
+    assert load_pipeline(tmp_path / "run").class_name(0) == "circle"
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_reference_passes_broken_images_over_as_training_does(
+    config_file: Path, tmp_path: Path, skip: bool
+) -> None:
+    sizes = {"evaluation.num_images": 100, "evaluation.num_reference": 100}
+    config = load_config(config_file, {"data.on_broken_image": "skip" if skip else "fail", **sizes})
+    shutil.copytree(config.data.path or "", tmp_path / "data")
+    data = config.data.model_copy(update={"path": str(tmp_path / "data")})
+    for split in ("train", "test"):
+        (tmp_path / "data" / split / "star" / "0.png").write_bytes(b"no image")
+    config = config.model_copy(update={"data": data})
+    extractor: Any = Mock(dim=2, side_effect=lambda images: Mock(pooled=images.double().flatten(1)[:, :2]))
+    if skip:
+        reference = build_reference(config, extractor, rank=0, world_size=1)
+        assert torch.bincount(torch.tensor(reference.labels)).tolist() == [4, 4, 3]
+    else:
+        with pytest.raises(BrokenImage):
+            build_reference(config, extractor, rank=0, world_size=1)
 
 
 def test_a_signal_to_the_whole_group_spares_the_data_workers(

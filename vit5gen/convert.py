@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
 from timm.data import ImageNetInfo
 
 from vit5gen.card import TrainingFacts
@@ -52,8 +53,8 @@ def convert_command(
     try:
         pipe.save_pretrained(temporary, facts=TrainingFacts(command=f"converted from {origin}"))
         os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"output {target}: {error.strerror or error}; nothing was written") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"output {target}: {error}; nothing was written") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"{output}: try `vit5gen sample --checkpoint {output} --num-images 8 --seed 0 --output samples.png`")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,6 +18,7 @@ from vit5gen.cpu import warn_of_slow_bf16
 from vit5gen.errors import UserError, choose
 from vit5gen.outputs import Output
 from vit5gen.pipeline import SAMPLERS, SiTPipeline, SiTScheduler, load_pipeline, pipeline_folder
+from vit5gen.processes import processes, start_processes
 
 _EVALUATION = EvaluationConfig()
 LABEL_MODES = ("balanced", "random")
@@ -67,7 +65,7 @@ def generate(pipe: SiTPipeline, job: SamplingJob, done: np.ndarray | None = None
     Chunks of ``batch_size`` consecutive indices that are not wholly ``done`` (N,) bool go round the processes. One
     process computes the whole of a chunk, so the number of processes does not change a bit of it.
     """
-    state, count = _processes(), len(job.labels)
+    state, count = processes(), len(job.labels)
     chunks = [range(i, min(i + job.batch_size, count)) for i in range(0, count, job.batch_size)]
     pending = [chunk for chunk in chunks if done is None or not done[chunk.start : chunk.stop].all()]
     settings = job.settings.model_dump() | {"autoguidance_scale": job.autoguidance_scale}
@@ -90,21 +88,6 @@ def told_of(pipe: SiTPipeline, settings: SamplingConfig) -> dict[str, Any]:
     told = {name: value for name, value in scheduler.items() if name == "_class_name" or name[0] != "_"}
     foreign = {} if isinstance(pipe.scheduler, SiTScheduler) else {"sampler": None}
     return settings.model_dump() | foreign | {"scheduler": told}
-
-
-def start_processes() -> PartialState:
-    """Join the processes that a launcher has started; raise `UserError` where it silently started only one."""
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise UserError(
-            "`accelerate launch --cpu --num_processes N` starts one process, whatever N is; on CPU use "
-            "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ...`"
-        )
-    return _processes()
-
-
-def _processes() -> PartialState:
-    # As Accelerator does; PartialState alone overlooks the variable and stays alone.
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def sample_command(

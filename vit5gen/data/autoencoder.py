@@ -20,6 +20,7 @@ from vit5gen.config import AutoencoderTraining, read_yaml, validate
 from vit5gen.cpu import warn_of_slow_bf16
 from vit5gen.data.images import ImageSet, open_images
 from vit5gen.errors import UserError
+from vit5gen.files import check_writable
 from vit5gen.precision import exact_float32
 
 EMOJI = Path(__file__).with_name("emoji_vae")
@@ -141,6 +142,20 @@ def train_autoencoder(config: AutoencoderTraining, output: Path) -> float:
     return _evaluate(load_autoencoder(str(output)), held_out, output)
 
 
+def _check_sizes(config: AutoencoderTraining) -> None:
+    """Raise `UserError` for sizes that do not divide."""
+    groups, factor = config.norm_num_groups, 2 ** (len(config.block_out_channels) - 1)
+    if any(width % groups for width in config.block_out_channels):
+        raise UserError(
+            f"block_out_channels = {config.block_out_channels}: expected multiples of norm_num_groups {groups}"
+        )
+    if config.data.resolution % factor:
+        raise UserError(
+            f"data.resolution = {config.data.resolution}: expected a multiple of {factor}, for the "
+            f"{len(config.block_out_channels)} entries of block_out_channels"
+        )
+
+
 def _augmented_batches(
     images: ImageSet, config: AutoencoderTraining, generator: torch.Generator
 ) -> Iterator[torch.Tensor]:
@@ -194,6 +209,8 @@ def main(arguments: list[str] | None = None) -> None:
     start = time.perf_counter()
     try:
         config = validate(AutoencoderTraining, read_yaml(options.config), f"configuration {options.config}")
+        _check_sizes(config)
+        check_writable(options.output / "config.json")
         warn_of_slow_bf16(config.precision, torch.device("cpu"))
         score = train_autoencoder(config, options.output)
     except UserError as error:

@@ -33,19 +33,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vit5gen"
 
 
-def load_emoji(resolution: int, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return images (N, 3, H, W) uint8 on white and labels (N,) int64, an index into `CLASSES`; draws them only once.
-
-    The split is a function of the pictures alone: skin tones, genders and look-alikes stay on one side.
-    Raises `UserError` when the packages are not installed or the cache cannot be written.
-    """
+def cache_file(resolution: int) -> Path:
+    """Return the file of the pictures once they are drawn; raise `UserError` when the packages are not installed."""
     try:
         versions = "-".join(importlib.metadata.version(name) for name in _PACKAGES)
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(
             f"data.source 'emoji' needs the package {error.name}; run: pip install 'vit5gen[quickstart]'"
         ) from error
-    path = cache_folder() / f"emoji-{versions}-{resolution}px.safetensors"
+    return cache_folder() / f"emoji-{versions}-{resolution}px.safetensors"
+
+
+def load_emoji(resolution: int, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return images (N, 3, H, W) uint8 on white and labels (N,) int64, an index into `CLASSES`; draws them only once.
+
+    The split is a function of the pictures alone: skin tones, genders and look-alikes stay on one side.
+    Raises `UserError` when the packages are not installed or the cache cannot be written.
+    """
+    path = cache_file(resolution)
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError):  # absent, or damaged: draw again
@@ -53,9 +58,9 @@ def load_emoji(resolution: int, split: str) -> tuple[torch.Tensor, torch.Tensor]
         try:
             with atomic(path) as temporary:
                 save_file(tensors, temporary)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(
-                f"cache {path.parent}: {error.strerror}; set VIT5GEN_CACHE to a folder that can be written"
+                f"cache {path.parent}: {error}; set VIT5GEN_CACHE to a folder that can be written"
             ) from error
     chosen = tensors["test"] == (split == "test")
     return tensors["images"][chosen], tensors["labels"][chosen]

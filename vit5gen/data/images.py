@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ _FASHION_CLASSES = [
     "bag",
     "ankle-boot",
 ]
-_FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"  # of Debian's package dataset-fashion-mnist
+FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"  # of Debian's package dataset-fashion-mnist
 
 
 class BrokenImage(UserError):
@@ -47,6 +48,7 @@ class ImageSet:
     class_names: list[str]
     labels: torch.Tensor  # (N,) int64
     read: Callable[[int], torch.Tensor]  # raises BrokenImage, which names the file
+    digest: Callable[[], str]  # tells the source of the images from others
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,9 +68,33 @@ def open_images(data: DataConfig, split: str | None = None) -> ImageSet:
     Raises `UserError` when the data are absent, hold no classes or not `data.classes`.
     """
     opened = _SOURCES[data.source](data, split or data.split)
+    if data.classes is not None:
+        opened = _keep_classes(opened, data.classes)
     if not len(opened):
         raise UserError(f"data: {data.source} {data.path or ''} split {split or data.split!r} holds no images")
-    return opened if data.classes is None else _keep_classes(opened, data.classes)
+    return opened
+
+
+def open_held_out(data: DataConfig, split: str, class_names: list[str]) -> ImageSet:
+    """Open ``split`` with the labels that its classes have among ``class_names``, those of the training images.
+
+    Raises `UserError` when it is absent or has a class that the training images lack.
+    """
+    images = open_images(data, split)
+    if unknown := [name for name in images.class_names if name not in class_names]:
+        raise UserError(
+            f"data: split {split!r} has classes that split {data.split!r} lacks, such as {unknown[0]!r}; "
+            "expected the same ones: rename or remove them, or set data.classes"
+        )
+    if images.class_names == class_names:
+        return images
+    renumber = torch.tensor([class_names.index(name) for name in images.class_names])
+    return replace(images, class_names=class_names, labels=renumber[images.labels])
+
+
+def readable(images: ImageSet, data: DataConfig) -> ImageSet:
+    """Return the images, where ``data.on_broken_image`` is ``skip`` without the broken ones."""
+    return drop_broken(images)[0] if data.on_broken_image == "skip" else images
 
 
 def drop_broken(images: ImageSet) -> tuple[ImageSet, list[str]]:
@@ -141,7 +167,14 @@ def _open_folder(data: DataConfig, split: str) -> ImageSet:
         raise UserError(
             f"data.path {root}: no images in its {len(folders)} folders; expected files such as .png or .jpg"
         )
-    return ImageSet(names, torch.tensor(labels), partial(_read_file, files, data.resolution))
+    read = partial(_read_file, files, data.resolution)
+    return ImageSet(names, torch.tensor(labels), read, partial(listing_digest, root, files))
+
+
+def listing_digest(root: Path, files: Sequence[Path]) -> str:
+    """Return the SHA-256 of the names below ``root`` and the sizes of files."""
+    lines = (f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n" for file in files)
+    return sha256("".join(lines).encode()).hexdigest()
 
 
 def _open_huggingface(data: DataConfig, split: str) -> ImageSet:
@@ -152,10 +185,12 @@ def _open_huggingface(data: DataConfig, split: str) -> ImageSet:
     if data.path is None:
         raise UserError("data.path: needs the name of a Hugging Face data set or a folder saved by datasets")
     try:
-        if Path(data.path).is_dir():
-            table = datasets.load_from_disk(data.path)
+        if (folder := Path(data.path).expanduser()).is_dir():
+            table = datasets.load_from_disk(folder)
             if isinstance(table, datasets.DatasetDict):
                 table = table[choose(f"data.split of {data.path}", split, table)]
+            elif split != data.split:
+                raise UserError(f"data.path {data.path}: has no splits; expected one called {split!r}")
         else:
             table = datasets.load_dataset(data.path, split=split)
     except UserError:
@@ -170,7 +205,8 @@ def _open_huggingface(data: DataConfig, split: str) -> ImageSet:
     labels = torch.tensor(table[label][:], dtype=torch.int64)
     if len(labels) and labels.min() < 0:
         raise UserError(f"data.path {data.path}: split {split!r} has images without a label; choose another data.split")
-    return ImageSet(table.features[label].names, labels, partial(_read_row, table, image, data))
+    read = partial(_read_row, table, image, data)
+    return ImageSet(table.features[label].names, labels, read, partial(getattr, table, "_fingerprint"))
 
 
 def _column(data: DataConfig, features: dict[str, Any], kind: type, what: str) -> str:
@@ -182,17 +218,22 @@ def _column(data: DataConfig, features: dict[str, Any], kind: type, what: str) -
 
 def _open_emoji(data: DataConfig, split: str) -> ImageSet:
     images, labels = load_emoji(data.resolution, choose("data.split", split, ["train", "test"]))
-    return ImageSet(CLASSES, labels, partial(_read_array, images))
+    return ImageSet(CLASSES, labels, partial(_read_array, images), partial(_digest, images))
 
 
 def _open_fashion_mnist(data: DataConfig, split: str) -> ImageSet:
     prefix = {"train": "train", "test": "t10k"}[choose("data.split", split, ["train", "test"])]
-    root = _path(data, _FASHION_FOLDER, "; install Debian's dataset-fashion-mnist or set data.path to the idx files")
+    root = _path(data, FASHION_FOLDER, "; install Debian's dataset-fashion-mnist or set data.path to the idx files")
     pixels = torch.from_numpy(_read_idx(root, f"{prefix}-images-idx3-ubyte"))
     labels = torch.from_numpy(_read_idx(root, f"{prefix}-labels-idx1-ubyte").astype(np.int64))
     if len(pixels) != len(labels) or labels.max() >= len(_FASHION_CLASSES):
         raise UserError(f"data.path {root}: images and labels do not belong together; fetch the files again")
-    return ImageSet(_FASHION_CLASSES, labels, partial(_read_grey, pixels, data.resolution))
+    read = partial(_read_grey, pixels, data.resolution)
+    return ImageSet(_FASHION_CLASSES, labels, read, partial(_digest, pixels))
+
+
+def _digest(pixels: torch.Tensor) -> str:
+    return sha256(pixels.numpy().tobytes()).hexdigest()
 
 
 def _read_idx(root: Path, name: str) -> np.ndarray:

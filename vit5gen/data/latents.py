@@ -1,9 +1,12 @@
 """Images encoded once: shards of latent means and deviations, their manifest, and memory-mapped reading."""
 
+import fcntl
 import hashlib
 import json
 import shutil
 from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from itertools import accumulate
 from math import prod
@@ -11,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
@@ -25,6 +27,7 @@ from vit5gen.data.emoji import cache_folder
 from vit5gen.data.images import BrokenImage, ImageSet, open_images
 from vit5gen.errors import UserError
 from vit5gen.files import atomic, read_json, sha256, write_json
+from vit5gen.processes import processes, start_processes
 
 MANIFEST = "manifest.json"
 SHARD_SIZE = 4096  # images
@@ -40,7 +43,7 @@ def encode_dataset(images: ImageSet, vae: AutoencoderKL, folder: str | Path, con
     Raises `UserError` when the folder holds other latents, the disk is short, or an image is broken and
     `data.on_broken_image` is ``"fail"``.
     """
-    state, folder = PartialState(), Path(folder)
+    state, folder = processes(), Path(folder)
     vae = vae.to(state.device)
     settings = _settings(images, vae, config)
     chunks = torch.arange(len(images)).split(SHARD_SIZE)
@@ -50,7 +53,7 @@ def encode_dataset(images: ImageSet, vae: AutoencoderKL, folder: str | Path, con
     missing = sum(gather_object([ours]))  # every process has looked at the folder before any writes there
     if missing and state.is_main_process:
         _reserve(folder, missing, settings)
-        if not (folder / MANIFEST).exists():
+        if not _begun(folder):
             write_json(folder / MANIFEST, settings | {"shards": None})
     state.wait_for_everyone()
     with tqdm(
@@ -71,17 +74,35 @@ def ensure_latents(config: Config, vae: AutoencoderKL) -> Path:
     if config.data.latents is not None:
         return Path(config.data.latents).expanduser()
     images = open_for(config, vae)
-    key = json.dumps(_settings(images, vae, config) | {"path": config.data.path}, sort_keys=True)
+    key = json.dumps(_settings(images, vae, config), sort_keys=True)
     folder = cache_folder() / f"latents-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    encode_dataset(images, vae, folder, config)
+    with _alone(folder.with_suffix(".lock")):
+        encode_dataset(images, vae, folder, config)
     return folder
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Wait until no other run fills this part of the cache: it would remove what is half written."""
+    state = processes()
+    with ExitStack() as stack:
+        if state.is_main_process:
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                fcntl.flock(stack.enter_context(file.open("ab")), fcntl.LOCK_EX)
+            except OSError as error:
+                raise UserError(
+                    f"cache {file.parent}: {error.strerror}; set VIT5GEN_CACHE to a folder that can be written"
+                ) from error
+        state.wait_for_everyone()
+        yield
 
 
 def encode_command(config: Config, output: str | Path) -> None:
     """Encode the images of a configuration into ``output``: the command ``vit5gen encode``."""
-    vae = load_autoencoder(config.vae.name)
+    state, vae = start_processes(), load_autoencoder(config.vae.name)
     encode_dataset(open_for(config, vae), vae, output, config)
-    if PartialState().is_main_process:
+    if state.is_main_process:
         print(f"{output}: {len(LatentDataset(output))} images. Next: train with --data.latents {output}")
 
 
@@ -237,13 +258,14 @@ def _settings(images: ImageSet, vae: AutoencoderKL, config: Config) -> dict[str,
         "source": config.data.source,
         "split": config.data.split,
         "images": len(images),
+        "images_sha256": images.digest(),
         "id2label": {str(label): name for label, name in enumerate(images.class_names)},
     }
 
 
 def _finished(folder: Path, settings: dict[str, Any], numbers: range) -> dict[int, dict[str, Any]]:
     """Return the records of those shards, by number, that exist and match their checksum."""
-    if not (folder / MANIFEST).exists():
+    if not _begun(folder):
         return {}
     manifest = read_json(folder / MANIFEST, "latents")
     for key, value in settings.items():
@@ -260,6 +282,11 @@ def _finished(folder: Path, settings: dict[str, Any], numbers: range) -> dict[in
         for k, record in found.items()
         if (folder / record["file"]).is_file() and sha256(folder / record["file"]) == record["sha256"]
     }
+
+
+def _begun(folder: Path) -> bool:
+    """Whether the folder has a manifest, and any shard that it speaks of."""
+    return (folder / MANIFEST).exists() and any(folder.glob("shard_*"))
 
 
 def _finish(folder: Path, settings: dict[str, Any], shards: list[dict[str, Any]]) -> None:

@@ -36,7 +36,8 @@ from vit5gen.evaluation.sources import ImageSource, open_data, open_folder, open
 from vit5gen.files import check_writable, read_json, write_json
 from vit5gen.outputs import network_evaluations
 from vit5gen.pipeline import SiTPipeline, find_pipeline, load_pipeline, pipeline_folder
-from vit5gen.sampling import SamplingJob, draw_labels, generate, start_processes, told_of
+from vit5gen.processes import start_processes
+from vit5gen.sampling import SamplingJob, draw_labels, generate, told_of
 
 ADM_METRICS = ("fid", "sfid", "is", "pr")
 PROTOCOLS = ("adm",)

@@ -5,7 +5,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from vit5gen.config import DataConfig
-from vit5gen.data.images import EXTENSIONS, UNREADABLE, ImageSet, open_images
+from vit5gen.data.images import EXTENSIONS, UNREADABLE, ImageSet, listing_digest, open_images
 from vit5gen.errors import UserError
 
 
@@ -103,8 +102,7 @@ def open_folder(path: Path) -> ImageSource:
         raise UserError(f"folder {path}: no images; expected files such as {', '.join(EXTENSIONS)}")
     parents = {parent: label for label, parent in enumerate(sorted({file.parent for file in files}))}
     labels = torch.tensor([parents[file.parent] for file in files]) if len(parents) > 1 else None
-    listing = "".join(f"{file.relative_to(path).as_posix()} {file.stat().st_size}\n" for file in files)
-    identity = {"kind": "folder", "path": str(path), "listing_sha256": sha256(listing.encode()).hexdigest()}
+    identity = {"kind": "folder", "path": str(path), "listing_sha256": listing_digest(path, files)}
 
     def read(start: int, stop: int) -> Tensor:
         images = [_read_image(file) for file in files[start:stop]]

@@ -8,11 +8,12 @@ import torch
 
 from vit5gen.config import Config
 from vit5gen.data.autoencoder import encode
-from vit5gen.data.images import open_images
+from vit5gen.data.images import open_held_out, readable
 from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
 from vit5gen.flow import draw_timesteps
 from vit5gen.pipeline import SiTPipeline, load_pipeline
-from vit5gen.sampling import SamplingJob, generate, start_processes
+from vit5gen.processes import start_processes
+from vit5gen.sampling import SamplingJob, generate
 from vit5gen.training.process import autocast
 from vit5gen.training.reference import Reference, build_reference
 
@@ -56,9 +57,10 @@ def held_out_loss(pipe: SiTPipeline, config: Config, count: int = NUM_HELD_OUT) 
 
     Noise and order come from ``evaluation.seed``; one t lies in each of ``count`` equal parts of the time interval.
     """
-    images = open_images(config.data, config.evaluation.held_out_split)
+    names = [pipe.class_name(i) for i in range(config.data.num_classes)]
+    images = open_held_out(config.data, config.evaluation.held_out_split, names)
     generator = torch.Generator().manual_seed(config.evaluation.seed)
-    chosen = images.select(torch.randperm(len(images), generator=generator)[:count])
+    chosen = readable(images.select(torch.randperm(len(images), generator=generator)[:count]), config.data)
     count, total = len(chosen), 0.0
     order = torch.randperm(count, generator=generator)
     t = draw_timesteps(pipe.flow, torch.full((count,), 0.5), stratum=(order, count))

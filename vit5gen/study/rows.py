@@ -19,7 +19,7 @@ class Row(Section):
     commit: str  # of the code when the run was last started
     steps: Natural
     parameters: Natural
-    training_flops: Natural
+    training_flops: int
     loss: float | None  # mean since the line of the log before, None if no step was finite
     held_out_loss: float
     metric: str

@@ -26,6 +26,11 @@ def check_values(config: Config) -> None:
             f"sampling.guidance_channels = {config.sampling.guidance_channels}: expected at most the {channels} of "
             "vae.latent_channels"
         )
+    if config.sampling.guidance_scale != 1 and config.model.class_dropout_prob == 0:
+        raise UserError(
+            f"sampling.guidance_scale = {config.sampling.guidance_scale}: needs a null label, which "
+            "model.class_dropout_prob = 0 does not train; set it above 0, or the scale to 1"
+        )
     choose("evaluation.extractor", config.evaluation.extractor, extractor_names())
     if config.data.source in ("emoji", "fashion-mnist"):
         choose("data.split", config.data.split, ["train", "test"])

@@ -88,6 +88,7 @@ class State:
             parameter = parameters[name]
             moments = self.optimizer.state.setdefault(parameter, {})
             shaped = value.shape == parameter.shape
+            value = value.to(parameter.dtype) if shaped else value  # which may be another one now
             # A copy: the tensors read are windows into the file, which will be deleted.
             moments[key] = (sharded_as(value, parameter) if shaped else value.to(parameter.device)).clone()
 
@@ -99,11 +100,14 @@ class State:
 def _fill(targets: Iterable[tuple[str, Tensor]], folder: Path, file: str) -> None:
     saved = load_tensors(folder, file)
     for name, value in targets:
-        if name not in saved or saved[name].shape != value.shape:
+        tensor = saved.pop(name, None)
+        if tensor is None or tensor.shape != value.shape:
             raise UserError(
                 f"checkpoint {folder}: {file} has no {name!r} of shape {list(value.shape)}; resume with the same model"
             )
-        value.copy_(sharded_as(saved[name], value))
+        value.copy_(sharded_as(tensor, value))
+    if saved:
+        raise UserError(f"checkpoint {folder}: {file} has {min(saved)!r}, this model has not; resume with the same one")
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
@@ -134,7 +138,7 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
             shutil.copymode(temporary / "config.yaml", file)  # safetensors writes for the owner alone
         for file in [*files, temporary]:
             _fsync(file)
-        # A checkpoint of the same step can stand there only if it is broken: a valid one would have been resumed.
+        # What stands there is broken, or later than the checkpoint that the user chose to go on from.
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         _fsync(folder)

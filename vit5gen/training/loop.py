@@ -45,7 +45,7 @@ def train(config: Config, output: str | Path, resume: str = "auto", accept_chang
             return 0
         try:
             code = _train(config, output, accelerator, start)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(f"{error}; checkpoints stay valid: mend it, and the same command goes on") from error
         accelerator.end_training()
         return code
@@ -76,12 +76,20 @@ def _train(config: Config, output: Path, accelerator: Accelerator, start: Path |
                 bar.set_description("train")
                 bar.unpause()  # the time left is that of steps
                 tick, tick_step = time.perf_counter(), state.step
+            last = state.step == settings.num_steps
+            if (stop or last) and state.step > saved_step and save(accelerator, checkpoints, state, config):
+                saved_step = state.step
             if stop:
-                if state.step > saved_step:
-                    save(accelerator, checkpoints, state, config)
-                accelerator.print(f"\nstopped by a signal after step {state.step}; the same command goes on from there")
+                there = "there" if saved_step == state.step else "its newest checkpoint"
+                accelerator.print(
+                    f"\nstopped by a signal after step {state.step}; the same command goes on from {there}"
+                )
                 return STOPPED
-            if state.step == settings.num_steps:
+            if last:
+                if saved_step < state.step:
+                    raise UserError(
+                        f"{checkpoints}: the last step is not saved; make room, and the same command goes on"
+                    )
                 break
 
             done = trainee.step(state.step, batches, stop_asked)
@@ -108,8 +116,7 @@ def _train(config: Config, output: Path, accelerator: Accelerator, start: Path |
                 bar.set_postfix(
                     {key: f"{value:.3g}" for key, value in shown.items() if value is not None}, refresh=False
                 )
-            if state.step % settings.checkpoint_every == 0 or last:
-                save(accelerator, checkpoints, state, config)
+            if (state.step % settings.checkpoint_every == 0 or last) and save(accelerator, checkpoints, state, config):
                 saved_step = state.step
             if nonfinite_in_a_row == settings.max_nonfinite_steps:
                 save(accelerator, output / "nonfinite", state, config)
@@ -125,13 +132,17 @@ def _train(config: Config, output: Path, accelerator: Accelerator, start: Path |
     return 0
 
 
-def save(accelerator: Accelerator, folder: Path, state: checkpoint.State, config: Config) -> None:
-    """Write a checkpoint and delete those that are not kept; when the disk is full, say so and go on without it."""
+def save(accelerator: Accelerator, folder: Path, state: checkpoint.State, config: Config) -> bool:
+    """Write a checkpoint and delete those that are not kept; return False, having said so, when the disk is full."""
     tensors = state.gather(keep=accelerator.is_main_process)
-    if accelerator.is_main_process:
+
+    def write() -> bool:
         try:
             checkpoint.save(folder, state.step, tensors, state.numbers(), run.to_yaml(config))
-            checkpoint.prune(folder, state.step, config.training.keep_last, config.training.keep_every)
         except (OSError, SafetensorError) as error:
             print(f"\nwarning: no checkpoint at step {state.step}: {error}; the older ones stay valid", flush=True)
-    accelerator.wait_for_everyone()
+            return False
+        checkpoint.prune(folder, state.step, config.training.keep_last, config.training.keep_every)
+        return True
+
+    return on_main(accelerator, write)

@@ -63,7 +63,10 @@ class Monitor:
         self.config, self.output, self.accelerator = config, output, accelerator
         self.model, self.ema, self.vae, self.class_names = model, ema, vae, class_names
         self.log = Log(output)
+        self._folder, self._old = output / "pipeline", output / ".pipeline.old"
         accelerator.init_trackers("vit5gen")
+        if accelerator.is_main_process and self._old.exists() and not self._folder.exists():
+            os.replace(self._old, self._folder)  # killed in `_export`
 
     def write(self, step: int, line: dict[str, Any]) -> None:
         """Add a line to the log and the trackers."""
@@ -161,7 +164,7 @@ class Monitor:
 
     def _export(self, pipe: SiTPipeline, entry: dict[str, Any], picture: Path) -> None:
         """Replace ``pipeline/`` by the present one."""
-        folder, new, old = (self.output / name for name in ("pipeline", ".pipeline.new", ".pipeline.old"))
+        folder, new, old = self._folder, self.output / ".pipeline.new", self._old
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -12,6 +12,7 @@ from vit5gen import cost
 from vit5gen.config import Config
 from vit5gen.cost import GPUS, Cost, gpu_hours, largest_micro_batch, memory_bytes
 from vit5gen.data import autoencoder, emoji, latents
+from vit5gen.data.images import FASHION_FOLDER
 from vit5gen.data.latents import MANIFEST, check_autoencoder, open_for
 from vit5gen.evaluation import features
 from vit5gen.training.build import build_model, check_values, latent_shape
@@ -44,6 +45,8 @@ def plan(config: Config) -> int:
         if config.data.source == "folder" and vae is not None:
             open_for(config, vae)
         accelerator.print("trial:    none before the latents are encoded; `vit5gen encode`, then --data.latents FOLDER")
+    elif config.data.source == "emoji" and not emoji.cache_file(config.data.resolution).exists():
+        accelerator.print("trial:    none before the pictures are drawn, which training does")
     else:
         accelerator.print(f"trial:    {_trial(config, accelerator)}")
     return 0
@@ -123,8 +126,8 @@ def missing(config: Config) -> dict[str, str]:
         absent |= {name: "pip install 'vit5gen[quickstart]'" for name in emoji._PACKAGES if not _installed(name)}
     elif data.path is None and data.source != "fashion-mnist":
         absent["data.path"] = "set it to a folder of class folders, or the name of a Hugging Face data set"
-    elif data.path is not None and not Path(data.path).expanduser().is_dir():
-        absent[data.path] = _DATA[data.source]
+    elif not Path(path := data.path or FASHION_FOLDER).expanduser().is_dir():
+        absent[path] = _DATA[data.source]
     if data.latents is not None and not (Path(data.latents).expanduser() / MANIFEST).is_file():
         absent[data.latents] = f"vit5gen encode CONFIG --output {data.latents}"
     name = config.vae.name

@@ -18,7 +18,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from vit5gen.config import TrainingConfig
 from vit5gen.cpu import keep_freed_memory, warn_of_slow_bf16
 from vit5gen.errors import UserError
-from vit5gen.sampling import start_processes
+from vit5gen.processes import start_processes
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vit5gen.config import Config
-from vit5gen.data.images import ImageSet, open_images
+from vit5gen.data.images import ImageSet, open_held_out, open_images, readable
 from vit5gen.errors import UserError
 from vit5gen.evaluation import Extractor, FeatureStatistics, FrechetReference, frechet_of
 
@@ -35,7 +35,7 @@ def build_reference(config: Config, extractor: Extractor, rank: int, world_size:
     order = np.random.default_rng(evaluation.seed)
 
     def choose(images: ImageSet, most: int) -> ImageSet:
-        return images.select(torch.from_numpy(order.permutation(len(images))[:most]))
+        return readable(images.select(torch.from_numpy(order.permutation(len(images))[:most])), config.data)
 
     def statistics(images: ImageSet) -> FeatureStatistics:
         return frechet_of(_batches(images, evaluation.batch_size, rank, world_size), extractor).all_reduce()
@@ -44,7 +44,10 @@ def build_reference(config: Config, extractor: Extractor, rank: int, world_size:
     moments = statistics(training)
     distance = FrechetReference(moments.mean, moments.covariance)
     try:
-        held_out = choose(open_images(config.data, evaluation.held_out_split), evaluation.num_images)
+        split = evaluation.held_out_split
+        held_out = choose(open_held_out(config.data, split, training.class_names), evaluation.num_images)
+        if len(held_out) < 2:
+            raise UserError(f"data: split {split!r} has {len(held_out)} images; expected at least 2")
     except UserError as error:
         if rank == 0:
             print(f"\nnote: no floor beside the distance, for want of held-out images: {error}", flush=True)

@@ -55,15 +55,14 @@ def locked(folder: Path, marks: Sequence[str] = ("checkpoints", "metrics.json"))
         raise UserError(f"--output {folder}: {error.strerror}; choose a folder that can be written") from error
     # A forked child (a data worker) would hold the lock beyond the trainer's death.
     os.register_at_fork(after_in_child=lock.close)
-    try:
+    with lock:
         _flock(lock, folder)
-        yield
-    except UserError:
-        if not existed and not begun():
-            shutil.rmtree(folder)
-        raise
-    finally:
-        lock.close()
+        try:
+            yield
+        except UserError:
+            if not existed and not begun():
+                shutil.rmtree(folder)
+            raise
 
 
 def _flock(lock: IO[bytes], folder: Path) -> None:
@@ -183,8 +182,10 @@ def find_start(config: Config, output: Path, resume: str, accept_changes: bool) 
 
 def begin(config: Config, output: Path, step: int) -> None:
     """Write the configuration of a run that goes on from ``step``, now that all of its input has proved to fit."""
-    Log(output).rewind(step)
-    write_text(output / "config.yaml", to_yaml(config))
+    file = output / "config.yaml"
+    other = step == 0 and file.exists() and differences(read_yaml(file), config)
+    Log(output).rewind(-1 if other else step)  # killed before its first checkpoint, all that it left is another's
+    write_text(file, to_yaml(config))
 
 
 def finished(config: Config, output: Path, start: Path | None) -> bool:
