@@ -201,7 +201,10 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 
 def parse_yaml(text: str) -> Any:
     """Return the value of YAML text; raise `yaml.YAMLError` for text that is none."""
-    return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except ValueError as error:  # the 13th month
+        raise yaml.YAMLError(str(error)) from error
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
