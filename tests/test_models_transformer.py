@@ -1,5 +1,6 @@
 """The generator: sizes, shapes, modes of running, saving and bad input, for every registered backbone."""
 
+import inspect
 import math
 import re
 
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from vit5gen.errors import UserError
 from vit5gen.models import VARIANTS, SiTTransformer2DModel
+from vit5gen.models.backbone import _check_kind
 from vit5gen.models.rope import sincos_table
 from vit5gen.models.transformer import TimeEmbedding
 
@@ -342,6 +344,14 @@ def test_bad_arguments_are_one_line(overrides, message):
     with pytest.raises(UserError, match=message) as error:
         make(**overrides)
     assert "\n" not in str(error.value)
+
+
+def test_a_number_with_a_whole_default_may_be_a_fraction():
+    """`dropout: float = 0` of a user's backbone; `int` alone means whole numbers."""
+    option = inspect.Parameter("dropout", inspect.Parameter.KEYWORD_ONLY, default=0, annotation=float)
+    _check_kind("dropout", 0.1, option)
+    with pytest.raises(UserError, match=r"dropout = 0\.1 is not a whole number"):
+        _check_kind("dropout", 0.1, option.replace(annotation=int))
 
 
 def test_unknown_preset_suggests_the_nearest():

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vit5gen.errors import UserError, nearest
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Unit = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
+# YAML 1.1 reads 1e-4 (no dot) as a string.
+Float = Annotated[float, BeforeValidator(lambda value: float(value) if isinstance(value, str) else value)]
+Positive = Annotated[Float, Field(gt=0)]
+NonNegative = Annotated[Float, Field(ge=0)]
+Unit = Annotated[Float, Field(ge=0, le=1)]
+Decay = Annotated[Float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Several = Annotated[int, Field(ge=2)]
 Natural = Annotated[int, Field(ge=0, lt=2**63)]
@@ -42,6 +44,15 @@ class ModelConfig(Section):
     class_dropout_prob: Unit = Field(0.1, description="probability that training replaces a label by the null label")
     learn_sigma: bool = Field(False, description="twice the output channels, of which the second half is discarded")
 
+    @field_validator("backbone_kwargs", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        """Read 1e-4, as `Float` does where the type is known."""
+        exponent = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+        if not isinstance(value, dict):
+            return value
+        return {k: float(v) if isinstance(v, str) and exponent.fullmatch(v) else v for k, v in value.items()}
+
     @model_validator(mode="after")
     def _sizes(self) -> "ModelConfig":
         sizes = (self.hidden_size, self.num_layers, self.num_attention_heads, self.patch_size)
@@ -57,7 +68,7 @@ class FlowConfig(Section):
     prediction: Literal["velocity", "score", "noise"] = Field("velocity", description="what the network predicts")
     loss_weight: Literal["velocity", "likelihood"] | None = Field(None, description="weight of the loss over time")
     time_distribution: Literal["uniform", "logit_normal"] = Field("uniform", description="draw of t in training")
-    logit_mean: float = Field(0.0, description="mean of logit(t) for logit_normal")
+    logit_mean: Float = Field(0.0, description="mean of logit(t) for logit_normal")
     logit_std: Positive = Field(1.0, description="standard deviation of logit(t) for logit_normal")
     time_shift: Positive = Field(1.0, description="shift of t towards noise; 1 = none")
     stratified: bool = Field(False, description="one t from each of global_batch_size equal strata")
@@ -184,7 +195,7 @@ class AutoencoderTraining(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number, to PyYAML a string, and a key that is given twice an error."""
+    """Safe YAML in which a key that is given twice is an error; PyYAML would take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -193,10 +204,6 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
-
-
-_FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 def parse_yaml(text: str) -> Any:

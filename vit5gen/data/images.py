@@ -19,7 +19,7 @@ from vit5gen.config import DataConfig
 from vit5gen.data.emoji import CLASSES, load_emoji
 from vit5gen.errors import UserError, choose
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # What Pillow raises for a file that it cannot decode.
 UNREADABLE = (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError)
 _FASHION_CLASSES = [
@@ -48,7 +48,7 @@ class ImageSet:
     class_names: list[str]
     labels: torch.Tensor  # (N,) int64
     read: Callable[[int], torch.Tensor]  # raises BrokenImage, which names the file
-    digest: Callable[[], str]  # tells the source of the images from others
+    digest: Callable[[], str]  # changes when the source's images do; of files, names and sizes count
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -160,7 +160,7 @@ def _open_folder(data: DataConfig, split: str) -> ImageSet:
     files: list[Path] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
-        found = sorted(file for file in (root / folder).rglob("*") if file.suffix.lower() in EXTENSIONS)
+        found = sorted(file for file in (root / folder).rglob("*") if file.suffix.lower() in _EXTENSIONS)
         files += found
         labels += [label] * len(found)
     if not files:

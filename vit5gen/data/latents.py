@@ -6,7 +6,7 @@ import json
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from itertools import accumulate
 from math import prod
@@ -74,7 +74,9 @@ def ensure_latents(config: Config, vae: AutoencoderKL) -> Path:
     if config.data.latents is not None:
         return Path(config.data.latents).expanduser()
     images = open_for(config, vae)
-    key = json.dumps(_settings(images, vae, config), sort_keys=True)
+    path = None if config.data.path is None else str(Path(config.data.path).expanduser().resolve())
+    of_images = {"path": path, "images_sha256": images.digest()}
+    key = json.dumps(_settings(images, vae, config) | of_images, sort_keys=True)
     folder = cache_folder() / f"latents-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     with _alone(folder.with_suffix(".lock")):
         encode_dataset(images, vae, folder, config)
@@ -87,13 +89,9 @@ def _alone(file: Path) -> Iterator[None]:
     state = processes()
     with ExitStack() as stack:
         if state.is_main_process:
-            try:
+            with suppress(OSError):  # what cannot be written may be complete; if not, the encoding says so
                 file.parent.mkdir(parents=True, exist_ok=True)
                 fcntl.flock(stack.enter_context(file.open("ab")), fcntl.LOCK_EX)
-            except OSError as error:
-                raise UserError(
-                    f"cache {file.parent}: {error.strerror}; set VIT5GEN_CACHE to a folder that can be written"
-                ) from error
         state.wait_for_everyone()
         yield
 
@@ -258,7 +256,6 @@ def _settings(images: ImageSet, vae: AutoencoderKL, config: Config) -> dict[str,
         "source": config.data.source,
         "split": config.data.split,
         "images": len(images),
-        "images_sha256": images.digest(),
         "id2label": {str(label): name for label, name in enumerate(images.class_names)},
     }
 

@@ -14,8 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from vit5gen.config import DataConfig
-from vit5gen.data.images import EXTENSIONS, UNREADABLE, ImageSet, listing_digest, open_images
+from vit5gen.data.images import UNREADABLE, ImageSet, listing_digest, open_images
 from vit5gen.errors import UserError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")  # of samples; others beside them are previews and the like
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def make_backbone(
 ) -> nn.Module:
     """Build the backbone called `name`; `options` are its keyword-only arguments, anything else is a `UserError`."""
     cls = get_backbone(name)
-    allowed = {p.name: p.default for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    allowed = {p.name: p for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY}
     for key, value in options.items():
         if key not in allowed:
             known = f"expected {', '.join(allowed)}" if allowed else "it has none"
@@ -71,14 +71,14 @@ def make_backbone(
     return cls(hidden_size, num_layers, num_attention_heads, mlp_ratio, grid, **options)
 
 
-def _check_kind(key: str, value: Any, default: Any) -> None:
+def _check_kind(key: str, value: Any, option: inspect.Parameter) -> None:
     """Raise `UserError` unless the value is, as the default is, a switch ("off" would count as true) or a number."""
-    switch = isinstance(value, bool)
+    switch, default = isinstance(value, bool), option.default
     if isinstance(default, bool):
         fits, kind = switch, "a switch; expected true or false"
-    elif isinstance(default, int):
+    elif option.annotation in (int, "int"):
         fits, kind = isinstance(value, int) and not switch, f"a whole number; expected one such as {default}"
-    elif isinstance(default, float):
+    elif isinstance(default, int | float):
         fits = isinstance(value, int | float) and not switch and math.isfinite(value)
         kind = f"a finite number; expected one such as {default}"
     else:

@@ -139,10 +139,10 @@ def save(accelerator: Accelerator, folder: Path, state: checkpoint.State, config
     def write() -> bool:
         try:
             checkpoint.save(folder, state.step, tensors, state.numbers(), run.to_yaml(config))
+            checkpoint.prune(folder, state.step, config.training.keep_last, config.training.keep_every)
         except (OSError, SafetensorError) as error:
             print(f"\nwarning: no checkpoint at step {state.step}: {error}; the older ones stay valid", flush=True)
             return False
-        checkpoint.prune(folder, state.step, config.training.keep_last, config.training.keep_every)
         return True
 
     return on_main(accelerator, write)

@@ -183,7 +183,10 @@ def find_start(config: Config, output: Path, resume: str, accept_changes: bool) 
 def begin(config: Config, output: Path, step: int) -> None:
     """Write the configuration of a run that goes on from ``step``, now that all of its input has proved to fit."""
     file = output / "config.yaml"
-    other = step == 0 and file.exists() and differences(read_yaml(file), config)
+    try:
+        other = step == 0 and file.exists() and bool(differences(read_yaml(file), config))
+    except (UserError, AttributeError):  # damaged
+        other = True
     Log(output).rewind(-1 if other else step)  # killed before its first checkpoint, all that it left is another's
     write_text(file, to_yaml(config))
 
