@@ -11,7 +11,10 @@ import pytest
 import torch
 from accelerate import PartialState
 
+from vit5gen.benchmark import scaling
 from vit5gen.benchmark.processes import fresh
+from vit5gen.benchmark.setting import QUICK
+from vit5gen.benchmark.train_step import step_config
 
 
 def joined(value: int) -> tuple[int, int, float]:
@@ -27,6 +30,18 @@ def test_processes_are_fresh_and_joined() -> None:
     (one, pid, alone), (two, other, both) = fresh(joined, 3), fresh(joined, 3, count=2)
     assert (one, alone, two, both) == (1, 3, 2, 7)
     assert len({pid, other, os.getpid()}) == 3
+
+
+def threads_of_a_step() -> int:
+    scaling._step_time(step_config(QUICK, precision="fp32", compile=False), QUICK)
+    return torch.get_num_threads()
+
+
+def test_each_of_the_joined_processes_that_are_timed_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the variable accelerate gives joined processes the threads of all cores."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert fresh(threads_of_a_step, count=2) == 1
 
 
 def interrupt_itself() -> None:
