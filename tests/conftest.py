@@ -1,6 +1,7 @@
-"""One thread a test process, whatever the environment says; fixtures for training.
+"""One thread a test process and no GPU, whatever the machine has; fixtures for training.
 
 Spinning threads make a loaded machine several times slower, and the processes that accelerate forks hang with more.
+On a GPU the bits that many tests compare depend on the batch.
 """
 
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="session")

@@ -113,6 +113,13 @@ def test_bf16_is_asked_of_the_processor(machine, probe, has, monkeypatch):
     assert cpu.has_bf16() is has
 
 
+def test_builds_without_onednn_have_no_bf16(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    assert cpu.has_bf16() is False
+
+
 def test_training_tells_of_slow_bf16(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cpu, "has_bf16", lambda: False)
     for precision, told in (("bf16", True), ("fp32", False)):

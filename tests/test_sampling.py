@@ -353,6 +353,8 @@ def test_fast_paths(
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr("diffusers.models.modeling_utils.logger.warning", warnings.append)
     monkeypatch.setattr("vit5gen.cpu.has_bf16", lambda: False)
     request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", self._call_impl))
@@ -361,6 +363,7 @@ def test_fast_paths(
     draw(checkpoint, tmp_path / "fast.npz", settings=settings, **options)
     plain, fast = (np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in ("plain", "fast"))
     assert ("slower than fp32 on this CPU" in capsys.readouterr().out) is ("bf16" in options.values())
+    assert not warnings
     assert abs(plain - fast).max() <= (8 if "bf16" in options.values() else 1)
 
 

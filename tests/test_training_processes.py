@@ -10,13 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from kill_test import main as kill_test
 from launch import ROOT, environment, train_in
 from safetensors.torch import load_file
 from tiny_run import assert_identical, losses, run, weights
 
+from vit5gen.config import TrainingConfig
 from vit5gen.errors import UserError
+from vit5gen.processes import processes
 from vit5gen.training.loop import STOPPED
+from vit5gen.training.process import make_accelerator
 
 ACCUMULATED = {"training__micro_batch_size": 1}
 IMAGES = {"data__from_images": True}
@@ -45,6 +51,14 @@ def runs(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     assert train_in(2, jobs, folder) == ([0] * len(jobs), [])
     return folder
+
+
+def test_a_mac_computes_on_its_cpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    for name in ("is_available", "is_built"):
+        monkeypatch.setattr(torch.backends.mps, name, lambda: True)
+    PartialState._reset_state()
+    request.addfinalizer(lambda: AcceleratorState._reset_state(reset_partial_state=True))
+    assert make_accelerator(TrainingConfig(trackers=[]), Path()).device.type == processes().device.type == "cpu"
 
 
 @pytest.mark.parametrize(("whole", "parts", "steps"), [("whole", "parts", 40), ("images", "image parts", 20)])

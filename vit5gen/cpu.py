@@ -75,7 +75,7 @@ def has_bf16() -> bool:
     """Whether this CPU has instructions for products in bf16; torch's own test is passed by any x86 with AVX-512."""
     if platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported()
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def warn_of_slow_bf16(precision: str, device: torch.device, show: Callable[[str], object] = print) -> None:

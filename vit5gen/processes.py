@@ -2,6 +2,7 @@
 
 import os
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
@@ -19,5 +20,8 @@ def start_processes() -> PartialState:
 
 
 def processes() -> PartialState:
-    """Return what this process knows of the others: as Accelerator; PartialState alone overlooks ACCELERATE_USE_CPU."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    """Return what this process knows of the others: as Accelerator; PartialState alone overlooks ACCELERATE_USE_CPU.
+
+    A Mac computes on its CPU: Apple's GPUs have no float64.
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or torch.backends.mps.is_available())

@@ -192,6 +192,6 @@ def _prepare(pipe: SiTPipeline, device: torch.device, precision: str, compile: b
     pipe.to(device)
     for network in filter(None, (pipe.transformer, pipe.guide)):
         if precision == "bf16":
-            network.to(torch.bfloat16)
+            network.bfloat16()  # `to` of diffusers warns of modules that would stay in fp32, and names none
         if compile:
             network.compile()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -172,7 +173,7 @@ def _trial(config: Config, accelerator: Accelerator) -> str:
         peak = torch.cuda.max_memory_allocated(device)
         used = utilisation(config, speed / accelerator.num_processes, torch.cuda.get_device_name(device))
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     steps = config.training.num_steps
     return (
         f"{TRIAL_STEPS} real steps: peak memory {_short(peak / 1e9)} GB, "
