@@ -38,6 +38,7 @@ EXPECTED = {
     ],
     "memory": [(mode, "sit", "sit") for mode in ("fp32", "fp32-checkpointing", "fastest", "fastest-checkpointing")],
     "start-up": [("help", "vit5gen --help", "python")],
+    "gpu": [*[(mode, "sit", "sit") for mode in ("tf32", "bf16", "fastest")], ("fastest", "vit5", "vit5gen-sit")],
     "scaling": [("tokens", "20", "8"), ("batch", "4", "2"), ("samples", "4", "2"), ("processes", "2", "1")],
 }
 
@@ -182,6 +183,12 @@ def test_sampling_takes_the_first_that_is_no_worse(tmp_path: Path, monkeypatch: 
         check(row, "sampling")
         assert row["more"]["our distance"] == row["more"]["peer's distance"]
     assert rows[0]["our_median"] == 4  # three steps and the last one
+
+
+def test_without_a_gpu_it_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute("--only gpu --output @result.json", tmp_path) == 0
+    assert "gpu: left out" in capsys.readouterr().out
+    assert json.loads((tmp_path / "result.json").read_text())["rows"] == []
 
 
 def test_without_peers_it_tells_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -333,7 +340,7 @@ def test_costs_by_hand() -> None:
         more = 1 + 4 / 256 if backbone == "vit5" else 1  # registers
         assert entry["forward GFLOPs an image"] == pytest.approx(2 * 119 * more, rel=0.01)
         for gpu, peak in peaks.items():
-            hours = flops * more * steps / (peak * 0.35 * 3600)
+            hours = flops * more * steps / (peak * 0.22 * 3600)
             assert entry[f"computed {gpu}-hours"] == pytest.approx(hours, rel=0.02)  # whole ones
 
 

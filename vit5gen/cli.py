@@ -246,7 +246,7 @@ def build_parser() -> Parser:
     sub.add_argument("--batch-size", type=int, default=64, help="[64]")
     sub.add_argument("--num-workers", type=int, default=0, help="[0]")
 
-    sub = command(benchmark, "measure against published code, side by side, and write ratios; on the CPU")
+    sub = command(benchmark, "measure against published code, side by side, and write ratios")
     sub.add_argument("--sit", metavar="PATH", help="checkout of willisma/SiT, whose code is then run")
     sub.add_argument("--vit5", metavar="PATH", help="checkout of wangf3014/ViT-5, whose code is then run")
     sub.add_argument("--run", dest="trained", metavar="RUN", help="folder of a run, for the benchmark sampling")

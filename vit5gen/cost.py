@@ -13,7 +13,7 @@ from vit5gen.config import Config
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.models.layers import Attention
 
-ASSUMED_UTILISATION = 0.35  # nobody has measured this toolkit on these GPUs; time scales with its inverse
+ASSUMED_UTILISATION = 0.22  # about that of XL/2 on an H100 (docs/benchmark.md); other sizes and GPUs are not measured
 IMAGENET_IMAGES = 1_281_167
 
 

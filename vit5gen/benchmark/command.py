@@ -12,6 +12,7 @@ from vit5gen.benchmark import (
     NAMES,
     classifier,
     evaluation,
+    gpu,
     memory,
     sampling,
     scaling,
@@ -32,11 +33,12 @@ from vit5gen.files import check_writable, sha256, write_json, write_text
 from vit5gen.models.classifier import vit5_small
 from vit5gen.pipeline import load_pipeline
 
-_MODULES = (train_step, classifier, sampling, evaluation, memory, start_up, scaling)
+_MODULES = (train_step, classifier, sampling, evaluation, memory, start_up, scaling, gpu)
 BENCHMARKS = {name: module.rows for name, module in zip(NAMES, _MODULES, strict=True)}
-_NEEDS = {"train-step": "sit", "classifier": "vit5", "sampling": "run", "memory": "sit"}
+_NEEDS = {"train-step": "sit", "classifier": "vit5", "sampling": "run", "memory": "sit", "gpu": "sit"}
 
 
+@patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"})
 def benchmark_command(
     output: str | Path,
     sit: str | Path | None = None,
@@ -71,12 +73,11 @@ def benchmark_command(
         check_writable(path)
     result |= {"machine": _machine(), "costs": costs()}
     print("\n".join(_head(result)), flush=True)
-    with patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"}):
-        for name in names:
-            for found in BENCHMARKS[name](setting):
-                print(_line(found), flush=True)
-                result["rows"].append(found)
-                _write(output, result)  # an interruption leaves what is measured
+    for name in names:
+        for found in BENCHMARKS[name](setting):
+            print(_line(found), flush=True)
+            result["rows"].append(found)
+            _write(output, result)  # an interruption leaves what is measured
     _write(output, result)
 
 
@@ -153,6 +154,7 @@ def _machine() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "commit": commit(),
         **versions(),
     }

@@ -11,6 +11,7 @@ class Sizes:
     repetitions: int = 15
     fresh_repetitions: int = 5  # of what runs in processes of its own
     warm_up: int = 3
+    preset: str = "S/2"
     latent_side: int = 32
     num_layers: int = 12  # of our models
     batch: int = 16
@@ -22,6 +23,9 @@ class Sizes:
     drawn_images: int | None = None  # None: as many as the run evaluates
     sides: tuple[int, ...] = (16, 32, 64)  # 64, 256 and 1024 tokens
     batches: tuple[int, ...] = (4, 8, 16)
+    gpu_preset: str = "XL/2"
+    gpu_layers: int = 28
+    gpu_batch: int = 32  # of one of the eight GPUs that share the published 256
 
 
 FULL = Sizes()
@@ -40,6 +44,9 @@ QUICK = Sizes(
     drawn_images=6,
     sides=(4, 8),
     batches=(2, 4),
+    gpu_preset="S/2",
+    gpu_layers=1,
+    gpu_batch=2,
 )
 
 

@@ -1,5 +1,6 @@
 """A whole training step, optimizer and average included: ours against published SiT, `vit5` against our `sit`."""
 
+import gc
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from vit5gen.benchmark.timing import Pairs, Row, race, row, seconds
 from vit5gen.config import Config, validate
 from vit5gen.models import load_sit
 from vit5gen.models.transformer import SIZES
+from vit5gen.processes import processes
 from vit5gen.training.build import latent_shape
 from vit5gen.training.plan import run_cost
 from vit5gen.training.process import make_accelerator
@@ -38,9 +40,9 @@ def modes() -> dict[str, str]:
 
 
 def step_config(sizes: Sizes, backbone: str = "sit", **training: Any) -> Config:
-    """Return the configuration of an S/2 model that has all that the published one has, compiled."""
+    """Return the configuration of a model that has all that the published one has, compiled."""
     sections = {
-        "model": {"backbone": backbone, "preset": "S/2", "num_layers": sizes.num_layers, "learn_sigma": True},
+        "model": {"backbone": backbone, "preset": sizes.preset, "num_layers": sizes.num_layers, "learn_sigma": True},
         "data": {"resolution": 8 * sizes.latent_side},
         "training": {"global_batch_size": sizes.batch, "trackers": [], "compile": True, **training},
     }
@@ -81,17 +83,17 @@ def published_step(folder: Path, sizes: Sizes, autocast: bool = False) -> Callab
 
     Raises `PeerError` where ``folder`` is no checkout of it.
     """
-    peer, side, batch = load(SIT, folder), sizes.latent_side, sizes.batch
-    model = _published_model(peer, side)
+    peer, side, batch, device = load(SIT, folder), sizes.latent_side, sizes.batch, processes().device
+    model = _published_model(peer, sizes).to(device)
     ema = deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
     transport = peer.create_transport()
     peer.update_ema(ema, model, decay=0)
     model.train()
-    x, y = torch.randn(batch, 4, side, side), torch.randint(1000, (batch,))
+    x, y = torch.randn(batch, 4, side, side, device=device), torch.randint(1000, (batch,), device=device)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             loss = transport.training_losses(model, x, {"y": y})["loss"].mean()
         optimizer.zero_grad()
         loss.backward()
@@ -102,8 +104,8 @@ def published_step(folder: Path, sizes: Sizes, autocast: bool = False) -> Callab
     return step
 
 
-def _published_model(peer: SimpleNamespace, side: int) -> nn.Module:
-    return peer.SiT_models["SiT-S/2"](input_size=side, num_classes=1000)
+def _published_model(peer: SimpleNamespace, sizes: Sizes) -> nn.Module:
+    return peer.SiT_models[f"SiT-{sizes.preset}"](input_size=sizes.latent_side, num_classes=1000)
 
 
 def check_published(folder: Path) -> None:
@@ -114,7 +116,7 @@ def check_published(folder: Path) -> None:
     sizes, generator = QUICK, torch.Generator().manual_seed(0)
     with running(SIT, folder):
         published_step(folder, sizes)()
-        theirs = _published_model(load(SIT, folder), sizes.latent_side).eval()
+        theirs = _published_model(load(SIT, folder), sizes).eval()
         with torch.no_grad():
             for parameter in theirs.parameters():
                 parameter.normal_(std=0.1, generator=generator)
@@ -125,7 +127,7 @@ def check_published(folder: Path) -> None:
             difference = float((ours(*inputs) - expected).norm() / expected.norm())
     if not difference <= TOLERANCE:
         raise PeerError(
-            f"peer folder {folder}: its SiT-S/2 differs from ours by {difference:.2g} of its output; "
+            f"peer folder {folder}: its SiT-{sizes.preset} differs from ours by {difference:.2g} of its output; "
             "expected the published model"
         )
 
@@ -135,28 +137,39 @@ def rows(setting: Setting) -> Iterator[Row]:
 
     Raises `PeerError` where ``setting.sit`` is no checkout of the peer.
     """
-    sizes, precisions = setting.sizes, modes()
+    yield from compare("train-step", setting, modes())
+
+
+def compare(name: str, setting: Setting, precisions: dict[str, str]) -> Iterator[Row]:
+    """Yield the rows of the benchmark ``name`` in these modes, on the device that training would take."""
+    sizes = setting.sizes
 
     @cache
     def measure(sit: Path, precision: str, autocast: bool) -> Pairs:
+        gc.collect()  # a GPU has no room beside the models of the mode before
         return race(OurStep(step_config(sizes, precision=precision)), published_step(sit, sizes, autocast), sizes)
 
     if setting.sit is not None:
         for mode, precision in precisions.items():
             pairs = measure(setting.sit, precision, mode == "bf16")
             more = _utilisation(step_config(sizes, precision=precision), pairs)
-            yield row("train-step", mode, "sit", "sit", pairs, more=more)
+            yield row(name, mode, "sit", "sit", pairs, more=more)
+    gc.collect()
     vit5, sit = (step_config(sizes, backbone, precision=precisions["fastest"]) for backbone in ("vit5", "sit"))
     pairs = race(OurStep(vit5), OurStep(sit), sizes)
-    yield row("train-step", "fastest", "vit5", "vit5gen-sit", pairs, more=_utilisation(vit5, pairs))
+    yield row(name, "fastest", "vit5", "vit5gen-sit", pairs, more=_utilisation(vit5, pairs))
 
 
 def _utilisation(config: Config, pairs: Pairs) -> dict[str, float]:
     """Return our speed, and its share of the speed of products alone: the largest of the step, in its precision."""
-    cost, batch = run_cost(config), config.training.global_batch_size
+    cost, batch, device = run_cost(config), config.training.global_batch_size, processes().device
     speed = cost.training_flops * batch / median(ours for ours, _ in pairs)
-    width, dtype = SIZES["S"][0], torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    a, b = torch.ones(batch * cost.tokens, width, dtype=dtype), torch.ones(width, 4 * width, dtype=dtype)
+    assert config.model.preset is not None
+    width, dtype = SIZES[config.model.preset.partition("/")[0]][0], torch.float32
+    if config.training.precision == "bf16":
+        dtype = torch.bfloat16
+    a = torch.ones(batch * cost.tokens, width, dtype=dtype, device=device)
+    b = torch.ones(width, 4 * width, dtype=dtype, device=device)
     with cpu.fast_products():
         product = 2 * a.numel() * 4 * width / min(seconds(lambda: a @ b) for _ in range(20))
     return {"GFLOP/s": speed / 1e9, "share of a product's speed": speed / product}
