@@ -111,6 +111,13 @@ def test_another_configuration_is_refused_until_accepted(config_file: Path, tmp_
     assert run(config_file, tmp_path / "run", accept=True, training__num_steps=3, training__learning_rate=0.1) == 0
 
 
+def test_memory_may_be_saved_on_the_way(config_file: Path, tmp_path: Path) -> None:
+    run(config_file, tmp_path / "whole", training__num_steps=6)
+    run(config_file, tmp_path / "parts", training__num_steps=3)
+    assert run(config_file, tmp_path / "parts", training__num_steps=6, training__gradient_checkpointing=True) == 0
+    assert_identical(weights(tmp_path / "whole", 6), weights(tmp_path / "parts", 6))
+
+
 def test_bad_input_leaves_no_folder(config_file: Path, tmp_path: Path) -> None:
     for changes in ({"data__num_classes": 4}, {"vae__latent_channels": 8}, {"training__micro_batch_size": 3}):
         with pytest.raises(UserError):

@@ -170,7 +170,8 @@ def benchmark(args: argparse.Namespace) -> None:
 
 def build_parser() -> Parser:
     """Build the parser of all commands."""
-    parser = Parser(prog="vit5gen", description=__doc__)
+    about = "Train, sample and evaluate class-conditional image generators. Exit code 2: bad input, told in one line."
+    parser = Parser(prog="vit5gen", description=about)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
     def command(function: Any, text: str, description: str | None = None) -> Parser:

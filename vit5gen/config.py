@@ -133,7 +133,7 @@ class TrainingConfig(Section):
 
 
 class SamplingConfig(Section):
-    """How images are drawn: for previews and evaluation in training, and by `sample.py`."""
+    """How images are drawn: in a configuration, in training's previews and evaluation; else by this command alone."""
 
     sampler: str = Field("ode-heun", description="ode-{euler,heun,midpoint,rk4,ab2,dopri5} or sde-{euler,heun}")
     num_inference_steps: Count = Field(50, description="solver steps")

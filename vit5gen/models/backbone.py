@@ -65,7 +65,7 @@ def make_backbone(
     allowed = {p.name: p for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY}
     for key, value in options.items():
         if key not in allowed:
-            known = f"expected {', '.join(allowed)}" if allowed else "it has none"
+            known = f"expected {', '.join(allowed)}" if allowed else "it has none: give {}"
             raise UserError(f"backbone_kwargs: {key!r} is not an option of {name!r}; {known}.{nearest(key, allowed)}")
         _check_kind(key, value, allowed[key])
     return cls(hidden_size, num_layers, num_attention_heads, mlp_ratio, grid, **options)

@@ -24,6 +24,7 @@ FREE = {
     "data.latents",
     "training.num_steps",
     "training.micro_batch_size",
+    "training.gradient_checkpointing",
     "training.checkpoint_every",
     "training.keep_last",
     "training.keep_every",
