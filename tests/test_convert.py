@@ -148,3 +148,11 @@ def test_bad_checkpoints_leave_nothing_behind(run: Path, tmp_path: Path, vae: st
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(UserError, match="exists; choose another --output"):
         convert_command(file, tmp_path / "out")
+
+
+def test_what_is_missing_is_no_error(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "pipeline" / "model_index.json").write_text("{}")
+    convert_command(tmp_path / "run", tmp_path / "out", vae="none")
+    assert "try" not in capsys.readouterr().out
+    assert SiTPipeline.from_pretrained(tmp_path / "out").config.id2label == {}

@@ -232,6 +232,23 @@ def test_folder_and_grid(checkpoint: Path, tmp_path: Path) -> None:
     assert np.array_equal(first, images[labels == 0][0])
 
 
+def test_outputs_of_one_name_have_cards_of_their_own(checkpoint: Path, tmp_path: Path) -> None:
+    draw(checkpoint, tmp_path / "out.npz")
+    draw(checkpoint, tmp_path / "out.png", seed=4)
+    seeds = [json.loads((tmp_path / f"out.{kind}card.json").read_text())["settings"]["seed"] for kind in ("", "png.")]
+    assert seeds == [3, 4]
+
+
+def test_what_is_no_output_is_refused_before_any_image(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.npz").mkdir()
+    with pytest.raises(UserError, match=r"out.npz is a folder"):
+        draw(checkpoint, tmp_path / "out.npz")
+    (tmp_path / "list.card.json").write_text("[]")
+    with pytest.raises(UserError, match=r"list.card.json holds a list; expected an object"):
+        draw(checkpoint, tmp_path / "list.npz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["list.card.json", "out.npz"]
+
+
 def test_card(checkpoint: Path, tmp_path: Path) -> None:
     draw(checkpoint, tmp_path / "out.npz", label_mode="random")
     card = json.loads((tmp_path / "out.card.json").read_text())

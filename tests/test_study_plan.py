@@ -73,6 +73,7 @@ def test_a_cell_does_not_change_the_next(tmp_path: Path) -> None:
         ({"grid": {"a": {}}}, "every axis a level"),
         ({"baseline": {"backbone": "vit6"}}, "baseline backbone: 'vit6' is not known.*Did you mean 'vit5'"),
         ({"baseline": {"back": "vit5"}}, "axis: 'back' is not known.*Did you mean 'backbone'"),
+        ({"grid": {"a": {"x": {}, "y": {"evaluation.extractor": "inception"}}}}, "effnet-lite0 and inception; compare"),
         ({"seeds": [0, 0]}, "name a seed twice"),
         ({"gird": {}}, "unknown key 'gird'"),
         ({"base": "absent.yaml"}, "absent.yaml: No such file"),

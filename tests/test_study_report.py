@@ -93,6 +93,12 @@ def test_only_seeds_that_both_have_count(tmp_path: Path) -> None:
     assert (tmp_path / "differences.png").stat().st_size > 1000
 
 
+def test_a_plot_goes_with_its_differences(tmp_path: Path) -> None:
+    (tmp_path / "differences.png").write_bytes(b"earlier")
+    write_report(study(5), make_rows(5, {"a": 0.0}), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
+
+
 def test_budgets_are_not_mixed() -> None:
     rows = make_rows(3, {"a": 0.0, "b": 1.0}) + make_rows(3, {"b": 5.0}, budget="long")
     assert {d.cell for d in find_differences(study(3), rows)} == {"b, short"}

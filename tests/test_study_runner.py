@@ -155,6 +155,24 @@ def test_inputs_are_missed_before_any_run(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("kept", "message"), [(["circle/0"], "has 1 images; expected at least 2"), (["new/0"], "'new'")]
+)
+def test_held_out_images_that_do_not_serve_are_told_before_any_run(
+    tmp_path: Path, kept: list[str], message: str
+) -> None:
+    path = write_study(tmp_path)
+    test = tmp_path / "data" / "test"
+    (test / "circle").rename(tmp_path / "pictures")
+    shutil.rmtree(test)
+    for name in kept:
+        (test / name).parent.mkdir(parents=True)
+        shutil.copy(tmp_path / "pictures" / "0.png", test / f"{name}.png")
+    with pytest.raises(UserError, match=f"run vit5, seed 0: .*{message}"):
+        study(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_held_out_loss_is_that_of_all_images(done: Path) -> None:
     _, runs = read_study(done / "study.yaml")
     pipe = load_pipeline(done / "out" / "runs" / runs[0].name)
@@ -177,8 +195,9 @@ def test_bad_input_ends_with_code_2(
     done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["study"])
-    with pytest.raises(SystemExit) as caught:
-        main([str(done / "absent.yaml"), "--output", str(done / "new")])
-    assert caught.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    for arguments in ([str(done / "absent.yaml"), "--output", str(done / "new")], [], ["--outptu", "x"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
     assert not (done / "new").exists()

@@ -37,9 +37,14 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     """Return the commit of the source tree, with ``-dirty`` if that was changed; without one the package's version."""
     folder = Path(vit5gen.__file__).parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
-    try:
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # an installed package may lie in another repository
+        return git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=12")
     except (OSError, subprocess.CalledProcessError):
         return str(vit5gen.__version__)
 

@@ -16,16 +16,7 @@ from vit5gen.benchmark import NAMES as BENCHMARKS
 from vit5gen.classify import HELP as CLASSIFY_HELP
 from vit5gen.config import Config, EvaluationConfig, SamplingConfig, load_config, parse_yaml, validate
 from vit5gen.errors import UserError, nearest
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations and with errors of one line."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; `{self.prog} --help` lists the options")
+from vit5gen.parser import Parser
 
 
 def _sections() -> dict[str, type[BaseModel]]:

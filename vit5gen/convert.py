@@ -57,7 +57,8 @@ def convert_command(
         raise UserError(f"output {target}: {error}; nothing was written") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{output}: try `vit5gen sample --checkpoint {output} --num-images 8 --seed 0 --output samples.png`")
+    advice = f"try `vit5gen sample --checkpoint {output} --num-images 8 --seed 0 --output samples.png`"
+    print(f"{output}: {'without an autoencoder it draws latents alone' if pipe.vae is None else advice}")
 
 
 def _from_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPipeline, str]:
@@ -76,7 +77,7 @@ def _from_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPi
     # An average holds parameters only; buffers come from the model.
     model.load_state_dict({**load_tensors(folder, "model"), **load_tensors(folder, chosen)})
     index = folder.parent.parent / "pipeline" / "model_index.json"
-    names = read_json(index, "pipeline")["id2label"] if index.is_file() else {}
+    names = read_json(index, "pipeline").get("id2label", {}) if index.is_file() else {}
     scheduler = SiTScheduler(config.flow.path, config.flow.prediction)
     return _assemble(model, scheduler, vae or config.vae.name, names), f"{chosen} of {folder}"
 

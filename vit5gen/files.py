@@ -58,14 +58,17 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: str | Path, what: str) -> Any:
-    """Read JSON; raise a `UserError` that names ``what`` when it is missing or broken."""
+def read_json(path: str | Path, what: str) -> dict[str, Any]:
+    """Read a JSON object; raise a `UserError` that names ``what`` when it is missing, broken or no object."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{what} {path}: {error.strerror}; check the path") from error
     except ValueError as error:
         raise UserError(f"{what} {path} is not valid JSON: {error}; write it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{what} {path} holds a {type(value).__name__}; expected an object; write it again")
+    return value
 
 
 def sha256(path: str | Path) -> str:

@@ -49,7 +49,10 @@ class Output:
 
     @property
     def card_file(self) -> Path:
-        return self.path / "card.json" if self.kind == "folder" else self.path.with_suffix(".card.json")
+        """FOLDER/card.json, FILE.card.json of FILE.npz, FILE.png.card.json of FILE.png."""
+        if self.kind == "folder":
+            return self.path / "card.json"
+        return self.path.with_suffix(".card.json" if self.kind == ".npz" else ".png.card.json")
 
     @property
     def part(self) -> Path:
@@ -68,6 +71,8 @@ class Output:
                 raise UserError(
                     f"output {self.path} holds images of another run: {differing}; choose another --output or delete it"
                 )
+        if self.kind != "folder" and self.path.is_dir():
+            raise UserError(f"output {self.path} is a folder; choose another --output or delete it")
         # A kill may have left a hidden folder without a card.
         inside = self.path.iterdir() if self.path.is_dir() else [self.path] if self.path.exists() else []
         if not cards and any(file != self.part for file in inside):

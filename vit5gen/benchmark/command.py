@@ -65,7 +65,7 @@ def benchmark_command(
         notes.append("this CPU has no instructions for bf16: that mode is left out, and the fastest is fp32")
     folders = {name: None if folder is None else Path(folder) for name, folder in given.items()}
     setting = Setting(QUICK if quick else FULL, **folders, notes=notes)
-    keep_freed_memory()  # as training does, for both sides of whatever is measured
+    keep_freed_memory()  # as training does, for both sides of whatever is timed in this process
     if "evaluation" in names:
         load_extractor(evaluation.PRETRAINED)
     result: dict[str, Any] = {"rows": [], "quick": quick, "notes": notes, "peers": _check(setting)}
@@ -95,6 +95,10 @@ def _check(setting: Setting) -> dict[str, dict[str, str]]:
         if load_pipeline(setting.run).vae is None:
             raise UserError(f"--run {setting.run}: its pipeline has no autoencoder; expected a trained run")
         config = load_config(setting.run / "config.yaml")
+        if (count := config.evaluation.num_images) < sampling.FEWEST_IMAGES:
+            raise UserError(
+                f"--run {setting.run}: its evaluation.num_images is {count}; expected at least {sampling.FEWEST_IMAGES}"
+            )
         open_images(config.data)
         load_extractor(config.evaluation.extractor)
     return found
@@ -154,7 +158,6 @@ def _machine() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "commit": commit(),
         **versions(),
     }

@@ -1,22 +1,23 @@
 """The training step of XL/2 on one GPU: ours against published SiT, `vit5` against our `sit`."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from vit5gen.benchmark.processes import fresh
 from vit5gen.benchmark.setting import FULL, Setting
 from vit5gen.benchmark.timing import Row
-from vit5gen.benchmark.train_step import compare
+from vit5gen.benchmark.train_step import against_published, against_sit
 from vit5gen.errors import UserError
 
 PRECISIONS = {"tf32": "tf32", "bf16": "bf16", "fastest": "bf16"}  # of ours; the published code sets TF32
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Compare steps as ``train-step`` does, in a process that may use the GPU; without one, tiny sizes on the CPU.
+    """Compare steps as ``train-step`` does, each in a process that may use the GPU; without one, tiny sizes on the CPU.
 
     Raises `PeerError` where ``setting.sit`` is no checkout of the peer, `UserError` where the GPU is too small.
     """
@@ -25,14 +26,20 @@ def rows(setting: Setting) -> Iterator[Row]:
         setting.note("gpu: left out, for none is here")
         return
     sizes = replace(sizes, preset=sizes.gpu_preset, num_layers=sizes.gpu_layers, batch=sizes.gpu_batch)
-    yield from fresh(_rows, replace(setting, sizes=sizes))
+    if setting.sit is not None:
+        for mode, precision in PRECISIONS.items():
+            yield fresh(_row, against_published, "gpu", mode, setting.sit, sizes, precision)
+    yield fresh(_row, against_sit, "gpu", sizes, PRECISIONS["fastest"])
 
 
-def _rows(setting: Setting) -> list[Row]:
+def _row(compare: Callable[..., Row], *arguments: Any) -> Row:
     os.environ.pop("ACCELERATE_USE_CPU")  # which all other benchmarks want
     try:
-        return list(compare("gpu", setting, PRECISIONS))
-    except torch.OutOfMemoryError as error:
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        return compare(*arguments) | {"device": name}
+    except (torch.OutOfMemoryError, UserError) as error:
+        if not isinstance(error.__cause__ or error, torch.OutOfMemoryError):
+            raise
         raise UserError(
             "gpu: out of memory; the published XL/2 and ours train beside each other in about 70 GB, take such a GPU"
         ) from error

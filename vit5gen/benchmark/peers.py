@@ -1,4 +1,4 @@
-"""Published repositories, imported from the folder into which a user has checked them out, on the CPU."""
+"""Published repositories, imported from the folder into which a user has checked them out."""
 
 import importlib
 import importlib.machinery

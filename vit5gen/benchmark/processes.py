@@ -6,11 +6,14 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 from accelerate import PartialState
+
+from vit5gen.errors import UserError
 
 T = TypeVar("T")
 
@@ -18,7 +21,7 @@ T = TypeVar("T")
 def fresh(function: Callable[..., T], *arguments: Any, count: int = 1) -> T:
     """Call a module's function in ``count`` fresh processes that train together; return the result of the first.
 
-    Raises what the function raises, and `BrokenProcessPool` when a process is killed.
+    Raises what the function raises, and `UserError` when a process is killed.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -26,7 +29,10 @@ def fresh(function: Callable[..., T], *arguments: Any, count: int = 1) -> T:
     end_silently = (signal.signal, (signal.SIGINT, signal.SIG_DFL))  # Ctrl-C comes to all; one tells of it
     with ProcessPoolExecutor(count, get_context("spawn"), *end_silently) as pool:
         calls = [pool.submit(_call, rank, count, port, function, arguments) for rank in range(count)]
-        results = [call.result() for call in calls]
+        try:
+            results = [call.result() for call in calls]
+        except BrokenProcessPool as error:
+            raise UserError("a measuring process was killed, perhaps for want of memory; make room") from error
     return results[0]
 
 

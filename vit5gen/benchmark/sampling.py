@@ -23,6 +23,7 @@ CANDIDATES = [
     for evaluations in (6, 8, 10, 12, 16, 20, 24, 30, 40, 50, 100)
     for sampler, calls in (("ode-ab2", 1), ("ode-heun", 2), ("sde-heun", 2))
 ]
+FEWEST_IMAGES = 3  # of a run: a jackknife leaves one out, and two have a covariance
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ QUICK = Sizes(
     sides=(4, 8),
     batches=(2, 4),
     gpu_preset="S/2",
-    gpu_layers=1,
-    gpu_batch=2,
+    gpu_layers=2,
+    gpu_batch=3,
 )
 
 

@@ -1,6 +1,5 @@
 """The autoencoder between images and latents: load any AutoencoderKL, encode, decode; and train a small one."""
 
-import argparse
 import math
 import sys
 import time
@@ -21,6 +20,7 @@ from vit5gen.cpu import warn_of_slow_bf16
 from vit5gen.data.images import ImageSet, open_images
 from vit5gen.errors import UserError
 from vit5gen.files import check_writable
+from vit5gen.parser import Parser
 from vit5gen.precision import exact_float32
 
 EMOJI = Path(__file__).with_name("emoji_vae")
@@ -202,12 +202,12 @@ def _scaling(vae: AutoencoderKL) -> tuple[float, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train an autoencoder from the command line: ``python -m vit5gen.data.autoencoder CONFIG --output FOLDER``."""
-    parser = argparse.ArgumentParser(prog="python -m vit5gen.data.autoencoder", description=main.__doc__)
+    parser = Parser(prog="python -m vit5gen.data.autoencoder", description=main.__doc__)
     parser.add_argument("config", help="YAML of AutoencoderTraining, e.g. configs/vae/emoji.yaml")
     parser.add_argument("--output", type=Path, required=True, help="folder of the trained AutoencoderKL")
-    options = parser.parse_args(arguments)
     start = time.perf_counter()
     try:
+        options = parser.parse_args(arguments)
         config = validate(AutoencoderTraining, read_yaml(options.config), f"configuration {options.config}")
         _check_sizes(config)
         check_writable(options.output / "config.json")

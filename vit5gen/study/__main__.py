@@ -1,21 +1,21 @@
 """The command line of studies: ``python -m vit5gen.study STUDY --output FOLDER``."""
 
-import argparse
 import signal
 import sys
 
 from vit5gen.errors import UserError
+from vit5gen.parser import Parser
 from vit5gen.study.runner import run_study
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train and score every run of a study, one at a time; run again, it goes on where it stopped."""
-    parser = argparse.ArgumentParser(prog="python -m vit5gen.study", description=main.__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m vit5gen.study", description=main.__doc__)
     parser.add_argument("study", help="YAML file, e.g. configs/studies/backbones.yaml")
     parser.add_argument("--output", metavar="FOLDER", required=True, help="folder of rows.jsonl, table, plot and runs")
-    options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # while measuring; the trainer has its own
     try:
+        options = parser.parse_args(arguments)
         sys.exit(run_study(options.study, options.output))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ from vit5gen.card import commit
 from vit5gen.config import read_yaml
 from vit5gen.cost import model_cost
 from vit5gen.data.autoencoder import load_autoencoder
-from vit5gen.data.images import open_images
+from vit5gen.data.images import open_held_out
 from vit5gen.data.latents import open_for
 from vit5gen.errors import UserError
 from vit5gen.flow import NonFiniteError
@@ -79,8 +79,9 @@ def check_inputs(runs: list[Run]) -> None:
             continue
         seen.add(key)
         try:
-            open_for(run.config, load_autoencoder(run.config.vae.name))
-            open_images(data, split)
+            images = open_for(run.config, load_autoencoder(run.config.vae.name))
+            if (count := len(open_held_out(data, split, images.class_names))) < 2:
+                raise UserError(f"data: split {split!r} has {count} images; expected at least 2")
         except UserError as error:
             raise UserError(f"run {run.name}: {error}") from error
 

@@ -1,0 +1,69 @@
+"""What the benchmark of a GPU does where there is one, without one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vit5gen.benchmark import gpu, timing
+from vit5gen.benchmark.peers import PeerError
+from vit5gen.benchmark.setting import FULL, Setting
+from vit5gen.benchmark.train_step import against_published, against_sit
+from vit5gen.errors import UserError
+from vit5gen.training.process import memory_hint
+
+
+def test_each_row_of_xl_is_measured_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "fresh", lambda *call: calls.append(call))
+    assert len(list(gpu.rows(Setting(sit=Path("SiT"))))) == 4
+    assert {call[0] for call in calls} == {gpu._row}
+    *published, (_, compare, *others) = calls
+    assert {call[1] for call in published} == {against_published}
+    assert compare is against_sit
+    assert [(mode, precision) for _, _, _, mode, _, _, precision in published] == [
+        ("tf32", "tf32"),
+        ("bf16", "bf16"),
+        ("fastest", "bf16"),
+    ]
+    for sizes in [others[1], *(call[5] for call in published)]:
+        assert (sizes.preset, sizes.num_layers, sizes.batch, sizes.latent_side) == ("XL/2", 28, 32, FULL.latent_side)
+
+
+def in_our_step() -> None:
+    with memory_hint(32):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def in_theirs() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def no_peer() -> None:
+    raise PeerError("no checkout")
+
+
+@pytest.mark.parametrize(("row", "message"), [(in_our_step, "70 GB"), (in_theirs, "70 GB"), (no_peer, "no checkout")])
+def test_a_small_gpu_is_told_as_one(row: Callable[[], None], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(UserError, match=message):
+        gpu._row(row)  # type: ignore[arg-type]
+
+
+def test_a_row_may_use_the_gpu_and_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    assert gpu._row(lambda: {"cpu": "ACCELERATE_USE_CPU" in gpu.os.environ}) == {"cpu": False, "device": "H100"}
+
+
+def test_a_call_ends_when_the_gpu_has_done_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronised"))
+    monkeypatch.setattr("time.perf_counter", lambda: done.append("clock") or 0.0)
+    timing.seconds(lambda: done.append("call"))
+    assert done == ["clock", "call", "synchronised", "clock"]

@@ -1,0 +1,16 @@
+"""argparse without abbreviations and with errors of one line."""
+
+import argparse
+from typing import Any, NoReturn
+
+from vit5gen.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An `argparse.ArgumentParser` that raises `UserError` where that one prints its usage and exits."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; `{self.prog} --help` lists the options")
