@@ -306,7 +306,7 @@ def test_settings_that_do_not_fit(config: Config, section: str, values: dict, me
     ("spoil", "message"),
     [
         (lambda text: "{", "is not valid JSON"),
-        (lambda text: "[]", "not one of latents"),
+        (lambda text: "[]", "holds a list; expected an object"),
         (lambda text: text.replace("id2label", "names"), "not one of latents"),
         (lambda text: text.replace('"images": 3', '"images": "3"'), "not one of latents"),
     ],
