@@ -253,13 +253,11 @@ def test_a_broken_run_costs_no_earlier_result(tmp_path: Path, capsys: pytest.Cap
     assert (tmp_path / "result.json").read_text() == "earlier"
 
 
-def test_a_run_of_too_few_images_ends_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_too_few_images_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(make_inputs(tmp_path), tmp_path / "run", training__num_steps=1, evaluation__num_images=2)
-    capsys.readouterr()
-    assert execute("--run @run --only sampling --quick --output @result.json", tmp_path) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert "evaluation.num_images is 2; expected at least 3" in printed.err
+    assert execute("--run @run --only sampling --quick --output @result.json", tmp_path) == 0
+    assert "run scores 2 images; expected at least 3" in capsys.readouterr().out
+    assert json.loads((tmp_path / "result.json").read_text())["rows"] == []
 
 
 def test_an_absent_extractor_ends_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,11 +53,27 @@ def test_a_small_gpu_is_told_as_one(row: Callable[[], None], message: str, monke
         gpu._row(row)  # type: ignore[arg-type]
 
 
-def test_a_row_may_use_the_gpu_and_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_gpu_costs_no_other_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fresh(call: Callable[..., Any], *arguments: Any) -> Any:
+        if "bf16" in arguments:
+            raise gpu.SmallGpuError("gpu: out of memory")
+        return arguments
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "fresh", fresh)
+    setting = Setting(sit=Path("SiT"))
+    assert len(list(gpu.rows(setting))) == 1
+    assert setting.notes[-1] == "gpu: out of memory"
+
+
+def test_a_row_may_use_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert gpu._row(lambda: {"cpu": "ACCELERATE_USE_CPU" in gpu.os.environ}) == {"cpu": False}
+    assert gpu.device_name() is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
-    assert gpu._row(lambda: {"cpu": "ACCELERATE_USE_CPU" in gpu.os.environ}) == {"cpu": False, "device": "H100"}
+    monkeypatch.setattr(gpu, "fresh", lambda function: function())
+    assert gpu.device_name() == "H100"
 
 
 def test_a_call_ends_when_the_gpu_has_done_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,10 +243,13 @@ def test_what_is_no_output_is_refused_before_any_image(checkpoint: Path, tmp_pat
     (tmp_path / "out.npz").mkdir()
     with pytest.raises(UserError, match=r"out.npz is a folder"):
         draw(checkpoint, tmp_path / "out.npz")
+    (tmp_path / "folder.card.json").mkdir()
+    with pytest.raises(UserError, match=r"folder.card.json is a folder"):
+        draw(checkpoint, tmp_path / "folder.npz")
     (tmp_path / "list.card.json").write_text("[]")
     with pytest.raises(UserError, match=r"list.card.json holds a list; expected an object"):
         draw(checkpoint, tmp_path / "list.npz")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["list.card.json", "out.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.card.json", "list.card.json", "out.npz"]
 
 
 def test_card(checkpoint: Path, tmp_path: Path) -> None:

@@ -71,8 +71,9 @@ class Output:
                 raise UserError(
                     f"output {self.path} holds images of another run: {differing}; choose another --output or delete it"
                 )
-        if self.kind != "folder" and self.path.is_dir():
-            raise UserError(f"output {self.path} is a folder; choose another --output or delete it")
+        for file in [self.card_file] + [self.path] * (self.kind != "folder"):
+            if file.is_dir():
+                raise UserError(f"output {file} is a folder; choose another --output or delete it")
         # A kill may have left a hidden folder without a card.
         inside = self.path.iterdir() if self.path.is_dir() else [self.path] if self.path.exists() else []
         if not cards and any(file != self.part for file in inside):

@@ -72,6 +72,8 @@ def benchmark_command(
     for path in (output, output.with_suffix(".md")):
         check_writable(path)
     result |= {"machine": _machine(), "costs": costs()}
+    if "gpu" in names and (name := gpu.device_name()) is not None:
+        result["machine"]["gpu"] = name
     print("\n".join(_head(result)), flush=True)
     for name in names:
         for found in BENCHMARKS[name](setting):
@@ -95,10 +97,6 @@ def _check(setting: Setting) -> dict[str, dict[str, str]]:
         if load_pipeline(setting.run).vae is None:
             raise UserError(f"--run {setting.run}: its pipeline has no autoencoder; expected a trained run")
         config = load_config(setting.run / "config.yaml")
-        if (count := config.evaluation.num_images) < sampling.FEWEST_IMAGES:
-            raise UserError(
-                f"--run {setting.run}: its evaluation.num_images is {count}; expected at least {sampling.FEWEST_IMAGES}"
-            )
         open_images(config.data)
         load_extractor(config.evaluation.extractor)
     return found

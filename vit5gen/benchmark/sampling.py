@@ -52,6 +52,11 @@ def rows(setting: Setting) -> Iterator[Row]:
     extractor = load_extractor(config.evaluation.extractor)
     reference = build_reference(config, extractor, rank=0, world_size=1)
     labels = reference.labels[: sizes.drawn_images]
+    if len(labels) < FEWEST_IMAGES:
+        setting.note(
+            f"sampling: left out, for {setting.run} scores {len(labels)} images; expected at least {FEWEST_IMAGES}"
+        )
+        return
 
     def job(sampler: str, steps: int, count: int) -> SamplingJob:
         settings = config.sampling.model_dump() | {"sampler": sampler, "num_inference_steps": steps}
