@@ -12,6 +12,10 @@ MEANS = torch.tensor([[1.2, -0.5], [-0.8, 0.9], [0.3, 1.5]], dtype=torch.float64
 VARIANCES = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
 
 
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 @dataclass(frozen=True)
 class Mixture:
     """Data ``sum w_k N(m_k, c_k I)``: component k of p_t is ``N(alpha m_k, alpha^2 c_k + sigma^2)``."""

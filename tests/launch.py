@@ -75,7 +75,8 @@ def train_in(
 def _main(file: Path) -> None:
     import registered_backbones  # noqa: F401
     import torch.distributed.fsdp
-    from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+    from accelerate.state import DistributedType, PartialState
+    from tiny_run import forget_processes
 
     from vit5gen.config import load_config
     from vit5gen.training.loop import train
@@ -93,8 +94,7 @@ def _main(file: Path) -> None:
     codes = []
     for job in json.loads(file.read_text()):
         os.environ["MASTER_PORT"] = job["port"]
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget_processes()
         config = load_config(job["config"], job.get("overrides"))
         codes.append(train(config, job["output"], job.get("resume", "auto"), job.get("accept", False)))
     if os.environ["RANK"] == "0":

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from vit5gen.benchmark.peers import SIT, VIT5
 from vit5gen.benchmark.sampling import Score, no_worse
 from vit5gen.benchmark.setting import QUICK
 from vit5gen.cli import main
+from vit5gen.files import write_text
 from vit5gen.pipeline import SiTPipeline, load_pipeline
 from vit5gen.training.plan import run_cost
 
@@ -51,6 +53,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_vit5(folder / "other", offset=0.1)
     write_sit(folder / "twice", factor=2)
     return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    assert run(make_inputs(folder), folder / "run", training__num_steps=1) == 0
+    return folder / "run"
 
 
 def execute(words: str, folder: Path) -> int:
@@ -169,11 +178,12 @@ def test_share_of_statistics_by_hand(folders: Path, monkeypatch: pytest.MonkeyPa
         assert row["more"]["share of time"] == pytest.approx(20 / batches / (20 / batches + 3))
 
 
-def test_sampling_takes_the_first_that_is_no_worse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(make_inputs(tmp_path), tmp_path / "run", training__num_steps=1)
+def test_sampling_takes_the_first_that_is_no_worse(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sampling, "CANDIDATES", [("ode-heun", 1), ("sde-euler", 3)])  # one equals a published sampler
     monkeypatch.setattr(sampling, "no_worse", lambda ours, theirs: ours == theirs)
-    assert execute("--run @run --only sampling --quick --output @result.json", tmp_path) == 0
+    assert execute(f"--run {trained} --only sampling --quick --output @result.json", tmp_path) == 0
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert [(row["mode"], row["ours"], row["peer"]) for row in rows] == [
         ("evaluations", "sde-euler-3", "sde-euler-3"),
@@ -243,44 +253,42 @@ def test_bad_input_is_one_line(
     assert not list(folders.glob(".*.tmp"))
 
 
-def test_a_broken_run_costs_no_earlier_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(make_inputs(tmp_path), tmp_path / "run", training__num_steps=1)
-    (tmp_path / "run" / "pipeline" / "transformer" / "config.json").write_text("{")
+def without_autoencoder(run: Path) -> None:
+    pipe = load_pipeline(run)
+    SiTPipeline(pipe.transformer, pipe.scheduler, None).save_pretrained(run / "pipeline")
+
+
+def replace(file: str, old: str, new: str) -> Callable[[Path], None]:
+    return lambda run: write_text(run / file, (run / file).read_text().replace(old, new))  # type: ignore[func-returns-value]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (replace("pipeline/transformer/config.json", "}", ""), "does not load"),
+        (replace("config.yaml", "extractor: effnet-lite0", "extractor: absent"), "absent"),
+        (without_autoencoder, "no autoencoder"),
+    ],
+)
+def test_a_run_that_does_not_serve_ends_before_any_work(
+    spoil: Callable[[Path], None], message: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    spoil(tmp_path / "run")
     (tmp_path / "result.json").write_text("earlier")
-    capsys.readouterr()
     assert execute("--run @run --only sampling --quick --output @result.json", tmp_path) == 2
-    assert capsys.readouterr().out == ""
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err
     assert (tmp_path / "result.json").read_text() == "earlier"
 
 
-def test_a_run_of_too_few_images_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(make_inputs(tmp_path), tmp_path / "run", training__num_steps=1, evaluation__num_images=2)
+def test_a_run_of_too_few_images_is_left_out(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    replace("config.yaml", "num_images: 6", "num_images: 2")(tmp_path / "run")
     assert execute("--run @run --only sampling --quick --output @result.json", tmp_path) == 0
     assert "run scores 2 images; expected at least 3" in capsys.readouterr().out
     assert json.loads((tmp_path / "result.json").read_text())["rows"] == []
-
-
-def test_an_absent_extractor_ends_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(make_inputs(tmp_path), tmp_path / "run", training__num_steps=1)
-    config = tmp_path / "run" / "config.yaml"
-    config.write_text(config.read_text().replace("extractor: effnet-lite0", "extractor: absent"))
-    capsys.readouterr()
-    assert execute("--run @run --only start-up --quick --output @result.json", tmp_path) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert "absent" in printed.err
-    assert not (tmp_path / "result.json").exists()
-
-
-def test_a_run_without_autoencoder_ends_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(make_inputs(tmp_path), tmp_path / "run", training__num_steps=1)
-    pipe = load_pipeline(tmp_path / "run")
-    SiTPipeline(pipe.transformer, pipe.scheduler, None).save_pretrained(tmp_path / "run" / "pipeline")
-    capsys.readouterr()
-    assert execute("--run @run --only sampling --quick --output @result.json", tmp_path) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert "no autoencoder" in printed.err
 
 
 def test_an_absent_package_ends_before_any_work(
@@ -307,10 +315,9 @@ def test_a_full_disk_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_no_candidate_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(make_inputs(tmp_path), tmp_path / "run", training__num_steps=1)
+def test_no_candidate_is_a_note(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "CANDIDATES", [])
-    assert execute("--run @run --only sampling --quick --output @result.json", tmp_path) == 0
+    assert execute(f"--run {trained} --only sampling --quick --output @result.json", tmp_path) == 0
     assert "no candidate is as good as sde-euler-3" in (tmp_path / "result.md").read_text()
 
 

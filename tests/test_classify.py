@@ -10,6 +10,7 @@ from torchvision.transforms import functional as T
 import vit5gen.models  # noqa: F401 (registers vit5_small with timm)
 from vit5gen import classify as module
 from vit5gen.classify import classify
+from vit5gen.cli import _CLASSIFY_HELP
 from vit5gen.errors import UserError
 
 NUM_CLASSES = 7
@@ -47,7 +48,7 @@ def test_accuracy_equals_one_image_at_a_time(data):
             with torch.no_grad():
                 order = model(pixels[None])[0].argsort(descending=True).tolist()
             ranks.append(order.index(label))
-    result = classify(root / "images", "vit5_small", root / "model.pth", batch_size=5, device="cpu")
+    result = classify(root / "images", "vit5_small", root / "model.pth", batch_size=5)
     assert result["num_images"] == 12
     assert result["top1"] == pytest.approx(100 * sum(r < 1 for r in ranks) / 12)
     assert result["top5"] == pytest.approx(100 * sum(r < 5 for r in ranks) / 12)
@@ -58,7 +59,7 @@ def test_a_constant_network_is_at_chance(data, tmp_path):
     root, model = data
     state = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
     torch.save(state, tmp_path / "zero.pth")
-    result = classify(root / "images", "vit5_small", tmp_path / "zero.pth", device="cpu")
+    result = classify(root / "images", "vit5_small", tmp_path / "zero.pth")
     assert result["top1"] < 50
 
 
@@ -94,4 +95,4 @@ def test_bad_input(data, tmp_path, monkeypatch):
 
 def test_help_names_the_expected_figures():
     for figure in ("82.2", "84.2", "85.4", "84.9", "86.0"):
-        assert figure in module.HELP
+        assert figure in _CLASSIFY_HELP

@@ -108,7 +108,7 @@ def test_size_is_printed_before_the_start(config: Config, tmp_path: Path, capsys
     encode_command(config, tmp_path / "out")
     # images x mirror images x (mean, std) x 4x4x4 numbers x 2 bytes, and labels
     assert f"11 images -> {(11 * 2 * 2 * 64 * 2 + 11 * 8) / 1e9:.3f} GB" in capsys.readouterr().out
-    assert latents._bytes(
+    assert latents.shard_bytes(
         1_281_167, {"horizontal_flip": True, "latent_shape": [4, 32, 32], "dtype": "float16"}
     ) / 1e9 == (
         pytest.approx(42, abs=0.1)  # ImageNet-256
@@ -294,7 +294,7 @@ def test_cache_is_used_again(config: Config, tmp_path: Path) -> None:
         ("data", {"num_classes": 5}, "num_classes = 5: the data have 2 classes"),
         ("vae", {"downsample": 8}, r"vae\.downsample = 8: .* has 2"),
         ("vae", {"latent_channels": 16}, r"vae\.latent_channels = 16: .* has 4"),
-        ("data", {"resolution": 9}, r"resolution = 9: expected a multiple of vae\.downsample 2"),
+        ("data", {"resolution": 9}, r"resolution = 9 is not a multiple of vae\.downsample = 2"),
     ],
 )
 def test_settings_that_do_not_fit(config: Config, section: str, values: dict, message: str) -> None:

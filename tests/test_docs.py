@@ -23,9 +23,8 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from accelerate.state import AcceleratorState, GradientState
 from launch import environment
-from tiny_run import make_inputs
+from tiny_run import forget_processes, make_inputs
 
 from vit5gen.cli import build_parser, main
 from vit5gen.config import AutoencoderTraining, Config, load_config, validate
@@ -92,8 +91,7 @@ def program(words: list[str]) -> tuple[str, list[str]]:
 
 def execute(what: str, arguments: list[str]) -> tuple[int, str]:
     """Run a program in this process; return its exit code and what it printed."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_processes()
     printed, code = io.StringIO(), 0
     patch = pytest.MonkeyPatch()
     patch.setattr(sys, "argv", [what.removeprefix("-m "), *arguments])

@@ -24,7 +24,7 @@ def given_features(rank: int, processes: int) -> dict[str, float]:
     features, real = (torch.randn(COUNT, 8, generator=generator) + 5 for _ in range(2))
     order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(processes))
     own = order[rank::processes]
-    grouped, sums = Grouped.empty(8), ScoreSums(COUNT, 8, split_size=40)
+    grouped, sums = Grouped(8), ScoreSums(COUNT, 8, split_size=40)
     for indices in own.split(4 + processes):
         grouped.update(features[indices], indices)
         sums.update(features[indices].double().softmax(dim=1), indices)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from vit5gen import cli
-from vit5gen.config import DataConfig, SamplingConfig
+from vit5gen.config import SamplingConfig
 from vit5gen.errors import UserError
 from vit5gen.evaluation import evaluate, frechet_distance, load_extractor, register_extractor
 from vit5gen.evaluation.evaluate import (
@@ -45,7 +45,8 @@ def colours(device: torch.device, weights: Path | None, weights_sha256: str | No
     )
 
 
-def pictures(count: int, seed: int, side: int = 32) -> torch.Tensor:
+def pictures(count: int, seed: int = 0, side: int = 32) -> torch.Tensor:
+    """Smooth random colours, uint8 ``(count, 3, side, side)``."""
     coarse = torch.randint(0, 256, (count, 3, 4, 4), generator=torch.Generator().manual_seed(seed)).float()
     return functional.interpolate(coarse, size=side, mode="bilinear").to(torch.uint8)
 
@@ -405,7 +406,8 @@ def test_features_that_are_not_finite_name_the_image(tmp_path, colour_extractor)
 
 def test_a_data_source_is_a_reference(tmp_path, colour_extractor) -> None:
     folder = write_folder(tmp_path / "data" / "class", pictures(20, seed=1)).parent
-    data = DataConfig(path=str(folder), resolution=32, num_classes=1)
+    data = tmp_path / "data.yaml"
+    data.write_text(f"{{model: {{preset: S/2}}, data: {{path: {folder}, resolution: 32, num_classes: 1}}}}")
     samples = samples_of(open_source(write_npz(tmp_path / "samples.npz", pictures(9, seed=0))), 4)
     cards = [
         evaluation_card([samples], open_reference(source, colour_extractor, 4), colour_extractor)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_evaluation_evaluate import pictures
 
 from vit5gen.errors import UserError
 from vit5gen.evaluation import frechet_distance, frechet_of, load_extractor
@@ -11,12 +12,6 @@ from vit5gen.evaluation.features import load_weights
 @pytest.fixture(scope="module")
 def effnet():
     return load_extractor("effnet-lite0")
-
-
-def pictures(count: int, side: int = 32, seed: int = 0) -> torch.Tensor:
-    """Smooth random colours, uint8 ``(count, 3, side, side)``."""
-    coarse = torch.randint(0, 256, (count, 3, 4, 4), generator=torch.Generator().manual_seed(seed)).float()
-    return torch.nn.functional.interpolate(coarse, size=side, mode="bilinear").to(torch.uint8)
 
 
 def test_effnet_is_a_working_classifier_backbone(effnet) -> None:

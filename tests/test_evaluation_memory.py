@@ -8,7 +8,8 @@ SCRIPT = """
 import torch
 from pathlib import Path
 from vit5gen.evaluation.features import Extractor, Features
-from vit5gen.evaluation.reference import Moments, Reference, scan
+from vit5gen.evaluation.metrics import FrechetReference
+from vit5gen.evaluation.reference import Reference, scan
 from vit5gen.evaluation.scores import scores
 
 def peak():
@@ -25,7 +26,7 @@ extractor = FromRows("random", "FID", 2048, "", {}, torch.nn.Identity(), None, t
 images = torch.zeros(500, 3, 1, 1, dtype=torch.uint8)
 torch.Tensor.addmm_ = lambda total, x, y, alpha: total.add_(alpha)
 found = scan(((first, images) for first in range(0, 50_000, 500)), 50_000, extractor, rows=50_000)
-moments = [Moments(torch.zeros(dim), torch.eye(dim).double()) for dim in (2048, 2023)]
+moments = [FrechetReference(torch.zeros(dim), torch.eye(dim).double()) for dim in (2048, 2023)]
 reference = Reference(*moments, None, torch.randn(10_000, 2048), {})
 print(peak())
 torch.linalg.eigvalsh = lambda matrix: matrix.clone()[0]

@@ -175,7 +175,7 @@ def test_jackknife_interval_covers_the_mean_distance_of_fresh_draws() -> None:
     reference = FrechetReference(torch.zeros(dim), torch.eye(dim))
     scores = []
     for _ in range(repetitions):
-        grouped = Grouped.empty(dim)
+        grouped = Grouped(dim)
         rows = torch.randn(count, dim, generator=generator, dtype=torch.float64) * scale + 0.1
         grouped.update(rows, torch.arange(count))
         scores.append(frechet_with_error(grouped, reference))

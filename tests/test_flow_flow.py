@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from flow_mixture import Mixture
-from torch import Tensor
+from flow_mixture import Mixture, normal
 
 from vit5gen.errors import UserError
 from vit5gen.flow import Flow, draw_timesteps, shift_time, to_diffusers
@@ -13,10 +12,6 @@ from vit5gen.flow.flow import PATHS as FORMULAS
 
 PATHS = ("linear", "gvp", "vp")
 TARGETS = ("x0", "x1", "velocity", "score")
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -4,15 +4,11 @@ import math
 
 import pytest
 import torch
-from flow_mixture import Mixture
+from flow_mixture import Mixture, normal
 from torch import Tensor
 
 from vit5gen.errors import UserError
 from vit5gen.flow import Flow, log_likelihood
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def gaussian(flow: Flow, mean: Tensor, variance: float) -> Mixture:

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from flow_mixture import Mixture
+from flow_mixture import Mixture, normal
 from torch import Tensor
 
 from vit5gen.errors import UserError
@@ -26,10 +26,6 @@ FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decrea
 LASTS = ("none", "mean", "tweedie", "euler")
 FIXED = [method for method in ODE_METHODS if method != "dopri5"]
 ORDERS = {"euler": 0.95, "heun": 1.9, "midpoint": 1.9, "ab2": 1.9, "rk4": 3.8}
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def elementwise(x: Tensor, t: Tensor) -> Tensor:

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.state import AcceleratorState, GradientState
-from tiny_run import make_inputs
+from tiny_run import forget_processes, make_inputs
 
 from vit5gen.cli import main
 from vit5gen.config import Config, load_config
@@ -25,8 +24,7 @@ VIT5 = [path for path in RECIPES if path.stem.startswith("vit5-")]
 @pytest.fixture(autouse=True)
 def _fresh(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIT5GEN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_processes()
 
 
 def without_backbone(config: Config) -> dict[str, Any]:

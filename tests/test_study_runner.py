@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from test_study_plan import write_study
+from tiny_run import forget_processes
 from tiny_run import run as tiny_run
 
 from vit5gen.data.autoencoder import encode
@@ -25,8 +25,7 @@ from vit5gen.training.loop import STOPPED
 
 
 def study(path: Path, output: Path) -> int:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_processes()
     return runner.run_study(path, output)
 
 

@@ -62,10 +62,15 @@ def make_inputs(folder: Path) -> Path:
     return folder / "run.yaml"
 
 
-def run(config_file: Path, output: Path, resume: str = "auto", accept: bool = False, **overrides: Any) -> int:
-    """Train in this process; overrides are written ``section__key=value``."""
+def forget_processes() -> None:
+    """Have accelerate start anew, as in a fresh process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def run(config_file: Path, output: Path, resume: str = "auto", accept: bool = False, **overrides: Any) -> int:
+    """Train in this process; overrides are written ``section__key=value``."""
+    forget_processes()
     overrides = {key.replace("__", "."): value for key, value in overrides.items()}
     return train(load_config(config_file, overrides), output, resume, accept)
 

@@ -1,43 +1,34 @@
 """What is behind ``vit5gen classify``: top-1 and top-5 of a published ViT-5 on a folder of images."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vit5gen.errors import UserError, choose
+import timm
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
-HELP = """\
-Top-1 and top-5 accuracy of ViT-5 over FOLDER, which has one folder of images a class, in the order of the classes.
-Published preprocessing: shorter side to the model's size (bicubic), centre crop (crop ratio 1.0), ImageNet mean and
-std; bf16 on a GPU. Expected top-1 on the ImageNet-1k validation set, with the files of
-huggingface.co/FengWang3211/ViT-5: S (vit5_small) 82.2, B (vit5_base) 84.2, B-384 85.4, L (vit5_large) 84.9, L-384 86.0.
-"""
+from vit5gen.data.images import UNREADABLE
+from vit5gen.errors import UserError, choose
+from vit5gen.models import load_vit5
+from vit5gen.models.classifier import default_cfgs
+from vit5gen.processes import processes
 
 
 def classify(
-    folder: str | Path,
-    model: str,
-    checkpoint: str | Path,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    device: str | None = None,
+    folder: str | Path, model: str, checkpoint: str | Path, batch_size: int = 64, num_workers: int = 0
 ) -> dict[str, float]:
     """Return ``{"top1": percent, "top5": percent, "num_images": n}``; the image size is the checkpoint's.
 
     Raises `UserError` when the model is not known, the checkpoint is of another model, the folder's classes are not as
     many as the checkpoint's, an image cannot be read, or `batch_size` or `num_workers` is no such number.
     """
-    import timm  # all heavy imports wait until here, so that --help, which needs HELP, is quick
-    import torch
-    from torch.utils.data import DataLoader
-
-    from vit5gen.models import load_vit5
-    from vit5gen.models.classifier import default_cfgs
-
     choose("--model", model, sorted({name.split(".")[0] for name in default_cfgs}))
     if batch_size < 1 or num_workers < 0:
         raise UserError(f"--batch-size {batch_size} --num-workers {num_workers}: expected at least 1 and at least 0.")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = processes().device
     net = load_vit5(checkpoint).eval().to(where)
     with torch.device("meta"):
         named = timm.create_model(model)
@@ -54,7 +45,7 @@ def classify(
         )
     hits = torch.zeros(2, dtype=torch.int64)
     with torch.inference_mode():
-        for pixels, labels in _batches(DataLoader(images, batch_size, num_workers=num_workers)):
+        for pixels, labels in DataLoader(images, batch_size, num_workers=num_workers):
             with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
                 logits = net(pixels.to(where))
             best = logits.topk(min(5, net.num_classes)).indices.cpu() == labels[:, None]
@@ -63,21 +54,8 @@ def classify(
     return {"top1": top1, "top5": top5, "num_images": len(images)}
 
 
-def _batches(loader: Any) -> Iterator[Any]:
-    """Yield the loader's batches; a worker's error, which comes with a traceback, is cut down to its last line."""
-    try:
-        yield from loader
-    except UserError as error:
-        raise UserError(str(error).strip().split("UserError: ")[-1]) from error
-
-
-def _image_folder(folder: str | Path, size: int, config: Any) -> Any:
+def _image_folder(folder: str | Path, size: int, config: Any) -> ImageFolder:
     """Open the folder with the evaluation transform that `config`, timm's pretrained configuration, describes."""
-    from PIL import Image
-    from torchvision.datasets import ImageFolder
-    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
-
-    from vit5gen.data.images import UNREADABLE
 
     def read(path: str) -> Image.Image:
         try:

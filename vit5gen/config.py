@@ -174,6 +174,17 @@ class Config(Section):
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the run's latents; raises `UserError` when the resolution does not fit the autoencoder."""
+        side, rest = divmod(self.data.resolution, self.vae.downsample)
+        if rest:
+            raise UserError(
+                f"data.resolution = {self.data.resolution} is not a multiple of vae.downsample = "
+                f"{self.vae.downsample}; choose e.g. {max(side, 1) * self.vae.downsample}"
+            )
+        return self.vae.latent_channels, side, side
+
 
 class AutoencoderTraining(Section):
     """How a small autoencoder is trained: a file of its own, e.g. configs/vae/emoji.yaml."""

@@ -7,6 +7,7 @@ papers (119 for XL/2) count it as one. Elementwise operations are left out.
 from dataclasses import dataclass
 from math import prod
 
+from timm.layers import to_2tuple
 from torch import nn
 
 from vit5gen.config import Config
@@ -69,9 +70,8 @@ def model_cost(model: SiTTransformer2DModel, precision: str = "fp32", recomputes
     """
     kept = {"bf16": 2, "fp64": 8}.get(precision, 4)
     wide = max(kept, 4)
-    size, width, backbone = model.config.sample_size, model.config.hidden_size, model.backbone
-    height, breadth = (size, size) if isinstance(size, int) else size
-    patches = height * breadth // model.config.patch_size**2
+    width, backbone = model.config.hidden_size, model.backbone
+    patches = prod(to_2tuple(model.config.sample_size)) // model.config.patch_size**2
     tokens = patches + getattr(backbone, "num_registers", 0)
     flops = entrance = inside = outside = 0
     for name, module in model.named_modules():
@@ -104,19 +104,22 @@ def _features(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
     return layer.in_channels, layer.out_channels
 
 
+def _weight_bytes(cost: Cost, config: Config) -> int:
+    return cost.parameters * (8 if config.training.precision == "fp64" else 4)
+
+
 def memory_bytes(cost: Cost, config: Config, micro_batch_size: int, num_processes: int, sharded: bool = False) -> int:
     """Return the peak on each GPU; sharded: FSDP instead of DDP.
 
     Weights, gradient and two moments of Adam, the averages, DDP's buckets, the cast weights of autocast, activations.
     Not in it: the autoencoder (0.3 GB), CUDA's context, fragmentation, what compiling saves.
     """
-    values = 4 + len(config.training.ema_decays)
-    width = 8 if config.training.precision == "fp64" else 4
-    states = cost.parameters * width * values
+    weights = _weight_bytes(cost, config)
+    states = (4 + len(config.training.ema_decays)) * weights
     if sharded:
-        states = states // num_processes + 2 * cost.parameters // cost.num_blocks * width  # two blocks are whole
+        states = states // num_processes + 2 * weights // cost.num_blocks  # two blocks are whole
     elif num_processes > 1:
-        states += cost.parameters * width
+        states += weights
     cast = 2 * cost.parameters if config.training.precision == "bf16" else 0
     return states + cast + micro_batch_size * cost.activation_bytes
 
@@ -135,17 +138,16 @@ def communication_bytes(
     DDP reduces the gradient once. FSDP gathers the weights for the forward and the backward pass of each micro-batch
     and scatters the gradient once. Nothing travels in bf16: only products are rounded.
     """
-    width = 8 if config.training.precision == "fp64" else 4
     passes = 2 * accumulation + 1 if sharded else 2
-    return passes * width * cost.parameters * (num_processes - 1) // num_processes
+    return passes * _weight_bytes(cost, config) * (num_processes - 1) // num_processes
 
 
-def gpu_hours(cost: Cost, num_images: int, gpu: str, precision: str, utilisation: float = ASSUMED_UTILISATION) -> float:
-    """Return the hours of one GPU to train on so many images; utilisation: of its peak, recomputation included.
+def gpu_hours(cost: Cost, num_images: int, gpu: str, precision: str) -> float:
+    """Return the hours of one GPU to train on so many images at `ASSUMED_UTILISATION`, recomputation included.
 
     gpu, precision: as in `GPUS`; others are a `KeyError`.
     """
-    return num_images * cost.executed_flops / (GPUS[gpu].peak[precision] * 1e12 * utilisation) / 3600
+    return num_images * cost.executed_flops / (GPUS[gpu].peak[precision] * 1e12 * ASSUMED_UTILISATION) / 3600
 
 
 def mfu(cost: Cost, images_per_second: float, gpu: str, precision: str) -> float:
@@ -158,8 +160,7 @@ def mfu(cost: Cost, images_per_second: float, gpu: str, precision: str) -> float
 
 def checkpoint_bytes(cost: Cost, config: Config) -> int:
     """Return the size of one checkpoint: weights, averages and two moments."""
-    width = 8 if config.training.precision == "fp64" else 4
-    return (3 + len(config.training.ema_decays)) * width * cost.parameters
+    return (3 + len(config.training.ema_decays)) * _weight_bytes(cost, config)
 
 
 def run_bytes(cost: Cost, config: Config) -> int:

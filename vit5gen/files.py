@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes and content hashes."""
+"""Files that are whole or absent: atomic writes and content hashes; the cache's folder."""
 
 import hashlib
 import json
@@ -9,6 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from vit5gen.errors import UserError
+
+
+def cache_folder() -> Path:
+    """Return the folder of derived data: ``VIT5GEN_CACHE``, else ``vit5gen`` in the user's cache folder."""
+    if folder := os.environ.get("VIT5GEN_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vit5gen"
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vit5gen.errors import UserError
+from vit5gen.errors import UserError, short
 from vit5gen.files import atomic, read_json, write_json
 from vit5gen.grid import save_grid
 
@@ -180,7 +180,7 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     old, new = ({part: card.get(part) for part in COMPARED} for card in (there, here))
     old, new = (_flat(card) for card in (old, new))
     names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
-    return ", ".join(f"{name} is {_short(old.get(name))} there, {_short(new.get(name))} here" for name in names[:3])
+    return ", ".join(f"{name} is {short(old.get(name))} there, {short(new.get(name))} here" for name in names[:3])
 
 
 def _flat(card: dict[str, Any]) -> dict[str, Any]:
@@ -188,8 +188,3 @@ def _flat(card: dict[str, Any]) -> dict[str, Any]:
     for part, value in card.items():
         flat |= value if isinstance(value, dict) else {part: value}
     return flat
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."

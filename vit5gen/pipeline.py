@@ -13,6 +13,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from vit5gen.card import TrainingFacts, model_card
@@ -79,8 +80,8 @@ class SiTPipeline(DiffusionPipeline):
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images trained on, in pixels."""
-        size, factor = self.transformer.config.sample_size, self.vae_scale_factor
-        height, width = (size, size) if isinstance(size, int) else size
+        factor = self.vae_scale_factor
+        height, width = to_2tuple(self.transformer.config.sample_size)
         return factor * height, factor * width
 
     @property
@@ -185,7 +186,7 @@ class SiTPipeline(DiffusionPipeline):
             torch.tensor(ids, device=x.device),
             guidance_scale,
             self._null_label(guidance_scale),
-            self._interval(guidance_interval),
+            guidance_interval,
             guidance_channels,
             weak_model=weak,
             weak_scale=autoguidance_scale,
@@ -211,11 +212,6 @@ class SiTPipeline(DiffusionPipeline):
         images = x if output_type == "latent" else self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _interval(self, interval: Sequence[float]) -> tuple[float, float]:
-        if len(interval) != 2:
-            raise UserError(f"guidance_interval: {interval!r}; expected the two times at which it starts and ends")
-        return interval[0], interval[1]
 
     def _null_label(self, guidance_scale: float) -> int:
         config = self.transformer.config

@@ -120,7 +120,8 @@ def sample_command(
         )
     choose("precision", precision, PRECISIONS)
     choose("labels", label_mode, LABEL_MODES)
-    choose("sampler", (settings or SamplingConfig()).sampler, SAMPLERS)
+    settings = settings or SamplingConfig()
+    choose("sampler", settings.sampler, SAMPLERS)
     state = start_processes()
     pipe = load_pipeline(checkpoint)
     if pipe.vae is None:
@@ -130,7 +131,6 @@ def sample_command(
     # A class that is given twice counts once.
     given = classes or range(pipe.transformer.config.num_classes)
     ids = list(dict.fromkeys(pipe.class_ids(list(given))))
-    settings = settings or SamplingConfig()
     labels = draw_labels(num_images, ids, seed, label_mode)
     job = SamplingJob(labels, seed, batch_size, settings, autoguidance_scale)
     target = Output(Path(output), (num_images, *pipe.image_size, 3))

@@ -31,8 +31,8 @@ def rows(setting: Setting) -> Iterator[Row]:
         whole = FeatureStatistics(extractor.dim).update(features)
         mean, covariance = whole.mean, whole.covariance
         tasks: dict[str, tuple[float, Callable[[], object]]] = {
-            "moments": (BATCHES, partial(_add, Grouped.empty(extractor.dim, groups=1), features, count)),
-            "grouped moments": (BATCHES, partial(_add, Grouped.empty(extractor.dim), features, count)),
+            "moments": (BATCHES, partial(_add, Grouped(extractor.dim, groups=1), features, count)),
+            "grouped moments": (BATCHES, partial(_add, Grouped(extractor.dim), features, count)),
             "distance": (1, partial(frechet_distance, mean, covariance, mean, covariance)),
         }
         for mode, (times, task) in tasks.items():

@@ -69,7 +69,7 @@ def rows(setting: Setting) -> Iterator[Row]:
 
     @cache
     def score(sampler: str, steps: int) -> Score:
-        groups = Grouped.empty(extractor.dim)
+        groups = Grouped(extractor.dim)
         for indices, images in generate(pipe, job(sampler, steps, len(labels))):
             groups.update(extractor(images).pooled, torch.tensor(indices))
         total = groups.total()

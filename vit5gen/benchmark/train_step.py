@@ -19,7 +19,6 @@ from vit5gen.config import Config, validate
 from vit5gen.models import load_sit
 from vit5gen.models.transformer import SIZES
 from vit5gen.processes import processes
-from vit5gen.training.build import latent_shape
 from vit5gen.training.plan import run_cost
 from vit5gen.training.process import make_accelerator
 from vit5gen.training.step import Trainee
@@ -67,7 +66,7 @@ class OurStep:
 
     def __init__(self, config: Config, source: Any = None) -> None:
         self.trainee = Trainee(config, make_accelerator(config.training, Path()))
-        self.batches = self.trainee.batches(source or RandomLatents(latent_shape(config), config.data.num_classes))
+        self.batches = self.trainee.batches(source or RandomLatents(config.latent_shape, config.data.num_classes))
         self.number = 0
 
     def __call__(self) -> None:

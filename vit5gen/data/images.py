@@ -124,7 +124,8 @@ def centre_crop(image: Image.Image, resolution: int) -> torch.Tensor:
     scale = resolution / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
-    return _to_tensor(np.asarray(image)[top : top + resolution, left : left + resolution])
+    pixels = np.asarray(image)[top : top + resolution, left : left + resolution]
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
 def imagenet_names(wnids: list[str]) -> list[str]:
@@ -218,7 +219,7 @@ def _column(data: DataConfig, features: dict[str, Any], kind: type, what: str) -
 
 def _open_emoji(data: DataConfig, split: str) -> ImageSet:
     images, labels = load_emoji(data.resolution, choose("data.split", split, ["train", "test"]))
-    return ImageSet(CLASSES, labels, partial(_read_array, images), partial(_digest, images))
+    return ImageSet(CLASSES, labels, images.__getitem__, partial(_digest, images))
 
 
 def _open_fashion_mnist(data: DataConfig, split: str) -> ImageSet:
@@ -271,10 +272,6 @@ def _keep_classes(images: ImageSet, classes: list[str]) -> ImageSet:
     return replace(kept, class_names=list(classes), labels=labels[labels >= 0])
 
 
-def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
-
-
 def _read_selected(read: Callable[[int], torch.Tensor], chosen: torch.Tensor, index: int) -> torch.Tensor:
     return read(int(chosen[index]))
 
@@ -292,10 +289,6 @@ def _read_row(table: Any, column: str, data: DataConfig, index: int) -> torch.Te
         return centre_crop(table[index][column], data.resolution)
     except (*UNREADABLE, AttributeError) as error:
         raise BrokenImage(f"image {index} of {data.path} does not decode ({error}); mend it{_SKIP_HINT}") from error
-
-
-def _read_array(images: torch.Tensor, index: int) -> torch.Tensor:
-    return images[index]
 
 
 def _read_grey(pixels: torch.Tensor, resolution: int, index: int) -> torch.Tensor:

@@ -23,10 +23,9 @@ from tqdm import tqdm
 
 from vit5gen.config import Config
 from vit5gen.data.autoencoder import downsample, encode, load_autoencoder
-from vit5gen.data.emoji import cache_folder
 from vit5gen.data.images import BrokenImage, ImageSet, open_images
-from vit5gen.errors import UserError
-from vit5gen.files import atomic, read_json, sha256, write_json
+from vit5gen.errors import UserError, short
+from vit5gen.files import atomic, cache_folder, read_json, sha256, write_json
 from vit5gen.processes import processes, start_processes
 
 MANIFEST = "manifest.json"
@@ -123,10 +122,7 @@ def check_autoencoder(config: Config, vae: AutoencoderKL) -> None:
     ]:
         if expected != found:
             raise UserError(f"vae.{key} = {expected}: the autoencoder {config.vae.name} has {found}; set that")
-    if config.data.resolution % downsample(vae):
-        raise UserError(
-            f"data.resolution = {config.data.resolution}: expected a multiple of vae.downsample {downsample(vae)}"
-        )
+    _ = config.latent_shape  # raises where the resolution does not fit
 
 
 class LatentDataset:
@@ -219,7 +215,7 @@ class LatentDataset:
 
     def _refuse(self, key: str, found: Any, wanted: Any, more: str = "") -> None:
         raise UserError(
-            f"latents {self.folder}: made with {key} {_short(found)}, the run has {_short(wanted)}{more};"
+            f"latents {self.folder}: made with {key} {short(found)}, the run has {short(wanted)}{more};"
             f" encode again or change the configuration"
         )
 
@@ -238,14 +234,13 @@ def _latent_settings(vae: AutoencoderKL, config: Config) -> dict[str, Any]:
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.float().cpu().contiguous().numpy())
-    side = config.data.resolution // downsample(vae)
     return {
         "vae": config.vae.name,
         "vae_sha256": digest.hexdigest(),
         "scaling_factor": vae.config.scaling_factor,
         "shift_factor": vae.config.shift_factor or 0.0,
         "resolution": config.data.resolution,
-        "latent_shape": [vae.config.latent_channels, side, side],
+        "latent_shape": list(config.latent_shape),
         "horizontal_flip": config.data.horizontal_flip,
         "dtype": config.data.shard_dtype,
     }
@@ -268,7 +263,7 @@ def _finished(folder: Path, settings: dict[str, Any], numbers: range) -> dict[in
     for key, value in settings.items():
         if key != "vae" and manifest.get(key) != value:
             raise UserError(
-                f"output {folder}: holds latents made with {key} {_short(manifest.get(key))}, not {_short(value)};"
+                f"output {folder}: holds latents made with {key} {short(manifest.get(key))}, not {short(value)};"
                 f" choose another folder or remove this one"
             )
     records = (manifest["shards"] or []) + [read_json(path, "record") for path in folder.glob("shard_*.json")]
@@ -310,7 +305,7 @@ def _read_labels(path: Path) -> torch.Tensor:
 
 def _reserve(folder: Path, count: int, settings: dict[str, Any]) -> None:
     """Print how much the shards of ``count`` images will take; raise `UserError` unless the disk has as much."""
-    needed = _bytes(count, settings)
+    needed = shard_bytes(count, settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -323,7 +318,7 @@ def _reserve(folder: Path, count: int, settings: dict[str, Any]) -> None:
         )
 
 
-def _bytes(count: int, settings: dict[str, Any]) -> int:
+def shard_bytes(count: int, settings: dict[str, Any]) -> int:
     """Return the size of ``count`` images' means, deviations and labels, with or without mirror images."""
     width = getattr(torch, settings["dtype"]).itemsize
     return count * (2 * (1 + settings["horizontal_flip"]) * prod(settings["latent_shape"]) * width + 8)
@@ -386,8 +381,3 @@ def _write_shard(path: Path, tensors: dict[str, torch.Tensor], broken: list[str]
     }
     write_json(path.with_suffix(".json"), record)
     return record
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

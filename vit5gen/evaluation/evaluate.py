@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vit5gen.card import pipeline_hash, versions
-from vit5gen.config import DataConfig, SamplingConfig, load_config
+from vit5gen.config import SamplingConfig, load_config
 from vit5gen.errors import UserError, choose
 from vit5gen.evaluation.features import Extractor, load_extractor
 from vit5gen.evaluation.inception import INCEPTION_SHA256
@@ -33,6 +32,7 @@ from vit5gen.evaluation.reference import (
 )
 from vit5gen.evaluation.scores import METRICS, RELIABLE_COUNT, Score, available, scores
 from vit5gen.evaluation.sources import ImageSource, open_data, open_folder, open_npz
+from vit5gen.evaluation.statistics import place, sum_over_processes
 from vit5gen.files import check_writable, read_json, write_json
 from vit5gen.outputs import network_evaluations
 from vit5gen.pipeline import SiTPipeline, find_pipeline, load_pipeline, pipeline_folder
@@ -53,10 +53,8 @@ class Samples:
     sorted_by_class: bool = False
 
 
-def open_source(path: str | Path | DataConfig) -> ImageSource:
-    """Open an npz, a folder of images, or the data section of a configuration (a YAML file or the object itself)."""
-    if isinstance(path, DataConfig):
-        return open_data(path)
+def open_source(path: str | Path) -> ImageSource:
+    """Open an npz, a folder of images, or the data section of a configuration."""
     path = Path(path)
     if path.suffix in (".yaml", ".yml"):
         return open_data(load_config(path).data)
@@ -69,14 +67,13 @@ def open_source(path: str | Path | DataConfig) -> ImageSource:
     )
 
 
-def open_reference(path: str | Path | DataConfig, extractor: Extractor, batch_size: int) -> Reference:
+def open_reference(path: str | Path, extractor: Extractor, batch_size: int) -> Reference:
     """Open what samples are compared with: ADM's npz, a statistics file, or the images of `open_source`."""
-    if not isinstance(path, DataConfig):
-        file = Path(path)
-        if is_statistics(file):
-            return read_statistics(file, extractor)
-        if is_adm_reference(file):
-            return read_adm_reference(file, extractor, batch_size)
+    file = Path(path)
+    if is_statistics(file):
+        return read_statistics(file, extractor)
+    if is_adm_reference(file):
+        return read_adm_reference(file, extractor, batch_size)
     return reference_of(open_source(path), extractor, batch_size)
 
 
@@ -103,13 +100,12 @@ def samples_from_pipeline(pipe: SiTPipeline, path: str | Path, job: SamplingJob,
     identity: dict[str, Any] = {"kind": "pipeline", "path": str(path), "sha256": pipeline_hash(pipeline_folder(path))}
 
     def chunks() -> Iterable[tuple[int, Tensor]]:
-        evaluations = torch.zeros((), dtype=torch.int64, device=pipe.device)
+        evaluations = torch.zeros((), dtype=torch.int64)
         for indices, images in generate(pipe, job):
             evaluations += pipe.num_evaluations * len(indices)
             yield indices.start, images
-        if dist.is_initialized():
-            dist.all_reduce(evaluations)
-        sampling["network_evaluations"] = network_evaluations(int(evaluations), len(job.labels))
+        total = int(sum_over_processes(evaluations))
+        sampling["network_evaluations"] = network_evaluations(total, len(job.labels))
 
     identity |= {"count": len(job.labels), "size": list(pipe.image_size), "sampling": sampling}
     return Samples(len(job.labels), chunks, identity)
@@ -153,7 +149,7 @@ def evaluation_card(
         "skipped": skipped,
         "protocol": {"name": protocol, "differences": differences, "label": label},
         "warnings": _warnings(samples, extractor, skipped, differences),
-        "processes": dist.get_world_size() if dist.is_initialized() else 1,
+        "processes": place()[1],
         "versions": versions() | {"torch-fidelity": version("torch-fidelity"), "scipy": version("scipy")},
     }
     card["markdown"] = markdown(card)[-1]
@@ -236,7 +232,7 @@ def evaluate_command(
 
 def is_main() -> bool:
     """Whether this process holds the results."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return place()[0] == 0
 
 
 def _open_samples(

@@ -57,17 +57,24 @@ def _inception_features(network: nn.Module, images: Tensor) -> Features:
     return Features(pooled, spatial_features(maps[0]), logits)
 
 
+def weights_paths() -> tuple[Path, Path]:
+    """Return where the weights may lie in torch's cache; a download goes to the first."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    return folder / Path(urlsplit(URL_INCEPTION_V3).path).name, folder / _ALIAS
+
+
 def _find_weights() -> Path:
     """Return the weights in torch's cache; download them there when they are absent."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / Path(urlsplit(URL_INCEPTION_V3).path).name
-    for known in (path, folder / _ALIAS):
+    path, alias = weights_paths()
+    for known in (path, alias):
         if known.is_file():
             return known
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         # Writes to a temporary name and moves it, once the hash is right.
         torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256, progress=False)
     except (OSError, RuntimeError) as error:

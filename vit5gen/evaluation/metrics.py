@@ -1,6 +1,7 @@
 """Distances between sets of features as ADM defines them, each a pure function of features or of their moments."""
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vit5gen.errors import UserError
+from vit5gen.evaluation.statistics import FeatureStatistics
 
 
 def frechet_distance(mean1: Any, cov1: Any, mean2: Any, cov2: Any) -> float:
@@ -21,16 +23,24 @@ def frechet_distance(mean1: Any, cov1: Any, mean2: Any, cov2: Any) -> float:
 
 
 class FrechetReference:
-    """One of the two Gaussians with a root of its covariance, which distances to many others share."""
+    """A Gaussian, ``mean (D,)`` and ``covariance (D, D)`` in float64; its distances to many others share a root."""
 
     def __init__(self, mean: Any, covariance: Any) -> None:
         self.mean, self.covariance = _moments(mean, covariance)
+
+    @classmethod
+    def of(cls, statistics: FeatureStatistics) -> "FrechetReference":
+        return cls(statistics.mean, statistics.covariance)
+
+    @cached_property
+    def _root(self) -> Tensor:
         # Any R with R R^T = S1 gives the eigenvalues of S1^1/2 S2 S1^1/2; Cholesky's is the cheapest, if there is one.
-        self._root, failed = torch.linalg.cholesky_ex(self.covariance)
-        if failed:
-            values, vectors = torch.linalg.eigh(self.covariance)
-            kept = values > _rounding(values)
-            self._root = vectors[:, kept] * values[kept].sqrt()
+        root, failed = torch.linalg.cholesky_ex(self.covariance)
+        if not failed:
+            return root
+        values, vectors = torch.linalg.eigh(self.covariance)
+        kept = values > _rounding(values)
+        return vectors[:, kept] * values[kept].sqrt()
 
     def distance(self, mean: Any, covariance: Any) -> float:
         """Return the squared Frechet distance to the Gaussian with ``mean (D,)`` and ``covariance (D, D)``."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,7 +18,7 @@ from vit5gen.errors import UserError
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.metrics import FrechetReference, ScoreSums
 from vit5gen.evaluation.sources import ImageSource, broken_npz, open_npz
-from vit5gen.evaluation.statistics import GROUPS, FeatureStatistics, Grouped, gather_rows, sum_over_processes
+from vit5gen.evaluation.statistics import GROUPS, FeatureStatistics, Grouped, gather_rows, place, sum_over_processes
 from vit5gen.files import atomic, sha256
 
 FORMAT = "vit5gen statistics 1"
@@ -49,8 +48,8 @@ def scan(
     ``total`` images in all; pooled features of ``rows`` of them, evenly spaced, are kept.
     Raises `UserError` when an image has features that are not finite, or when images are missing.
     """
-    pooled = Grouped.empty(extractor.dim, groups)
-    spatial = Grouped.empty(extractor.spatial_dim, groups) if extractor.spatial_dim else None
+    pooled = Grouped(extractor.dim, groups)
+    spatial = Grouped(extractor.spatial_dim, groups) if extractor.spatial_dim else None
     score = ScoreSums(total, extractor.num_classes) if extractor.num_classes else None
     # Filled in place: a list of batches would take twice the memory when it is joined.
     kept, seen = torch.empty(rows, extractor.dim), torch.zeros(rows, dtype=torch.bool)
@@ -83,23 +82,11 @@ def scan(
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Mean ``(D,)`` and covariance ``(D, D)`` in float64."""
-
-    mean: Tensor
-    covariance: Tensor
-
-    @classmethod
-    def of(cls, statistics: FeatureStatistics) -> "Moments":
-        return cls(statistics.mean, statistics.covariance)
-
-
-@dataclass(frozen=True)
 class Reference:
     """What samples are compared with: moments of ``count`` images (None: unknown), and ``rows`` of their features."""
 
-    pooled: Moments
-    spatial: Moments | None
+    pooled: FrechetReference
+    spatial: FrechetReference | None
     count: int | None
     rows: Tensor | None
     identity: dict[str, Any]
@@ -117,8 +104,8 @@ class Reference:
         rest = self.pooled
         if self.count is not None:
             whole = FeatureStatistics.from_moments(self.pooled.mean, self.pooled.covariance, self.count)
-            rest = Moments.of(whole.without(held_out))
-        return FrechetReference(rest.mean, rest.covariance).distance(held_out.mean, held_out.covariance)
+            rest = FrechetReference.of(whole.without(held_out))
+        return rest.distance(held_out.mean, held_out.covariance)
 
 
 def reference_of(source: ImageSource, extractor: Extractor, batch_size: int) -> Reference:
@@ -126,15 +113,13 @@ def reference_of(source: ImageSource, extractor: Extractor, batch_size: int) -> 
     found = scan(
         local_chunks(source, batch_size), source.count, extractor, rows=min(source.count, REFERENCE_ROWS), groups=1
     )
-    spatial = Moments.of(found.spatial.total()) if found.spatial is not None else None
-    return Reference(Moments.of(found.pooled.total()), spatial, found.count, found.rows, source.identity)
+    spatial = FrechetReference.of(found.spatial.total()) if found.spatial is not None else None
+    return Reference(FrechetReference.of(found.pooled.total()), spatial, found.count, found.rows, source.identity)
 
 
 def local_chunks(source: ImageSource, batch_size: int) -> Iterable[tuple[int, Tensor]]:
     """The chunks of ``source`` that fall to this process."""
-    if dist.is_available() and dist.is_initialized():
-        return source.chunks(batch_size, dist.get_rank(), dist.get_world_size())
-    return source.chunks(batch_size)
+    return source.chunks(batch_size, *place())
 
 
 def is_adm_reference(path: Path) -> bool:
@@ -160,11 +145,11 @@ def read_adm_reference(path: Path, extractor: Extractor, batch_size: int) -> Ref
             raise UserError(f"reference {path}: {name} is {tuple(arrays[name].shape)}; expected {shape}, all finite")
     if "sigma" not in arrays:
         raise UserError(f"reference {path}: has mu but no sigma; fetch it again")
-    spatial = Moments(arrays["mu_s"], arrays["sigma_s"]) if {"mu_s", "sigma_s"} <= arrays.keys() else None
+    spatial = FrechetReference(arrays["mu_s"], arrays["sigma_s"]) if {"mu_s", "sigma_s"} <= arrays.keys() else None
     batch = reference_of(open_npz(path), extractor, batch_size) if "arr_0" in names else None
     images, rows = (batch.count, batch.rows) if batch is not None else (0, None)
     identity = {"kind": "adm", "path": str(path), "sha256": sha256(path), "images": images}
-    return Reference(Moments(arrays["mu"], arrays["sigma"]), spatial, None, rows, identity)
+    return Reference(FrechetReference(arrays["mu"], arrays["sigma"]), spatial, None, rows, identity)
 
 
 def save_statistics(reference: Reference, extractor: Extractor, path: Path) -> None:
@@ -207,9 +192,10 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
                 "write it anew with --save-statistics and this extractor"
             )
     content = json.loads(metadata["content"])
-    spatial = Moments(tensors["spatial_mean"], tensors["spatial_covariance"]) if "spatial_mean" in tensors else None
+    pooled, spatial = FrechetReference(tensors["mean"], tensors["covariance"]), None
+    if "spatial_mean" in tensors:
+        spatial = FrechetReference(tensors["spatial_mean"], tensors["spatial_covariance"])
     identity = {"kind": "statistics", "path": str(path), "sha256": sha256(path), "source": content["source"]}
-    pooled = Moments(tensors["mean"], tensors["covariance"])
     return Reference(pooled, spatial, content["count"], tensors.get("rows"), identity)
 
 

@@ -8,7 +8,7 @@ from scipy.stats import t as student_t
 from vit5gen.errors import UserError, choose
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.metrics import FrechetReference, jackknife_error, kernel_distance, precision_recall
-from vit5gen.evaluation.reference import Moments, Reference, Scan
+from vit5gen.evaluation.reference import Reference, Scan
 from vit5gen.evaluation.statistics import FeatureStatistics, Grouped
 
 METRICS = ("fid", "sfid", "is", "pr", "kid")
@@ -59,12 +59,8 @@ def scores(
     return found
 
 
-def frechet_report(
-    generated: FeatureStatistics, reference: FeatureStatistics | FrechetReference, floor: float | None
-) -> Score:
+def frechet_report(generated: FeatureStatistics, reference: FrechetReference, floor: float | None) -> Score:
     """Return a Frechet distance with its count and its floor, the distance of as many real images, as one entry."""
-    if isinstance(reference, FeatureStatistics):
-        reference = FrechetReference(reference.mean, reference.covariance)
     return {
         "value": reference.distance(generated.mean, generated.covariance),
         "n": generated.count,
@@ -102,16 +98,14 @@ def _obstacle(metric: str, reference: Reference, extractor: Extractor) -> str | 
 
 
 def _fid(scan: Scan, reference: Reference, extractor: Extractor, adm_fp16: bool) -> dict[str, Score]:
-    moments = reference.pooled
-    score = frechet_with_error(scan.pooled, FrechetReference(moments.mean, moments.covariance))
+    score = frechet_with_error(scan.pooled, reference.pooled)
     return {extractor.metric: score | {"floor": reference.floor(scan.count)}}
 
 
 def _sfid(scan: Scan, reference: Reference, extractor: Extractor, adm_fp16: bool) -> dict[str, Score]:
     assert scan.spatial is not None
-    assert isinstance(reference.spatial, Moments)
-    moments = FrechetReference(reference.spatial.mean, reference.spatial.covariance)
-    return {"sFID": frechet_with_error(scan.spatial, moments)}
+    assert reference.spatial is not None
+    return {"sFID": frechet_with_error(scan.spatial, reference.spatial)}
 
 
 def _inception_score(scan: Scan, reference: Reference, extractor: Extractor, adm_fp16: bool) -> dict[str, Score]:

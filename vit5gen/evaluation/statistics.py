@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,9 +32,8 @@ class FeatureStatistics:
         )
 
     @classmethod
-    def from_moments(cls, mean: object, covariance: object, count: int) -> "FeatureStatistics":
+    def from_moments(cls, mean: Tensor, covariance: Tensor, count: int) -> "FeatureStatistics":
         """Rebuild statistics from ``mean (D,)``, ``covariance (D, D)`` with ddof 1, and the count of rows."""
-        mean, covariance = torch.as_tensor(mean), torch.as_tensor(covariance)
         result = cls(len(mean))
         result.count = count
         result._mean = mean.double().clone()
@@ -84,7 +82,7 @@ class FeatureStatistics:
 
     def all_reduce(self) -> "FeatureStatistics":
         """Sum over the processes of ``torch.distributed`` with their exact counts; without processes, do nothing."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if place()[1] == 1:
             return self
         count, local_mean = self.count, self._mean
         total = sum_over_processes(torch.tensor([count], dtype=torch.float64))
@@ -142,19 +140,15 @@ class FeatureStatistics:
             raise UserError(f"statistics: {self.count} samples; expected at least {count}; give more images")
 
 
-@dataclass(frozen=True)
 class Grouped:
     """The rows of a set dealt into groups by sample index, so that a delete-group jackknife needs no second pass.
 
     Rows wait until there are some for every group: however few are added, all of a scatter is read and written.
     """
 
-    _groups: tuple[FeatureStatistics, ...]
-    _waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    @classmethod
-    def empty(cls, dim: int, groups: int = GROUPS) -> "Grouped":
-        return cls(tuple(FeatureStatistics(dim) for _ in range(groups)))
+    def __init__(self, dim: int, groups: int = GROUPS) -> None:
+        self._groups = tuple(FeatureStatistics(dim) for _ in range(groups))
+        self._waiting: list[tuple[Tensor, Tensor]] = []
 
     def update(self, features: Tensor, indices: Tensor) -> None:
         """Add ``features (B, D)`` whose positions in the whole set are ``indices (B,)``."""
@@ -191,10 +185,17 @@ class Grouped:
         return (total.without(group) for group in self.groups if group.count)
 
 
+def place() -> tuple[int, int]:
+    """Return the number of this process and that of all that ``torch.distributed`` has joined; without it (0, 1)."""
+    joined = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+
+
 def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
     """Return the rows of all processes, sorted by sample index, on the main process; on others the local rows."""
-    if dist.is_available() and dist.is_initialized():
-        parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    rank, processes = place()
+    if processes > 1:
+        parts: list[Any] | None = None if rank else [None] * processes
         dist.gather_object((rows, indices), parts)
         if parts is not None:
             rows, indices = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -203,7 +204,7 @@ def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
 
 def sum_over_processes(values: Tensor) -> Tensor:
     """Return the sum of ``values`` over the processes of ``torch.distributed``, on the CPU."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if place()[1] == 1:
         return values
     values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(values)

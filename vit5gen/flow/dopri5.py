@@ -32,11 +32,8 @@ _ERROR = (
 
 
 def _weighted(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
-    terms = [weight * slope for weight, slope in zip(weights, slopes, strict=True) if weight]
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
+    first, *others = (weight * slope for weight, slope in zip(weights, slopes, strict=True) if weight)
+    return sum(others, start=first)
 
 
 def _norms(x: Tensor, scale: Tensor) -> list[float]:

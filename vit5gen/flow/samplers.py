@@ -6,8 +6,10 @@ elementwise network a sample is bitwise the same alone and in a batch. No gradie
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import wraps
 from itertools import pairwise
 from numbers import Real
+from typing import ParamSpec
 
 import torch
 from torch import Generator, Tensor
@@ -16,6 +18,7 @@ from vit5gen.errors import UserError
 from vit5gen.flow.dopri5 import dopri5_steps
 from vit5gen.flow.flow import DIFFUSIONS, Flow, ModelFn, NonFiniteError, Time, named, shift_time
 
+P = ParamSpec("P")
 Field = Callable[[Tensor, Time], Tensor]
 Step = tuple[int, float, Tensor]
 Noise = Iterable[Tensor] | Generator | Sequence[Generator] | None
@@ -147,6 +150,18 @@ def final_state(steps: Iterator[Step]) -> Tensor:
     return state
 
 
+def _exhausting(solver: Callable[P, Iterator[Step]], name: str) -> Callable[P, Tensor]:
+    """Return the function ``name`` that takes what ``solver`` takes and returns its final state."""
+
+    @wraps(solver)
+    def sample(*args: P.args, **options: P.kwargs) -> Tensor:
+        return final_state(solver(*args, **options))
+
+    sample.__name__ = sample.__qualname__ = name
+    sample.__doc__ = f"Return the final state of `{solver.__name__}`."
+    return sample
+
+
 def ode_steps(
     flow: Flow,
     model_fn: ModelFn,
@@ -180,24 +195,7 @@ def ode_steps(
     return integrate(field, x0.detach(), grid[::-1] if reverse else grid, method, rtol, atol, debug)
 
 
-def sample_ode(
-    flow: Flow,
-    model_fn: ModelFn,
-    x0: Tensor,
-    num_steps: int,
-    method: str = "euler",
-    t_span: tuple[float, float] | None = None,
-    reverse: bool = False,
-    rtol: float = 1e-3,
-    atol: float = 1e-6,
-    shift: float = 1.0,
-    times: Sequence[float] | Tensor | None = None,
-    debug: bool = False,
-) -> Tensor:
-    """Return the final state of `ode_steps`."""
-    return final_state(
-        ode_steps(flow, model_fn, x0, num_steps, method, t_span, reverse, rtol, atol, shift, times, debug)
-    )
+sample_ode = _exhausting(ode_steps, "sample_ode")
 
 
 def _draws(noise: Noise, x: Tensor, num_steps: int) -> Iterator[Tensor]:
@@ -295,22 +293,4 @@ def sde_steps(
     return _watch(steps(x0.detach()), debug)
 
 
-def sample_sde(
-    flow: Flow,
-    model_fn: ModelFn,
-    x0: Tensor,
-    num_steps: int,
-    method: str = "euler",
-    diffusion: str = "sigma",
-    diffusion_norm: float = 1.0,
-    last_step: str | None = "mean",
-    last_step_size: float = 0.04,
-    noise: Noise = None,
-    t_span: tuple[float, float] | None = None,
-    shift: float = 1.0,
-    times: Sequence[float] | Tensor | None = None,
-    debug: bool = False,
-) -> Tensor:
-    """Return the final state of `sde_steps`."""
-    options = (method, diffusion, diffusion_norm, last_step, last_step_size, noise, t_span, shift, times, debug)
-    return final_state(sde_steps(flow, model_fn, x0, num_steps, *options))
+sample_sde = _exhausting(sde_steps, "sample_sde")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -52,16 +52,15 @@ class ViT5(Backbone):
         check_positive(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, mlp_ratio=mlp_ratio)
         check_heads(embed_dim, num_heads, rope=True, names=("embed_dim", "num_heads"))
         check_registers(num_registers)
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.patch_size = patch_size
-        self.grid = self._grid(height, width)
+        self.grid = self._grid(*to_2tuple(img_size))
         self.num_classes, self.global_pool = num_classes, choose("global_pool", global_pool, ("token", "avg", ""))
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens, self.num_reg_tokens, self.head_dim = 1, num_registers, embed_dim // num_heads
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)
         ]
-        self.patch_embed = PatchEmbed((height, width), patch_size, in_chans, embed_dim, strict_img_size=False)
+        self.patch_embed = PatchEmbed(to_2tuple(img_size), patch_size, in_chans, embed_dim, strict_img_size=False)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), embed_dim))
         self.reg_token = nn.Parameter(torch.empty(1, num_registers, embed_dim)) if num_registers else None

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from vit5gen.cpu import fast_inference
@@ -35,15 +36,14 @@ class TimeEmbedding(nn.Module):
     The time enters unscaled, with frequencies ``10000 ** (-i / 128)`` (SiT; diffusers divides by 127 instead).
     """
 
-    def __init__(self, hidden_size: int, num_frequencies: int = 128) -> None:
+    def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.num_frequencies = num_frequencies
-        self.fc1 = Float32Linear(2 * num_frequencies, hidden_size)
+        self.fc1 = Float32Linear(256, hidden_size)
         self.fc2 = Float32Linear(hidden_size, hidden_size)
 
     def forward(self, t: Tensor) -> Tensor:
-        steps = torch.arange(self.num_frequencies, dtype=torch.float32, device=t.device)
-        angles = t.float()[:, None] * torch.exp(-math.log(10000) / self.num_frequencies * steps)
+        steps = torch.arange(128, dtype=torch.float32, device=t.device)
+        angles = t.float()[:, None] * torch.exp(-math.log(10000) / 128 * steps)
         return self.fc2(F.silu(self.fc1(torch.cat([angles.cos(), angles.sin()], dim=-1))))
 
 
@@ -103,7 +103,6 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         if not 0 <= class_dropout_prob <= 1:
             raise UserError(f"class_dropout_prob: {class_dropout_prob} is not a probability; expected 0 to 1.")
         self._patch, self._channels, self._discard = patch_size, in_channels, learn_sigma
-        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         self.null_label = num_classes
         self.patch_embed = nn.Linear(in_channels * patch_size**2, hidden_size)
         self.time_embed = TimeEmbedding(hidden_size)
@@ -116,7 +115,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
             num_layers,
             num_attention_heads,
             mlp_ratio,
-            self._grid(height, width),
+            self._grid(*to_2tuple(sample_size)),
             backbone_kwargs or {},
         )
         self.backbone = plug  # type: ignore[misc]  # nn.Module sets it, past the property

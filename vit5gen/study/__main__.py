@@ -3,8 +3,7 @@
 import signal
 import sys
 
-from vit5gen.errors import UserError
-from vit5gen.parser import Parser
+from vit5gen.parser import Parser, exit_on_bad_input
 from vit5gen.study.runner import run_study
 
 
@@ -15,11 +14,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", metavar="FOLDER", required=True, help="folder of rows.jsonl, table, plot and runs")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # while measuring; the trainer has its own
     try:
-        options = parser.parse_args(arguments)
-        sys.exit(run_study(options.study, options.output))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with exit_on_bad_input():
+            options = parser.parse_args(arguments)
+            sys.exit(run_study(options.study, options.output))
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         sys.exit(75)

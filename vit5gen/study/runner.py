@@ -3,11 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from vit5gen.card import commit
 from vit5gen.config import read_yaml
-from vit5gen.cost import model_cost
 from vit5gen.data.autoencoder import load_autoencoder
 from vit5gen.data.images import open_held_out
 from vit5gen.data.latents import open_for
@@ -17,8 +15,8 @@ from vit5gen.study.measure import Judge
 from vit5gen.study.plan import Run, StudyConfig, read_study
 from vit5gen.study.report import write_report
 from vit5gen.study.rows import Row, read_rows, write_rows
-from vit5gen.training.build import build_model
 from vit5gen.training.loop import NONFINITE, STOPPED, train
+from vit5gen.training.plan import run_cost
 from vit5gen.training.run import FREE, Log, differences, locked
 
 
@@ -101,8 +99,7 @@ def _row(run: Run, folder: Path, judge: Judge, revision: str) -> Row:
     steps = [0, *(line["step"] for line in lines)]
     if steps[-1] != config.training.num_steps:
         raise UserError(f"{folder / 'log.jsonl'} ends at step {steps[-1]}; delete that folder to do the run again")
-    with torch.device("meta"):
-        cost = model_cost(build_model(config))
+    cost = run_cost(config)
     images = config.training.global_batch_size * np.diff(steps)
     return Row(
         run=run.name,

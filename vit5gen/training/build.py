@@ -1,7 +1,6 @@
 """What a configuration stands for: the model, the flow, the optimizer and its learning rate."""
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,8 +15,7 @@ from vit5gen.pipeline import SAMPLERS
 
 def check_values(config: Config) -> None:
     """Raise `UserError` for values that the types of the configuration cannot tell to be wrong."""
-    channels, _, _ = latent_shape(config)
-    build_flow(config)
+    channels, _, _ = config.latent_shape
     with torch.device("meta"):
         build_model(config)
     choose("sampling.sampler", config.sampling.sampler, SAMPLERS)
@@ -36,30 +34,17 @@ def check_values(config: Config) -> None:
         choose("data.split", config.data.split, ["train", "test"])
 
 
-def latent_shape(config: Config) -> tuple[int, int, int]:
-    """Return (C, h, w) of the run's latents; raise `UserError` when the resolution does not fit the autoencoder."""
-    side, rest = divmod(config.data.resolution, config.vae.downsample)
-    if rest:
-        raise UserError(
-            f"data.resolution = {config.data.resolution} is not a multiple of vae.downsample = "
-            f"{config.vae.downsample}; choose e.g. {max(side, 1) * config.vae.downsample}"
-        )
-    return config.vae.latent_channels, side, side
-
-
 def build_model(config: Config) -> SiTTransformer2DModel:
     """Construct the transformer on the present default device, initialised from ``training.seed``."""
-    channels, side, _ = latent_shape(config)
-    section = config.model
-    sizes = ("hidden_size", "num_layers", "num_attention_heads", "patch_size")
-    arguments: dict[str, Any] = {name: getattr(section, name) for name in sizes if getattr(section, name) is not None}
-    arguments |= section.model_dump(include={"mlp_ratio", "class_dropout_prob", "learn_sigma", "backbone_kwargs"})
-    arguments |= {"sample_size": side, "in_channels": channels, "num_classes": config.data.num_classes}
+    channels, side, _ = config.latent_shape
+    arguments = {"sample_size": side, "in_channels": channels, "num_classes": config.data.num_classes}
+    arguments |= {key: value for key, value in config.model.model_dump().items() if value is not None}
+    preset = arguments.pop("preset", None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        if section.preset is None:
-            return SiTTransformer2DModel(backbone=section.backbone, **arguments)
-        return SiTTransformer2DModel.from_preset(section.preset, backbone=section.backbone, **arguments)
+        if preset is None:
+            return SiTTransformer2DModel(**arguments)
+        return SiTTransformer2DModel.from_preset(preset, **arguments)
 
 
 def build_trainee(config: Config) -> SiTTransformer2DModel:

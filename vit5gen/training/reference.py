@@ -41,8 +41,7 @@ def build_reference(config: Config, extractor: Extractor, rank: int, world_size:
         return frechet_of(_batches(images, evaluation.batch_size, rank, world_size), extractor).all_reduce()
 
     training = choose(open_images(config.data), evaluation.num_reference)
-    moments = statistics(training)
-    distance = FrechetReference(moments.mean, moments.covariance)
+    distance = FrechetReference.of(statistics(training))
     try:
         split = evaluation.held_out_split
         held_out = choose(open_held_out(config.data, split, training.class_names), evaluation.num_images)

@@ -12,8 +12,6 @@ from vit5gen.config import Config
 from vit5gen.data.autoencoder import encode, load_autoencoder
 from vit5gen.data.images import ImageSet, drop_broken
 from vit5gen.data.latents import LatentDataset, ensure_latents, open_for
-from vit5gen.errors import UserError
-from vit5gen.training.build import latent_shape
 from vit5gen.training.draws import MicroBatches, TrainingSet
 from vit5gen.training.process import signals_blocked
 
@@ -69,7 +67,7 @@ def micro_batches(
     settings = config.training
     samples = TrainingSet(
         source,
-        latent_shape(config),
+        config.latent_shape,
         settings.seed,
         settings.global_batch_size,
         null_label,
@@ -91,11 +89,6 @@ def micro_batches(
     try:
         for batch in batches:
             yield {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
-    except UserError as error:
-        if not config.data.num_workers:
-            raise
-        # Comes with the traceback of the worker, whose last line is "module.Class: message".
-        raise UserError(str(error).strip().splitlines()[-1].partition(": ")[2]) from None
     finally:
         if config.data.num_workers:
             # Left to garbage collection, workers that SIGTERM does not reach would keep a failed trainer from exiting.
