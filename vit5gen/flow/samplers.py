@@ -7,6 +7,7 @@ elementwise network a sample is bitwise the same alone and in a batch. No gradie
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
+from inspect import signature
 from itertools import pairwise
 from numbers import Real
 from typing import ParamSpec
@@ -158,7 +159,8 @@ def _exhausting(solver: Callable[P, Iterator[Step]], name: str) -> Callable[P, T
         return final_state(solver(*args, **options))
 
     sample.__name__ = sample.__qualname__ = name
-    sample.__doc__ = f"Return the final state of `{solver.__name__}`."
+    sample.__doc__ = f"Return the final state (B, ...) of `{solver.__name__}`, which tells of its options and errors."
+    sample.__signature__ = signature(solver).replace(return_annotation=Tensor)  # type: ignore[attr-defined]
     return sample
 
 
