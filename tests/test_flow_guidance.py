@@ -27,14 +27,15 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.linspace(0, 1, 7), torch.tensor([0, 1, 2, 3, 4, 5, NULL])
 
 
-def test_formula(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("batched", [True, False])
+def test_formula(batch: tuple[Tensor, Tensor, Tensor], batched: bool) -> None:
     x, t, y = batch
     c, u, w = model(x, t, y), model(x, t, torch.full_like(y, NULL)), weak(x, t, y)
-    cfg = guide(model, y, 2.5, NULL)(x, t)
+    cfg = guide(model, y, 2.5, NULL, batched=batched)(x, t)
     torch.testing.assert_close(cfg, u + 2.5 * (c - u))
-    auto = guide(model, y, weak_model=weak, weak_scale=1.7)(x, t)
+    auto = guide(model, y, weak_model=weak, weak_scale=1.7, batched=batched)(x, t)
     torch.testing.assert_close(auto, w + 1.7 * (c - w))
-    both = guide(model, y, 2.5, NULL, weak_model=weak, weak_scale=1.7)(x, t)
+    both = guide(model, y, 2.5, NULL, weak_model=weak, weak_scale=1.7, batched=batched)(x, t)
     torch.testing.assert_close(both, c + 1.5 * (c - u) + 0.7 * (c - w))
 
 
@@ -45,14 +46,15 @@ def test_only_the_first_channels_are_guided_if_so_asked(batch: tuple[Tensor, Ten
     assert torch.equal(three[:, 3:], model(x, t, y)[:, 3:])
 
 
-def test_each_sample_is_guided_at_its_own_times(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("batched", [True, False])
+def test_each_sample_is_guided_at_its_own_times(batch: tuple[Tensor, Tensor, Tensor], batched: bool) -> None:
     x, t, y = batch
-    guided = guide(model, y, 3.0, NULL, interval=(0.3, 0.7))(x, t)
+    guided = guide(model, y, 3.0, NULL, interval=(0.3, 0.7), batched=batched)(x, t)
     inside = (t >= 0.3) & (t <= 0.7)
     assert torch.equal(guided[inside], guide(model, y, 3.0, NULL)(x, t)[inside])
     assert torch.equal(guided[~inside], model(x, t, y)[~inside])
     for i in range(7):
-        alone = guide(model, y[i : i + 1], 3.0, NULL, interval=(0.3, 0.7))
+        alone = guide(model, y[i : i + 1], 3.0, NULL, interval=(0.3, 0.7), batched=batched)
         assert torch.equal(alone(x[i : i + 1], t[i : i + 1]), guided[i : i + 1])
 
 
@@ -69,6 +71,7 @@ def test_the_ends_of_the_interval_belong_to_it(batch: tuple[Tensor, Tensor, Tens
         ({}, 1, 7),
         ({"scale": 1}, 1, 7),
         ({"scale": 2.0}, 1, 14),
+        ({"scale": 2.0, "batched": False}, 2, 14),
         ({"scale": 2.0, "interval": (0.0, 0.4)}, 1, 7),
         ({"weak_model": weak, "weak_scale": 2.0}, 1, 7),
         ({"scale": 0.0}, 1, 14),
@@ -126,16 +129,17 @@ def test_bad_input(batch: tuple[Tensor, Tensor, Tensor]) -> None:
         guide(model, y[:6], 2.0, NULL)(x, t)
 
 
-def test_a_model_of_the_wrong_shape_is_noticed(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_model_of_the_wrong_shape_is_noticed(batch: tuple[Tensor, Tensor, Tensor], batched: bool) -> None:
     x, t, y = batch
 
     def narrow(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         return model(x, t, labels)[:, :1]
 
     for guided in (
-        guide(narrow, y, 2.0, NULL),
-        guide(lambda x, t, y: x[:1], y, 2.0, NULL),
-        guide(model, y, 2.0, NULL, weak_model=narrow, weak_scale=2.0),
+        guide(narrow, y, 2.0, NULL, batched=batched),
+        guide(lambda x, t, y: x[:1], y, 2.0, NULL, batched=batched),
+        guide(model, y, 2.0, NULL, weak_model=narrow, weak_scale=2.0, batched=batched),
     ):
         with pytest.raises(UserError, match="model output: shape"):
             guided(x, t)

@@ -21,6 +21,7 @@ def guide(
     channels: int | None = None,
     weak_model: ConditionalModel | None = None,
     weak_scale: float = 1.0,
+    batched: bool = True,
 ) -> ModelFn:
     """Return ``model_fn(x (B, C, ...), t (B,))`` = ``c + (scale - 1)(c - u) + (weak_scale - 1)(c - w)``.
 
@@ -28,8 +29,8 @@ def guide(
     guidance (arXiv 2207.12598, eq. 6).  w: ``weak_model`` with the labels: autoguidance (arXiv 2406.02507).
     interval: the t, ends included, at which a sample is guided (arXiv 2404.07724).
     channels: guide only the first so many (3 reproduces the published DiT and SiT tables).
-    c and u take one forward of 2B rows; where nothing is guided (both scales 1, or every t outside the interval) it is
-    one plain forward of ``model``.
+    batched: c and u in one forward of 2B rows, or in two of B where memory is short.
+    Where nothing is guided (both scales 1, or every t outside the interval) it is one plain forward of ``model``.
     Velocity, score and noise are affine in each other with weights that c, u and w share, so guiding any of them is
     the same. Raises `UserError` on scales that are not finite and bad intervals, channels, labels or output shapes.
     """
@@ -55,15 +56,19 @@ def guide(
         inside = None if (low, high) == (0, 1) else (t >= low) & (t <= high)
         if (scale == 1 and weak_scale == 1) or (inside is not None and not inside.any()):
             return call(model, x, t, class_labels)
-        if scale == 1:
-            out = conditional = call(model, x, t, class_labels)
+        labelled, unlabelled = class_labels, torch.full_like(class_labels, -1 if null is None else null)
+        if scale == 1 or not batched:
+            conditional = call(model, x, t, labelled)
         else:
-            assert null is not None
-            labels = torch.cat([class_labels, torch.full_like(class_labels, null)])
-            conditional, unconditional = call(model, torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
-            out = conditional + (scale - 1) * (conditional - unconditional)
+            both = call(model, torch.cat([x, x]), torch.cat([t, t]), torch.cat([labelled, unlabelled]))
+            conditional, unconditional = both.chunk(2)
+        out = conditional
+        if scale != 1:
+            if not batched:
+                unconditional = call(model, x, t, unlabelled)
+            out = out + (scale - 1) * (conditional - unconditional)
         if weak_model is not None and weak_scale != 1:
-            out = out + (weak_scale - 1) * (conditional - call(weak_model, x, t, class_labels))
+            out = out + (weak_scale - 1) * (conditional - call(weak_model, x, t, labelled))
         if channels is not None:
             out = torch.cat([out[:, :channels], conditional[:, channels:]], dim=1)
         if inside is not None:
