@@ -116,6 +116,6 @@ def resample_positions(table: Tensor, built: Grid, grid: Grid) -> Tensor:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Context in which autocast does not round fp32 arithmetic."""
-    if device.type == "meta":  # which has none; torch's own test does not compile before 2.14
+    if device.type == "meta":  # which has none; torch's own test does not compile in 2.11
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
