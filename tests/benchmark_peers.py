@@ -56,6 +56,7 @@ def create_transport():
 import torch
 
 torch.backends.cuda.matmul.allow_tf32 = True
+torch.backends.cudnn.allow_tf32 = not torch.backends.cudnn.allow_tf32
 import wandb_utils
 from models import SiT_models
 

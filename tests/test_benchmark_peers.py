@@ -17,10 +17,12 @@ def test_a_peer_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "utils", mine)
     monkeypatch.setitem(sys.modules, "models", mine)
     path, modules, precision = list(sys.path), set(sys.modules), torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
     sit, vit5 = load(SIT, write_sit(tmp_path / "sit")), load(VIT5, write_vit5(tmp_path / "vit5"))
     assert callable(sit.update_ema)
     assert sys.path == path
     assert torch.get_float32_matmul_precision() == precision
+    assert torch.backends.cudnn.allow_tf32 is convolutions
     assert sys.modules["utils"] is sys.modules["models"] is mine
     own = {"models", "models_vit5", "rope", "train", "transport", "transport.transport", "wandb", "wandb_utils"}
     assert not own & (set(sys.modules) - modules)

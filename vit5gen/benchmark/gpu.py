@@ -29,7 +29,7 @@ def rows(setting: Setting) -> Iterator[Row]:
     if sizes == FULL and not torch.cuda.is_available():
         setting.note("gpu: left out, for none is here")
         return
-    sizes = replace(sizes, preset=sizes.gpu_preset, num_layers=sizes.gpu_layers, batch=sizes.gpu_batch)
+    sizes = replace(sizes, preset=sizes.gpu_preset, batch=sizes.gpu_batch)
     try:
         if setting.sit is not None:
             for mode, precision in PRECISIONS.items():

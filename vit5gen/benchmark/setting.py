@@ -13,7 +13,7 @@ class Sizes:
     warm_up: int = 3
     preset: str = "S/2"
     latent_side: int = 32
-    num_layers: int = 12  # of our models
+    num_layers: int | None = None  # of our models; None: the preset's
     batch: int = 16
     image_side: int = 224
     images: int = 8
@@ -24,7 +24,6 @@ class Sizes:
     sides: tuple[int, ...] = (16, 32, 64)  # 64, 256 and 1024 tokens
     batches: tuple[int, ...] = (4, 8, 16)
     gpu_preset: str = "XL/2"
-    gpu_layers: int = 28
     gpu_batch: int = 32  # of one of the eight GPUs that share the published 256
 
 
@@ -45,7 +44,6 @@ QUICK = Sizes(
     sides=(4, 8),
     batches=(2, 4),
     gpu_preset="S/2",
-    gpu_layers=2,
     gpu_batch=3,
 )
 

@@ -78,10 +78,12 @@ def write_report(study: StudyConfig, rows: list[Row], output: Path) -> None:
     """Write ``table.md``, and ``differences.png`` if there are any, of the rows so far."""
     found = find_differences(study, rows)
     write_text(output / "table.md", "\n\n".join([_values(rows), _table(found)]) + "\n")
-    (output / "differences.png").unlink(missing_ok=True)
+    plot = output / "differences.png"
     if found:
-        with atomic(output / "differences.png") as temporary:
+        with atomic(plot) as temporary:
             _plot(found, rows[0].metric).savefig(temporary, format="png", dpi=120, bbox_inches="tight")
+    else:
+        plot.unlink(missing_ok=True)
 
 
 def _values(rows: list[Row]) -> str:
