@@ -1,29 +1,33 @@
-"""Kill a training run with SIGKILL at random moments, and compare its final weights with an undisturbed run's.
+"""Kill a training run, or an encoding, with SIGKILL at random moments, and compare its end with an undisturbed one's.
 
     python tests/kill_test.py configs/quickstart.yaml --kills 25 --output runs/kill-test [--training.num_steps 200 ...]
+    python tests/kill_test.py configs/quickstart.yaml --kills 25 --output runs/kill-test --encode
 
-Options that this script does not know go to train.py. At least a fifth of the kills strike inside a save. Exit code 0:
-so many kills took place, and every tensor of the last checkpoint (weights, averages, optimizer) is equal bit for bit.
+Options that this script does not know go to the command. A quarter of the kills strike inside a save. The processes are
+forked from this one, which pays for the imports once; ``--processes 2`` joins two through gloo and kills both.
+Exit code 0: so many kills took place, and every file (weights, averages and optimizer of the last checkpoint; shards
+and manifest) is equal byte for byte.
 """
 
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import random
-import subprocess
+import socket
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-TRAIN = Path(__file__).parents[1] / "train.py"
+IMAGES_IN_A_SHARD = 1  # so that a small set of images has many
 
 
 @dataclass(frozen=True)
 class Kill:
-    """A moment: seconds after the start, the last step in the log, and whether a save was under way."""
+    """A moment: seconds after the start, the last step or shard, and whether a save was under way."""
 
     seconds: float
     step: int
@@ -31,15 +35,26 @@ class Kill:
 
 
 class Attempt:
-    """One start of the trainer in ``run``."""
+    """One start of the command, in one process or several, whose output is ``run``."""
 
-    def __init__(self, command: list[str], run: Path) -> None:
-        self.run, self.start = run, time.time()
-        with run.with_suffix(".txt").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+    def __init__(self, command: list[str], run: Path, processes: int) -> None:
+        self.run, self.start, self.encodes = run, time.time(), command[0] == "encode"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        joined = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+        joined["ACCELERATE_USE_CPU"] = "true"
+        self.processes = []
+        for rank in range(processes):
+            variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), **joined} if processes > 1 else {}
+            arguments = ([*command, "--output", str(run)], run.with_suffix(".txt"), variables)
+            self.processes.append(multiprocessing.get_context("fork").Process(target=_run, args=arguments))
+            self.processes[-1].start()
 
     def step(self) -> int:
-        """Return the last step that this attempt knows of, -1 before it has opened the log."""
+        """Return the last step that this attempt knows of, or the shards that there are; -1 before there is any."""
+        if self.encodes:
+            return len(list(self.run.glob("shard_*.safetensors"))) - (not self.run.exists())
         file = self.run / "log.jsonl"
         if not file.exists() or file.stat().st_mtime < self.start:
             return -1
@@ -47,16 +62,16 @@ class Attempt:
         return json.loads(lines[-1])["step"] if lines else 0
 
     def saving(self) -> bool:
-        """Tell whether this attempt has begun a checkpoint that is not yet whole."""
+        """Tell whether this attempt has begun a checkpoint or a shard that is not yet whole."""
+        unfinished = self.run.glob(".shard_*.tmp") if self.encodes else self.run.glob("checkpoints/.step_*.tmp")
         try:
-            unfinished = list((self.run / "checkpoints").glob(".step_*.tmp"))
             return any(path.stat().st_mtime >= self.start for path in unfinished)
         except FileNotFoundError:  # renamed in the meantime
             return False
 
     def wait_for(self, event: Callable[[], bool], pause: float) -> bool:
-        """Return True when ``event`` has come, False when the trainer has ended before."""
-        while self.process.poll() is None:
+        """Return True when ``event`` has come, False when the command has ended before."""
+        while all(process.is_alive() for process in self.processes):
             if event():
                 return True
             time.sleep(pause)
@@ -64,20 +79,46 @@ class Attempt:
 
     def kill(self) -> Kill:
         seconds, step = time.time() - self.start, self.step()
-        self.process.kill()
-        self.process.wait()
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
         return Kill(seconds, step, self.saving())
 
+    def end(self) -> None:
+        """Wait for the end; raise `RuntimeError` unless every process succeeds."""
+        for process in self.processes:
+            process.join()
+        if codes := [process.exitcode for process in self.processes if process.exitcode]:
+            raise RuntimeError(f"exit codes {codes}: {self.run.with_suffix('.txt').read_text()[-2000:]}")
 
-def kill_often(command: list[str], run: Path, num_steps: int, count: int, draw: random.Random) -> list[Kill]:
-    """Start and kill the trainer until ``count`` kills are done, a fifth of them inside a save."""
+
+def _run(argv: list[str], log: Path, variables: dict[str, str]) -> None:
+    from tiny_run import forget_processes
+
+    from vit5gen.cli import main
+    from vit5gen.data import latents
+
+    forget_processes()
+    with log.open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= variables
+    latents.SHARD_SIZE = IMAGES_IN_A_SHARD
+    main(argv)
+
+
+def kill_often(
+    command: list[str], run: Path, processes: int, length: int, count: int, draw: random.Random
+) -> list[Kill]:
+    """Start and kill the command until ``count`` kills are done, a quarter of them inside a save."""
     kills: list[Kill] = []
-    saves, longest = math.ceil(count / 5), 0.02  # seconds into a save; shorter after a miss
+    saves, longest = math.ceil(count / 4), 0.02  # seconds into a save; shorter after a miss
     while len(kills) < count or sum(kill.in_save for kill in kills) < saves:
-        # Kill after kill moves on by one part of the run, at a random place in it.
-        place = num_steps * min(len(kills) + draw.random(), count - 0.5) / count
+        # Kill after kill gets further by one part of the run, at a random place in it.
+        place = length * min(len(kills) + draw.random(), count - 0.5) / count
         wants_save = sum(kill.in_save for kill in kills) < saves and (len(kills) % 2 == 0 or len(kills) >= count)
-        attempt = Attempt(command, run)
+        attempt = Attempt(command, run, processes)
         if not attempt.wait_for(lambda a=attempt, p=place: a.step() >= math.floor(p), 0.002):
             break
         if wants_save:
@@ -92,10 +133,10 @@ def kill_often(command: list[str], run: Path, num_steps: int, count: int, draw: 
     return kills
 
 
-def differing(a: Path, b: Path) -> list[str]:
-    """Return the files of tensors that are not the same, byte for byte, in two checkpoints."""
-    names = {file.name for folder in (a, b) for file in folder.glob("*.safetensors")}
-    assert names, f"no checkpoint in {a}"
+def differing(a: Path, b: Path, patterns: tuple[str, ...] = ("*.safetensors",)) -> list[str]:
+    """Return the files that are not the same, byte for byte, in two folders."""
+    names = {file.name for folder in (a, b) for pattern in patterns for file in folder.glob(pattern)}
+    assert names, f"nothing to compare in {a}"
     return sorted(
         name
         for name in names
@@ -108,28 +149,38 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config")
     parser.add_argument("--output", type=Path, required=True, help="new folder for the two runs")
     parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--encode", action="store_true", help="kill `vit5gen encode` instead of `vit5gen train`")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args, options = parser.parse_known_args(argv)
-    args.output.mkdir(parents=True)
-    log = (args.output / "killed.txt").open("ab")
-    undisturbed, killed = args.output / "undisturbed", args.output / "killed"
-    base = [sys.executable, str(TRAIN), args.config, *options, "--training.log_every", "1"]
-    subprocess.run([*base, "--output", str(undisturbed)], check=True, stdout=log, stderr=log)
-    last = max(path.name for path in (undisturbed / "checkpoints").iterdir())
+    import vit5gen.training.loop  # noqa: F401  (paid for once)
 
-    command = [*base, "--output", str(killed)]
-    kills = kill_often(command, killed, int(last.removeprefix("step_")), args.kills, random.Random(args.seed))
-    subprocess.run(command, check=True, stdout=log, stderr=log)
+    args.output.mkdir(parents=True)
+    undisturbed, killed = args.output / "undisturbed", args.output / "killed"
+    command = ["encode" if args.encode else "train", args.config, *options]
+    command += [] if args.encode else ["--training.log_every", "1"]
+    Attempt(command, undisturbed, args.processes).end()
+    if args.encode:
+        length, folder, patterns = len(list(undisturbed.glob("*.safetensors"))), "", ("*.safetensors", "*.json")
+    else:
+        folder = max(f"checkpoints/{path.name}" for path in (undisturbed / "checkpoints").iterdir())
+        length, patterns = int(folder.partition("step_")[2]), ("*.safetensors",)
+
+    kills = kill_often(command, killed, args.processes, length, args.kills, random.Random(args.seed))
+    Attempt(command, killed, args.processes).end()
 
     in_save = sum(kill.in_save for kill in kills)
-    wrong = differing(undisturbed / "checkpoints" / last, killed / "checkpoints" / last)
-    enough = len(kills) >= args.kills and in_save * 5 >= args.kills
-    print(f"{len(kills)} kills, {in_save} of them inside a save; {last}: {wrong or 'equal bit for bit'}")
+    wrong = differing(undisturbed / folder, killed / folder, patterns)
+    enough = len(kills) >= args.kills and in_save * 4 >= args.kills
+    print(
+        f"{len(kills)} kills, {in_save} of them inside a save; {folder or 'shards'}: {wrong or 'equal byte for byte'}"
+    )
     if not enough:
-        print("too few kills before the end: train more steps, or save more often")
+        print("too few kills before the end: train more steps, save more often, or encode more images")
     return 0 if enough and not wrong else 1
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    os.environ |= {"PYTHONUNBUFFERED": "1", "ACCELERATE_USE_CPU": "true"}
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     sys.exit(main())

@@ -159,9 +159,19 @@ def test_killed_runs_equal_an_undisturbed_one(config_file: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_run_killed_25_times_equals_an_undisturbed_one(config_file: Path, tmp_path: Path) -> None:
-    options = ["--training.num_steps", "400", "--training.checkpoint_every", "10"]
-    assert kill_test([str(config_file), "--kills", "25", "--output", str(tmp_path / "kills"), *options]) == 0
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_again_and_again_equals_an_undisturbed_one(
+    config_file: Path, tmp_path: Path, processes: int
+) -> None:
+    options = ["--training.num_steps", "200", "--training.checkpoint_every", "5", "--processes", str(processes)]
+    assert kill_test([str(config_file), "--kills", "10", "--output", str(tmp_path / "kills"), *options]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_encoding_equals_an_undisturbed_one(config_file: Path, tmp_path: Path, processes: int) -> None:
+    options = ["--encode", "--kills", "3", "--processes", str(processes)]
+    assert kill_test([str(config_file), *options, "--output", str(tmp_path / "kills")]) == 0
 
 
 @pytest.mark.slow
