@@ -183,14 +183,14 @@ def test_two_processes_share_the_work_and_write_the_same_bytes(
 
 def test_other_pictures_of_the_same_names_are_encoded_anew(config: Config, tmp_path: Path) -> None:
     vae = tiny_vae()
-    before = ensure_latents(config, vae)
-    assert ensure_latents(config, vae) == before
+    before = ensure_latents(open_for(config, vae), vae, config)
+    assert ensure_latents(open_for(config, vae), vae, config) == before
     (tmp_path / "images").rename(tmp_path / "others")
     moved = change(config, "data", path=str(tmp_path / "others"))
-    assert ensure_latents(moved, vae) != before  # files of equal names and sizes may be others
+    assert ensure_latents(open_for(moved, vae), vae, moved) != before  # files of equal names and sizes may be others
     (tmp_path / "others").rename(tmp_path / "images")
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "cat" / "00.png")
-    assert ensure_latents(config, vae) != before
+    assert ensure_latents(open_for(config, vae), vae, config) != before
 
 
 def test_a_broken_image_that_is_removed_stands_in_no_ones_way(config: Config, tmp_path: Path) -> None:
@@ -279,13 +279,13 @@ def test_never_overwrites_other_latents(config: Config, tmp_path: Path) -> None:
 
 def test_cache_is_used_again(config: Config, tmp_path: Path) -> None:
     vae = tiny_vae()
-    folder = ensure_latents(config, vae)
+    folder = ensure_latents(open_for(config, vae), vae, config)
     assert folder.parent == tmp_path / "cache"
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert ensure_latents(config, vae) == folder
+    assert ensure_latents(open_for(config, vae), vae, config) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    assert ensure_latents(change(config, "data", classes=["dog"], num_classes=1), vae) != folder
-    assert ensure_latents(change(config, "data", latents="elsewhere"), vae) == Path("elsewhere")
+    dogs = change(config, "data", classes=["dog"], num_classes=1)
+    assert ensure_latents(open_for(dogs, vae), vae, dogs) != folder
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
 from matplotlib.figure import Figure
 from PIL import Image
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from vit5gen.card import TrainingFacts
 from vit5gen.config import Config
+from vit5gen.data.latents import images_beside
 from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
 from vit5gen.evaluation.statistics import gather_rows
 from vit5gen.files import atomic
@@ -97,11 +99,12 @@ class Monitor:
     def _evaluate(self, step: int) -> None:
         pipe = self._pipeline()
         entry: dict[str, Any] = {"step": step}
-        batches = (images for _, images in self._generate(pipe, self._reference.labels))
-        generated = frechet_of(batches, self._extractor).all_reduce()
-        report = frechet_report(generated, self._reference.distance, self._reference.floor)
-        entry[self._extractor.metric] = report
-        self.accelerator.log({self._extractor.metric: report["value"]}, step=step)
+        if self._reference is not None:
+            batches = (images for _, images in self._generate(pipe, self._reference.labels))
+            generated = frechet_of(batches, self._extractor).all_reduce()
+            report = frechet_report(generated, self._reference.distance, self._reference.floor)
+            entry[self._extractor.metric] = report
+            self.accelerator.log({self._extractor.metric: report["value"]}, step=step)
         classes = range(min(len(self.class_names), self.config.evaluation.grid_classes))
         labels = [label for label in classes for _ in range(self.config.evaluation.images_per_class)]
         parts = list(self._generate(pipe, labels))
@@ -151,7 +154,12 @@ class Monitor:
         return load_extractor(self.config.evaluation.extractor, self.accelerator.device)
 
     @cached_property
-    def _reference(self) -> Reference:
+    def _reference(self) -> Reference | None:
+        """What images are compared with; None where latents are trained on and any process lacks their images."""
+        absent = images_beside(self.config.data)[1] if self.config.data.latents is not None else ""
+        if reasons := [reason for reason in gather_object([absent]) if reason]:
+            self.accelerator.print(f"\nnote: evaluations have no distance, because there are no images: {reasons[0]}")
+            return None
         return build_reference(
             self.config, self._extractor, self.accelerator.process_index, self.accelerator.num_processes
         )
