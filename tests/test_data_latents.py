@@ -16,13 +16,15 @@ from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vit5gen.config import Config, DataConfig, ModelConfig, VaeConfig
 from vit5gen.data import latents
 from vit5gen.data.autoencoder import encode
-from vit5gen.data.latents import LatentDataset, encode_command, encode_dataset, ensure_latents, open_for
+from vit5gen.data.latents import LatentDataset, encode_command, encode_dataset, ensure_latents, identity, open_for
 from vit5gen.errors import UserError
+from vit5gen.files import sha256
 
 
 def tiny_vae(seed: int = 0) -> AutoencoderKL:
@@ -249,6 +251,108 @@ def test_broken_images_are_fatal_or_listed(config: Config, tmp_path: Path, capsy
     images = open_for(config, tiny_vae())
     mean, _ = encode(tiny_vae(), images[3][0][None])
     torch.testing.assert_close(dataset.get(2)[0], mean[0], rtol=1e-3, atol=1e-3)  # the next one moves up
+
+
+def spoil(config: Config, **values: float) -> None:
+    """Give the autoencoder on disk other weights or another scale."""
+    vae = tiny_vae()
+    if (bias := values.pop("bias", None)) is not None:
+        vae.quant_conv.bias[0] = bias
+    vae.register_to_config(**values)
+    vae.save_pretrained(config.vae.name)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "spoilt", "message"),
+    [
+        (
+            "float16",
+            {"scaling_factor": 1e6},
+            r"a latent of \d.* overflows float16, which ends at 65504; set data\.shard_d",
+        ),
+        ("float16", {"bias": float("nan")}, "the autoencoder makes latents of it that are not finite; check vae.name"),
+        ("bfloat16", {"bias": float("inf")}, "the autoencoder makes latents of it that are not finite"),
+        ("bfloat16", {"scaling_factor": 1e6}, None),
+        ("float32", {"scaling_factor": 1e6}, None),
+    ],
+)
+def test_latents_that_are_not_finite_in_their_shard_are_not_written(
+    config: Config, tmp_path: Path, dtype: str, spoilt: dict[str, float], message: str | None
+) -> None:
+    config = change(config, "data", shard_dtype=dtype)
+    spoil(config, **spoilt)
+    if message is None:
+        encode_command(config, tmp_path / "out")
+        LatentDataset(tmp_path / "out").verify()
+        return
+    with pytest.raises(UserError, match=rf"image .*cat.00\.png: {message}") as raised:
+        encode_command(config, tmp_path / "out")
+    assert "\n" not in str(raised.value)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
+    with pytest.raises(UserError, match="encoding was interrupted"):
+        LatentDataset(tmp_path / "out")
+
+
+def test_the_image_that_is_not_finite_is_named_behind_a_broken_one(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One image alone, of which only the mirror image or the deviation is spoilt, in the second shard."""
+    (tmp_path / "images" / "cat" / "06.png").write_bytes(b"no image")
+    pixels = open_for(config, tiny_vae())[4][0]
+
+    def encode_badly(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = encode(vae, images)
+        std[[bool((image == pixels.flip(-1)).all()) for image in images]] = float("nan")
+        return mean, std
+
+    monkeypatch.setattr(latents, "encode", encode_badly)
+    config = change(change(config, "data", on_broken_image="skip"), "vae", batch_size=3)
+    with pytest.raises(UserError, match=r"image .*cat.08\.png: the autoencoder makes"):
+        encode_command(config, tmp_path / "out")
+
+
+def test_shards_of_earlier_versions_that_are_not_finite_are_made_again(config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    encode_command(config, folder)
+    whole, shard = contents(folder), folder / "shard_00001.safetensors"
+    with safe_open(shard, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    tensors["std"][1, 0, 0, 0] = float("inf")
+    save_file(tensors, shard)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][1]["sha256"] = sha256(shard)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"shard_00001\.safetensors has values that are not finite; encode again"):
+        LatentDataset(folder).verify()
+    encode_command(config, folder)
+    assert contents(folder) == whole
+
+
+def test_shards_are_kept_for_the_images_they_were_made_of(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, manifest = tmp_path / "out", tmp_path / "out" / "manifest.json"
+    encode_command(config, folder)
+    content = json.loads(manifest.read_text())
+    assert content["images_sha256"] == open_for(config, tiny_vae()).digest()
+    Image.new("RGB", (9, 9)).save(tmp_path / "images" / "dog" / "09.png")
+    with pytest.raises(UserError, match="holds latents made with images_sha256"):
+        encode_command(config, folder)
+    # A manifest of the version before says nothing, and is neither refused nor given what is not known.
+    del content["images_sha256"]
+    manifest.write_text(json.dumps(content, indent=2) + "\n")
+    before = contents(folder)
+    encode_command(config, folder)
+    assert contents(folder) == before
+    assert identity(LatentDataset(folder).manifest)["digest"] is None
+    # A broken image may be repaired on the way.
+    (tmp_path / "images" / "dog" / "09.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"09\.png does not decode"):
+        encode_command(config, tmp_path / "again")
+    Image.new("RGB", (9, 9)).save(tmp_path / "images" / "dog" / "09.png")
+    encode_command(config, tmp_path / "again")
+    assert "note: " in capsys.readouterr().out
+    assert LatentDataset(tmp_path / "again").manifest["images_sha256"] == open_for(config, tiny_vae()).digest()
 
 
 @pytest.mark.parametrize(
