@@ -20,7 +20,7 @@ from vit5gen.errors import UserError
 from vit5gen.files import sha256
 from vit5gen.study.rows import Row
 from vit5gen.training.loop import NONFINITE
-from vit5gen.training.monitor import Monitor
+from vit5gen.training.monitor import Monitor, floor_note
 from vit5gen.training.plan import missing, plan
 from vit5gen.training.run import differences
 
@@ -198,6 +198,14 @@ def test_a_row_of_the_version_before_keeps_its_defaults(inputs: Path, monkeypatc
     assert not differences(row.settings.model_dump(mode="json"), load_config(inputs), free=())
     other = load_config(inputs, {"flow.stratified": False})
     assert differences(row.settings.model_dump(mode="json"), other, free=()) == ["flow.stratified: True -> False"]
+
+
+@pytest.mark.parametrize(("floor", "told"), [(2.0, False), (2.0001, False), (2.1, True), (None, True)], ids=str)
+def test_an_evaluation_with_another_floor_than_the_last_says_so(floor: float | None, told: bool) -> None:
+    earlier = [{"step": 0, "FD": {"value": 9.0, "floor": 1.0}}, {"step": 5, "FD": {"value": 9.0, "floor": 2.0}}]
+    note = floor_note([*earlier, {"step": 6}], {"step": 7, "FD": {"value": 8.0, "floor": floor}})
+    assert (note is not None and "at step 5 it was 2.0" in note) is told
+    assert floor_note([], {"step": 7, "FD": {"value": 8.0, "floor": floor}}) is None
 
 
 @pytest.mark.parametrize("change", [None, add, slow(replace_autoencoder)])

@@ -68,7 +68,7 @@ def _lock_on_windows(file: IO[bytes], wait: bool) -> None:
     while True:
         try:
             file.seek(0)  # the lock is on the next byte
-            return msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, no-any-return]
+            return msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
         except PermissionError as error:
             if not wait:
                 raise BlockingIOError(error.errno, error.strerror, file.name) from error

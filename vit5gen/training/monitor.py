@@ -117,6 +117,8 @@ class Monitor:
             save_loss_curve(self.output / "loss.png", self.log.read())
             self._track_picture(picture, step)
             self._export(pipe, entry, picture)
+            if note := floor_note(self.log.evaluations(), entry):
+                print(f"\nnote: {note}", flush=True)
             # Last of all: an evaluation that stands in metrics.json has left everything else behind.
             self.log.add_evaluation(entry)
         self.accelerator.wait_for_everyone()
@@ -182,6 +184,20 @@ class Monitor:
             os.replace(folder, old)
         os.replace(new, folder)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def floor_note(earlier: list[dict[str, Any]], entry: dict[str, Any]) -> str | None:
+    """Say that the last of the ``earlier`` evaluations that has ``entry``'s distance has another floor beside it."""
+    for name, report in entry.items():
+        before = next((old for old in reversed(earlier) if name in old), None)
+        if name != "step" and before is not None:
+            was, now = before[name]["floor"], report["floor"]
+            if was != now and (None in (was, now) or not math.isclose(was, now, rel_tol=1e-3)):
+                return (
+                    f"{name}: the floor is {now}, at step {before['step']} it was {was}: the real images, or the "
+                    "settings of evaluation, have changed; distances before and after do not compare"
+                )
+    return None
 
 
 def save_loss_curve(path: Path, lines: list[dict[str, Any]]) -> None:

@@ -179,12 +179,10 @@ def _trial(config: Config, accelerator: Accelerator) -> str:
         trainee.step(number, batches)
         start = start or time.perf_counter()  # after the first step, which compiles and allocates
     seconds = (time.perf_counter() - start) / (TRIAL_STEPS - 1)
-    speed, used = settings.global_batch_size / seconds, ""
+    speed, used, peak = settings.global_batch_size / seconds, "", _peak_of_process()
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         used = utilisation(config, speed / accelerator.num_processes, torch.cuda.get_device_name(device))
-    else:
-        peak = _peak_of_process()
     steps = config.training.num_steps
     memory = "" if peak is None else f"peak memory {_short(peak / 1e9)} GB, "
     return (
