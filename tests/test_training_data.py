@@ -72,7 +72,7 @@ def replace_autoencoder(folder: Path) -> None:
         slow("cache", rename_file, "digest of other files or sizes"),
         slow("images", resize, "digest of other files or sizes"),
         ("images", replace_autoencoder, "autoencoder of other weights or scale"),
-        ("latents", rename_class, r"classes removed \['star'\], added \['heart'\]; digest of other files"),
+        slow("latents", rename_class, r"classes removed \['star'\], added \['heart'\]; digest of other files"),
         slow("latents", add, "samples 21 -> 22; digest of other files or sizes"),
     ],
 )
@@ -108,6 +108,7 @@ def test_a_resume_on_other_data_is_refused_until_accepted(
     assert run(inputs, tmp_path / "run", training__num_steps=4, **options) == 0  # it knows the new data by now
 
 
+@pytest.mark.slow
 def test_images_that_break_on_the_way_are_noticed(inputs: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"data__from_images": True, "data__on_broken_image": "skip"}
     run(inputs, tmp_path / "run", training__num_steps=2, **options)
@@ -208,7 +209,7 @@ def test_an_evaluation_with_another_floor_than_the_last_says_so(floor: float | N
     assert floor_note([], {"step": 7, "FD": {"value": 8.0, "floor": floor}}) is None
 
 
-@pytest.mark.parametrize("change", [None, add, slow(replace_autoencoder)])
+@pytest.mark.parametrize("change", [slow(None), add, slow(replace_autoencoder)])
 def test_a_run_killed_before_its_first_checkpoint_keeps_no_evaluation_of_other_data(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None] | None
 ) -> None:

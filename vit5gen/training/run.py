@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from vit5gen.config import Config, as_recorded, read_yaml, recorded_values
+from vit5gen.config import Config, as_recorded, read_yaml, recorded_values, validate
 from vit5gen.errors import UserError, short
 from vit5gen.files import locked_file, read_json, write_json, write_text
 from vit5gen.training import checkpoint
@@ -90,7 +90,7 @@ def _accept(start: Path, made_by: str, changes: list[str], accept_changes: bool)
     if changes and not accept_changes:
         raise UserError(
             f"{start} was made by {made_by}: {'; '.join(changes)}. "
-            "Restore these values, choose another --output, or add --accept-changes to go on with the new ones"
+            "Restore what it had, choose another --output, or add --accept-changes to resume with what there is now"
         )
     for change in changes:
         print(f"note: going on with {change}", flush=True)
@@ -189,29 +189,22 @@ def find_start(config: Config, output: Path, resume: str, accept_changes: bool) 
             raise UserError(
                 f"{start} is beyond training.num_steps = {config.training.num_steps}; ask for {step} or more"
             )
-    elif _is_of(output, config):
-        config = as_recorded(config, read_yaml(output / "config.yaml"))
-    if config.training.checkpoint_every is None:
-        every = max(1, min(10_000, math.ceil(config.training.num_steps / 4)))
-        config = config.model_copy(update={"training": config.training.model_copy(update={"checkpoint_every": every})})
-    return start, config
-
-
-def _is_of(output: Path, config: Config, data: dict[str, Any] | None = None) -> bool:
-    """Tell whether a run that has no checkpoint yet began with this configuration, and with these data."""
-    try:
-        same = data is None or read_json(output / "data.json", "data") == data
-        return same and not differences(read_yaml(output / "config.yaml"), config)
-    except (UserError, AttributeError, TypeError):  # absent or damaged
-        return False
+    values = config.model_dump()
+    if values["training"]["checkpoint_every"] is None:
+        values["training"]["checkpoint_every"] = max(1, min(10_000, math.ceil(config.training.num_steps / 4)))
+    return start, validate(Config, values, "configuration")  # in which every key counts as given
 
 
 def begin(config: Config, output: Path, step: int, data: dict[str, Any]) -> None:
-    """Write configuration and data of a run that goes on from ``step``, now that all of its input has proved to fit."""
-    # Killed before its first checkpoint, a run of another configuration or of other data left nothing that counts.
-    Log(output).rewind(step if step or _is_of(output, config, data) else -1)
-    write_text(output / "config.yaml", to_yaml(config))
-    write_json(output / "data.json", data)
+    """Write configuration and data of a run that resumes from ``step``, now that all of its input has proved to fit."""
+    file, data_file = output / "config.yaml", output / "data.json"
+    try:
+        other = step == 0 and (read_json(data_file, "data") != data or bool(differences(read_yaml(file), config)))
+    except (UserError, AttributeError, TypeError):  # absent, as in an earlier version, or damaged
+        other = True
+    Log(output).rewind(-1 if other else step)  # killed before its first checkpoint, all that it left is another's
+    write_text(file, to_yaml(config))
+    write_json(data_file, data)
 
 
 def finished(config: Config, output: Path, start: Path | None) -> bool:
