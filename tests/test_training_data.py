@@ -71,7 +71,7 @@ def replace_autoencoder(folder: Path) -> None:
         ("cache", add, "samples 21 -> 22; digest of other files or sizes"),
         slow("cache", rename_file, "digest of other files or sizes"),
         slow("images", resize, "digest of other files or sizes"),
-        ("images", replace_autoencoder, "autoencoder of other weights or scale"),
+        slow("images", replace_autoencoder, "autoencoder of other weights or scale"),
         slow("latents", rename_class, r"classes removed \['star'\], added \['heart'\]; digest of other files"),
         slow("latents", add, "samples 21 -> 22; digest of other files or sizes"),
     ],
@@ -118,7 +118,8 @@ def test_images_that_break_on_the_way_are_noticed(inputs: Path, tmp_path: Path) 
         run(inputs, tmp_path / "run", training__num_steps=3, **options)
 
 
-@pytest.mark.parametrize("images", [slow(True), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("images", [True, False])
 def test_latents_of_the_same_images_take_over(inputs: Path, tmp_path: Path, images: bool) -> None:
     run(inputs, tmp_path / "whole", training__num_steps=4)
     run(inputs, tmp_path / "parts", training__num_steps=2)
@@ -260,6 +261,7 @@ def test_latents_train_without_the_images(
     assert missing(absent).keys() == {str(tmp_path / "data"), str(tmp_path / "nowhere")}
 
 
+@pytest.mark.slow
 def test_images_that_are_not_those_of_the_latents_are_told(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -93,7 +93,7 @@ def test_retention_keeps_the_newest_and_the_multiples(config_file: Path, tmp_pat
         pytest.param(10, 0, False, [4, 8, 10], marks=pytest.mark.slow),
         (10, 3600, False, [4, 6, 10]),  # once after an evaluation, however long
         pytest.param(None, 3600, False, [10], marks=pytest.mark.slow),
-        (10, 0, True, []),
+        pytest.param(10, 0, True, [], marks=pytest.mark.slow),
     ],
 )
 def test_the_clock_saves_too(

@@ -85,11 +85,11 @@ def differences(old: dict[str, Any], config: Config, free: Collection[str] = FRE
     ]
 
 
-def _accept(start: Path, made_by: str, changes: list[str], accept_changes: bool) -> None:
+def _accept(start: Path, fault: str, changes: list[str], accept_changes: bool) -> None:
     """Refuse to resume ``start`` under changed conditions unless the user accepts that."""
     if changes and not accept_changes:
         raise UserError(
-            f"{start} was made by {made_by}: {'; '.join(changes)}. "
+            f"{start} {fault}: {'; '.join(changes)}. "
             "Restore what it had, choose another --output, or add --accept-changes to resume with what there is now"
         )
     for change in changes:
@@ -105,7 +105,7 @@ def check_data(start: Path | None, accept_changes: bool, data: dict[str, Any]) -
         recorded = checkpoint.read_state(start).get("data", {})
         known = [key for key, value in data.items() if value is not None and recorded.get(key) is not None]
         changes = [f"{key} {_change(key, recorded[key], data[key])}" for key in known if recorded[key] != data[key]]
-        _accept(start, "other data", changes, accept_changes)
+        _accept(start, "was made by other data", changes, accept_changes)
 
 
 def _change(key: str, old: Any, new: Any) -> str:
@@ -182,7 +182,7 @@ def find_start(config: Config, output: Path, resume: str, accept_changes: bool) 
             )
     if start is not None:
         recorded = read_yaml(start / "config.yaml")
-        _accept(start, "another configuration", differences(recorded, config), accept_changes)
+        _accept(start, "was made by another configuration", differences(recorded, config), accept_changes)
         config = as_recorded(config, recorded)
         step = checkpoint.read_state(start)["step"]
         if step > config.training.num_steps:
