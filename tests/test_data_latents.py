@@ -16,13 +16,15 @@ from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vit5gen.config import Config, DataConfig, ModelConfig, VaeConfig
 from vit5gen.data import latents
 from vit5gen.data.autoencoder import encode
-from vit5gen.data.latents import LatentDataset, encode_command, encode_dataset, ensure_latents, open_for
+from vit5gen.data.latents import LatentDataset, encode_command, encode_dataset, ensure_latents, identity, open_for
 from vit5gen.errors import UserError
+from vit5gen.files import sha256
 
 
 def tiny_vae(seed: int = 0) -> AutoencoderKL:
@@ -183,14 +185,14 @@ def test_two_processes_share_the_work_and_write_the_same_bytes(
 
 def test_other_pictures_of_the_same_names_are_encoded_anew(config: Config, tmp_path: Path) -> None:
     vae = tiny_vae()
-    before = ensure_latents(config, vae)
-    assert ensure_latents(config, vae) == before
+    before = ensure_latents(open_for(config, vae), vae, config)
+    assert ensure_latents(open_for(config, vae), vae, config) == before
     (tmp_path / "images").rename(tmp_path / "others")
     moved = change(config, "data", path=str(tmp_path / "others"))
-    assert ensure_latents(moved, vae) != before  # files of equal names and sizes may be others
+    assert ensure_latents(open_for(moved, vae), vae, moved) != before  # files of equal names and sizes may be others
     (tmp_path / "others").rename(tmp_path / "images")
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "cat" / "00.png")
-    assert ensure_latents(config, vae) != before
+    assert ensure_latents(open_for(config, vae), vae, config) != before
 
 
 def test_a_broken_image_that_is_removed_stands_in_no_ones_way(config: Config, tmp_path: Path) -> None:
@@ -251,6 +253,108 @@ def test_broken_images_are_fatal_or_listed(config: Config, tmp_path: Path, capsy
     torch.testing.assert_close(dataset.get(2)[0], mean[0], rtol=1e-3, atol=1e-3)  # the next one moves up
 
 
+def spoil(config: Config, **values: float) -> None:
+    """Give the autoencoder on disk other weights or another scale."""
+    vae = tiny_vae()
+    if (bias := values.pop("bias", None)) is not None:
+        vae.quant_conv.bias[0] = bias
+    vae.register_to_config(**values)
+    vae.save_pretrained(config.vae.name)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "spoilt", "message"),
+    [
+        (
+            "float16",
+            {"scaling_factor": 1e6},
+            r"a latent of \d.* overflows float16, which ends at 65504; set data\.shard_d",
+        ),
+        ("float16", {"bias": float("nan")}, "the autoencoder makes latents of it that are not finite; check vae.name"),
+        pytest.param("bfloat16", {"bias": float("inf")}, "the autoencoder makes latents", marks=pytest.mark.slow),
+        ("bfloat16", {"scaling_factor": 1e6}, None),
+        pytest.param("float32", {"scaling_factor": 1e6}, None, marks=pytest.mark.slow),
+    ],
+)
+def test_latents_that_are_not_finite_in_their_shard_are_not_written(
+    config: Config, tmp_path: Path, dtype: str, spoilt: dict[str, float], message: str | None
+) -> None:
+    config = change(config, "data", shard_dtype=dtype)
+    spoil(config, **spoilt)
+    if message is None:
+        encode_command(config, tmp_path / "out")
+        LatentDataset(tmp_path / "out").verify()
+        return
+    with pytest.raises(UserError, match=rf"image .*cat.00\.png: {message}") as raised:
+        encode_command(config, tmp_path / "out")
+    assert "\n" not in str(raised.value)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
+    with pytest.raises(UserError, match="encoding was interrupted"):
+        LatentDataset(tmp_path / "out")
+
+
+def test_the_image_that_is_not_finite_is_named_behind_a_broken_one(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One image alone, of which only the mirror image or the deviation is spoilt, in the second shard."""
+    (tmp_path / "images" / "cat" / "06.png").write_bytes(b"no image")
+    pixels = open_for(config, tiny_vae())[4][0]
+
+    def encode_badly(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = encode(vae, images)
+        std[[bool((image == pixels.flip(-1)).all()) for image in images]] = float("nan")
+        return mean, std
+
+    monkeypatch.setattr(latents, "encode", encode_badly)
+    config = change(change(config, "data", on_broken_image="skip"), "vae", batch_size=3)
+    with pytest.raises(UserError, match=r"image .*cat.08\.png: the autoencoder makes"):
+        encode_command(config, tmp_path / "out")
+
+
+def test_shards_of_earlier_versions_that_are_not_finite_are_made_again(config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    encode_command(config, folder)
+    whole, shard = contents(folder), folder / "shard_00001.safetensors"
+    with safe_open(shard, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    tensors["std"][1, 0, 0, 0] = float("inf")
+    save_file(tensors, shard)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][1]["sha256"] = sha256(shard)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"shard_00001\.safetensors has values that are not finite; encode again"):
+        LatentDataset(folder).verify()
+    encode_command(config, folder)
+    assert contents(folder) == whole
+
+
+def test_shards_are_kept_for_the_images_they_were_made_of(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, manifest = tmp_path / "out", tmp_path / "out" / "manifest.json"
+    encode_command(config, folder)
+    content = json.loads(manifest.read_text())
+    assert content["images_sha256"] == open_for(config, tiny_vae()).digest()
+    Image.new("RGB", (9, 9)).save(tmp_path / "images" / "dog" / "09.png")
+    with pytest.raises(UserError, match="holds latents made with images_sha256"):
+        encode_command(config, folder)
+    # A manifest of the version before says nothing, and is neither refused nor given what is not known.
+    del content["images_sha256"]
+    manifest.write_text(json.dumps(content, indent=2) + "\n")
+    before = contents(folder)
+    encode_command(config, folder)
+    assert contents(folder) == before
+    assert identity(LatentDataset(folder).manifest)["digest"] is None
+    # A broken image may be repaired on the way.
+    (tmp_path / "images" / "dog" / "09.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"09\.png does not decode"):
+        encode_command(config, tmp_path / "again")
+    Image.new("RGB", (9, 9)).save(tmp_path / "images" / "dog" / "09.png")
+    encode_command(config, tmp_path / "again")
+    assert "note: " in capsys.readouterr().out
+    assert LatentDataset(tmp_path / "again").manifest["images_sha256"] == open_for(config, tiny_vae()).digest()
+
+
 @pytest.mark.parametrize(
     ("wanted", "seed", "message"),
     [
@@ -279,13 +383,13 @@ def test_never_overwrites_other_latents(config: Config, tmp_path: Path) -> None:
 
 def test_cache_is_used_again(config: Config, tmp_path: Path) -> None:
     vae = tiny_vae()
-    folder = ensure_latents(config, vae)
+    folder = ensure_latents(open_for(config, vae), vae, config)
     assert folder.parent == tmp_path / "cache"
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert ensure_latents(config, vae) == folder
+    assert ensure_latents(open_for(config, vae), vae, config) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    assert ensure_latents(change(config, "data", classes=["dog"], num_classes=1), vae) != folder
-    assert ensure_latents(change(config, "data", latents="elsewhere"), vae) == Path("elsewhere")
+    dogs = change(config, "data", classes=["dog"], num_classes=1)
+    assert ensure_latents(open_for(dogs, vae), vae, dogs) != folder
 
 
 @pytest.mark.parametrize(

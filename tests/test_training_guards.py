@@ -14,7 +14,8 @@ from unittest.mock import Mock
 import pytest
 import registered_backbones  # noqa: F401
 import torch
-from tiny_run import assert_identical, run, weights
+import yaml
+from tiny_run import assert_identical, forget_processes, run, weights
 from torch import nn
 
 from vit5gen.config import TrainingConfig, load_config, parse_yaml
@@ -22,13 +23,15 @@ from vit5gen.data.images import BrokenImage
 from vit5gen.errors import UserError
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.pipeline import load_pipeline
-from vit5gen.training import checkpoint
+from vit5gen.training import checkpoint, process
 from vit5gen.training.build import build_model, build_optimizer, learning_rate
 from vit5gen.training.ema import EMA
 from vit5gen.training.loop import STOPPED
 from vit5gen.training.monitor import Monitor
 from vit5gen.training.reference import build_reference
-from vit5gen.training.run import Log, locked, to_yaml
+from vit5gen.training.run import Log, find_start, locked, to_yaml
+from vit5gen.training.source import open_source
+from vit5gen.training.step import Trainee
 
 
 @pytest.mark.parametrize(("number", "where"), [(signal.SIGTERM, "write"), (signal.SIGINT, "_generate")])
@@ -82,6 +85,107 @@ def test_retention_keeps_the_newest_and_the_multiples(config_file: Path, tmp_pat
     older = str(tmp_path / "run/checkpoints/step_00000004")
     run(config_file, tmp_path / "run", resume=older, training__num_steps=6, **kept)
     assert (tmp_path / "run/checkpoints/step_00000006").exists()
+
+
+@pytest.mark.parametrize(
+    ("minutes", "evaluation", "fails", "saved"),
+    [
+        pytest.param(10, 0, False, [4, 8, 10], marks=pytest.mark.slow),
+        (10, 3600, False, [4, 6, 10]),  # once after an evaluation, however long
+        pytest.param(None, 3600, False, [10], marks=pytest.mark.slow),
+        pytest.param(10, 0, True, [], marks=pytest.mark.slow),
+    ],
+)
+def test_the_clock_saves_too(
+    config_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    minutes: float | None,
+    evaluation: float,
+    fails: bool,
+    saved: list[int],
+) -> None:
+    now, attempts = 0.0, []
+
+    def pass_time(seconds: float) -> Any:
+        def passes(self: Monitor, *args: Any) -> bool:
+            nonlocal now
+            now += seconds
+            return True
+
+        return passes
+
+    def save(*args: Any) -> Path:
+        attempts.append(args[1])
+        if fails and args[1] < 10:
+            raise OSError(28, "No space left on device")
+        return original(*args)
+
+    original = checkpoint.save
+    monkeypatch.setattr(process, "time", Mock(monotonic=lambda: now))
+    monkeypatch.setattr(Monitor, "write", pass_time(250))  # a step
+    monkeypatch.setattr(Monitor, "evaluate", pass_time(evaluation))
+    monkeypatch.setattr(Monitor, "due", lambda self, step: step == 5)
+    monkeypatch.setattr(checkpoint, "save", save)
+    steps = {"training__checkpoint_every": 100, "training__keep_last": 100}
+    assert run(config_file, tmp_path / "run", training__checkpoint_minutes=minutes, **steps) == 0
+    names = [path.name for path in checkpoint.steps(tmp_path / "run/checkpoints")]
+    assert names == [checkpoint.step_name(step) for step in (saved or [10])]
+    if fails:
+        assert attempts == [4, 8, 10]  # a full disk is not asked in every step
+
+
+@pytest.mark.slow
+def test_timed_checkpoints_change_nothing_and_count_as_others_do(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Monitor, "due", lambda self, step: False)
+    kept = {"training__keep_last": 2, "training__keep_every": 4}
+    run(config_file, tmp_path / "plain", training__checkpoint_minutes=None, **kept)
+    run(config_file, tmp_path / "timed", training__checkpoint_minutes=1e-9, **kept)
+    assert_identical(weights(tmp_path / "plain", 10), weights(tmp_path / "timed", 10))
+    names = [sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir()) for name in ("plain", "timed")]
+    assert [[int(name[5:]) for name in some] for some in names] == [[5, 10], [4, 8, 9, 10]]
+
+
+def test_the_main_process_alone_decides_on_a_save(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forget_processes()
+    config = load_config(config_file)
+    accelerator = process.make_accelerator(config.training, Path())
+    source, vae, _ = open_source(config, accelerator)
+    trainee = Trainee(config, accelerator, vae)
+    batches = trainee.batches(source)
+    assert trainee.step(0, batches, save_due=lambda: True).save
+    assert not trainee.step(1, batches).save
+    monkeypatch.setattr(type(accelerator), "is_main_process", False)
+    assert not trainee.step(2, batches, save_due=lambda: True).save
+
+
+def test_the_interval_of_checkpoints_is_settled_when_a_run_begins(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = yaml.safe_load(config_file.read_text())
+    del settings["training"]["checkpoint_every"]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+
+    def settled(start: Path | None = None, **overrides: Any) -> tuple[int | None, float | None]:
+        overrides = {f"training.{key}": value for key, value in overrides.items()}
+        config = load_config(tmp_path / "run.yaml", overrides)
+        training = find_start(config, tmp_path / "run", str(start or "auto"), accept_changes=False)[1].training
+        return training.checkpoint_every, training.checkpoint_minutes
+
+    every = {0: 1, 1: 1, 4: 1, 5: 2, 150: 38, 40_000: 10_000, 40_001: 10_000, 400_000: 10_000}
+    assert {steps: settled(num_steps=steps)[0] for steps in every} == every
+    assert settled(checkpoint_every=7, checkpoint_minutes=None) == (7, None)
+    monkeypatch.setattr(Monitor, "due", lambda self, step: False)
+    run(tmp_path / "run.yaml", tmp_path / "run", training__num_steps=9, training__checkpoint_minutes=3)
+    assert [path.name[-1] for path in checkpoint.steps(tmp_path / "run/checkpoints")] == ["6", "9"]
+    for start in (None, tmp_path / "run/checkpoints/step_00000006"):
+        assert settled(start, num_steps=4000) == (3, 3)  # as it began
+        assert settled(start, num_steps=4000, checkpoint_every=8, checkpoint_minutes=None) == (8, None)
+        assert settled(start, num_steps=4000, checkpoint_every=None) == (1000, 3)
+    shutil.rmtree(tmp_path / "run/checkpoints")  # killed before its first one
+    assert settled(num_steps=4000) == (1000, 10)
 
 
 def test_a_save_that_does_not_fit_leaves_the_older_checkpoint(tmp_path: Path) -> None:

@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from kill_test import main as kill_test
 from launch import ROOT, environment, train_in
 from safetensors.torch import load_file
-from tiny_run import assert_identical, losses, run, weights
+from tiny_run import assert_identical, losses, make_inputs, run, weights
 
 from vit5gen.config import TrainingConfig
 from vit5gen.errors import UserError
 from vit5gen.processes import processes
+from vit5gen.training import checkpoint
 from vit5gen.training.loop import STOPPED
 from vit5gen.training.process import make_accelerator
 
@@ -203,3 +205,68 @@ def test_sigterm_has_an_exit_code_of_its_own(config_file: Path, tmp_path: Path) 
     wait_for_step(process, tmp_path / "run", 3)
     process.terminate()
     assert process.wait(timeout=300) == STOPPED
+
+
+@pytest.mark.slow
+def test_two_processes_save_by_one_clock_and_refuse_other_data_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIT5GEN_CACHE", str(tmp_path / "cache"))
+    config_file = make_inputs(tmp_path)
+
+    def job(name: str, num_steps: int, **training: Any) -> dict[str, Any]:
+        overrides = {f"training.{key}": value for key, value in {"num_steps": num_steps, **training}.items()}
+        return {"config": config_file, "output": tmp_path / name, "overrides": overrides}
+
+    jobs = [job("plain", 9), job("timed", 9, checkpoint_minutes=1e-9, keep_last=100)]
+    assert train_in(2, jobs, tmp_path)[0] == [0, 0]
+    assert_identical(weights(tmp_path / "plain", 9), weights(tmp_path / "timed", 9))
+    assert len(list((tmp_path / "timed/checkpoints").iterdir())) == 9
+    (tmp_path / "data/train/star/0.png").unlink()
+    with pytest.raises(AssertionError) as raised:
+        train_in(2, [job("plain", 12)], tmp_path)
+    assert str(raised.value).count("UserError: ") == 2
+    assert str(raised.value).count("was made by other data: samples 21 -> 20") == 2
+
+
+@pytest.mark.slow
+def test_a_kill_costs_a_run_of_ones_own_a_quarter_at_most(config_file: Path, tmp_path: Path) -> None:
+    settings = yaml.safe_load(config_file.read_text())
+    del settings["training"]["checkpoint_every"]
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    process = start(file, tmp_path / "run", "--training.num_steps", "150")
+    wait_for_step(process, tmp_path / "run", 112)
+    process.kill()
+    process.wait()
+    newest = checkpoint.newest_valid(tmp_path / "run/checkpoints")
+    assert newest is not None
+    assert int(newest.name[5:]) >= 76
+    assert run(file, tmp_path / "run", training__num_steps=150) == 0
+    run(file, tmp_path / "whole", training__num_steps=150)
+    assert_identical(weights(tmp_path / "run", 150), weights(tmp_path / "whole", 150))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lock", ["msvcrt", None])
+def test_a_system_without_what_unix_has_trains_or_says_why_not(
+    config_file: Path, tmp_path: Path, lock: str | None
+) -> None:
+    """What Python lacks on Windows is taken away before anything is imported; two calls of msvcrt are played."""
+    (tmp_path / "windows.py").write_text(
+        "import os, signal, sys, types\n"
+        "import torch, accelerate, diffusers, tensorboard, tqdm.auto  # which know what to do on Windows\n"
+        "sys.modules['fcntl'] = sys.modules['resource'] = None\n"
+        "del signal.pthread_sigmask, os.register_at_fork\n"
+        f"sys.modules['msvcrt'] = {lock!r} and types.SimpleNamespace(LK_NBLCK=2, locking=lambda *_: None)\n"
+        "from vit5gen.cli import main\n"
+        "main(['train', *sys.argv[1:]])\n"
+    )
+    command = [sys.executable, str(tmp_path / "windows.py"), str(config_file), "--training.num_steps", "2"]
+    more = (["--output", str(tmp_path / "run")], ["--dry-run", "--data.from_images", "true"])
+    for options in more[: 2 if lock else 1]:
+        done = subprocess.run([*command, *options], env=environment(), capture_output=True, text=True)
+        assert done.returncode == (0 if lock else 2), done.stderr
+        assert "Traceback" not in done.stderr
+        assert ("neither fcntl nor msvcrt" in done.stderr) is (lock is None)
+    assert (tmp_path / "run/checkpoints/step_00000002").exists() is (lock is not None)

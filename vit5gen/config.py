@@ -124,7 +124,10 @@ class TrainingConfig(Section):
     )
     compile: bool = Field(False, description="torch.compile every block")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
-    checkpoint_every: Count = Field(10_000, description="steps between checkpoints")
+    checkpoint_every: Count | None = Field(
+        None, description="steps between checkpoints; default: a quarter of num_steps, at most 10000"
+    )
+    checkpoint_minutes: Positive | None = Field(10.0, description="minutes after which one is saved too; null = off")
     keep_last: Count = Field(2, description="newest checkpoints that are kept")
     keep_every: Count | None = Field(None, description="checkpoints at multiples of this step are kept for good")
     log_every: Count = Field(100, description="steps between lines of log.jsonl")
@@ -260,6 +263,45 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
                 raise UserError(f"configuration {path}: unknown key {dotted!r}: {keys!r} holds no {key!r}")
         keys[key] = deepcopy(value)
     return validate(Config, data, f"configuration {path}")
+
+
+# What keys meant that a run, or latents, of an earlier version have not recorded: it keeps what it began with.
+DEFAULTS_BEFORE: dict[str, Any] = {
+    "data.exif": "ignore",
+    "data.rules": 1,
+    "training.checkpoint_every": 10_000,
+    "training.checkpoint_minutes": None,
+}
+
+
+def recorded_values(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a recorded configuration in which every key that it lacks has the default of its time."""
+    values = dict(data)
+    for name, section in Config.model_fields.items():
+        defaults = {
+            key: DEFAULTS_BEFORE.get(f"{name}.{key}", field.default)
+            for key, field in section.annotation.model_fields.items()  # type: ignore[union-attr]
+        }
+        if isinstance(found := data.get(name, {}), dict):  # what else it is, the check of all values tells
+            values[name] = defaults | found
+    return values
+
+
+def load_recorded(path: str | Path) -> Config:
+    """Read the ``config.yaml`` of a run or a checkpoint, of an earlier version too."""
+    return validate(Config, recorded_values(read_yaml(path)), f"configuration {path}")
+
+
+def as_recorded(config: Config, data: dict[str, Any]) -> Config:
+    """Return ``config`` with what ``data``, a recorded configuration, has for keys whose default has changed.
+
+    A key that the user gave stays as it is.
+    """
+    recorded, given = recorded_values(data), config.model_dump(exclude_unset=True)
+    for name, key in (dotted.split(".") for dotted in DEFAULTS_BEFORE):
+        if key in type(getattr(config, name)).model_fields:
+            given.setdefault(name, {}).setdefault(key, recorded[name][key])
+    return validate(Config, given, "recorded configuration")
 
 
 def validate(kind: type[T], data: dict[str, Any], what: str) -> T:

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from timm.data import ImageNetInfo
 
 from vit5gen.card import TrainingFacts
-from vit5gen.config import VaeConfig, load_config
+from vit5gen.config import VaeConfig, load_recorded
 from vit5gen.data.autoencoder import load_autoencoder
 from vit5gen.data.images import imagenet_names
 from vit5gen.errors import UserError, choose
@@ -70,7 +70,7 @@ def _from_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPi
         )
     if (fault := problem(folder)) is not None:
         raise UserError(f"checkpoint {folder}: {fault}; take another one of the run")
-    config = load_config(folder / "config.yaml")
+    config = load_recorded(folder / "config.yaml")
     model = build_model(config)
     averages = [f"ema_{decay}" for decay in config.training.ema_decays]
     chosen = choose("weights", weights or averages[0], [*averages, "model"])

@@ -1,12 +1,18 @@
-"""Files that are whole or absent: atomic writes and content hashes; the cache's folder."""
+"""Files that are whole or absent: atomic writes and content hashes; the kernel's lock; the cache's folder."""
 
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from vit5gen.errors import UserError
 
@@ -34,6 +40,39 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked_file(path: Path, wait: bool) -> Iterator[None]:
+    """Hold the kernel's lock on a file, which is gone when this process is, also after SIGKILL; make the file.
+
+    Raises `BlockingIOError` when another process holds it and ``wait`` is false, another `OSError` when the file cannot
+    be made or locked.
+    """
+    with path.open("ab") as file:
+        if hasattr(os, "register_at_fork"):
+            # A forked child (a data worker) would hold the lock beyond this process's death.
+            os.register_at_fork(after_in_child=file.close)
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        else:
+            _lock_on_windows(file, wait)
+        yield
+
+
+def _lock_on_windows(file: IO[bytes], wait: bool) -> None:
+    try:
+        import msvcrt
+    except ImportError:
+        raise OSError(None, "this Python has neither fcntl nor msvcrt", file.name) from None
+    while True:
+        try:
+            file.seek(0)  # the lock is on the next byte
+            return msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except PermissionError as error:
+            if not wait:
+                raise BlockingIOError(error.errno, error.strerror, file.name) from error
+            time.sleep(0.5)
 
 
 def check_writable(path: str | Path) -> None:

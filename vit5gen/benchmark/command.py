@@ -24,7 +24,7 @@ from vit5gen.benchmark.peers import SIT, VIT5
 from vit5gen.benchmark.setting import FULL, QUICK, Setting
 from vit5gen.benchmark.timing import Row
 from vit5gen.card import commit, versions
-from vit5gen.config import load_config
+from vit5gen.config import load_recorded
 from vit5gen.cpu import keep_freed_memory
 from vit5gen.data.images import open_images
 from vit5gen.errors import UserError, choose
@@ -96,7 +96,7 @@ def _check(setting: Setting) -> dict[str, dict[str, str]]:
     if setting.run is not None:
         if load_pipeline(setting.run).vae is None:
             raise UserError(f"--run {setting.run}: its pipeline has no autoencoder; expected a trained run")
-        config = load_config(setting.run / "config.yaml")
+        config = load_recorded(setting.run / "config.yaml")
         open_images(config.data)
         load_extractor(config.evaluation.extractor)
     return found

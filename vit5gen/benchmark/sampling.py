@@ -8,7 +8,7 @@ import torch
 
 from vit5gen.benchmark.setting import Setting
 from vit5gen.benchmark.timing import Row, race, row
-from vit5gen.config import SamplingConfig, load_config
+from vit5gen.config import SamplingConfig, load_recorded
 from vit5gen.evaluation import load_extractor
 from vit5gen.evaluation.metrics import jackknife_error
 from vit5gen.evaluation.statistics import Grouped
@@ -48,7 +48,7 @@ def rows(setting: Setting) -> Iterator[Row]:
     """Compare network evaluations and time of the first candidate that is `no_worse` than 250 published steps."""
     if setting.run is None:
         return
-    sizes, config, pipe = setting.sizes, load_config(setting.run / "config.yaml"), load_pipeline(setting.run)
+    sizes, config, pipe = setting.sizes, load_recorded(setting.run / "config.yaml"), load_pipeline(setting.run)
     extractor = load_extractor(config.evaluation.extractor)
     reference = build_reference(config, extractor, rank=0, world_size=1)
     labels = reference.labels[: sizes.drawn_images]

@@ -49,6 +49,7 @@ class ImageSet:
     labels: torch.Tensor  # (N,) int64
     read: Callable[[int], torch.Tensor]  # raises BrokenImage, which names the file
     digest: Callable[[], str]  # changes when the source's images do; of files, names and sizes count
+    name: Callable[[int], str] = "image {}".format  # for messages
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,7 +60,8 @@ class ImageSet:
     def select(self, indices: Sequence[int] | torch.Tensor) -> "ImageSet":
         """Return the set of these images only, in this order."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
-        return replace(self, labels=self.labels[chosen], read=partial(_read_selected, self.read, chosen))
+        read, name = partial(_of_selected, self.read, chosen), partial(_of_selected, self.name, chosen)
+        return replace(self, labels=self.labels[chosen], read=read, name=name)
 
 
 def open_images(data: DataConfig, split: str | None = None) -> ImageSet:
@@ -169,7 +171,7 @@ def _open_folder(data: DataConfig, split: str) -> ImageSet:
             f"data.path {root}: no images in its {len(folders)} folders; expected files such as .png or .jpg"
         )
     read = partial(_read_file, files, data.resolution)
-    return ImageSet(names, torch.tensor(labels), read, partial(listing_digest, root, files))
+    return ImageSet(names, torch.tensor(labels), read, partial(listing_digest, root, files), partial(_file_name, files))
 
 
 def listing_digest(root: Path, files: Sequence[Path]) -> str:
@@ -272,8 +274,12 @@ def _keep_classes(images: ImageSet, classes: list[str]) -> ImageSet:
     return replace(kept, class_names=list(classes), labels=labels[labels >= 0])
 
 
-def _read_selected(read: Callable[[int], torch.Tensor], chosen: torch.Tensor, index: int) -> torch.Tensor:
-    return read(int(chosen[index]))
+def _of_selected(function: Callable[[int], Any], chosen: torch.Tensor, index: int) -> Any:
+    return function(int(chosen[index]))
+
+
+def _file_name(files: list[Path], index: int) -> str:
+    return f"image {files[index]}"
 
 
 def _read_file(files: list[Path], resolution: int, index: int) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """Images encoded once: shards of latent means and deviations, their manifest, and memory-mapped reading."""
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -21,15 +20,16 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vit5gen.config import Config
+from vit5gen.config import DEFAULTS_BEFORE, Config, DataConfig
 from vit5gen.data.autoencoder import downsample, encode, load_autoencoder
 from vit5gen.data.images import BrokenImage, ImageSet, open_images
 from vit5gen.errors import UserError, short
-from vit5gen.files import atomic, cache_folder, read_json, sha256, write_json
+from vit5gen.files import atomic, cache_folder, locked_file, read_json, sha256, write_json
 from vit5gen.processes import processes, start_processes
 
 MANIFEST = "manifest.json"
 SHARD_SIZE = 4096  # images
+_BEFORE = {dotted.removeprefix("data."): value for dotted, value in DEFAULTS_BEFORE.items()}
 _FIXED_BY_VAE = ("vae_sha256", "resolution", "latent_shape", "scaling_factor", "shift_factor")
 
 
@@ -39,12 +39,12 @@ def encode_dataset(images: ImageSet, vae: AutoencoderKL, folder: str | Path, con
     A shard holds ``mean`` and ``std`` (n, F, C, h, w) in `data.shard_dtype`, scaled as the transformer sees them, with
     F = 2 (original, mirrored) or 1, and ``labels`` (n,) int64. Process i of n writes shards i, i + n, ...; each appears
     whole or not at all. A second call keeps shards whose checksum is right, makes the others and ends the manifest.
-    Raises `UserError` when the folder holds other latents, the disk is short, or an image is broken and
-    `data.on_broken_image` is ``"fail"``.
+    Raises `UserError` when the folder holds other latents, the disk is short, an image is broken and
+    `data.on_broken_image` is ``"fail"``, or has latents that are not finite in the shard's type.
     """
     state, folder = processes(), Path(folder)
     vae = vae.to(state.device)
-    settings = _settings(images, vae, config)
+    settings = settings_of(images, vae, config)
     chunks = torch.arange(len(images)).split(SHARD_SIZE)
     mine = range(state.process_index, len(chunks), state.num_processes)
     records = _finished(folder, settings, mine)
@@ -68,14 +68,13 @@ def encode_dataset(images: ImageSet, vae: AutoencoderKL, folder: str | Path, con
     state.wait_for_everyone()
 
 
-def ensure_latents(config: Config, vae: AutoencoderKL) -> Path:
-    """Return `data.latents`, or a folder in the cache that holds the latents of `data`, encoding them if need be."""
-    if config.data.latents is not None:
-        return Path(config.data.latents).expanduser()
-    images = open_for(config, vae)
+def ensure_latents(images: ImageSet, vae: AutoencoderKL, config: Config) -> Path:
+    """Return a folder in the cache that holds the latents of these images of `data`, encoding them if need be."""
     path = None if config.data.path is None else str(Path(config.data.path).expanduser().resolve())
-    of_images = {"path": path, "images_sha256": images.digest()}
-    key = json.dumps(_settings(images, vae, config) | of_images, sort_keys=True)
+    settings = settings_of(images, vae, config)
+    # What earlier versions did without saying so has no part in the name: their latents are found.
+    told = {key: value for key, value in settings.items() if _BEFORE.get(key, ...) != value}
+    key = json.dumps(told | {"path": path}, sort_keys=True)
     folder = cache_folder() / f"latents-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     with _alone(folder.with_suffix(".lock")):
         encode_dataset(images, vae, folder, config)
@@ -90,9 +89,32 @@ def _alone(file: Path) -> Iterator[None]:
         if state.is_main_process:
             with suppress(OSError):  # what cannot be written may be complete; if not, the encoding says so
                 file.parent.mkdir(parents=True, exist_ok=True)
-                fcntl.flock(stack.enter_context(file.open("ab")), fcntl.LOCK_EX)
+                stack.enter_context(locked_file(file, wait=True))
         state.wait_for_everyone()
         yield
+
+
+def identity(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return by what a run knows its data again, from the manifest of latents or from `settings_of` images.
+
+    ``samples`` and ``classes`` are those listed, broken images included; ``digest`` is `ImageSet.digest`, None in the
+    manifest of an earlier version; ``autoencoder`` its weights and scale.
+    """
+    id2label = manifest["id2label"]
+    return {
+        "samples": manifest["images"],
+        "classes": [id2label[str(label)] for label in range(len(id2label))],
+        "digest": manifest.get("images_sha256"),
+        "autoencoder": " ".join(str(manifest[key]) for key in ("vae_sha256", "scaling_factor", "shift_factor")),
+    }
+
+
+def images_beside(data: DataConfig) -> tuple[ImageSet | None, str]:
+    """Open the images of latents that are given, without which a machine can train; or return None, and why."""
+    try:
+        return open_images(data), ""
+    except UserError as error:
+        return None, str(error)
 
 
 def encode_command(config: Config, output: str | Path) -> None:
@@ -175,7 +197,8 @@ class LatentDataset:
     def verify(self, process_index: int = 0, num_processes: int = 1) -> None:
         """Compare this process's share of the shards with the manifest; raise `UserError` when one differs.
 
-        Compared are checksums, shapes, and labels with the classes. The manifest has passed `check`.
+        Compared are checksums, shapes, and labels with the classes; all values are finite. The manifest has passed
+        `check`.
         """
         views = [1 + self.manifest["horizontal_flip"], *self.manifest["latent_shape"]]
         for shard in self.manifest["shards"][process_index::num_processes]:
@@ -189,6 +212,8 @@ class LatentDataset:
                     f"latents: {path} has means, deviations, labels of shapes {found}, its manifest says {expected}; "
                     "encode again"
                 )
+            if not _is_finite(path):
+                raise UserError(f"latents: {path} has values that are not finite; encode again, which names the image")
             self._check_labels(_read_labels(path))
 
     def _check_labels(self, labels: torch.Tensor) -> None:
@@ -203,15 +228,22 @@ class LatentDataset:
         check_autoencoder(config, vae)
         wanted = _latent_settings(vae, config)
         for key in _FIXED_BY_VAE:
-            if self.manifest.get(key) != wanted[key]:
+            if self.manifest.get(key, _BEFORE.get(key)) != wanted[key]:
                 names = f" ({self.manifest.get('vae')} there, {wanted['vae']} here)" if key == "vae_sha256" else ""
                 self._refuse(key, self.manifest.get(key), wanted[key], names)
         if len(self.class_names) != config.data.num_classes:
             self._refuse("num_classes", len(self.class_names), config.data.num_classes)
-        if self.class_names != (classes := config.data.classes or open_images(config.data).class_names):
+        images, _ = images_beside(config.data)
+        classes = config.data.classes or (self.class_names if images is None else images.class_names)
+        if self.class_names != classes:
             self._refuse("classes", self.class_names, classes)
         if self.manifest.get("horizontal_flip") not in ([True] if config.data.horizontal_flip else [True, False]):
             self._refuse("horizontal_flip", False, True)
+        if images is not None and len(images) != (count := self.manifest.get("images")):
+            processes().print(
+                f"note: latents {self.folder} are of {count} images, but the data have {len(images)}: the distances "
+                "compare with these"
+            )
 
     def _refuse(self, key: str, found: Any, wanted: Any, more: str = "") -> None:
         raise UserError(
@@ -246,11 +278,13 @@ def _latent_settings(vae: AutoencoderKL, config: Config) -> dict[str, Any]:
     }
 
 
-def _settings(images: ImageSet, vae: AutoencoderKL, config: Config) -> dict[str, Any]:
+def settings_of(images: ImageSet, vae: AutoencoderKL, config: Config) -> dict[str, Any]:
+    """Return what a manifest of these images' latents tells of how they were made."""
     return _latent_settings(vae, config) | {
         "source": config.data.source,
         "split": config.data.split,
         "images": len(images),
+        "images_sha256": images.digest(),
         "id2label": {str(label): name for label, name in enumerate(images.class_names)},
     }
 
@@ -261,18 +295,24 @@ def _finished(folder: Path, settings: dict[str, Any], numbers: range) -> dict[in
         return {}
     manifest = read_json(folder / MANIFEST, "latents")
     for key, value in settings.items():
-        if key != "vae" and manifest.get(key) != value:
-            raise UserError(
-                f"output {folder}: holds latents made with {key} {short(manifest.get(key))}, not {short(value)};"
-                f" choose another folder or remove this one"
-            )
+        found = manifest.get(key, _BEFORE.get(key))
+        if key == "vae" or found == value:
+            continue
+        if key == "images_sha256" and (found is None or manifest["shards"] is None):
+            if found is not None:  # a broken image was repaired, say
+                processes().print(f"note: {folder}: images have changed since its shards were begun; whole ones stay")
+            continue
+        raise UserError(
+            f"output {folder}: holds latents made with {key} {short(found)}, not {short(value)};"
+            f" choose another folder or remove this one"
+        )
     records = (manifest["shards"] or []) + [read_json(path, "record") for path in folder.glob("shard_*.json")]
     by_file = {record["file"]: record for record in records}
     found = {k: by_file[_shard_name(k)] for k in numbers if _shard_name(k) in by_file}
     return {
         k: record
         for k, record in found.items()
-        if (folder / record["file"]).is_file() and sha256(folder / record["file"]) == record["sha256"]
+        if (path := folder / record["file"]).is_file() and sha256(path) == record["sha256"] and _is_finite(path)
     }
 
 
@@ -285,8 +325,11 @@ def _finish(folder: Path, settings: dict[str, Any], shards: list[dict[str, Any]]
     """Write the manifest unless it is there already, remove what interrupted calls left, and report broken images."""
     labels = torch.cat([_read_labels(folder / shard["file"]) for shard in shards])
     counts = torch.bincount(labels, minlength=len(settings["id2label"])).tolist()
-    manifest = settings | {"counts": counts, "shards": shards}
-    if read_json(folder / MANIFEST, "latents") != manifest:
+    there = read_json(folder / MANIFEST, "latents")
+    # Of which images the shards of an earlier version were made is not known.
+    unknown = {"images_sha256"} - there.keys()
+    manifest = {k: v for k, v in settings.items() if k not in unknown} | {"counts": counts, "shards": shards}
+    if there != manifest:
         write_json(folder / MANIFEST, manifest)
     for leftover in [*folder.glob("shard_*.json"), *folder.glob(".*.tmp")]:
         leftover.unlink(missing_ok=True)
@@ -301,6 +344,15 @@ def _shard_name(number: int) -> str:
 def _read_labels(path: Path) -> torch.Tensor:
     with safe_open(path, framework="pt") as shard:
         return shard.get_tensor("labels")
+
+
+def _finite(values: torch.Tensor) -> bool:
+    return all(bool(bound.isfinite()) for bound in values.aminmax())  # NaN is both bounds
+
+
+def _is_finite(path: Path) -> bool:
+    with safe_open(path, framework="pt") as shard:
+        return all(_finite(shard.get_tensor(name)) for name in ("mean", "std"))
 
 
 def _reserve(folder: Path, count: int, settings: dict[str, Any]) -> None:
@@ -348,7 +400,7 @@ def _encode_shard(
     tensors: dict[str, list[torch.Tensor]] = {"mean": [], "std": [], "labels": []}
     broken: list[str] = []
     loader = DataLoader(_Decoded(images), config.vae.batch_size, num_workers=data.num_workers, collate_fn=list)
-    for batch in loader:
+    for start, batch in zip(range(0, len(images), config.vae.batch_size), loader, strict=True):
         good = [item for item in batch if not isinstance(item, str)]
         broken += [item for item in batch if isinstance(item, str)]
         if broken and data.on_broken_image == "fail":
@@ -356,13 +408,29 @@ def _encode_shard(
         if good:
             pixels = torch.stack([image for image, _ in good]).to(vae.device)
             views = [encode(vae, pixels)] + ([encode(vae, pixels.flip(-1))] if data.horizontal_flip else [])
-            tensors["mean"].append(torch.stack([mean for mean, _ in views], 1).to("cpu", dtype))
-            tensors["std"].append(torch.stack([std for _, std in views], 1).to("cpu", dtype))
+            for name, values in zip(("mean", "std"), zip(*views, strict=True), strict=True):
+                exact = torch.stack(values, 1).to("cpu")
+                tensors[name].append(exact.to(dtype))
+                if not _finite(tensors[name][-1]):
+                    numbers = [start + k for k, item in enumerate(batch) if not isinstance(item, str)]
+                    spoilt = next(k for k in range(len(good)) if not _finite(tensors[name][-1][k]))
+                    raise UserError(f"{images.name(numbers[spoilt])}: {_why(exact[spoilt], dtype)}")
             tensors["labels"].append(torch.tensor([label for _, label in good]))
         progress.update(len(batch))
     if not tensors["labels"]:
         raise UserError(f"data: none of {len(broken)} images decodes; {broken[0]}")
     return {name: torch.cat(parts) for name, parts in tensors.items()}, broken
+
+
+def _why(latents: torch.Tensor, dtype: torch.dtype) -> str:
+    """Return why latents (F, C, h, w) are not finite in ``dtype``, and what to do."""
+    if not _finite(latents):
+        return "the autoencoder makes latents of it that are not finite; check vae.name and its weights"
+    name, most = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+    return (
+        f"a latent of {latents.abs().max():.4g} overflows {name}, which ends at {most:g}; "
+        "set data.shard_dtype to bfloat16 or float32"
+    )
 
 
 def _write_shard(path: Path, tensors: dict[str, torch.Tensor], broken: list[str]) -> dict[str, Any]:

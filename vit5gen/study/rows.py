@@ -2,8 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
-from vit5gen.config import Config, Natural, Section, validate
+from pydantic import field_validator
+
+from vit5gen.config import Config, Natural, Section, recorded_values, validate
 from vit5gen.errors import UserError
 from vit5gen.files import write_text
 from vit5gen.study.plan import Run
@@ -28,6 +31,11 @@ class Row(Section):
     n: Natural
     seconds: float  # of training alone
     settings: Config
+
+    @field_validator("settings", mode="before")
+    @classmethod
+    def _recorded(cls, value: Any) -> Any:
+        return recorded_values(value) if isinstance(value, dict) else value
 
     @property
     def cell(self) -> str:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class State:
     """All that a run carries from step to step; its random numbers and its place in the data follow from ``step``.
 
     skipped: steps that were not finite. loss_sum, loss_count: of the steps since the last line of the log.
+    data: what is recorded of the training data, empty where an earlier version did not.
     """
 
     model: nn.Module
@@ -41,6 +42,7 @@ class State:
     skipped: int = 0
     loss_sum: float = 0.0
     loss_count: int = 0
+    data: dict[str, Any] = field(default_factory=dict)
 
     def record(self, loss: float | None) -> None:
         """Count a step, whose loss is None when it was skipped."""
@@ -76,8 +78,8 @@ class State:
     def restore(self, folder: Path) -> None:
         """Load what `gather` collected and `save` wrote, sharding it as the model is."""
         saved = read_state(folder)
-        for name in self.numbers():
-            setattr(self, name, saved[name])
+        for name in self.entries():
+            setattr(self, name, saved.get(name, {}) if name == "data" else saved[name])
         _fill(self.model.state_dict().items(), folder, "model")
         for decay in self.ema.averages:
             _fill(self.ema.items(decay), folder, f"ema_{decay}")
@@ -92,9 +94,9 @@ class State:
             # A copy: the tensors read are windows into the file, which will be deleted.
             moments[key] = (sharded_as(value, parameter) if shaped else value.to(parameter.device)).clone()
 
-    def numbers(self) -> dict[str, float]:
+    def entries(self) -> dict[str, Any]:
         """Return what stands in ``state.json``."""
-        return {name: getattr(self, name) for name in ("step", "skipped", "loss_sum", "loss_count")}
+        return {name: getattr(self, name) for name in ("step", "skipped", "loss_sum", "loss_count", "data")}
 
 
 def _fill(targets: Iterable[tuple[str, Tensor]], folder: Path, file: str) -> None:
@@ -149,7 +151,9 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
 
 
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -14,8 +15,8 @@ from vit5gen.training import checkpoint, run
 from vit5gen.training.build import check_values, learning_rate
 from vit5gen.training.draws import data_index
 from vit5gen.training.monitor import Monitor
-from vit5gen.training.process import batch_sizes, make_accelerator, on_main, stop_signals
-from vit5gen.training.source import open_source
+from vit5gen.training.process import SaveClock, batch_sizes, make_accelerator, on_main, stop_signals
+from vit5gen.training.source import nonfinite_advice, open_source
 from vit5gen.training.step import Trainee
 
 STOPPED = 75  # exit code after SIGTERM or SIGINT: saved, the same command goes on (EX_TEMPFAIL)
@@ -33,39 +34,43 @@ def train(config: Config, output: str | Path, resume: str = "auto", accept_chang
     Raises `UserError` for input that does not fit, when nothing is written, and for a disk or memory that is full, when
     the checkpoints stay valid.
     """
-    settings, output = config.training, Path(output)
-    accelerator = make_accelerator(settings, output)
-    batch_sizes(settings, accelerator.num_processes)
+    output = Path(output)
+    accelerator = make_accelerator(config.training, output)
+    batch_sizes(config.training, accelerator.num_processes)
     check_values(config)  # before hours of encoding
     with ExitStack() as stack:
         on_main(accelerator, lambda: stack.enter_context(run.locked(output)))
-        start = on_main(accelerator, lambda: run.find_start(config, output, resume, accept_changes))
+        start, config = on_main(accelerator, partial(run.find_start, config, output, resume, accept_changes))
         if run.finished(config, output, start):
-            accelerator.print(f"{output} is already trained to step {settings.num_steps}; nothing to do")
+            accelerator.print(f"{output} is already trained to step {config.training.num_steps}; nothing to do")
             return 0
         try:
-            code = _train(config, output, accelerator, start)
+            code = _train(config, output, accelerator, start, accept_changes)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{error}; checkpoints stay valid: mend it, and the same command goes on") from error
         accelerator.end_training()
         return code
 
 
-def _train(config: Config, output: Path, accelerator: Accelerator, start: Path | None) -> int:
+def _train(config: Config, output: Path, accelerator: Accelerator, start: Path | None, accept_changes: bool) -> int:
     settings, checkpoints = config.training, output / "checkpoints"
 
     # Data, model, optimizer and averages.
-    source, vae = open_source(config, accelerator)
+    source, vae, data = open_source(
+        config, accelerator, lambda data: on_main(accelerator, partial(run.check_data, start, accept_changes, data))
+    )
     trainee = Trainee(config, accelerator, vae)
     state = checkpoint.State(trainee.model, trainee.optimizer.optimizer, trainee.ema)
     if start is not None:
         state.restore(start)
-        accelerator.print(f"going on from {start}")
-    on_main(accelerator, lambda: run.begin(config, output, state.step))
+        unknown = "" if state.data else ", which does not record its data, so that these cannot be compared with it"
+        accelerator.print(f"going on from {start}{unknown}")
+    state.data |= {key: value for key, value in data.items() if value is not None}  # old latents know no digest
+    on_main(accelerator, lambda: run.begin(config, output, state.step, data))
     batches = trainee.batches(source, state.step)
 
     bar = tqdm(total=settings.num_steps, initial=state.step, unit="step", disable=not accelerator.is_main_process)
-    stop, saved_step, nonfinite_in_a_row = False, state.step, 0
+    stop, saved_step, nonfinite_in_a_row, clock = False, state.step, 0, SaveClock(settings.checkpoint_minutes)
     with stop_signals() as stop_asked, closing(batches), bar:
         monitor = Monitor(config, output, accelerator, state.model, state.ema, vae, source.class_names, stop_asked)
         tick, tick_step = time.perf_counter(), state.step
@@ -92,7 +97,7 @@ def _train(config: Config, output: Path, accelerator: Accelerator, start: Path |
                     )
                 break
 
-            done = trainee.step(state.step, batches, stop_asked)
+            done = trainee.step(state.step, batches, stop_asked, clock.due)
             state.record(done.loss if done.finite else None)
             nonfinite_in_a_row = 0 if done.finite else nonfinite_in_a_row + 1
             stop = done.stop
@@ -116,8 +121,9 @@ def _train(config: Config, output: Path, accelerator: Accelerator, start: Path |
                 bar.set_postfix(
                     {key: f"{value:.3g}" for key, value in shown.items() if value is not None}, refresh=False
                 )
-            if (state.step % settings.checkpoint_every == 0 or last) and save(accelerator, checkpoints, state, config):
-                saved_step = state.step
+            if state.step % (settings.checkpoint_every or 1) == 0 or done.save or last:
+                saved_step = state.step if save(accelerator, checkpoints, state, config) else saved_step
+                clock.restart()
             if nonfinite_in_a_row == settings.max_nonfinite_steps:
                 save(accelerator, output / "nonfinite", state, config)
                 size = settings.global_batch_size
@@ -125,7 +131,7 @@ def _train(config: Config, output: Path, accelerator: Accelerator, start: Path |
                 accelerator.print(
                     f"\nerror: loss or gradient was not finite in {nonfinite_in_a_row} steps in a row, the last one "
                     f"step {state.step} with the samples {ids}; state saved in {output / 'nonfinite'}; "
-                    "lower training.learning_rate, or set training.max_grad_norm"
+                    f"{nonfinite_advice(source, vae, ids, config.data.horizontal_flip)}"
                 )
                 return NONFINITE
     accelerator.print(f"{output}: samples.png, loss.png, metrics.json, pipeline/. Try next:\n{monitor.next_command()}")
@@ -138,7 +144,7 @@ def save(accelerator: Accelerator, folder: Path, state: checkpoint.State, config
 
     def write() -> bool:
         try:
-            checkpoint.save(folder, state.step, tensors, state.numbers(), run.to_yaml(config))
+            checkpoint.save(folder, state.step, tensors, state.entries(), run.to_yaml(config))
             checkpoint.prune(folder, state.step, config.training.keep_last, config.training.keep_every)
         except (OSError, SafetensorError) as error:
             print(f"\nwarning: no checkpoint at step {state.step}: {error}; the older ones stay valid", flush=True)

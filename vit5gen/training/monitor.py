@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
 from matplotlib.figure import Figure
 from PIL import Image
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from vit5gen.card import TrainingFacts
 from vit5gen.config import Config
+from vit5gen.data.latents import images_beside
 from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
 from vit5gen.evaluation.statistics import gather_rows
 from vit5gen.files import atomic
@@ -97,11 +99,12 @@ class Monitor:
     def _evaluate(self, step: int) -> None:
         pipe = self._pipeline()
         entry: dict[str, Any] = {"step": step}
-        batches = (images for _, images in self._generate(pipe, self._reference.labels))
-        generated = frechet_of(batches, self._extractor).all_reduce()
-        report = frechet_report(generated, self._reference.distance, self._reference.floor)
-        entry[self._extractor.metric] = report
-        self.accelerator.log({self._extractor.metric: report["value"]}, step=step)
+        if self._reference is not None:
+            batches = (images for _, images in self._generate(pipe, self._reference.labels))
+            generated = frechet_of(batches, self._extractor).all_reduce()
+            report = frechet_report(generated, self._reference.distance, self._reference.floor)
+            entry[self._extractor.metric] = report
+            self.accelerator.log({self._extractor.metric: report["value"]}, step=step)
         classes = range(min(len(self.class_names), self.config.evaluation.grid_classes))
         labels = [label for label in classes for _ in range(self.config.evaluation.images_per_class)]
         parts = list(self._generate(pipe, labels))
@@ -114,6 +117,8 @@ class Monitor:
             save_loss_curve(self.output / "loss.png", self.log.read())
             self._track_picture(picture, step)
             self._export(pipe, entry, picture)
+            if note := floor_note(self.log.evaluations(), entry):
+                print(f"\nnote: {note}", flush=True)
             # Last of all: an evaluation that stands in metrics.json has left everything else behind.
             self.log.add_evaluation(entry)
         self.accelerator.wait_for_everyone()
@@ -151,7 +156,12 @@ class Monitor:
         return load_extractor(self.config.evaluation.extractor, self.accelerator.device)
 
     @cached_property
-    def _reference(self) -> Reference:
+    def _reference(self) -> Reference | None:
+        """What images are compared with; None where latents are trained on and any process lacks their images."""
+        absent = images_beside(self.config.data)[1] if self.config.data.latents is not None else ""
+        if reasons := [reason for reason in gather_object([absent]) if reason]:
+            self.accelerator.print(f"\nnote: evaluations have no distance, because there are no images: {reasons[0]}")
+            return None
         return build_reference(
             self.config, self._extractor, self.accelerator.process_index, self.accelerator.num_processes
         )
@@ -174,6 +184,20 @@ class Monitor:
             os.replace(folder, old)
         os.replace(new, folder)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def floor_note(earlier: list[dict[str, Any]], entry: dict[str, Any]) -> str | None:
+    """Say that the last of the ``earlier`` evaluations that has ``entry``'s distance has another floor beside it."""
+    for name, report in entry.items():
+        before = next((old for old in reversed(earlier) if name in old), None)
+        if name != "step" and before is not None:
+            was, now = before[name]["floor"], report["floor"]
+            if was != now and (None in (was, now) or not math.isclose(was, now, rel_tol=1e-3)):
+                return (
+                    f"{name}: the floor is {now}, at step {before['step']} it was {was}: the real images, or the "
+                    "settings of evaluation, have changed; distances before and after do not compare"
+                )
+    return None
 
 
 def save_loss_curve(path: Path, lines: list[dict[str, Any]]) -> None:

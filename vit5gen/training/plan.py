@@ -1,7 +1,6 @@
 """``train.py CONFIG --dry-run``: what a run would cost and what it still lacks, without writing anything."""
 
 import importlib.util
-import resource
 import sys
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from vit5gen import cost
-from vit5gen.config import Config
+from vit5gen.config import Config, DataConfig
 from vit5gen.cost import GPUS, Cost, gpu_hours, largest_micro_batch, memory_bytes
 from vit5gen.data import autoencoder, emoji, latents
 from vit5gen.data.images import FASHION_FOLDER
@@ -37,6 +36,9 @@ def plan(config: Config) -> int:
     absent = missing(config)
     for path, remedy in absent.items():
         accelerator.print(f"missing: {path} ({remedy})")
+    without_images = next(iter(_missing_images(config.data)), None) if _latents_suffice(config.data) else None
+    if without_images is not None:
+        accelerator.print(f"images:   not here ({without_images}): evaluations of the latents' model have no distance")
     vae = None if config.vae.name in absent else autoencoder.load_autoencoder(config.vae.name)
     if vae is not None:
         check_autoencoder(config, vae)
@@ -46,7 +48,7 @@ def plan(config: Config) -> int:
         if config.data.source == "folder" and vae is not None:
             open_for(config, vae)
         accelerator.print("trial:    none before the latents are encoded; `vit5gen encode`, then --data.latents FOLDER")
-    elif config.data.source == "emoji" and not emoji.cache_file(config.data.resolution).exists():
+    elif config.data.source == "emoji" and not without_images and not emoji.cache_file(config.data.resolution).exists():
         accelerator.print("trial:    none before the pictures are drawn, which training does")
     else:
         accelerator.print(f"trial:    {_trial(config, accelerator)}")
@@ -122,13 +124,9 @@ def _short(value: float) -> str:
 def missing(config: Config) -> dict[str, str]:
     """Return what the run needs and this machine lacks, each with how to get it."""
     data = config.data
-    absent: dict[str, str] = {}
-    if data.source == "emoji":
-        absent |= {name: "pip install 'vit5gen[quickstart]'" for name in emoji.PACKAGES if not _installed(name)}
-    elif data.path is None and data.source != "fashion-mnist":
-        absent["data.path"] = "set it to a folder of class folders, or the name of a Hugging Face data set"
-    elif not Path(path := data.path or FASHION_FOLDER).expanduser().is_dir():
-        absent[path] = _DATA[data.source]
+    unneeded = _latents_suffice(data)
+    images = _missing_images(data)
+    absent = {} if unneeded else images
     if data.latents is not None and not (Path(data.latents).expanduser() / MANIFEST).is_file():
         absent[data.latents] = f"vit5gen encode CONFIG --output {data.latents}"
     name = config.vae.name
@@ -137,11 +135,26 @@ def missing(config: Config) -> dict[str, str]:
             "autoencoder of the Hugging Face hub: the first command fetches it; or a folder, e.g. made by "
             "`python -m vit5gen.data.autoencoder`"
         )
-    if config.evaluation.extractor == "effnet-lite0" and not _installed(features.EFFNET_PACKAGE):
+    extractor = None if unneeded and images else config.evaluation.extractor  # without images there is no distance
+    if extractor == "effnet-lite0" and not _installed(features.EFFNET_PACKAGE):
         absent[features.EFFNET_PACKAGE] = f"pip install {features.EFFNET_PACKAGE}"
-    if config.evaluation.extractor == "inception" and not any(path.is_file() for path in inception.weights_paths()):
+    if extractor == "inception" and not any(path.is_file() for path in inception.weights_paths()):
         absent[str(inception.weights_paths()[0])] = "weights of Inception: the first evaluation fetches them"
     return absent
+
+
+def _missing_images(data: DataConfig) -> dict[str, str]:
+    if data.source == "emoji":
+        return {name: "pip install 'vit5gen[quickstart]'" for name in emoji.PACKAGES if not _installed(name)}
+    if data.path is None and data.source != "fashion-mnist":
+        return {"data.path": "set it to a folder of class folders, or the name of a Hugging Face data set"}
+    path = data.path or FASHION_FOLDER
+    return {} if Path(path).expanduser().is_dir() else {path: _DATA[data.source]}
+
+
+def _latents_suffice(data: DataConfig) -> bool:
+    """Whether a run trains on latents that are there, for which it needs no images."""
+    return data.latents is not None and not data.from_images and (Path(data.latents).expanduser() / MANIFEST).is_file()
 
 
 def _installed(package: str) -> bool:
@@ -159,25 +172,33 @@ def _trial(config: Config, accelerator: Accelerator) -> str:
     """Train a few steps of the run, and say what they took and how long all of them will."""
     short = config.model_copy(update={"training": config.training.model_copy(update={"num_steps": TRIAL_STEPS})})
     settings, device = short.training, accelerator.device
-    source, vae = open_source(short, accelerator)
+    source, vae, _ = open_source(short, accelerator)
     trainee = Trainee(short, accelerator, vae)
     batches, start = trainee.batches(source), 0.0
     for number in range(TRIAL_STEPS):
         trainee.step(number, batches)
         start = start or time.perf_counter()  # after the first step, which compiles and allocates
     seconds = (time.perf_counter() - start) / (TRIAL_STEPS - 1)
-    speed, used = settings.global_batch_size / seconds, ""
+    speed, used, peak = settings.global_batch_size / seconds, "", _peak_of_process()
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         used = utilisation(config, speed / accelerator.num_processes, torch.cuda.get_device_name(device))
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     steps = config.training.num_steps
+    memory = "" if peak is None else f"peak memory {_short(peak / 1e9)} GB, "
     return (
-        f"{TRIAL_STEPS} real steps: peak memory {_short(peak / 1e9)} GB, "
+        f"{TRIAL_STEPS} real steps: {memory}"
         f"{_short(speed)} images/s{used}; "
         f"{steps:,} steps will take {_short(steps * seconds / 3600)} hours"
     )
+
+
+def _peak_of_process() -> int | None:
+    """Return the most bytes that this process held, None on Windows, which does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def utilisation(config: Config, images_per_second: float, device_name: str) -> str:

@@ -106,12 +106,29 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+class SaveClock:
+    """Tells that ``minutes``, None being never, have passed since the last save; the main process's word counts."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.minutes = minutes
+        self.restart()
+
+    def restart(self) -> None:
+        self.start = time.monotonic()
+
+    def due(self) -> bool:
+        return self.minutes is not None and time.monotonic() - self.start >= 60 * self.minutes
+
+
 @contextmanager
 def signals_blocked() -> Iterator[None]:
     """Start processes that SIGTERM and SIGINT do not reach: a signal to the whole group must not take the data away.
 
     The mask is inherited; here, what has come is delivered in the end.
     """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, where only a console's Ctrl-C reaches a group
+        yield
+        return
     resource_tracker.ensure_running()  # its start would unblock them
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:

@@ -1,19 +1,18 @@
 """The folder of a run: its lock, its configuration and its log."""
 
-import fcntl
 import json
-import os
+import math
 import shutil
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
-from vit5gen.config import Config, read_yaml
-from vit5gen.errors import UserError
-from vit5gen.files import read_json, write_json, write_text
+from vit5gen.config import Config, as_recorded, read_yaml, recorded_values, validate
+from vit5gen.errors import UserError, short
+from vit5gen.files import locked_file, read_json, write_json, write_text
 from vit5gen.training import checkpoint
 
 # Sections and keys that may differ when a run goes on: they change what is kept and shown, not what is computed.
@@ -26,6 +25,7 @@ FREE = {
     "training.micro_batch_size",
     "training.gradient_checkpointing",
     "training.checkpoint_every",
+    "training.checkpoint_minutes",
     "training.keep_last",
     "training.keep_every",
     "training.log_every",
@@ -49,34 +49,24 @@ def locked(folder: Path, marks: Sequence[str] = ("checkpoints", "metrics.json"))
     of_a_run = (folder / ".lock").exists() or begun()  # copies often lack hidden files
     if existed and not of_a_run and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {folder}: holds other files; choose a new folder or that of an earlier run")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("ab")
-    except OSError as error:
-        raise UserError(f"--output {folder}: {error.strerror}; choose a folder that can be written") from error
-    # A forked child (a data worker) would hold the lock beyond the trainer's death.
-    os.register_at_fork(after_in_child=lock.close)
-    with lock:
-        _flock(lock, folder)
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked_file(folder / ".lock", wait=False))
+        except BlockingIOError:
+            raise UserError(
+                f"--output {folder}: another process trains there; wait for it or choose another folder"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"--output {folder}: {error.strerror}; choose a folder that can be written, on a file system with locks"
+            ) from error
         try:
             yield
         except UserError:
             if not existed and not begun():
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
             raise
-
-
-def _flock(lock: IO[bytes], folder: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"--output {folder}: another process trains there; wait for it or choose another folder"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"--output {folder}: cannot be locked ({error.strerror}); choose a file system with flock"
-        ) from error
 
 
 def to_yaml(config: Config) -> str:
@@ -86,25 +76,44 @@ def to_yaml(config: Config) -> str:
 
 def differences(old: dict[str, Any], config: Config, free: Collection[str] = FREE) -> list[str]:
     """List ``section.key: old -> new`` for every key that is not free to change, as those that show and keep are."""
-    new = config.model_dump(mode="json")
+    old, new = recorded_values(old), as_recorded(config, old).model_dump(mode="json")
     return [
-        f"{section}.{key}: {old.get(section, {}).get(key)!r} -> {value!r}"
+        f"{section}.{key}: {old[section].get(key)!r} -> {value!r}"
         for section, values in new.items()
         for key, value in values.items()
-        if not {section, f"{section}.{key}"} & set(free) and old.get(section, {}).get(key) != value
+        if not {section, f"{section}.{key}"} & set(free) and old[section].get(key) != value
     ]
 
 
-def check_same(checkpoint: Path, config: Config, accept_changes: bool) -> None:
-    """Refuse to resume ``checkpoint`` under another configuration unless the user accepts that."""
-    changes = differences(read_yaml(checkpoint / "config.yaml"), config)
+def _accept(start: Path, fault: str, changes: list[str], accept_changes: bool) -> None:
+    """Refuse to resume ``start`` under changed conditions unless the user accepts that."""
     if changes and not accept_changes:
         raise UserError(
-            f"{checkpoint} was made by another configuration: {'; '.join(changes)}. "
-            "Restore these values, choose another --output, or add --accept-changes to go on with the new ones"
+            f"{start} {fault}: {'; '.join(changes)}. "
+            "Restore what it had, choose another --output, or add --accept-changes to resume with what there is now"
         )
     for change in changes:
         print(f"note: going on with {change}", flush=True)
+
+
+def check_data(start: Path | None, accept_changes: bool, data: dict[str, Any]) -> None:
+    """Refuse to resume ``start`` with other data, which `latents.identity` tells, unless the user accepts that.
+
+    What only one side knows is not compared; a checkpoint of an earlier version has not recorded its data.
+    """
+    if start is not None:
+        recorded = checkpoint.read_state(start).get("data", {})
+        known = [key for key, value in data.items() if value is not None and recorded.get(key) is not None]
+        changes = [f"{key} {_change(key, recorded[key], data[key])}" for key in known if recorded[key] != data[key]]
+        _accept(start, "was made by other data", changes, accept_changes)
+
+
+def _change(key: str, old: Any, new: Any) -> str:
+    if key == "classes":
+        removed, added = [name for name in old if name not in new], [name for name in new if name not in old]
+        sides = (("removed", removed), ("added", added))
+        return ", ".join(f"{what} {short(names)}" for what, names in sides if names) or "in another order"
+    return {"digest": "of other files or sizes", "autoencoder": "of other weights or scale"}.get(key, f"{old} -> {new}")
 
 
 class Log:
@@ -153,8 +162,8 @@ def _parsed(line: str) -> Any:
         return None
 
 
-def find_start(config: Config, output: Path, resume: str, accept_changes: bool) -> Path | None:
-    """Settle where a run starts; return the checkpoint to resume, if any.
+def find_start(config: Config, output: Path, resume: str, accept_changes: bool) -> tuple[Path | None, Config]:
+    """Settle where a run starts and by which values; return the checkpoint to resume, if any, and the configuration.
 
     Raises `UserError` when the folder holds another run, or the checkpoint does not fit the configuration.
     """
@@ -172,24 +181,30 @@ def find_start(config: Config, output: Path, resume: str, accept_changes: bool) 
                 f"--resume {start}: {fault}; expected a valid checkpoint such as RUN/checkpoints/step_00000010"
             )
     if start is not None:
-        check_same(start, config, accept_changes)
+        recorded = read_yaml(start / "config.yaml")
+        _accept(start, "was made by another configuration", differences(recorded, config), accept_changes)
+        config = as_recorded(config, recorded)
         step = checkpoint.read_state(start)["step"]
         if step > config.training.num_steps:
             raise UserError(
                 f"{start} is beyond training.num_steps = {config.training.num_steps}; ask for {step} or more"
             )
-    return start
+    values = config.model_dump()
+    if values["training"]["checkpoint_every"] is None:
+        values["training"]["checkpoint_every"] = max(1, min(10_000, math.ceil(config.training.num_steps / 4)))
+    return start, validate(Config, values, "configuration")  # in which every key counts as given
 
 
-def begin(config: Config, output: Path, step: int) -> None:
-    """Write the configuration of a run that goes on from ``step``, now that all of its input has proved to fit."""
-    file = output / "config.yaml"
+def begin(config: Config, output: Path, step: int, data: dict[str, Any]) -> None:
+    """Write configuration and data of a run that resumes from ``step``, now that all of its input has proved to fit."""
+    file, data_file = output / "config.yaml", output / "data.json"
     try:
-        other = step == 0 and file.exists() and bool(differences(read_yaml(file), config))
-    except (UserError, AttributeError):  # damaged
+        other = step == 0 and (read_json(data_file, "data") != data or bool(differences(read_yaml(file), config)))
+    except (UserError, AttributeError, TypeError):  # absent, as in an earlier version, or damaged
         other = True
     Log(output).rewind(-1 if other else step)  # killed before its first checkpoint, all that it left is another's
     write_text(file, to_yaml(config))
+    write_json(data_file, data)
 
 
 def finished(config: Config, output: Path, start: Path | None) -> bool:

@@ -1,7 +1,10 @@
 """Where training samples come from: latent shards, or images that are encoded anew in every step."""
 
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
@@ -11,7 +14,7 @@ from torch.utils.data import DataLoader
 from vit5gen.config import Config
 from vit5gen.data.autoencoder import encode, load_autoencoder
 from vit5gen.data.images import ImageSet, drop_broken
-from vit5gen.data.latents import LatentDataset, ensure_latents, open_for
+from vit5gen.data.latents import LatentDataset, ensure_latents, identity, open_for, settings_of
 from vit5gen.training.draws import MicroBatches, TrainingSet
 from vit5gen.training.process import signals_blocked
 
@@ -35,24 +38,56 @@ class ImageSource:
         return image.flip(-1) if flip else image, label
 
 
-def open_source(config: Config, accelerator: Accelerator) -> tuple[ImageSource | LatentDataset, AutoencoderKL]:
-    """Open what a run trains on and its autoencoder, encoding latents first where there are none yet.
+def open_source(
+    config: Config, accelerator: Accelerator, check: Callable[[dict[str, Any]], None] = lambda data: None
+) -> tuple[ImageSource | LatentDataset, AutoencoderKL, dict[str, Any]]:
+    """Open what a run trains on, encoding latents first where there are none yet, and its autoencoder.
 
+    Returned last is what a checkpoint records of the data: their `identity`, and ``broken``, the number of images left
+    out. ``check`` gets either as early as it is known, the first before anything is encoded.
     Raises `UserError` when data or autoencoder are absent or do not fit the configuration.
     """
     vae = load_autoencoder(config.vae.name).to(accelerator.device)
-    if config.data.from_images:
-        images = open_for(config, vae)
-        if config.data.on_broken_image == "skip":
-            images, problems = drop_broken(images)
-            for problem in problems:
-                accelerator.print(f"warning: skipped: {problem}")
-        return ImageSource(images), vae
-    latents = LatentDataset(ensure_latents(config, vae))
-    latents.check(config, vae)
-    if config.data.latents is not None:  # those of the cache have just been checked
+    source: ImageSource | LatentDataset
+    if config.data.latents is not None and not config.data.from_images:
+        source = latents = LatentDataset(Path(config.data.latents).expanduser())
+        latents.check(config, vae)
+        data = identity(latents.manifest)
+        check(data)
         latents.verify(accelerator.process_index, accelerator.num_processes)
-    return latents, vae
+    else:
+        images = open_for(config, vae)
+        images = replace(images, digest=partial(str, images.digest()))  # a look at every file, once
+        data = identity(settings_of(images, vae, config))
+        check(data)
+        if config.data.from_images:
+            if config.data.on_broken_image == "skip":
+                images, problems = drop_broken(images)
+                for problem in problems:
+                    accelerator.print(f"warning: skipped: {problem}")
+            source = ImageSource(images)
+        else:
+            source = LatentDataset(ensure_latents(images, vae, config))
+    broken = {"broken": data["samples"] - len(source)}
+    check(broken)
+    return source, vae, data | broken
+
+
+def nonfinite_advice(source: ImageSource | LatentDataset, vae: AutoencoderKL, indices: list[int], flips: bool) -> str:
+    """Say what to do about losses of the samples ``indices`` that are not finite: blame their latents if these are not.
+
+    flips: whether training takes mirror images too.
+    """
+
+    def finite(index: int, flip: bool) -> bool:
+        *data, _ = source.get(index, flip)
+        values = data if len(data) == 2 else encode(vae, data[0][None].to(vae.device))
+        return all(bool(value.isfinite().all()) for value in values)
+
+    spoilt = [i for i in indices if not all(finite(i, flip) for flip in (False, *[True] * flips))]
+    if not spoilt:
+        return "lower training.learning_rate, or set training.max_grad_norm"
+    return f"the latents of the samples {spoilt} are not finite: check these images, and the weights of vae.name"
 
 
 def micro_batches(

@@ -23,11 +23,12 @@ from vit5gen.training.source import encode_batch, micro_batches
 
 @dataclass(frozen=True)
 class Outcome:
-    """What all processes know of a step: mean loss, norm of the gradient, and whether any of them asked to stop."""
+    """What all processes know of a step: mean loss, norm of the gradient; whether to stop, and to save, after it."""
 
     loss: float
     grad_norm: float
     stop: bool
+    save: bool
 
     @property
     def finite(self) -> bool:
@@ -53,11 +54,16 @@ class Trainee:
         return micro_batches(self.config, source, self.accelerator, first_step, size, null_label)
 
     def step(
-        self, number: int, batches: Iterator[dict[str, Tensor]], stop_asked: Callable[[], bool] = lambda: False
+        self,
+        number: int,
+        batches: Iterator[dict[str, Tensor]],
+        stop_asked: Callable[[], bool] = lambda: False,
+        save_due: Callable[[], bool] = lambda: False,
     ) -> Outcome:
         """Make the step ``number`` (0-based): the gradient of the mean loss of the next micro-batches, and its use.
 
-        stop_asked: tells whether a signal has come to this process. Raises `UserError` when memory runs out.
+        stop_asked: tells whether a signal has come to this process; save_due: whether it is time for a checkpoint by
+        the main process's clock. Raises `UserError` when memory runs out.
         """
         settings, accelerator = self.config.training, self.accelerator
         for group in self.optimizer.param_groups:
@@ -75,10 +81,11 @@ class Trainee:
                 total += loss.detach()
             norm = nn.utils.clip_grad_norm_(self.network.parameters(), settings.max_grad_norm or math.inf)
             # The one synchronisation of a step: what is not finite must not reach the weights, and all processes
-            # stop after the same step.
-            numbers = torch.stack([total, whole(norm).to(total), total.new_tensor(stop_asked())])
-            mean_loss, mean_norm, stop_share = accelerator.reduce(numbers, "mean").tolist()
-            outcome = Outcome(mean_loss, mean_norm, stop_share > 0)
+            # stop, and save, after the same step.
+            asked = total.new_tensor([stop_asked(), accelerator.is_main_process and save_due()])
+            numbers = torch.cat([torch.stack([total, whole(norm).to(total)]), asked])
+            mean_loss, mean_norm, stop, save = accelerator.reduce(numbers, "mean").tolist()
+            outcome = Outcome(mean_loss, mean_norm, stop > 0, save > 0)
             if outcome.finite:
                 self.optimizer.step()
                 self.ema.update()
