@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from vit5gen.config import Config
 from vit5gen.data.autoencoder import downsample, encode, load_autoencoder
-from vit5gen.data.images import BrokenImage, ImageSet, open_images
-from vit5gen.errors import UserError, short
+from vit5gen.data.images import BrokenImage, ImageSet, open_images, open_training_images
+from vit5gen.errors import UserError, listed, short
 from vit5gen.files import atomic, cache_folder, read_json, sha256, write_json
 from vit5gen.processes import processes, start_processes
 
@@ -106,12 +106,7 @@ def encode_command(config: Config, output: str | Path) -> None:
 def open_for(config: Config, vae: AutoencoderKL) -> ImageSet:
     """Open a run's images; raise `UserError` when classes, resolution or autoencoder are not as configured."""
     check_autoencoder(config, vae)
-    images, data = open_images(config.data), config.data
-    if len(images.class_names) != data.num_classes:
-        raise UserError(
-            f"data.num_classes = {data.num_classes}: the data have {len(images.class_names)} classes; set that"
-        )
-    return images
+    return open_training_images(config.data)
 
 
 def check_autoencoder(config: Config, vae: AutoencoderKL) -> None:
@@ -207,7 +202,8 @@ class LatentDataset:
                 names = f" ({self.manifest.get('vae')} there, {wanted['vae']} here)" if key == "vae_sha256" else ""
                 self._refuse(key, self.manifest.get(key), wanted[key], names)
         if len(self.class_names) != config.data.num_classes:
-            self._refuse("num_classes", len(self.class_names), config.data.num_classes)
+            names = f" (there: {listed(self.class_names)})"
+            self._refuse("num_classes", len(self.class_names), config.data.num_classes, names)
         if self.class_names != (classes := config.data.classes or open_images(config.data).class_names):
             self._refuse("classes", self.class_names, classes)
         if self.manifest.get("horizontal_flip") not in ([True] if config.data.horizontal_flip else [True, False]):
@@ -247,12 +243,17 @@ def _latent_settings(vae: AutoencoderKL, config: Config) -> dict[str, Any]:
 
 
 def _settings(images: ImageSet, vae: AutoencoderKL, config: Config) -> dict[str, Any]:
-    return _latent_settings(vae, config) | {
-        "source": config.data.source,
-        "split": config.data.split,
-        "images": len(images),
-        "id2label": {str(label): name for label, name in enumerate(images.class_names)},
-    }
+    files = config.data.source in ("folder", "huggingface")
+    return (
+        _latent_settings(vae, config)
+        | (config.data.model_dump(include={"exif", "rules"}) if files else {})
+        | {
+            "source": config.data.source,
+            "split": config.data.split,
+            "images": len(images),
+            "id2label": {str(label): name for label, name in enumerate(images.class_names)},
+        }
+    )
 
 
 def _finished(folder: Path, settings: dict[str, Any], numbers: range) -> dict[int, dict[str, Any]]:
