@@ -30,6 +30,8 @@ from vit5gen.processes import processes, start_processes
 
 MANIFEST = "manifest.json"
 SHARD_SIZE = 4096  # images
+_OF_FILES = ("folder", "huggingface")
+_READ_BEFORE = {"exif": "ignore", "rules": 1}  # of latents of an earlier version, which do not say so
 _FIXED_BY_VAE = ("vae_sha256", "resolution", "latent_shape", "scaling_factor", "shift_factor")
 
 
@@ -208,6 +210,12 @@ class LatentDataset:
             self._refuse("classes", self.class_names, classes)
         if self.manifest.get("horizontal_flip") not in ([True] if config.data.horizontal_flip else [True, False]):
             self._refuse("horizontal_flip", False, True)
+        for key, value in _reading(config).items():
+            if (found := self.manifest.get(key, _READ_BEFORE[key])) != value:
+                processes().print(
+                    f"note: latents {self.folder} were made with data.{key} {found}, the run has {value}: so it reads "
+                    "the images that it compares with"
+                )
 
     def _refuse(self, key: str, found: Any, wanted: Any, more: str = "") -> None:
         raise UserError(
@@ -240,6 +248,11 @@ def _latent_settings(vae: AutoencoderKL, config: Config) -> dict[str, Any]:
         "horizontal_flip": config.data.horizontal_flip,
         "dtype": config.data.shard_dtype,
     }
+
+
+def _reading(config: Config) -> dict[str, Any]:
+    """How the pixels of files are read."""
+    return config.data.model_dump(include=_READ_BEFORE.keys()) if config.data.source in _OF_FILES else {}
 
 
 def _settings(images: ImageSet, vae: AutoencoderKL, config: Config) -> dict[str, Any]:
@@ -286,6 +299,12 @@ def _finish(folder: Path, settings: dict[str, Any], shards: list[dict[str, Any]]
     """Write the manifest unless it is there already, remove what interrupted calls left, and report broken images."""
     labels = torch.cat([_read_labels(folder / shard["file"]) for shard in shards])
     counts = torch.bincount(labels, minlength=len(settings["id2label"])).tolist()
+    if settings.get("rules", 1) > 1 and 0 in counts:
+        name = settings["id2label"][str(counts.index(0))]
+        raise UserError(
+            f"output {folder}: all images of class {name!r} are broken; replace them, or leave it out of data.classes, "
+            "and encode into a new folder"
+        )
     manifest = settings | {"counts": counts, "shards": shards}
     if read_json(folder / MANIFEST, "latents") != manifest:
         write_json(folder / MANIFEST, manifest)

@@ -40,7 +40,7 @@ def plan(config: Config) -> int:
     vae = None if config.vae.name in absent else autoencoder.load_autoencoder(config.vae.name)
     if vae is not None:
         check_autoencoder(config, vae)
-    if config.data.path is not None and config.data.path not in absent:
+    if config.data.path is not None and Path(config.data.path).expanduser().is_dir():
         open_training_images(config.data)
     if absent:
         accelerator.print(f"trial:    {TRIAL_STEPS} real steps, once nothing is missing")
