@@ -234,6 +234,7 @@ def test_a_split_is_a_folder_among_splits(
         (["train/a/1.png", "val/a/1.png", "meta/1.png"], None, "'train' holds folders .*beside it stand meta"),
         (["val/a/1.png", "test/a/1.png"], None, "no folder 'train'"),
         (["car/1.png", "test/1.png", "train/1.png"], "test", "no folder 'test'"),
+        (["Train/a/1.png", "Test/a/1.png"], None, r"no folder 'train' \(it has Test, Train\)"),
     ],
 )
 def test_no_class_is_dropped_where_splits_are_unclear(

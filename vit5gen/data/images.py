@@ -17,14 +17,7 @@ from torch.nn import functional
 
 from vit5gen.config import DataConfig, Exif, Rules
 from vit5gen.data.emoji import CLASSES, load_emoji
-from vit5gen.data.pictures import (
-    UNREADABLE,
-    cut_strip,
-    find_classes,
-    folder_names,
-    listing_digest,
-    to_rgb,
-)
+from vit5gen.data.pictures import UNREADABLE, cut_strip, find_classes, folder_names, listing_digest, to_rgb
 from vit5gen.errors import UserError, choose, listed
 
 _FASHION_CLASSES = [
@@ -209,7 +202,7 @@ def _split_folder(root: Path, data: DataConfig, split: str) -> Path:
     """
     inside, asked = root / split, data.rules == 1 or split not in _SPLITS
     folders, _ = folder_names(root)
-    others = [name for name in folders if name not in (*_SPLITS, data.split, split)]
+    others = [name for name in folders if name.lower() not in _SPLITS and name not in (data.split, split)]
     if inside.is_dir() and (asked or not others):
         return inside
     if split in folders:
@@ -221,7 +214,10 @@ def _split_folder(root: Path, data: DataConfig, split: str) -> Path:
             )
     # Images of the whole folder are no second split.
     if split != data.split or (not asked and folders and not others):
-        raise UserError(f"data.path {root}: no folder {split!r}; expected the images of that split there")
+        raise UserError(
+            f"data.path {root}: no folder {split!r} (it has {listed(folders) or 'none'}); expected the images of that "
+            "split there"
+        )
     return root
 
 

@@ -252,7 +252,7 @@ def _latent_settings(vae: AutoencoderKL, config: Config) -> dict[str, Any]:
 
 def _reading(config: Config) -> dict[str, Any]:
     """How the pixels of files are read."""
-    return config.data.model_dump(include=_READ_BEFORE.keys()) if config.data.source in _OF_FILES else {}
+    return config.data.model_dump(include=set(_READ_BEFORE)) if config.data.source in _OF_FILES else {}
 
 
 def _settings(images: ImageSet, vae: AutoencoderKL, config: Config) -> dict[str, Any]:
