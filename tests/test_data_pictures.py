@@ -161,7 +161,7 @@ def test_a_listing_with_any_name_has_a_digest(pets: Path) -> None:
     [
         ([], "its folder is empty"),
         (["a.svg", "b.svg", "c.txt", "d"], "found: 2 .svg, 1 .txt, 1 without a suffix"),
-        ([".1.png", "deep/x.mp4"], "found: 1 hidden, 1 .mp4"),
+        ([".1.png", "deep/x.mp4"], "found: 1 .mp4, 1 hidden"),
     ],
 )
 def test_a_class_without_images_stops_with_what_is_there(pets: Path, files: list[str], told: str) -> None:

@@ -100,7 +100,7 @@ def folder_names(folder: Path) -> tuple[list[str], bool]:
 def tell_left_out(folder: Path, left_out: Counter[str]) -> None:
     """Say once, and on the main process only, how many files of which kinds are not used."""
     if total := left_out.total():
-        _tell(f"note: {folder}: {total} file{'s'[: total > 1]} left out ({_counted(left_out)})")
+        _tell(f"note: {folder}: {total} {'file' if total == 1 else 'files'} left out ({_counted(left_out)})")
 
 
 @cache  # a command opens its data several times
@@ -110,7 +110,8 @@ def _tell(line: str) -> None:
 
 
 def _counted(kinds: Counter[str]) -> str:
-    return listed(f"{count} {kind}" for kind, count in kinds.most_common() if count)
+    ordered = sorted((-count, kind) for kind, count in kinds.items() if count)
+    return listed(f"{-count} {kind}" for count, kind in ordered)
 
 
 def _look(folder: Path, left_out: Counter[str], rules: Rules) -> tuple[list[Path], list[Path]]:
