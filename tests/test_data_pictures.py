@@ -117,6 +117,18 @@ def _class_folders(root: Path) -> _ClassFolders:
     return _image_folder(root, 16, config)
 
 
+@pytest.mark.parametrize("suffix", ["avif", "jp2", "gif", "tga", "qoi", "webp", "tif", "jpg"])
+def test_a_file_that_ends_early_is_named(tmp_path: Path, suffix: str) -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(24, 24, 3), dtype=np.uint8)
+    file = save(tmp_path / "a" / f"1.{suffix}", Image.fromarray(pixels))
+    whole = file.read_bytes()
+    for part in (0.2, 0.5, 0.8):
+        file.write_bytes(whole[: int(part * len(whole))])
+        for read in (open_images(data(tmp_path)).read, _class_folders(tmp_path).__getitem__):
+            with pytest.raises(UserError, match=f"1.{suffix}"):
+                read(0)
+
+
 def test_every_suffix_is_one_that_pillow_knows() -> None:
     assert set(SUFFIXES) <= Image.registered_extensions().keys()
     assert len(set(SUFFIXES)) == len(SUFFIXES)

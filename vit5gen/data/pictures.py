@@ -33,8 +33,8 @@ _CLUTTER = {
     *("__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found"),
     *("thumbs.db", "ehthumbs.db", "desktop.ini"),
 }
-# What Pillow raises for a file that it cannot decode.
-UNREADABLE = (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError)
+# What Pillow raises for a file that it cannot decode; RuntimeError for an AVIF.
+UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError)
 _LONGEST = 16  # times as long as wide: more of a strip no square crop shows
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
