@@ -1,5 +1,9 @@
 """Top-1 and top-5 over a folder, with the published crop."""
 
+import functools
+import pickle
+import shutil
+
 import numpy as np
 import pytest
 import timm
@@ -91,6 +95,39 @@ def test_bad_input(data, tmp_path, monkeypatch):
         classify(tmp_path / "images", "vit5_small", checkpoint)
     with pytest.raises(UserError, match="--batch-size 0"):
         classify(images, "vit5_small", checkpoint, batch_size=0)
+
+
+def test_hidden_folders_and_copies_are_not_scored(data, tmp_path):
+    root, _ = data
+    images = tmp_path / "images"
+    shutil.copytree(root / "images", images)
+    shutil.copytree(images / "class0", images / ".ipynb_checkpoints")
+    shutil.copytree(images / "class0", images / "class0" / ".ipynb_checkpoints")
+    shutil.copytree(images / "class0", images / "__MACOSX")
+    result = classify(images, "vit5_small", root / "model.pth")
+    assert result == classify(root / "images", "vit5_small", root / "model.pth")
+    shutil.rmtree(images / "class3")
+    with pytest.raises(UserError, match=r"holds 6 classes, the checkpoint 7 \(class0, class1, class2, class4"):
+        classify(images, "vit5_small", root / "model.pth")
+
+
+def test_images_can_be_handed_to_workers(data):
+    root, model = data
+    images = module._image_folder(root / "images", 32, model.pretrained_cfg)
+    pixels, label = pickle.loads(pickle.dumps(images))[11]  # noqa: S301
+    assert label == images[11][1] == 6
+    assert torch.equal(pixels, images[11][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_start_by_every_method(data, method, monkeypatch):
+    root, _ = data
+    with_method = functools.partial(module.DataLoader, multiprocessing_context=method)
+    monkeypatch.setattr(module, "DataLoader", with_method)
+    scored = classify(root / "images", "vit5_small", root / "model.pth", num_workers=2)
+    monkeypatch.undo()
+    assert scored == classify(root / "images", "vit5_small", root / "model.pth")
 
 
 def test_help_names_the_expected_figures():

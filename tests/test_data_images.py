@@ -2,6 +2,7 @@
 
 import gzip
 import pickle
+import shutil
 import struct
 from pathlib import Path
 
@@ -133,12 +134,12 @@ def test_a_thousand_wordnet_ids_are_imagenet(tmp_path: Path) -> None:
     wnids = ImageNetInfo().label_names()
     for wnid in wnids:
         (tmp_path / wnid).mkdir()
-    save(tmp_path / "n02099601" / "1.JPEG")
+        (tmp_path / wnid / "1.JPEG").touch()
     images = open_images(folder(tmp_path))
     assert images.class_names[207] == "golden retriever"
-    assert images.labels.tolist() == [207]
+    assert images.labels.tolist() == list(range(1000))
     assert len(set(images.class_names)) == 1000
-    (tmp_path / wnids[3]).rmdir()
+    shutil.rmtree(tmp_path / wnids[3])
     with pytest.raises(UserError, match=r"1 missing.*n01491361"):
         open_images(folder(tmp_path))
     with pytest.raises(UserError, match=r"0 missing.*1 extra.*n99999999"):

@@ -355,6 +355,36 @@ def test_shards_are_kept_for_the_images_they_were_made_of(
     assert LatentDataset(tmp_path / "again").manifest["images_sha256"] == open_for(config, tiny_vae()).digest()
 
 
+def test_a_class_of_broken_images_alone_ends_no_encoding(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in (tmp_path / "images" / "dog").iterdir():
+        file.write_bytes(b"no png")
+    skip = change(config, "data", on_broken_image="skip")
+    monkeypatch.setattr(latents, "SHARD_SIZE", 11)  # in smaller shards none would decode
+    with pytest.raises(UserError, match="all images of class 'dog' are broken") as raised:
+        encode_command(skip, tmp_path / "out")
+    assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match="interrupted"):
+        LatentDataset(tmp_path / "out")
+
+
+def test_manifest_says_how_files_are_read(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    encode_command(config, tmp_path / "out")
+    manifest = LatentDataset(tmp_path / "out").manifest
+    assert (manifest["exif"], manifest["rules"]) == ("apply", 2)
+    LatentDataset(tmp_path / "out").check(config, tiny_vae())
+    assert "note:" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="exif 'apply', not 'ignore'"):
+        encode_command(change(config, "data", exif="ignore"), tmp_path / "out")
+    del manifest["exif"], manifest["rules"]  # as the earlier version wrote it
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    LatentDataset(tmp_path / "out").check(change(config, "data", exif="ignore", rules=1), tiny_vae())
+    assert "note:" not in capsys.readouterr().out
+    LatentDataset(tmp_path / "out").check(config, tiny_vae())
+    assert "were made with data.exif ignore, the run has apply" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("wanted", "seed", "message"),
     [

@@ -27,6 +27,7 @@ from vit5gen.evaluation.evaluate import (
 )
 from vit5gen.evaluation.features import Extractor, Features
 from vit5gen.evaluation.inception import INCEPTION_SHA256
+from vit5gen.evaluation.sources import open_folder
 from vit5gen.files import sha256
 from vit5gen.sampling import SamplingJob, draw_labels, generate
 
@@ -415,6 +416,36 @@ def test_a_data_source_is_a_reference(tmp_path, colour_extractor) -> None:
     ]
     assert cards[0]["metrics"] == cards[1]["metrics"]
     assert cards[0]["reference"]["kind"] == "data"
+
+
+def test_adm_leaves_images_as_they_are_stored(tmp_path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.fromarray(pictures(1, side=24)[0, :, :16].permute(1, 2, 0).numpy())
+    (tmp_path / "data" / "class").mkdir(parents=True)
+    stored.save(tmp_path / "data" / "class" / "1.png", exif=exif)
+    (tmp_path / "data.yaml").write_text(
+        f"{{model: {{preset: S/2}}, data: {{path: {tmp_path / 'data'}, resolution: 16, num_classes: 1}}}}"
+    )
+    for path in (tmp_path / "data", tmp_path / "data.yaml"):
+        upright, as_stored = open_source(path), open_source(path, "adm")
+        assert (upright.identity["exif"], as_stored.identity["exif"]) == ("apply", "ignore")
+        assert torch.equal(upright.read(0, 1), as_stored.read(0, 1).rot90(-1, (2, 3)))
+
+
+def test_the_protocol_reaches_samples_reference_and_statistics(tmp_path, monkeypatch, colour_extractor) -> None:
+    folder, seen = write_folder(tmp_path / "samples", pictures(8)), []
+
+    def opened(path, exif="apply"):
+        seen.append(exif)
+        return open_folder(path, exif)
+
+    monkeypatch.setattr("vit5gen.evaluation.evaluate.open_folder", opened)
+    protocol = {"extractor": "colours", "protocol": "adm"}
+    evaluate_command([str(folder)], save_statistics_to=str(tmp_path / "real.safetensors"), **protocol)
+    evaluate_command([str(folder)], reference=str(folder), **protocol)
+    assert set(seen) == {"ignore"}
+    assert len(seen) == 3
 
 
 def test_bad_input_exits_with_code_2_and_one_line(tmp_path, capsys) -> None:

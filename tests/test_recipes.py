@@ -86,6 +86,7 @@ def test_settings_are_those_of_sit(path: Path) -> None:
     assert (training.ema_decays, training.seed) == ([0.9999], 0)
     assert (config.vae.name, config.vae.latent_channels, config.vae.downsample) == ("stabilityai/sd-vae-ft-ema", 4, 8)
     assert (data.horizontal_flip, data.num_classes) == (True, 1000)
+    assert data.exif == "ignore"  # as ADM, of whose preprocessing the published latents are
     assert data.resolution == int(path.parent.name.removeprefix("imagenet"))
 
 
@@ -145,6 +146,25 @@ def test_dry_run_tries_real_steps_where_the_data_are(tmp_path: Path, capsys: pyt
     printed = dry_run(capsys, config, *accumulated)
     assert printed[-2].startswith(f"missing: {tmp_path / 'vae'} (")
     assert printed[-1] == "trial:    3 real steps, once nothing is missing"
+
+
+@pytest.mark.parametrize("absent", ["nothing", "vae", "latents"])
+def test_dry_run_looks_into_the_class_folders(absent: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_inputs(tmp_path)
+    if absent == "vae":
+        shutil.rmtree(tmp_path / "vae")
+    arguments = ["--data.latents", str(tmp_path / "latents")] if absent == "latents" else []
+    shutil.rmtree(tmp_path / "data" / "train" / "star")
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(config), "--dry-run", *arguments])
+    assert ended.value.code == 2
+    assert "the data have 2 classes (circle, square)" in capsys.readouterr().err
+    (tmp_path / "data" / "train" / "star").mkdir()
+    (tmp_path / "data" / "train" / "star" / "1.svg").touch()
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(config), "--dry-run", *arguments])
+    assert ended.value.code == 2
+    assert "class 'star' holds no images (found: 1 .svg)" in capsys.readouterr().err
 
 
 def test_utilisation_of_a_known_gpu() -> None:

@@ -1,17 +1,17 @@
 """What is behind ``vit5gen classify``: top-1 and top-5 of a published ViT-5 on a folder of images."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
-from vit5gen.data.images import UNREADABLE
-from vit5gen.errors import UserError, choose
+from vit5gen.data.pictures import UNREADABLE, cut_strip, eight_bits, find_classes
+from vit5gen.errors import UserError, choose, listed
 from vit5gen.models import load_vit5
 from vit5gen.models.classifier import default_cfgs
 from vit5gen.processes import processes
@@ -40,8 +40,8 @@ def classify(
     images = _image_folder(folder, net.patch_embed.img_size[0], named.pretrained_cfg)
     if len(images.classes) != net.num_classes:
         raise UserError(
-            f"FOLDER: {str(folder)!r} holds {len(images.classes)} classes, the checkpoint {net.num_classes}; "
-            "a folder's place in the order is its label, so all must be there."
+            f"FOLDER: {str(folder)!r} holds {len(images.classes)} classes, the checkpoint {net.num_classes} "
+            f"({listed(images.classes)}); a folder's place in the order is its label, so all must be there."
         )
     hits = torch.zeros(2, dtype=torch.int64)
     with torch.inference_mode():
@@ -54,19 +54,39 @@ def classify(
     return {"top1": top1, "top5": top5, "num_images": len(images)}
 
 
-def _image_folder(folder: str | Path, size: int, config: Any) -> ImageFolder:
-    """Open the folder with the evaluation transform that `config`, timm's pretrained configuration, describes."""
+@dataclass(frozen=True)
+class _ClassFolders(Dataset):
+    """Images as a network takes them, with the place of their folder as label; workers get it pickled."""
 
-    def read(path: str) -> Image.Image:
+    classes: list[str]
+    files: list[tuple[Path, int]]
+    transform: Compose
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        path, label = self.files[index]
         try:
-            return Image.open(path).convert("RGB")
+            with Image.open(path) as image:
+                return self.transform(cut_strip(eight_bits(image).convert("RGB"))), label
         except UNREADABLE as error:
-            raise UserError(f"FOLDER: {path!r} cannot be read as an image ({error}); replace or remove it.") from error
+            raise UserError(
+                f"FOLDER: {str(path)!r} cannot be read as an image ({error}); replace or remove it."
+            ) from error
 
+
+def _image_folder(folder: str | Path, size: int, config: Any) -> _ClassFolders:
+    """Open the folder with the evaluation transform that `config`, timm's pretrained configuration, describes.
+
+    EXIF orientation is ignored, as where the published figures come from.
+    """
     resize = Resize(int(size / config["crop_pct"]), InterpolationMode(config["interpolation"]))
     transform = Compose([resize, CenterCrop(size), ToTensor(), Normalize(config["mean"], config["std"])])
-    try:
-        return ImageFolder(str(folder), transform, loader=read)
-    except OSError as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"FOLDER: {str(folder)!r} is not a folder with one folder a class ({reason}).") from error
+    found, instead = find_classes(Path(folder)) if Path(folder).is_dir() else ({}, {})
+    if not found or instead:
+        reason = "; ".join(f"class {name!r} holds no images, {why}" for name, why in list(instead.items())[:3])
+        reason = reason or ("no class folders" if Path(folder).is_dir() else "no such folder")
+        raise UserError(f"FOLDER: {str(folder)!r} is not a folder with one folder a class ({reason}).")
+    files = [(file, label) for label, of_class in enumerate(found.values()) for file in of_class]
+    return _ClassFolders(list(found), files, transform)

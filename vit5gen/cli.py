@@ -33,7 +33,7 @@ def _add_key(group: Any, option: str, section: type[BaseModel], key: str) -> Non
     field = section.model_fields[key]
     default = "" if field.default is None else f" [{field.default}]"
     kinds = [field.annotation, *get_args(field.annotation)]
-    choices = [" | ".join(get_args(kind)) for kind in kinds if get_origin(kind) is Literal]
+    choices = [" | ".join(map(str, get_args(kind))) for kind in kinds if get_origin(kind) is Literal]
     text = f"{': '.join([str(field.description), *choices])}{default}".replace("%", "%%")
     group.add_argument(option, dest=option, metavar="VALUE", default=argparse.SUPPRESS, help=text)
 

@@ -23,6 +23,8 @@ Decay = Annotated[Float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Several = Annotated[int, Field(ge=2)]
 Natural = Annotated[int, Field(ge=0, lt=2**63)]
+Exif = Literal["apply", "ignore"]
+Rules = Literal[1, 2]
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -94,6 +96,10 @@ class DataConfig(Section):
     classes: list[str] | None = Field(None, description="keep these classes only; default: all")
     num_classes: Count = Field(1000, description="number of classes; checked against the data")
     horizontal_flip: bool = Field(True, description="mirror half of the images at random")
+    exif: Exif = Field("apply", description="whether pictures that a camera marked as turned are shown upright")
+    rules: Rules = Field(
+        2, description="version of the rules by which files are images; a run keeps the one that it began with"
+    )
     on_broken_image: Literal["fail", "skip"] = Field("fail", description="what a file that does not decode does")
     latents: str | None = Field(None, description="folder written by `vit5gen encode`; default: encode once to a cache")
     from_images: bool = Field(False, description="encode every batch anew instead of reading latents")

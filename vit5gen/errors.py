@@ -26,6 +26,12 @@ def short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def listed(names: Iterable[str], most: int = 10) -> str:
+    """Return the names with commas between them; of many, the first and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def choose(what: str, value: str, choices: Iterable[str]) -> str:
     """Return ``value`` when it is one of ``choices``; raise `UserError` that lists them and suggests the nearest."""
     choices = list(choices)

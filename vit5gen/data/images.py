@@ -2,11 +2,11 @@
 
 import gzip
 import re
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,11 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from vit5gen.config import DataConfig
+from vit5gen.config import DataConfig, Exif, Rules
 from vit5gen.data.emoji import CLASSES, load_emoji
-from vit5gen.errors import UserError, choose
+from vit5gen.data.pictures import UNREADABLE, cut_strip, find_classes, folder_names, listing_digest, to_rgb
+from vit5gen.errors import UserError, choose, listed
 
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-# What Pillow raises for a file that it cannot decode.
-UNREADABLE = (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError)
 _FASHION_CLASSES = [
     "t-shirt",
     "trouser",
@@ -34,6 +32,8 @@ _FASHION_CLASSES = [
     "bag",
     "ankle-boot",
 ]
+# Names of folders that are taken for splits without being named in a configuration.
+_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "held_out", "holdout")
 FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"  # of Debian's package dataset-fashion-mnist
 
 
@@ -50,6 +50,7 @@ class ImageSet:
     read: Callable[[int], torch.Tensor]  # raises BrokenImage, which names the file
     digest: Callable[[], str]  # changes when the source's images do; of files, names and sizes count
     name: Callable[[int], str] = "image {}".format  # for messages
+    instead: dict[str, str] = field(default_factory=dict)  # what the folders of classes without images hold
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,14 +68,45 @@ class ImageSet:
 def open_images(data: DataConfig, split: str | None = None) -> ImageSet:
     """Open the images of a configuration without decoding any; ``split`` replaces ``data.split``.
 
-    Raises `UserError` when the data are absent, hold no classes or not `data.classes`.
+    Raises `UserError` when the data are absent, hold no classes or not `data.classes`, or a class has no images; in
+    another split than the one to train on, only when a class folder is there.
     """
     opened = _SOURCES[data.source](data, split or data.split)
     if data.classes is not None:
         opened = _keep_classes(opened, data.classes)
     if not len(opened):
         raise UserError(f"data: {data.source} {data.path or ''} split {split or data.split!r} holds no images")
+    check_classes(opened, data, opened.class_names if split in (None, data.split) else opened.instead)
     return opened
+
+
+def open_training_images(data: DataConfig) -> ImageSet:
+    """Open the images that a run trains on; raise `UserError` when their classes are not `data.num_classes`."""
+    images = open_images(data)
+    if (found := len(images.class_names)) != data.num_classes:
+        raise UserError(
+            f"data.num_classes = {data.num_classes}: the data have {found} classes ({listed(images.class_names)}); "
+            "set that"
+        )
+    return images
+
+
+def check_classes(
+    images: ImageSet, data: DataConfig, among: Collection[str] | None = None, why: str = "none has this label"
+) -> None:
+    """Raise `UserError` that names the classes, ``among`` them or of all, which lack images: they would become noise.
+
+    ``why`` is said of a class of which the source tells nothing.
+    """
+    counts = torch.bincount(images.labels, minlength=len(images.class_names)).tolist()
+    looked_at = set(images.class_names if among is None else among)
+    empty = [name for name, count in zip(images.class_names, counts, strict=False) if not count and name in looked_at]
+    if empty and data.rules > 1:
+        others = f"; nor {'do' if len(empty) > 2 else 'does'} {listed(map(repr, empty[1:]))}" if empty[1:] else ""
+        raise UserError(
+            f"data.path {data.path}: class {empty[0]!r} holds no images ({images.instead.get(empty[0], why)}){others}; "
+            "add images, remove the class, or list the others in data.classes"
+        )
 
 
 def open_held_out(data: DataConfig, split: str, class_names: list[str]) -> ImageSet:
@@ -111,16 +143,16 @@ def drop_broken(images: ImageSet) -> tuple[ImageSet, list[str]]:
     return images.select(good), problems
 
 
-def centre_crop(image: Image.Image, resolution: int) -> torch.Tensor:
+def centre_crop(image: Image.Image, resolution: int, exif: Exif = "apply", rules: Rules = 2) -> torch.Tensor:
     """Scale the short side to ``resolution`` and cut the centre square, as ADM does; return uint8 (3, H, W).
 
-    Halves with a box filter while the short side is at least twice too long, then bicubic. Transparent pixels turn
-    white. Source: preprocessing of "Diffusion Models Beat GANs" (arXiv 2105.05233).
+    Halves with a box filter while the short side is at least twice too long, then bicubic. Before that the image gets
+    8 bits, turns upright, and white where it is transparent; see `to_rgb`. Source: preprocessing of "Diffusion Models
+    Beat GANs" (arXiv 2105.05233).
     """
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    image = to_rgb(image, exif, rules)
+    if rules > 1:
+        image = cut_strip(image)
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
@@ -148,36 +180,47 @@ def imagenet_names(wnids: list[str]) -> list[str]:
 
 
 def _open_folder(data: DataConfig, split: str) -> ImageSet:
-    root = _path(data)
-    if (root / split).is_dir():
-        root = root / split
-    elif split != data.split:  # images of the whole folder are no second split
-        raise UserError(f"data.path {root}: no folder {split!r}; expected the images of that split there")
-    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not folders:
+    root = _split_folder(_path(data), data, split)
+    found, instead = find_classes(root, data.rules)
+    if not found:
         raise UserError(f"data.path {root}: no class folders; expected one folder of images for each class")
-    names = folders
+    names = list(found)
     # Anything close to ImageNet's thousand ids is meant to be ImageNet; ten of them are a set of one's own.
-    if sum(bool(re.fullmatch(r"n\d{8}", name)) for name in folders) >= 900:
-        names = imagenet_names(folders)
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, folder in enumerate(folders):
-        found = sorted(file for file in (root / folder).rglob("*") if file.suffix.lower() in _EXTENSIONS)
-        files += found
-        labels += [label] * len(found)
-    if not files:
+    if sum(bool(re.fullmatch(r"n\d{8}", name)) for name in found) >= 900:
+        names = imagenet_names(list(found))
+        instead = {name: instead[wnid] for name, wnid in zip(names, found, strict=True) if wnid in instead}
+    files = [file for of_class in found.values() for file in of_class]
+    labels = torch.repeat_interleave(torch.tensor([len(of_class) for of_class in found.values()]))
+    read = partial(_read_file, files, data)
+    return ImageSet(names, labels, read, partial(listing_digest, root, files), partial(_file_name, files), instead)
+
+
+def _split_folder(root: Path, data: DataConfig, split: str) -> Path:
+    """Return the folder of a split, or ``root`` where its folders are the classes of the one split that there is.
+
+    A folder with the name of a split is one when all folders beside it are, else a class; under a name of the user's
+    own it is one in any case. Raises `UserError` where the split is absent, or holds folders as splits do while what
+    stands beside it are none.
+    """
+    inside, asked = root / split, data.rules == 1 or split not in _SPLITS
+    folders, _ = folder_names(root)
+    others = [name for name in folders if name.lower() not in _SPLITS and name not in (data.split, split)]
+    if inside.is_dir() and (asked or not others):
+        return inside
+    if split in folders:
+        classes, images_beside = folder_names(inside)
+        if classes and not images_beside:
+            raise UserError(
+                f"data.path {root}: {split!r} holds folders as a split does, but beside it stand {listed(others)}, "
+                "which are none; move those away, or the classes out of the splits"
+            )
+    # Images of the whole folder are no second split.
+    if split != data.split or (not asked and folders and not others):
         raise UserError(
-            f"data.path {root}: no images in its {len(folders)} folders; expected files such as .png or .jpg"
+            f"data.path {root}: no folder {split!r} (it has {listed(folders) or 'none'}); expected the images of that "
+            "split there"
         )
-    read = partial(_read_file, files, data.resolution)
-    return ImageSet(names, torch.tensor(labels), read, partial(listing_digest, root, files), partial(_file_name, files))
-
-
-def listing_digest(root: Path, files: Sequence[Path]) -> str:
-    """Return the SHA-256 of the names below ``root`` and the sizes of files."""
-    lines = (f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n" for file in files)
-    return sha256("".join(lines).encode()).hexdigest()
+    return root
 
 
 def _open_huggingface(data: DataConfig, split: str) -> ImageSet:
@@ -208,8 +251,20 @@ def _open_huggingface(data: DataConfig, split: str) -> ImageSet:
     labels = torch.tensor(table[label][:], dtype=torch.int64)
     if len(labels) and labels.min() < 0:
         raise UserError(f"data.path {data.path}: split {split!r} has images without a label; choose another data.split")
-    read = partial(_read_row, table, image, data)
-    return ImageSet(table.features[label].names, labels, read, partial(getattr, table, "_fingerprint"))
+    return ImageSet(
+        table.features[label].names,
+        labels,
+        partial(_read_row, _undecoded(table, image, data), image, data),
+        partial(getattr, table, "_fingerprint"),
+    )
+
+
+def _undecoded(table: Any, column: str, data: DataConfig) -> Any:
+    """Return the table with files in its column: the library would turn the images, and cut 16 bits off at 255."""
+    feature = table.features[column]
+    if data.rules == 1 or feature.mode not in (None, "RGB"):  # the data set's author asks for grey, say
+        return table
+    return table.cast_column(column, type(feature)(decode=False))
 
 
 def _column(data: DataConfig, features: dict[str, Any], kind: type, what: str) -> str:
@@ -282,19 +337,25 @@ def _file_name(files: list[Path], index: int) -> str:
     return f"image {files[index]}"
 
 
-def _read_file(files: list[Path], resolution: int, index: int) -> torch.Tensor:
+def _read_file(files: list[Path], data: DataConfig, index: int) -> torch.Tensor:
     try:
         with Image.open(files[index]) as image:
-            return centre_crop(image, resolution)
+            return centre_crop(image, data.resolution, data.exif, data.rules)
     except UNREADABLE as error:
-        raise BrokenImage(f"image {files[index]} does not decode ({error}); mend or remove it{_SKIP_HINT}") from error
+        raise BrokenImage(
+            f"image {files[index]} does not decode ({error}); replace or remove it{_SKIP_HINT}"
+        ) from error
 
 
 def _read_row(table: Any, column: str, data: DataConfig, index: int) -> torch.Tensor:
+    """Read a row, in whose column is a file as bytes or by its path, or what the library has decoded."""
     try:
-        return centre_crop(table[index][column], data.resolution)
+        image = table[index][column]
+        if isinstance(image, dict):
+            image = Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"]))
+        return centre_crop(image, data.resolution, data.exif, data.rules)
     except (*UNREADABLE, AttributeError) as error:
-        raise BrokenImage(f"image {index} of {data.path} does not decode ({error}); mend it{_SKIP_HINT}") from error
+        raise BrokenImage(f"image {index} of {data.path} does not decode ({error}); replace it{_SKIP_HINT}") from error
 
 
 def _read_grey(pixels: torch.Tensor, resolution: int, index: int) -> torch.Tensor:

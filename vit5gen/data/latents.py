@@ -22,14 +22,16 @@ from tqdm import tqdm
 
 from vit5gen.config import DEFAULTS_BEFORE, Config, DataConfig
 from vit5gen.data.autoencoder import downsample, encode, load_autoencoder
-from vit5gen.data.images import BrokenImage, ImageSet, open_images
-from vit5gen.errors import UserError, short
+from vit5gen.data.images import BrokenImage, ImageSet, open_images, open_training_images
+from vit5gen.errors import UserError, listed, short
 from vit5gen.files import atomic, cache_folder, locked_file, read_json, sha256, write_json
 from vit5gen.processes import processes, start_processes
 
 MANIFEST = "manifest.json"
 SHARD_SIZE = 4096  # images
-_BEFORE = {dotted.removeprefix("data."): value for dotted, value in DEFAULTS_BEFORE.items()}
+_OF_FILES = ("folder", "huggingface")
+# How pixels of files were read, of which manifests of earlier versions do not tell.
+_BEFORE = {key: DEFAULTS_BEFORE[f"data.{key}"] for key in ("exif", "rules")}
 _FIXED_BY_VAE = ("vae_sha256", "resolution", "latent_shape", "scaling_factor", "shift_factor")
 
 
@@ -128,12 +130,7 @@ def encode_command(config: Config, output: str | Path) -> None:
 def open_for(config: Config, vae: AutoencoderKL) -> ImageSet:
     """Open a run's images; raise `UserError` when classes, resolution or autoencoder are not as configured."""
     check_autoencoder(config, vae)
-    images, data = open_images(config.data), config.data
-    if len(images.class_names) != data.num_classes:
-        raise UserError(
-            f"data.num_classes = {data.num_classes}: the data have {len(images.class_names)} classes; set that"
-        )
-    return images
+    return open_training_images(config.data)
 
 
 def check_autoencoder(config: Config, vae: AutoencoderKL) -> None:
@@ -228,11 +225,12 @@ class LatentDataset:
         check_autoencoder(config, vae)
         wanted = _latent_settings(vae, config)
         for key in _FIXED_BY_VAE:
-            if self.manifest.get(key, _BEFORE.get(key)) != wanted[key]:
+            if self.manifest.get(key) != wanted[key]:
                 names = f" ({self.manifest.get('vae')} there, {wanted['vae']} here)" if key == "vae_sha256" else ""
                 self._refuse(key, self.manifest.get(key), wanted[key], names)
         if len(self.class_names) != config.data.num_classes:
-            self._refuse("num_classes", len(self.class_names), config.data.num_classes)
+            names = f" (there: {listed(self.class_names)})"
+            self._refuse("num_classes", len(self.class_names), config.data.num_classes, names)
         images, _ = images_beside(config.data)
         classes = config.data.classes or (self.class_names if images is None else images.class_names)
         if self.class_names != classes:
@@ -244,6 +242,12 @@ class LatentDataset:
                 f"note: latents {self.folder} are of {count} images, but the data have {len(images)}: the distances "
                 "compare with these"
             )
+        for key, value in _reading(config).items():
+            if (found := self.manifest.get(key, _BEFORE[key])) != value:
+                processes().print(
+                    f"note: latents {self.folder} were made with data.{key} {found}, the run has {value}: so it reads "
+                    "the images that it compares with"
+                )
 
     def _refuse(self, key: str, found: Any, wanted: Any, more: str = "") -> None:
         raise UserError(
@@ -278,15 +282,21 @@ def _latent_settings(vae: AutoencoderKL, config: Config) -> dict[str, Any]:
     }
 
 
+def _reading(config: Config) -> dict[str, Any]:
+    """How the pixels of files are read."""
+    return config.data.model_dump(include=set(_BEFORE)) if config.data.source in _OF_FILES else {}
+
+
 def settings_of(images: ImageSet, vae: AutoencoderKL, config: Config) -> dict[str, Any]:
     """Return what a manifest of these images' latents tells of how they were made."""
-    return _latent_settings(vae, config) | {
+    of_images = {
         "source": config.data.source,
         "split": config.data.split,
         "images": len(images),
         "images_sha256": images.digest(),
         "id2label": {str(label): name for label, name in enumerate(images.class_names)},
     }
+    return _latent_settings(vae, config) | _reading(config) | of_images
 
 
 def _finished(folder: Path, settings: dict[str, Any], numbers: range) -> dict[int, dict[str, Any]]:
@@ -325,6 +335,12 @@ def _finish(folder: Path, settings: dict[str, Any], shards: list[dict[str, Any]]
     """Write the manifest unless it is there already, remove what interrupted calls left, and report broken images."""
     labels = torch.cat([_read_labels(folder / shard["file"]) for shard in shards])
     counts = torch.bincount(labels, minlength=len(settings["id2label"])).tolist()
+    if settings.get("rules", 1) > 1 and 0 in counts:
+        name = settings["id2label"][str(counts.index(0))]
+        raise UserError(
+            f"output {folder}: all images of class {name!r} are broken; replace them, or leave it out of data.classes, "
+            "and encode into a new folder"
+        )
     there = read_json(folder / MANIFEST, "latents")
     # Of which images the shards of an earlier version were made is not known.
     unknown = {"images_sha256"} - there.keys()

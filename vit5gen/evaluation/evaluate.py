@@ -53,13 +53,17 @@ class Samples:
     sorted_by_class: bool = False
 
 
-def open_source(path: str | Path) -> ImageSource:
-    """Open an npz, a folder of images, or the data section of a configuration."""
-    path = Path(path)
+def open_source(path: str | Path, protocol: str | None = None) -> ImageSource:
+    """Open an npz, a folder of images, or the data section of a configuration.
+
+    Under ADM's ``protocol`` images stay as they are stored, whatever EXIF says of their orientation.
+    """
+    path, as_stored = Path(path), protocol == "adm"
     if path.suffix in (".yaml", ".yml"):
-        return open_data(load_config(path).data)
+        data = load_config(path).data
+        return open_data(data.model_copy(update={"exif": "ignore"}) if as_stored else data)
     if path.is_dir():
-        return open_folder(path)
+        return open_folder(path, "ignore" if as_stored else "apply")
     if path.suffix == ".npz":
         return open_npz(path)
     raise UserError(
@@ -67,14 +71,14 @@ def open_source(path: str | Path) -> ImageSource:
     )
 
 
-def open_reference(path: str | Path, extractor: Extractor, batch_size: int) -> Reference:
+def open_reference(path: str | Path, extractor: Extractor, batch_size: int, protocol: str | None = None) -> Reference:
     """Open what samples are compared with: ADM's npz, a statistics file, or the images of `open_source`."""
     file = Path(path)
     if is_statistics(file):
         return read_statistics(file, extractor)
     if is_adm_reference(file):
         return read_adm_reference(file, extractor, batch_size)
-    return reference_of(open_source(path), extractor, batch_size)
+    return reference_of(open_source(path, protocol), extractor, batch_size)
 
 
 def samples_of(source: ImageSource, batch_size: int) -> Samples:
@@ -209,7 +213,7 @@ def evaluate_command(
     if save_statistics_to is not None:
         if len(samples) != 1:
             raise UserError(f"--save-statistics: {len(samples)} sets of images; expected one")
-        made = reference_of(open_source(samples[0]), network, batch_size)
+        made = reference_of(open_source(samples[0], protocol), network, batch_size)
         if is_main():
             save_statistics(made, network, Path(save_statistics_to))
             print(f"{save_statistics_to}: {made.count} images, {network.name}")
@@ -218,9 +222,10 @@ def evaluate_command(
     opened = [
         one
         for path in samples
-        for one in _open_samples(path, batch_size, num_images, seeds, label_mode, sampling, state.device)
+        for one in _open_samples(path, batch_size, num_images, seeds, label_mode, sampling, state.device, protocol)
     ]
-    card = evaluation_card(opened, open_reference(reference, network, batch_size), network, metrics, protocol)
+    real = open_reference(reference, network, batch_size, protocol)
+    card = evaluation_card(opened, real, network, metrics, protocol)
     if is_main():
         for warning in card["warnings"]:
             print(f"warning: {warning}", file=sys.stderr)
@@ -243,9 +248,10 @@ def _open_samples(
     label_mode: str,
     sampling: SamplingConfig | None,
     device: torch.device,
+    protocol: str | None,
 ) -> list[Samples]:
     if find_pipeline(path) is None:
-        return [samples_of(open_source(path), batch_size)]
+        return [samples_of(open_source(path, protocol), batch_size)]
     if num_images < 1:
         raise UserError(f"--num-images = {num_images}; expected at least 1")
     pipe = load_pipeline(path).to(device)

@@ -2,6 +2,7 @@
 
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vit5gen.config import DataConfig
-from vit5gen.data.images import UNREADABLE, ImageSet, listing_digest, open_images
+from vit5gen.config import DataConfig, Exif
+from vit5gen.data.images import ImageSet, open_images
+from vit5gen.data.pictures import UNREADABLE, find_images, listing_digest, tell_left_out, upright
 from vit5gen.errors import UserError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")  # of samples; others beside them are previews and the like
+_DECIDING = {"source", "split", "resolution", "exif", "rules"}  # keys of the data section
 
 
 @dataclass(frozen=True)
@@ -97,17 +99,19 @@ class _NpzReader:
         return torch.from_numpy(rows.transpose(0, 3, 1, 2).copy())
 
 
-def open_folder(path: Path) -> ImageSource:
+def open_folder(path: Path, exif: Exif = "apply") -> ImageSource:
     """Open the images below ``path`` in the order of their names; class folders give the labels."""
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
+    left_out: Counter[str] = Counter()
+    files = find_images(path, left_out)
+    tell_left_out(path, left_out)
     if not files:
-        raise UserError(f"folder {path}: no images; expected files such as {', '.join(EXTENSIONS)}")
+        raise UserError(f"folder {path}: no images; expected files such as .png or .jpg")
     parents = {parent: label for label, parent in enumerate(sorted({file.parent for file in files}))}
     labels = torch.tensor([parents[file.parent] for file in files]) if len(parents) > 1 else None
-    identity = {"kind": "folder", "path": str(path), "listing_sha256": listing_digest(path, files)}
+    identity = {"kind": "folder", "path": str(path), "listing_sha256": listing_digest(path, files), "exif": exif}
 
     def read(start: int, stop: int) -> Tensor:
-        images = [_read_image(file) for file in files[start:stop]]
+        images = [_read_image(file, exif) for file in files[start:stop]]
         for file, image in zip(files[start:stop], images, strict=True):
             if image.shape != images[0].shape:
                 raise UserError(
@@ -126,8 +130,8 @@ def open_data(data: DataConfig) -> ImageSource:
     def read(start: int, stop: int) -> Tensor:
         return torch.stack([images[index][0] for index in range(start, stop)])
 
-    identity = {"kind": "data", "path": data.path or data.source, **data.model_dump(include={"source", "split"})}
-    return ImageSource(len(images), read, images.labels, {**identity, "resolution": data.resolution})
+    identity = {"kind": "data", "path": data.path or data.source, **data.model_dump(include=_DECIDING)}
+    return ImageSource(len(images), read, images.labels, identity)
 
 
 @contextmanager
@@ -141,13 +145,13 @@ def broken_npz(path: Path) -> Iterator[None]:
         raise UserError(f"npz {path} cannot be read ({error}); check the path or write it anew") from error
 
 
-def _read_image(file: Path) -> Tensor:
+def _read_image(file: Path, exif: Exif) -> Tensor:
     try:
         with Image.open(file) as image:
             image.load()
-            mode, pixels = image.mode, np.asarray(image)
+            mode, pixels = image.mode, np.asarray(upright(image) if exif == "apply" else image)
     except UNREADABLE as error:
-        raise UserError(f"image {file} does not decode ({error}); mend or remove it") from error
+        raise UserError(f"image {file} does not decode ({error}); replace or remove it") from error
     if mode != "RGB":
         raise UserError(f"image {file} has mode {mode}; expected RGB with 8 bits a channel; convert it")
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())

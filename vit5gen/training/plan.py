@@ -12,8 +12,8 @@ from vit5gen import cost
 from vit5gen.config import Config, DataConfig
 from vit5gen.cost import GPUS, Cost, gpu_hours, largest_micro_batch, memory_bytes
 from vit5gen.data import autoencoder, emoji, latents
-from vit5gen.data.images import FASHION_FOLDER
-from vit5gen.data.latents import MANIFEST, check_autoencoder, open_for
+from vit5gen.data.images import FASHION_FOLDER, open_training_images
+from vit5gen.data.latents import MANIFEST, check_autoencoder
 from vit5gen.evaluation import features, inception
 from vit5gen.training.build import build_model, check_values
 from vit5gen.training.process import batch_sizes, make_accelerator
@@ -42,11 +42,11 @@ def plan(config: Config) -> int:
     vae = None if config.vae.name in absent else autoencoder.load_autoencoder(config.vae.name)
     if vae is not None:
         check_autoencoder(config, vae)
+    if config.data.path is not None and Path(config.data.path).expanduser().is_dir():
+        open_training_images(config.data)
     if absent:
         accelerator.print(f"trial:    {TRIAL_STEPS} real steps, once nothing is missing")
     elif config.data.latents is None and not config.data.from_images:
-        if config.data.source == "folder" and vae is not None:
-            open_for(config, vae)
         accelerator.print("trial:    none before the latents are encoded; `vit5gen encode`, then --data.latents FOLDER")
     elif config.data.source == "emoji" and not without_images and not emoji.cache_file(config.data.resolution).exists():
         accelerator.print("trial:    none before the pictures are drawn, which training does")

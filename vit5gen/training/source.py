@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from vit5gen.config import Config
 from vit5gen.data.autoencoder import encode, load_autoencoder
-from vit5gen.data.images import ImageSet, drop_broken
+from vit5gen.data.images import ImageSet, check_classes, drop_broken
 from vit5gen.data.latents import LatentDataset, ensure_latents, identity, open_for, settings_of
 from vit5gen.training.draws import MicroBatches, TrainingSet
 from vit5gen.training.process import signals_blocked
@@ -65,6 +65,7 @@ def open_source(
                 images, problems = drop_broken(images)
                 for problem in problems:
                     accelerator.print(f"warning: skipped: {problem}")
+                check_classes(images, config.data, why="all are broken")
             source = ImageSource(images)
         else:
             source = LatentDataset(ensure_latents(images, vae, config))

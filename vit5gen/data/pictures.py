@@ -1,0 +1,224 @@
+"""Which files are images, and what their pixels are: one answer for training, evaluation and classification.
+
+Two versions of the rules: 2 is described here; 1 keeps the choices of a run that began under an earlier version.
+"""
+
+import os
+import re
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from hashlib import sha256
+from pathlib import Path, PurePath
+
+import numpy as np
+from PIL import Image
+
+from vit5gen.config import Exif, Rules
+from vit5gen.errors import UserError, listed
+from vit5gen.processes import processes
+
+_OLD_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# Still images that Pillow opens. A list, so that a folder holds the same images whatever Pillow was built with; layered
+# files, icons, vector graphics, depth maps (.pfm) and raw numbers are not in it.
+SUFFIXES = (
+    *_OLD_SUFFIXES,
+    *(".jpe", ".jfif", ".mpo", ".apng", ".dib", ".pbm", ".pnm", ".avif", ".avifs"),
+    *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".tga", ".qoi", ".pcx", ".sgi"),
+)
+# What systems and archivers leave in folders, beside names that begin with a dot.
+_CLUTTER = {
+    *("__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found"),
+    *("thumbs.db", "ehthumbs.db", "desktop.ini"),
+}
+# What Pillow raises for a file that it cannot decode; RuntimeError for an AVIF.
+UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError)
+_LONGEST = 16  # times as long as wide: more of a strip no square crop shows
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def find_images(folder: Path, left_out: Counter[str], rules: Rules = 2) -> list[Path]:
+    """Return the images at any depth below a folder, sorted; add what is left out to ``left_out``, by kind.
+
+    Links to folders are followed, but for those that lead back to a folder in which they lie.
+    Raises `UserError` for a folder that cannot be read.
+    """
+    found: list[Path] = []
+    stack = [(folder, frozenset(map(_identity, (folder, *folder.resolve().parents))))]
+    while stack:
+        here, above = stack.pop()
+        folders, images = _look(here, left_out, rules)
+        found += images
+        for inner in folders:
+            if rules == 1 and inner.is_symlink():
+                continue
+            if (identity := _identity(inner)) in above:
+                left_out["link to a folder above it"] += 1
+            else:
+                stack.append((inner, above | {identity}))
+    return sorted(found)
+
+
+def find_classes(root: Path, rules: Rules = 2) -> tuple[dict[str, list[Path]], dict[str, str]]:
+    """Return the images of each class folder, by name in order, and what the folders without any hold instead.
+
+    What is left out is told on stderr. Raises `UserError` for a folder that cannot be read.
+    """
+    left_out: Counter[str] = Counter()
+    folders, beside = _look(root, left_out, rules)
+    left_out["image in no class folder"] += len(beside)
+    files: dict[str, list[Path]] = {}
+    instead: dict[str, str] = {}
+    for name in sorted(folder.name for folder in folders):
+        if rules == 1 and name.startswith("."):
+            continue
+        others: Counter[str] = Counter()
+        files[name] = find_images(root / name, others, rules)
+        if not files[name]:
+            instead[name] = f"found: {_counted(others)}" if others else "its folder is empty"
+        left_out += others
+    tell_left_out(root, left_out)
+    return files, instead
+
+
+def folder_names(folder: Path) -> tuple[list[str], bool]:
+    """Return the names of the folders in a folder that may hold data, sorted, and whether images lie beside them."""
+    folders, images = _look(folder, Counter(), 2)
+    return sorted(inner.name for inner in folders), bool(images)
+
+
+def tell_left_out(folder: Path, left_out: Counter[str]) -> None:
+    """Say once, and on the main process only, how many files of which kinds are not used."""
+    if total := left_out.total():
+        _tell(f"note: {folder}: {total} {'file' if total == 1 else 'files'} left out ({_counted(left_out)})")
+
+
+@cache  # a command opens its data several times
+def _tell(line: str) -> None:
+    if processes().is_main_process:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _counted(kinds: Counter[str]) -> str:
+    ordered = sorted((-count, kind) for kind, count in kinds.items() if count)
+    return listed(f"{-count} {kind}" for count, kind in ordered)
+
+
+def _look(folder: Path, left_out: Counter[str], rules: Rules) -> tuple[list[Path], list[Path]]:
+    """Return the folders and the images that lie in a folder, without opening any file."""
+    kinds: dict[str, list[Path]] = {"folder": [], "image": []}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                kind = _kind(entry, rules)
+                if kind in kinds:
+                    kinds[kind].append(folder / entry.name)
+                elif entry.name != "card.json":  # of samples; it is read
+                    left_out[kind] += 1
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be read ({error.strerror}); make it readable or remove it") from error
+    return kinds["folder"], kinds["image"]
+
+
+def _kind(entry: os.DirEntry[str], rules: Rules) -> str:
+    """Return folder or image, or why the entry is neither."""
+    if rules > 1 and (entry.name.startswith(".") or entry.name.lower() in _CLUTTER):
+        return "hidden"
+    try:
+        if entry.is_dir():
+            return "folder"
+        regular = entry.is_file()
+    except OSError:  # a link to itself
+        regular = False
+    if not regular:
+        return "no regular file" if os.path.exists(entry.path) else "broken link"
+    suffix = PurePath(entry.name).suffix.lower()
+    if suffix in (SUFFIXES if rules > 1 else _OLD_SUFFIXES):
+        return "image"
+    if not suffix:
+        return "without a suffix"
+    return suffix if re.fullmatch(r"\.\w{1,12}", suffix) else "of another suffix"
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def listing_digest(root: Path, files: Sequence[Path]) -> str:
+    """Return the SHA-256 of the names below ``root`` and the sizes of files."""
+    lines = (f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n" for file in files)
+    return sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def to_rgb(image: Image.Image, exif: Exif = "apply", rules: Rules = 2) -> Image.Image:
+    """Return an image in RGB with 8 bits, transparent pixels white, upright where ``exif`` is ``apply``.
+
+    Raises `ValueError` as `eight_bits` does.
+    """
+    pixels = eight_bits(image) if rules > 1 else image
+    if pixels.has_transparency_data:
+        pixels = pixels.convert("RGBA")
+        pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels)
+    pixels = pixels.convert("RGB")
+    turn = _turn(image) if exif == "apply" else None
+    return pixels if turn is None else pixels.transpose(turn)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Scale grey levels of 16 bits, and floats from 0 to 1, to 8 bits; return other images as they are.
+
+    Pillow's own conversion cuts them off at 255. Raises `ValueError` for numbers whose range is not known.
+    """
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;"):
+        return image
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    if image.mode == "F":
+        top = 1.0
+    elif image.mode == "I" and image.format not in ("PPM", "PNG"):  # 16 bits, for which Pillow takes 32 there
+        top = 0.0
+    else:
+        top = 2.0 ** tags.get(258, (16,))[0] - 1  # BitsPerSample may be 12
+    if not (top and values.min() >= 0 and values.max() <= top):  # nor NaN
+        raise ValueError(
+            f"mode {image.mode} with values from {values.min():g} to {values.max():g}; "
+            "expected 8 or 16 bits, or floats from 0 to 1"
+        )
+    grey = np.rint(values * (255 / top)).astype(np.uint8)
+    if tags.get(262) == 0:  # of a TIFF in which 0 is white, which Pillow minds for 8 bits only
+        grey = 255 - grey
+    if isinstance(clear := image.info.get("transparency"), int):
+        grey[values == clear] = 255
+    return Image.fromarray(grey)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return an image as its EXIF orientation says it is to be seen; of a TIFF Pillow has seen to it."""
+    turn = _turn(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        image.load()  # a TIFF is turned here, and a PNG may tell after its pixels
+        return _TURNS.get(image.getexif().get(0x0112, 1))
+    except Exception:  # damaged EXIF raises whatever its bytes lead to; the pixels are sound
+        return None
+
+
+def cut_strip(image: Image.Image) -> Image.Image:
+    """Cut the middle out of an image that is over 16 times as long as wide: scaled whole it would take gigabytes."""
+    width, height = image.size
+    left, top = (max(0, side - _LONGEST * min(image.size)) // 2 for side in (width, height))
+    return image.crop((left, top, width - left, height - top)) if left or top else image
