@@ -47,22 +47,27 @@ def _ask() -> str | None:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # the user chose by torch's newer settings, one a backend: they stand
         return None
-    torch.set_float32_matmul_precision("medium")
     if not _rounds_nothing():
-        torch.set_float32_matmul_precision(before)
+        return None
+    torch.set_float32_matmul_precision("medium")
     return before
 
 
 @functools.cache
 def _rounds_nothing() -> bool:
-    """Whether "medium", set by now, leaves the last bit of fp32 alone: not on GPUs, nor on CPUs with tiles for bf16.
+    """Whether "medium" leaves the last bit of fp32 alone: not on GPUs, nor on CPUs with tiles for bf16.
 
-    Tried in a thread of its own, where no mode of the caller's holds: autocast, another device, a counter of FLOPs.
+    Tried once, in a thread of its own, where no mode of the caller's holds: autocast, another device, a counter of
+    FLOPs; where it does round, other threads never meet it.
     """
     if torch.cuda.is_available():
         return False
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_keeps_the_last_bit).result()
+        kept = thread.submit(_keeps_the_last_bit).result()
+    torch.set_float32_matmul_precision(before)
+    return kept
 
 
 def _keeps_the_last_bit() -> bool:
