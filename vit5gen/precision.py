@@ -2,11 +2,13 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
 import torch
+
+from vit5gen.cpu import plain_products
 
 _LOCK = threading.Lock()
 _OPEN: list[list[Callable[[], object]]] = []  # for every open context, of any thread, what the last one undoes
@@ -17,11 +19,15 @@ def exact_float32(device: torch.device) -> Iterator[None]:
     """Turn autocast and TF32 off: either moves a Frechet distance in its third digit.
 
     TF32 is a setting of the process: it stays off until the last context of any thread ends, and can be read meanwhile.
+    On a CPU the order of sums is one, too: see `plain_products`.
     """
     with _LOCK:
         _OPEN.append(_OPEN[-1] if _OPEN else _turn_off())
     try:
-        with torch.autocast(device.type, enabled=False):
+        with (
+            torch.autocast(device.type, enabled=False),
+            plain_products() if device.type == "cpu" else nullcontext(),
+        ):
             yield
     finally:
         with _LOCK:

@@ -1,5 +1,6 @@
 """Many images: their labels, their noise, and their division over processes."""
 
+import copy
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -71,15 +72,12 @@ def generate(pipe: SiTPipeline, job: SamplingJob, done: np.ndarray | None = None
     settings = job.settings.model_dump() | {"autoguidance_scale": job.autoguidance_scale}
     if not isinstance(pipe.scheduler, SiTScheduler) and "sampler" not in job.settings.model_fields_set:
         del settings["sampler"]  # a scheduler of diffusers steps by itself; the pipeline refuses one that was asked for
-    shown = getattr(pipe, "_progress_bar_config", {})
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        for chunk in pending[state.process_index :: state.num_processes]:
-            labels = list(job.labels[chunk.start : chunk.stop])
-            generators = [image_generator(job.seed, i) for i in chunk]
-            yield chunk, pipe(labels, generator=generators, output_type="uint8", return_dict=False, **settings)[0].cpu()
-    finally:
-        pipe.set_progress_bar_config(**shown)
+    silent = copy.copy(pipe)  # of the same components; the bar of the pipeline that was given stays as it is
+    silent.set_progress_bar_config(disable=True)
+    for chunk in pending[state.process_index :: state.num_processes]:
+        labels = list(job.labels[chunk.start : chunk.stop])
+        generators = [image_generator(job.seed, i) for i in chunk]
+        yield chunk, silent(labels, generator=generators, output_type="uint8", return_dict=False, **settings)[0].cpu()
 
 
 def told_of(pipe: SiTPipeline, settings: SamplingConfig) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """The autoencoder between images and latents: load any AutoencoderKL, encode, decode; and train a small one."""
 
+import copy
 import math
 import time
 from collections.abc import Iterator
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ from diffusers import AutoencoderKL
 from huggingface_hub import model_info, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
+from torch import nn
 from torch.nn import functional
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -18,7 +21,7 @@ from vit5gen.config import AutoencoderTraining, read_yaml, validate
 from vit5gen.cpu import warn_of_slow_bf16
 from vit5gen.data.images import ImageSet, open_images
 from vit5gen.errors import UserError
-from vit5gen.files import check_writable
+from vit5gen.files import check_writable, clear_weights
 from vit5gen.parser import Parser, exit_on_bad_input
 from vit5gen.precision import exact_float32
 
@@ -46,6 +49,7 @@ def load_autoencoder(name: str) -> AutoencoderKL:
             f" (config.json, safetensors), or a hub name and a network"
         ) from error
     vae.register_to_config(_name_or_path=name)  # as it was asked for: pipelines tell it, not this machine's folder
+    scaling(vae)  # raises where it is none that `encode` and `decode` know
     return vae.float().eval().requires_grad_(False)
 
 
@@ -66,13 +70,14 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torc
     """Return mean and standard deviation (B, C, h, w) of the scaled latents of uint8 images (B, 3, H, W)."""
     with torch.autocast(images.device.type, enabled=False), torch.no_grad():
         posterior = vae.encode(images.to(vae.dtype) / 127.5 - 1).latent_dist
-    scale, shift = _scaling(vae)
+    scale, shift = scaling(vae)
     return (posterior.mean - shift) * scale, posterior.std * scale
 
 
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Return images (B, 3, H, W) in [-1, 1] of scaled latents (B, C, h, w)."""
-    scale, shift = _scaling(vae)
+    scale, shift = scaling(vae)
+    vae = vae if vae.dtype == torch.float32 else _in_float32(vae)  # bf16 would move two values in five by a grey level
     with exact_float32(latents.device), torch.no_grad():
         return vae.decode(latents.to(vae.dtype) / scale + shift).sample.clamp(-1, 1)
 
@@ -138,6 +143,7 @@ def train_autoencoder(config: AutoencoderTraining, output: Path) -> float:
     vae.register_to_config(
         shift_factor=shift, scaling_factor=((mean - shift).square() + std.square()).mean().item() ** -0.5
     )
+    clear_weights(output)
     vae.half().save_pretrained(output)
     return _evaluate(load_autoencoder(str(output)), held_out, output)
 
@@ -196,8 +202,30 @@ def _evaluate(vae: AutoencoderKL, images: ImageSet, output: Path) -> float:
     return scores.mean().item()
 
 
-def _scaling(vae: AutoencoderKL) -> tuple[float, float]:
-    return vae.config.scaling_factor, vae.config.shift_factor or 0.0
+def scaling(vae: AutoencoderKL) -> tuple[float, float]:
+    """Return scale and shift of the latents, ``(z - shift) * scale``; refuse an autoencoder that tells others."""
+    config, name = vae.config, vae.config.get("_name_or_path") or type(vae).__name__
+    scale, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
+    others = [key for key in ("latents_mean", "latents_std") if config.get(key) is not None]
+    if "shift_factor" not in config or others:
+        found = " and ".join(others) or "no shift_factor"
+        fault = f"its configuration has {found}"
+    elif not isinstance(scale, Real) or not (scale and math.isfinite(scale) and math.isfinite(shift)):
+        fault = f"scaling_factor = {scale!r}, shift_factor = {shift!r}"
+    else:
+        return scale, shift
+    raise UserError(
+        f"autoencoder {name!r}: {fault}; expected an AutoencoderKL whose latents are scaled by finite numbers,"
+        " scaling_factor (not 0) and shift_factor, alone: choose another one"
+    )
+
+
+def _in_float32(vae: AutoencoderKL) -> AutoencoderKL:
+    """Return an fp32 copy that decodes: casting the autoencoder itself would change it under other threads."""
+    previous = getattr(getattr(vae, "_hf_hook", None), "prev_module_hook", None)  # of offloading: it holds the network
+    wide = copy.deepcopy(vae, {id(vae.encoder): nn.Identity(), id(previous): previous})
+    wide.__dict__.pop("decode", None)  # a compiled one, which would decode with the weights of the original
+    return nn.Module.to(wide, torch.float32)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from vit5gen.cpu import fast_inference
 from vit5gen.errors import UserError, choose
+from vit5gen.files import clear_weights
 from vit5gen.models.backbone import Backbone, make_backbone
 from vit5gen.models.layers import Float32Linear, check_positive, init_linears, make_norm, modulate
 from vit5gen.models.loading import align, check_fit
@@ -142,6 +144,12 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         check_fit(cls.__name__, info["missing_keys"], info["unexpected_keys"], [], len(model.state_dict()))
         align(model)
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save as diffusers does, and delete what it would leave of an earlier save."""
+        if (args or (kwargs.get("is_main_process", True),))[0]:
+            clear_weights(save_directory, kwargs.get("variant"))
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:  # in diffusers' the option of the same name would hide the module
         return nn.Module.__getattr__(self, name) if name == "backbone" else super().__getattr__(name)
