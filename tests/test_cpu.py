@@ -3,6 +3,8 @@
 import resource
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -198,3 +200,32 @@ def test_other_threads_never_meet_a_precision_that_rounds(monkeypatch):
     with cpu.fast_products():
         assert torch.get_float32_matmul_precision() == "highest"
     assert asked == []
+
+
+def test_plain_products_wait_for_the_end_of_fast_ones(monkeypatch):
+    monkeypatch.setattr(cpu, "_rounds_nothing", lambda: True)
+    met, entered, leave = [], threading.Event(), threading.Event()
+
+    def fast():
+        with cpu.fast_products():
+            entered.set()
+            leave.wait(10)
+            met.append(torch.get_float32_matmul_precision())
+
+    def plain():
+        with cpu.plain_products(), cpu.fast_products(), cpu.plain_products():  # its own never waits
+            met.append("plain")
+
+    with ThreadPoolExecutor(3) as threads:
+        threads.submit(fast)
+        entered.wait(10)
+        waiting = threads.submit(plain)
+        while not cpu._PLAIN:
+            pass
+        after = threads.submit(fast)  # comes after the one that waits
+        assert not waiting.done()
+        leave.set()
+        waiting.result(10)
+        after.result(10)
+    assert met == ["medium", "plain", "medium"]
+    assert torch.get_float32_matmul_precision() == "highest"

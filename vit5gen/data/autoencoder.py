@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -35,13 +36,14 @@ def load_autoencoder(name: str) -> AutoencoderKL:
     """
     source = EMOJI if name == "emoji" else Path(name).expanduser()
     try:
-        if source.is_dir():
-            vae = AutoencoderKL.from_pretrained(source)
-        elif is_cached(name):
-            vae = AutoencoderKL.from_pretrained(name, local_files_only=True)
-        else:
-            model_info(name, timeout=10)  # without a network this says so at once; the download would retry for long
-            vae = AutoencoderKL.from_pretrained(name)
+        options: dict[str, Any] = {"output_loading_info": True}
+        if not source.is_dir():
+            options["local_files_only"] = is_cached(name)
+            if not options["local_files_only"]:
+                model_info(name, timeout=10)  # without a network this says so; the download would retry for long
+        vae, found = AutoencoderKL.from_pretrained(source if source.is_dir() else name, **options)
+        if missing := found["missing_keys"]:  # diffusers would draw them at random
+            raise ValueError(f"it lacks {len(missing)} weights of an AutoencoderKL")
     except Exception as error:  # file, hub and http errors are those of many libraries
         detail = " ".join(str(error).split())[:120]
         raise UserError(
