@@ -701,3 +701,13 @@ def test_an_autoencoder_of_other_scaling_is_refused_wherever_it_comes_in(pipe: S
     pipe.vae = vae
     with pytest.raises(UserError, match="its configuration has latents_mean"):
         pipe(0, num_inference_steps=1)
+
+
+@pytest.mark.parametrize("name", ["transformer", "guide", "vae"])
+def test_weights_that_are_not_finite_are_refused(pipe: SiTPipeline, tmp_path: Path, name: str) -> None:
+    pipe.guide = tiny_transformer(seed=9)
+    next(getattr(pipe, name).parameters()).data.view(-1)[0] = torch.inf
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"{name}: 1 of the .* are not finite") as caught:
+        load_pipeline(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -28,7 +28,7 @@ from vit5gen.errors import UserError, choose, nearest
 from vit5gen.files import clear_weights, write_text
 from vit5gen.flow import CountingModel, Flow, guide
 from vit5gen.models import SiTTransformer2DModel
-from vit5gen.models.loading import align
+from vit5gen.models.loading import align, check_finite
 from vit5gen.scheduler import SAMPLERS, Generators, ModelFn, SiTScheduler, foreign_steps
 
 __all__ = ["SAMPLERS", "SiTPipeline", "SiTScheduler", "find_pipeline", "load_pipeline", "pipeline_folder"]
@@ -285,7 +285,7 @@ class SiTPipeline(DiffusionPipeline):
 
     def _weak_model(self, scale: float) -> nn.Module:
         if self.guide is None:
-            raise UserError(f"autoguidance_scale = {scale} needs a second transformer; set pipe.guide")
+            raise UserError(f"autoguidance_scale = {scale} needs a second transformer; give one (--guide, pipe.guide)")
         for name in ("num_classes", "in_channels"):
             weak, strong = self.guide.config[name], self.transformer.config[name]
             if weak != strong:
@@ -389,12 +389,19 @@ class SiTPipeline(DiffusionPipeline):
 
 
 def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
-    """Load the pipeline of a run (RUN or RUN/pipeline) or a pipeline folder; raise `UserError` if it is neither."""
+    """Load the pipeline of a run (RUN or RUN/pipeline) or a pipeline folder.
+
+    Raises `UserError` if it is neither, does not load, or has weights that are not finite.
+    """
     folder = pipeline_folder(checkpoint)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # of three files read
     try:
-        return SiTPipeline.from_pretrained(folder)
+        pipe = SiTPipeline.from_pretrained(folder)
+        for name, component in pipe.components.items():
+            if isinstance(component, nn.Module):
+                check_finite(name, component.state_dict())
+        return pipe
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"checkpoint {folder} does not load: {' '.join(str(error).split())}; make it again") from error
     finally:

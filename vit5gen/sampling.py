@@ -80,6 +80,14 @@ def generate(pipe: SiTPipeline, job: SamplingJob, done: np.ndarray | None = None
         yield chunk, silent(labels, generator=generators, output_type="uint8", return_dict=False, **settings)[0].cpu()
 
 
+def load_for_images(checkpoint: str | Path) -> SiTPipeline:
+    """Load a pipeline as `load_pipeline` does; raise `UserError` also where it draws latents alone."""
+    pipe = load_pipeline(checkpoint)
+    if pipe.vae is None:
+        raise UserError(f"checkpoint {checkpoint} has no autoencoder; convert it again with --vae NAME_OR_FOLDER")
+    return pipe
+
+
 def told_of(pipe: SiTPipeline, settings: SamplingConfig) -> dict[str, Any]:
     """Return what a card tells of the sampling: the settings and the scheduler, which if foreign is the sampler."""
     scheduler = json.loads(pipe.scheduler.to_json_string())
@@ -121,9 +129,7 @@ def sample_command(
     settings = settings or SamplingConfig()
     choose("sampler", settings.sampler, SAMPLERS)
     state = start_processes()
-    pipe = load_pipeline(checkpoint)
-    if pipe.vae is None:
-        raise UserError(f"checkpoint {checkpoint} has no autoencoder; convert it again with --vae NAME_OR_FOLDER")
+    pipe = load_for_images(checkpoint)
     if guide is not None:
         pipe.guide = load_pipeline(guide).transformer
     # A class that is given twice counts once.

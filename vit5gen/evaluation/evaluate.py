@@ -35,9 +35,9 @@ from vit5gen.evaluation.sources import ImageSource, open_data, open_folder, open
 from vit5gen.evaluation.statistics import place, sum_over_processes
 from vit5gen.files import check_writable, read_json, write_json
 from vit5gen.outputs import network_evaluations
-from vit5gen.pipeline import SiTPipeline, find_pipeline, load_pipeline, pipeline_folder
+from vit5gen.pipeline import SiTPipeline, find_pipeline, pipeline_folder
 from vit5gen.processes import start_processes
-from vit5gen.sampling import SamplingJob, draw_labels, generate, told_of
+from vit5gen.sampling import SamplingJob, draw_labels, generate, load_for_images, told_of
 
 ADM_METRICS = ("fid", "sfid", "is", "pr")
 PROTOCOLS = ("adm",)
@@ -248,7 +248,7 @@ def _open_samples(
         return [samples_of(open_source(path), batch_size)]
     if num_images < 1:
         raise UserError(f"--num-images = {num_images}; expected at least 1")
-    pipe = load_pipeline(path).to(device)
+    pipe = load_for_images(path).to(device)
     classes, settings = range(pipe.transformer.config.num_classes), sampling or SamplingConfig()
     jobs = [
         SamplingJob(draw_labels(num_images, classes, seed, label_mode), seed, batch_size, settings) for seed in seeds
