@@ -1,4 +1,4 @@
-"""Exact fp32 for what is compared between machines: decoded images and the features of a metric."""
+"""Exact fp32 for what is compared between machines, decoded images and features; in what a network computes."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from vit5gen.cpu import plain_products
 
@@ -59,3 +60,15 @@ def _turn_off() -> list[Callable[[], object]]:
 
 def _attribute(owner: object, name: str, off: Any) -> tuple[Callable[[], Any], Callable[[Any], object], Any]:
     return partial(getattr, owner, name), partial(setattr, owner, name), off
+
+
+def precision_of(network: nn.Module) -> str:
+    """Return in what a network computes: its weights' type, and for fp32 whether its products may be rounded (tf32)."""
+    dtype = next(network.parameters()).dtype
+    try:
+        rounded = torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # the user chose by torch's newer settings
+        rounded = cast(Any, torch.backends.cuda.matmul).fp32_precision == "tf32"
+    if dtype == torch.float32:
+        return "tf32" if rounded else "fp32"
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}.get(dtype, str(dtype))

@@ -19,6 +19,7 @@ from vit5gen.cpu import warn_of_slow_bf16
 from vit5gen.errors import UserError, choose
 from vit5gen.outputs import Output
 from vit5gen.pipeline import SAMPLERS, SiTPipeline, SiTScheduler, load_pipeline, pipeline_folder
+from vit5gen.precision import precision_of
 from vit5gen.processes import processes, start_processes
 
 _EVALUATION = EvaluationConfig()
@@ -142,9 +143,11 @@ def sample_command(
     if guide is not None:
         decided["guide_sha256"] = pipeline_hash(pipeline_folder(guide))
     decided["autoguidance_scale"] = autoguidance_scale
+    prepare(pipe, state.device, precision, compile)
     folder = pipeline_folder(checkpoint)
     card = {
-        "settings": decided | {"precision": precision, "compile": compile, "resolution": list(pipe.image_size)},
+        "settings": decided
+        | {"precision": precision_of(pipe.transformer), "compile": compile, "resolution": list(pipe.image_size)},
         "checkpoint_sha256": pipeline_hash(folder),
         "versions": versions(),
         "run": {
@@ -163,7 +166,6 @@ def sample_command(
         state.print(f"{target.path} is finished already; nothing to do")
         return
     warn_of_slow_bf16(precision, state.device, state.print)
-    _prepare(pipe, state.device, precision, compile)
     try:
         if state.is_main_process:
             target.begin(card)
@@ -191,7 +193,8 @@ def sample_command(
     state.print(f"{num_images} images: {target.path}, settings: {target.card_file}")
 
 
-def _prepare(pipe: SiTPipeline, device: torch.device, precision: str, compile: bool) -> None:
+def prepare(pipe: SiTPipeline, device: torch.device, precision: str = "fp32", compile: bool = False) -> None:
+    """Move a pipeline to its device and have its networks compute in ``precision``: fp32, tf32 or bf16."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     pipe.to(device)
     for network in filter(None, (pipe.transformer, pipe.guide)):
