@@ -53,8 +53,8 @@ def _turn_off() -> list[Callable[[], object]]:
         except RuntimeError:  # the user chose by the newer settings alone
             continue
         turn_off.append(partial(write, off))
-    for write in turn_off:
-        write()
+    for change in turn_off:
+        change()
     return undo
 
 

@@ -1,9 +1,9 @@
 """The autoencoder between images and latents: load any AutoencoderKL, encode, decode; and train a small one."""
 
-import copy
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from diffusers import AutoencoderKL
 from huggingface_hub import model_info, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
-from torch import nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -26,6 +26,7 @@ from vit5gen.files import check_writable, clear_weights
 from vit5gen.parser import Parser, exit_on_bad_input
 from vit5gen.precision import exact_float32
 
+_HALF = (torch.bfloat16, torch.float16)
 EMOJI = Path(__file__).with_name("emoji_vae")
 
 
@@ -79,9 +80,9 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torc
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Return images (B, 3, H, W) in [-1, 1] of scaled latents (B, C, h, w)."""
     scale, shift = scaling(vae)
-    vae = vae if vae.dtype == torch.float32 else _in_float32(vae)  # bf16 would move two values in five by a grey level
-    with exact_float32(latents.device), torch.no_grad():
-        return vae.decode(latents.to(vae.dtype) / scale + shift).sample.clamp(-1, 1)
+    wide = torch.promote_types(vae.dtype, torch.float32)  # in bf16 two values in five would move by a grey level
+    with exact_float32(latents.device), torch.no_grad(), nullcontext() if vae.dtype == wide else _Widening():
+        return vae.decode(latents.to(wide) / scale + shift).sample.clamp(-1, 1)
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -215,19 +216,32 @@ def scaling(vae: AutoencoderKL) -> tuple[float, float]:
     elif not isinstance(scale, Real) or not (scale and math.isfinite(scale) and math.isfinite(shift)):
         fault = f"scaling_factor = {scale!r}, shift_factor = {shift!r}"
     else:
-        return scale, shift
+        return float(scale), float(shift)
     raise UserError(
         f"autoencoder {name!r}: {fault}; expected an AutoencoderKL whose latents are scaled by finite numbers,"
         " scaling_factor (not 0) and shift_factor, alone: choose another one"
     )
 
 
-def _in_float32(vae: AutoencoderKL) -> AutoencoderKL:
-    """Return an fp32 copy that decodes: casting the autoencoder itself would change it under other threads."""
-    previous = getattr(getattr(vae, "_hf_hook", None), "prev_module_hook", None)  # of offloading: it holds the network
-    wide = copy.deepcopy(vae, {id(vae.encoder): nn.Identity(), id(previous): previous})
-    wide.__dict__.pop("decode", None)  # a compiled one, which would decode with the weights of the original
-    return nn.Module.to(wide, torch.float32)
+class _Widening(TorchFunctionMode):
+    """In this thread, whatever meets fp32 is cast to it where it is used, and nothing is cast from it.
+
+    So an autoencoder of bf16 or fp16 decodes exactly, while it stays as it is for other threads, and for offloading.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        values = [*args, *(kwargs or {}).values()]
+        if any(isinstance(value, torch.Tensor) and value.dtype == torch.float32 for value in values):
+            args = tuple(map(_widen, args))
+            kwargs = {name: _widen(value) for name, value in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
+def _widen(value: Any) -> Any:
+    """Return a tensor of half precision, or the name of such a type, as fp32."""
+    if isinstance(value, torch.Tensor) and value.dtype in _HALF:
+        return value.float()
+    return torch.float32 if isinstance(value, torch.dtype) and value in _HALF else value
 
 
 def main(arguments: list[str] | None = None) -> None:
