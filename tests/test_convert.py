@@ -172,6 +172,24 @@ def test_published_weights_that_are_not_finite_are_refused(tmp_path: Path, value
     assert not (tmp_path / "pipeline").exists()
 
 
+def test_an_average_that_is_not_finite_is_refused(run: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(run / "checkpoints" / "step_00000010", tmp_path / "checkpoints" / "step_00000010")
+    state = load_file(broken / "ema_0.9.safetensors")
+    name = next(iter(state))
+    state[name].view(-1)[:2] = torch.nan
+    save(
+        tmp_path / "checkpoints",
+        30,
+        {"model": load_file(broken / "model.safetensors"), "ema_0.9": state},
+        {},
+        (broken / "config.yaml").read_text(),
+    )
+    with pytest.raises(UserError, match=rf"2 of the \d+ values of {name} are not finite.* take an earlier checkpoint"):
+        convert_command(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    convert_command(broken, tmp_path / "out")
+
+
 def test_an_autoencoder_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     file, heads = published("sit_tiny", tmp_path)
     vae = tiny_autoencoder()
