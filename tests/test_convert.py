@@ -156,3 +156,44 @@ def test_what_is_missing_is_no_error(run: Path, tmp_path: Path, capsys: pytest.C
     convert_command(tmp_path / "run", tmp_path / "out", vae="none")
     assert "try" not in capsys.readouterr().out
     assert SiTPipeline.from_pretrained(tmp_path / "out").config.id2label == {}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_published_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    file, heads = published("sit_tiny", tmp_path)
+    state = torch.load(file)
+    state["ema"]["blocks.0.mlp.fc1.bias"][3] = value
+    torch.save(state, file)
+    with pytest.raises(
+        UserError, match=r"1 of the \d+ values of backbone\.blocks\.0\.mlp\.fc1\.bias are not"
+    ) as caught:
+        convert_command(file, tmp_path / "pipeline", "none", num_attention_heads=heads)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "pipeline").exists()
+
+
+def test_an_average_that_is_not_finite_is_refused(run: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(run / "checkpoints" / "step_00000010", tmp_path / "checkpoints" / "step_00000010")
+    state = load_file(broken / "ema_0.9.safetensors")
+    name = next(iter(state))
+    state[name].view(-1)[:2] = torch.nan
+    save(
+        tmp_path / "checkpoints",
+        30,
+        {"model": load_file(broken / "model.safetensors"), "ema_0.9": state},
+        {},
+        (broken / "config.yaml").read_text(),
+    )
+    with pytest.raises(UserError, match=rf"2 of the \d+ values of {name} are not finite.* take an earlier checkpoint"):
+        convert_command(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    convert_command(broken, tmp_path / "out")
+
+
+def test_an_autoencoder_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    file, heads = published("sit_tiny", tmp_path)
+    vae = tiny_autoencoder()
+    vae.decoder.conv_in.bias.data[0] = torch.nan
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(UserError, match=r"vae .*values of decoder\.conv_in\.bias are not finite"):
+        convert_command(file, tmp_path / "pipeline", str(tmp_path / "vae"), num_attention_heads=heads)

@@ -3,6 +3,8 @@
 import resource
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from vit5gen.cli import main
 from vit5gen.config import TrainingConfig
 from vit5gen.models.classifier import ViT5
 from vit5gen.models.transformer import SiTTransformer2DModel
+from vit5gen.precision import exact_float32
 from vit5gen.training.process import make_accelerator
 
 
@@ -163,3 +166,66 @@ def test_gradient_checkpointing_gives_large_blocks_back(checkpointing, tmp_path,
     monkeypatch.setattr("vit5gen.training.process.keep_freed_memory", lambda large: met.append(large))
     make_accelerator(TrainingConfig(gradient_checkpointing=checkpointing, trackers=[]), tmp_path)
     assert met == [not checkpointing]
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_tf32_is_as_before_after_contexts_that_overlap(monkeypatch, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    parts = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+
+    def settings():
+        tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32  # raise where torch's disagree
+        return (*tf32, torch.get_float32_matmul_precision(), *(part.fp32_precision == "tf32" for part in parts))
+
+    for asked in ("highest", "high"):
+        torch.set_float32_matmul_precision(asked)
+        before = settings()
+        first, second = (exact_float32(torch.device("cpu")) for _ in range(2))
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        found = settings()
+        assert not found[0]
+        assert not any(found[3:5])
+        assert not (gpu and found[1])
+        second.__exit__(None, None, None)
+        assert settings() == before
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_other_threads_never_meet_a_precision_that_rounds(monkeypatch):
+    monkeypatch.setattr(cpu, "_rounds_nothing", lambda: False)
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    with cpu.fast_products():
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert asked == []
+
+
+def test_plain_products_wait_for_the_end_of_fast_ones(monkeypatch):
+    monkeypatch.setattr(cpu, "_rounds_nothing", lambda: True)
+    met, entered, leave = [], threading.Event(), threading.Event()
+
+    def fast():
+        with cpu.fast_products():
+            entered.set()
+            leave.wait(10)
+            met.append(torch.get_float32_matmul_precision())
+
+    def plain():
+        with cpu.plain_products(), cpu.fast_products(), cpu.plain_products():  # its own never waits
+            met.append("plain")
+
+    with ThreadPoolExecutor(3) as threads:
+        threads.submit(fast)
+        entered.wait(10)
+        waiting = threads.submit(plain)
+        while not cpu._PLAIN:
+            pass
+        after = threads.submit(fast)  # comes after the one that waits
+        assert not waiting.done()
+        leave.set()
+        waiting.result(10)
+        after.result(10)
+    assert met == ["medium", "plain", "medium"]
+    assert torch.get_float32_matmul_precision() == "highest"

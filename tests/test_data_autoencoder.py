@@ -1,11 +1,13 @@
 """The autoencoder: its scaling, the shipped one's quality, training, and names that cannot be loaded."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from PIL import Image
+from tiny import tiny_autoencoder
 
 from vit5gen.config import AutoencoderTraining, DataConfig, read_yaml, validate
 from vit5gen.data.autoencoder import (
@@ -16,6 +18,7 @@ from vit5gen.data.autoencoder import (
     load_autoencoder,
     main,
     psnr,
+    scaling,
     to_uint8,
     train_autoencoder,
 )
@@ -175,3 +178,43 @@ def test_committed_configuration_is_valid() -> None:
     path = Path(__file__).parents[1] / "configs" / "vae" / "emoji.yaml"
     config = validate(AutoencoderTraining, read_yaml(path), str(path))
     assert config.data.split == "train"
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "has latents_mean and latents_std"),
+        ({"latents_std": [1.0] * 4}, "has latents_std"),
+        ({"scaling_factor": 0.0}, "scaling_factor = 0.0"),
+        ({"scaling_factor": None}, "scaling_factor = None"),
+        ({"scaling_factor": [1.0] * 4}, r"scaling_factor = \[1.0"),
+        ({"shift_factor": float("nan")}, "shift_factor = nan"),
+    ],
+)
+def test_scaling_that_is_not_read_is_refused(tmp_path: Path, changes: dict, fault: str) -> None:
+    vae = tiny_autoencoder()
+    vae.register_to_config(**changes)
+    vae.save_pretrained(tmp_path)
+    for use in (lambda: load_autoencoder(str(tmp_path)), lambda: decode(vae, torch.zeros(1, 4, 8, 8))):
+        with pytest.raises(UserError, match=f"{fault}.*choose another one") as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+def test_another_kind_of_autoencoder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'VQModel': its configuration has no shift_factor"):
+        scaling(VQModel(latent_channels=4))
+    assert scaling(AutoencoderTiny()) == (1.0, 0.0)  # decodes latents as they are
+    for folder, other in (("vq", VQModel(latent_channels=4)), ("tiny", AutoencoderTiny())):
+        other.save_pretrained(tmp_path / folder)
+        with pytest.raises(UserError, match=r"vae\.name .*no autoencoder can be loaded"):
+            load_autoencoder(str(tmp_path / folder))
+
+
+def test_configurations_of_old_have_no_shift(tmp_path: Path) -> None:
+    tiny_autoencoder().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("shift_factor", "latents_mean", "latents_std", "_class_name"):
+        del config[key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert scaling(load_autoencoder(str(tmp_path))) == (0.18215, 0.0)

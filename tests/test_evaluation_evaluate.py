@@ -23,6 +23,7 @@ from vit5gen.evaluation.evaluate import (
     markdown,
     open_reference,
     open_source,
+    samples_from_pipeline,
     samples_of,
 )
 from vit5gen.evaluation.features import Extractor, Features
@@ -275,15 +276,86 @@ def test_floor_is_the_distance_of_real_images_held_out_of_the_reference(tmp_path
     assert reference.floor(31) is None
 
 
-def test_several_seeds_give_mean_and_deviation(tmp_path, colour_extractor) -> None:
+def write_sampled(path: Path, seed: int, checkpoint: str = "a", **settings: object) -> Path:
+    """Write an npz and the card that `vit5gen sample` leaves beside it."""
+    card = {"settings": {"seed": seed, "sampler": "ode-heun"} | settings, "checkpoint_sha256": checkpoint}
+    path.with_suffix(".card.json").write_text(json.dumps(card))
+    return write_npz(path, pictures(20, seed))
+
+
+def test_several_seeds_of_a_model_give_mean_and_deviation(tmp_path, colour_extractor) -> None:
     reference = open_reference(write_folder(tmp_path / "real", pictures(30, seed=9)), colour_extractor, 8)
-    sets = [samples_of(open_source(write_npz(tmp_path / f"{seed}.npz", pictures(20, seed))), 8) for seed in range(3)]
-    together = evaluation_card(sets, reference, colour_extractor)["metrics"]["FD-Colours"]
+    sets = [samples_of(open_source(write_sampled(tmp_path / f"{seed}.npz", seed)), 8) for seed in range(3)]
+    card = evaluation_card(sets, reference, colour_extractor)
+    together = card["metrics"]["FD-Colours"]
     alone = [evaluation_card([one], reference, colour_extractor)["metrics"]["FD-Colours"]["value"] for one in sets]
     assert together["value"] == pytest.approx(np.mean(alone))
     assert together["deviation"] == pytest.approx(np.std(alone, ddof=1))
     assert [run["value"] for run in together["runs"]] == alone
     assert together.keys() == {"value", "deviation", "runs"}  # an interval is that of one run
+    assert [model["samples"] for model in card["models"]] == [[0, 1, 2]]
+    (row,) = markdown(card)[2:]
+    assert row.startswith("| 0.npz, mean of 3 seeds | 20 |")
+    assert "| standard deviation between seeds |" in row
+
+
+def test_models_are_rows_and_never_averaged(tmp_path, colour_extractor) -> None:
+    reference = open_reference(write_folder(tmp_path / "real", pictures(30, seed=9)), colour_extractor, 8)
+    files = [
+        write_sampled(tmp_path / "a0.npz", 0),
+        write_sampled(tmp_path / "b0.npz", 0, checkpoint="b"),
+        write_sampled(tmp_path / "a1.npz", 1),
+        write_sampled(tmp_path / "a1_guided.npz", 1, guidance_scale=2.0),
+        write_sampled(tmp_path / "again.npz", 0),  # the same seed is no other draw
+        write_npz(tmp_path / "no_card.npz", pictures(20, 7)),
+        write_npz(tmp_path / "nor_here.npz", pictures(20, 8)),
+    ]
+    (tmp_path / "odd.card.json").write_text("{}")
+    files.append(write_npz(tmp_path / "odd.npz", pictures(20, 6)))
+    sets = [samples_of(open_source(file), 8) for file in files]
+    alone = [evaluation_card([one], reference, colour_extractor) for one in sets]
+    card = evaluation_card(sets, reference, colour_extractor)
+    assert [model["samples"] for model in card["models"]] == [[0, 2], [1], [3], [4], [5], [6], [7]]
+    for model in card["models"][1:]:
+        assert model["metrics"] == alone[model["samples"][0]]["metrics"]
+    assert card["metrics"] == card["models"][0]["metrics"]
+    assert "7 models: the card's metrics are those of the first; see models for each" in card["warnings"]
+    head, _, *rows = markdown(card)
+    assert "\n".join(rows) == card["markdown"]
+    assert [row.split(" | ")[0] for row in rows][:3] == ["| a0.npz, mean of 2 seeds", "| b0.npz", "| a1_guided.npz"]
+    assert rows[1] == alone[1]["markdown"]
+    assert " | ± | " in head
+    assert " | standard error | " in rows[1]
+
+
+def test_names_that_two_models_share_are_shown_as_paths(tmp_path, colour_extractor, capsys) -> None:
+    reference = write_npz(tmp_path / "real.npz", pictures(30, seed=1))
+    folders = [str(write_folder(tmp_path / name / "pipeline", pictures(20, seed=2))) for name in "ab"]
+    evaluate_command([*folders, folders[0]], reference=str(reference), extractor="colours", metrics=["fid"])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {folder}" for folder in folders]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "matmul", "precision"),
+    [
+        (torch.float32, "highest", "fp32"),
+        (torch.float32, "high", "tf32"),
+        (torch.bfloat16, "highest", "bf16"),
+        (torch.float16, "highest", "fp16"),
+    ],
+)
+def test_a_card_tells_the_precision_that_was_set(tmp_path, dtype, matmul: str, precision: str) -> None:
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(matmul)
+    try:
+        samples = samples_from_pipeline(pipe.to(dtype), tmp_path, SamplingJob([0]), "balanced")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert samples.identity["sampling"]["precision"] == precision
+    assert samples.identity["sampling"]["device"] == "cpu"
 
 
 def test_a_pipeline_is_sampled_and_scored_in_one_pass(tmp_path) -> None:
@@ -291,16 +363,19 @@ def test_a_pipeline_is_sampled_and_scored_in_one_pass(tmp_path) -> None:
     pipe.save_pretrained(tmp_path / "run" / "pipeline")
     reference = write_npz(tmp_path / "real.npz", pictures(30, seed=1, side=16))
     options = {"reference": str(reference), "extractor": "colours", "batch_size": 5}
-    drawn = {"num_images": 12, "seeds": [3, 4], "label_mode": "random", "sampling": settings}
+    drawn = {"num_images": 12, "seeds": [3, 4, 3], "label_mode": "random", "sampling": settings}
     evaluate_command([str(tmp_path / "run")], output=str(tmp_path / "together.json"), **options, **drawn)
     files = []
-    for seed in drawn["seeds"]:
+    for seed in (3, 4):
         labels = draw_labels(12, range(5), seed, "random")
         chunks = [images for _, images in generate(pipe, SamplingJob(labels, seed, 5, settings))]
         files.append(str(write_npz(tmp_path / f"{seed}.npz", torch.cat(chunks))))
     evaluate_command(files, output=str(tmp_path / "files.json"), **options)
     together, apart = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("together", "files"))
-    assert together["metrics"] == apart["metrics"]
+    apart_by_name = [model["metrics"] for model in apart["models"]]
+    assert {name: score["runs"] for name, score in together["metrics"].items()} == {
+        name: [scores[name] for scores in apart_by_name] for name in apart["metrics"]
+    }
     sampling = together["samples"][1]["sampling"]
     assert (sampling["seed"], sampling["labels"]) == (4, "random")
     assert sampling["network_evaluations"] == {"total": 24, "per_image": 2}

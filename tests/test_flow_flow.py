@@ -183,3 +183,13 @@ def test_bad_input() -> None:
         Flow("Cosine")
     with pytest.raises(UserError, match=r"'sgima'.*Did you mean 'sigma'"):
         Flow().diffusion(0.5, "sgima")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("prediction", ["velocity", "score", "noise"])
+def test_states_may_be_one_number_a_sample(path: str, prediction: str) -> None:
+    x1, x0, t = normal(5), normal(5, seed=1), torch.linspace(0.2, 0.9, 5, dtype=torch.float64)
+    flow = Flow(path, prediction, "velocity", direction_weight=0.5)
+    model, column = (lambda x, t: 0.3 * x + t), (lambda x, t: 0.3 * x + t[:, None])
+    torch.testing.assert_close(flow.loss(model, x1, x0, t), flow.loss(column, x1[:, None], x0[:, None], t))
+    assert flow.loss(model, x1).shape == (5,)

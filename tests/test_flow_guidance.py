@@ -143,3 +143,28 @@ def test_a_model_of_the_wrong_shape_is_noticed(batch: tuple[Tensor, Tensor, Tens
     ):
         with pytest.raises(UserError, match="model output: shape"):
             guided(x, t)
+
+
+def test_states_may_be_one_number_a_sample() -> None:
+    x, t, y = torch.randn(3, generator=torch.Generator().manual_seed(0)), torch.rand(3), torch.tensor([0, 1, 2])
+    options = {"scale": 2.0, "null_label": NULL, "interval": (0.1, 0.9), "channels": 1}
+    flat = guide(lambda x, t, y: x * (y + 1) + t, y, **options)(x, t)
+    column = guide(lambda x, t, y: x * (y + 1)[:, None] + t[:, None], y, **options)(x[:, None], t)
+    assert torch.equal(flat, column[:, 0])
+    with pytest.raises(UserError, match="guidance_channels: 2; the model has only 1"):
+        guide(lambda x, t, y: x, y, **options | {"channels": 2})(x, t)
+
+
+def test_a_scale_may_change_between_evaluations(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, t, y = batch
+    scale = 1.0
+    guided = guide(model, y, lambda: scale, NULL)
+    for scale in (1.0, 3.0, 0.0, 1.0):
+        assert torch.equal(guided(x, t), guide(model, y, scale, NULL)(x, t))
+    for bad in (math.nan, math.inf, "2"):
+        scale = bad
+        with pytest.raises(UserError, match=r"guidance_scale: .*expected a finite number"):
+            guided(x, t)
+    scale = 2.0
+    with pytest.raises(UserError, match="null_label: the model has none"):
+        guide(model, y, lambda: scale)

@@ -59,3 +59,15 @@ def test_bad_input() -> None:
     for options in ({"probes": "gaussian"}, {"num_steps": 0}, {"method": "rk5"}, {"rtol": -1.0}):
         with pytest.raises(UserError, match="expected"):
             log_likelihood(Flow(), lambda x, t: x, normal(2, 3), **options)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "heun"])
+@pytest.mark.parametrize("probes", ["exact", "rademacher"])
+def test_states_may_be_one_number_a_sample(method: str, probes: str) -> None:
+    x, generator = normal(3), torch.Generator
+    options = {"num_steps": 4, "method": method, "probes": probes}
+    flat = log_likelihood(Flow(), lambda x, t: t - x, x, generator=generator().manual_seed(0), **options)
+    model = lambda x, t: t[:, None] - x  # noqa: E731
+    column = log_likelihood(Flow(), model, x[:, None], generator=generator().manual_seed(0), **options)
+    assert torch.equal(flat[0], column[0])
+    assert torch.equal(flat[1], column[1][:, 0])

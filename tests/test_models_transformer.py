@@ -1,11 +1,16 @@
 """The generator: sizes, shapes, modes of running, saving and bad input, for every registered backbone."""
 
+import copy
 import inspect
 import math
+import pickle
 import re
 
+import numpy as np
 import pytest
+import registered_backbones  # noqa: F401  # "dropout"
 import torch
+from accelerate.utils import compile_regions
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -237,6 +242,40 @@ def test_blocks_are_named_for_sharding():
         assert sum(type(module).__name__ == name for module in model.modules()) == 2
 
 
+@pytest.mark.parametrize("backbone", [*BACKBONES, "dropout"])
+def test_blocks_are_the_groups_of_offloading(backbone):
+    model = make(backbone, num_layers=3).eval()
+    inputs = batch()
+    expected = model(*inputs)
+    cpu = torch.device("cpu")
+    model.enable_group_offload(onload_device=cpu, offload_type="block_level", num_blocks_per_group=1)
+    groups = {}
+    for name, module in model.named_modules():
+        if (hooks := getattr(module, "_diffusers_hook", None)) and (hook := hooks.get_hook("group_offloading")):
+            groups[name] = [id(part) for part in hook.group.modules]
+    for i, block in enumerate(model.backbone.blocks):
+        assert groups[f"backbone.blocks.{i}"] == [id(block)]
+    others = {part for name in ("", "backbone") for part in groups.get(name, ())}
+    assert not others & {id(part) for part in (model.backbone, *model.backbone.modules())}
+    assert torch.equal(model(*inputs), expected)
+
+
+@pytest.mark.parametrize("backbone", ["sit", "dropout"])
+def test_the_backbone_is_a_module_like_any_other(backbone):
+    model = make(backbone).eval()
+    inputs = batch()
+    expected = model(*inputs)
+    regions = compile_regions(model, backend="eager")
+    torch.testing.assert_close(regions(*inputs), expected)
+    assert all(type(block).__name__ == "OptimizedModule" for block in regions.backbone.blocks)
+    assert regions.config.backbone == model.config.backbone == backbone
+    assert isinstance(model.backbone, torch.nn.Module)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+        assert torch.equal(other(*inputs), expected)
+    del model.backbone
+    assert not hasattr(model, "backbone")
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_sharded_blocks_compute_the_same(backbone, tmp_path):
     model, copy = make(backbone), make(backbone)
@@ -364,6 +403,35 @@ def test_latents_that_do_not_fit_are_refused():
         make()(*batch(width=9))
     with pytest.raises(UserError, match="latents: 5 channels"):
         make()(*batch(channels=5))
+
+
+@pytest.mark.parametrize(
+    "time", [0.5, np.float64(0.5), np.float32(0.5), torch.tensor(0.5), torch.tensor([0.5]), torch.full((3,), 0.5)]
+)
+def test_one_number_stands_for_a_time_of_all(time):
+    model = make().eval()
+    latents, labels = batch()[0], torch.tensor([4, 4, 4])
+    expected = model(latents, torch.full((3,), 0.5), labels)
+    for label in (4, np.int64(4), torch.tensor(4), labels):
+        torch.testing.assert_close(model(latents, time, label), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(model(latents, 1, labels), model(latents, 1.0, labels))
+
+
+def test_times_and_labels_of_another_batch_are_refused():
+    latents, times, labels = batch()
+    for wrong in (torch.zeros(2), torch.zeros(3, 1)):
+        with pytest.raises(UserError, match=r"timestep: shape .* expected a number or shape \(3,\), one a sample"):
+            make()(latents, wrong, labels)
+        with pytest.raises(UserError, match="class_labels: shape"):
+            make()(latents, times, wrong.long())
+
+
+def test_exports_with_any_batch():
+    size = torch.export.Dim("size", min=2, max=8)
+    model = make(num_layers=1).eval()
+    exported = torch.export.export(model, batch(), dynamic_shapes=({0: size},) * 3).module()
+    latents, times, labels = (part[:2] for part in batch())
+    torch.testing.assert_close(exported(latents, times, labels), model(latents, times, labels))
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):

@@ -19,9 +19,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import PipelineCallback
-from tiny import NAMES, tiny_pipeline, tiny_transformer
+from tiny import NAMES, tiny_autoencoder, tiny_pipeline, tiny_transformer
 
-from vit5gen import SiTPipeline, SiTScheduler
+from vit5gen import SiTPipeline, SiTScheduler, SiTTransformer2DModel
 from vit5gen.card import TrainingFacts, pipeline_hash
 from vit5gen.errors import UserError
 from vit5gen.flow import Flow, sample_ode, sample_sde
@@ -371,6 +371,75 @@ def test_callback_may_interrupt(pipe: SiTPipeline) -> None:
     assert not pipe.interrupt
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_callback_may_change_the_guidance(pipe: SiTPipeline, sampler: str) -> None:
+    options = {"num_inference_steps": 4, "sampler": sampler, "output_type": "latent"}
+    scales = {0: 3.0, 1: 1.0, 2: 0.0}  # on, off, unconditional; from the step after that one
+    asked: list[float] = []
+
+    def change(p: SiTPipeline, i: int, t: float, given: dict) -> dict:
+        p._guidance_scale = scales.get(i, p.guidance_scale)
+        asked.append(p.guidance_scale)
+        return given
+
+    images = pipe(0, generator=seed(), callback_on_step_end=change, **options).images
+    assert asked[:3] == [3.0, 1.0, 0.0]
+    assert len(asked) == pipe.num_timesteps
+    if sampler == "ode-euler":
+        assert pipe.num_evaluations == 1 + 2 + 1 + 2
+    assert not torch.equal(images, pipe(0, generator=seed(), **options).images)
+    if sampler == "ode-euler":
+        x, now, null = torch.randn(1, 4, 8, 8, generator=seed()), torch.tensor([0]), torch.tensor([5])
+        with torch.no_grad():
+            for i, scale in enumerate((1.0, 3.0, 1.0, 0.0)):
+                c, u = (pipe.transformer(x, torch.tensor([i / 4]), label) for label in (now, null))
+                x = x + (u + scale * (c - u)) / 4
+        torch.testing.assert_close(images, x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "2"])
+def test_callback_that_sets_no_scale_is_refused(pipe: SiTPipeline, scale: object) -> None:
+    def change(p: SiTPipeline, i: int, t: float, given: dict) -> dict:
+        p._guidance_scale = scale
+        return given
+
+    with pytest.raises(UserError, match=r"guidance_scale: .* expected a finite number"):
+        pipe(0, callback_on_step_end=change, **EULER)
+    pipe = tiny_pipeline(class_dropout_prob=0.0)
+    scale = 2.0
+    with pytest.raises(UserError, match="without label dropout"):
+        pipe(0, callback_on_step_end=change, **EULER)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "sampler", "count"),
+    [
+        (SiTScheduler(), "ode-rk4", 5),
+        (SiTScheduler(), "sde-euler", 6),
+        (SiTScheduler(last_step="tweedie"), "sde-heun", 6),
+        (SiTScheduler(last_step="none"), "sde-euler", 5),
+        (FlowMatchEulerDiscreteScheduler(), None, 5),
+        (FlowMatchHeunDiscreteScheduler(), None, 9),
+    ],
+)
+def test_num_timesteps_is_how_often_the_callback_is_called(
+    pipe: SiTPipeline, scheduler: object, sampler: str | None, count: int
+) -> None:
+    seen: list[int] = []
+
+    def watch(p: SiTPipeline, i: int, t: float, given: dict) -> dict:
+        seen.append(p.num_timesteps)
+        return given
+
+    pipe.scheduler = scheduler
+    pipe(0, num_inference_steps=5, sampler=sampler, output_type="latent", callback_on_step_end=watch)
+    assert seen == [count] * count
+    if isinstance(scheduler, SiTScheduler):
+        seen.clear()
+        pipe(0, num_inference_steps=5, sampler="ode-dopri5", output_type="latent", callback_on_step_end=watch)
+        assert seen == list(range(1, len(seen) + 1))
+
+
 def test_official_callback_class(pipe: SiTPipeline) -> None:
     class Zero(PipelineCallback):
         tensor_inputs = ("latents",)
@@ -446,6 +515,67 @@ def test_from_pipe_shares_the_components(pipe: SiTPipeline) -> None:
     assert again.transformer is pipe.transformer
     assert again.vae is pipe.vae
     assert again.config.id2label == NAMES
+
+
+def test_from_pipe_keeps_types(pipe: SiTPipeline) -> None:
+    pipe.guide = tiny_transformer(seed=9)
+    pipe.transformer.bfloat16()
+    again = SiTPipeline.from_pipe(pipe)
+    assert again.guide is pipe.guide
+    assert (pipe.transformer.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float32)
+    half = SiTPipeline.from_pipe(pipe, dtype=torch.bfloat16, id2label={0: "other"})
+    assert half.transformer is pipe.transformer
+    assert half.vae.dtype == half.guide.dtype == torch.bfloat16
+    assert (pipe.vae.dtype, pipe.guide.dtype) == (torch.float32, torch.float32)
+    assert half.config.id2label == {0: "other"}
+    full = SiTPipeline.from_pipe(pipe, torch_dtype=torch.float32, vae=None)
+    assert (full.transformer.dtype, full.vae) == (torch.float32, None)
+    assert pipe.transformer.dtype == torch.bfloat16
+
+
+SHARDED, PICKLED = {"max_shard_size": "20KB"}, {"safe_serialization": False}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (SHARDED, {}),
+        ({}, SHARDED),
+        (SHARDED, {"max_shard_size": "50KB"}),
+        ({}, PICKLED),
+        (PICKLED, {}),
+        (SHARDED, PICKLED),
+        (SHARDED | {"variant": "fp16"}, {"variant": "fp16"}),
+    ],
+)
+def test_saving_leaves_nothing_of_an_earlier_save(pipe: SiTPipeline, tmp_path: Path, before: dict, after: dict) -> None:
+    pipe.guide = tiny_transformer(seed=9)
+    pipe.save_pretrained(tmp_path / "a", **before)
+    if "variant" in after:  # another variant is no earlier save
+        pipe.save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "transformer" / "notes.txt").write_text("mine")
+    other = SiTPipeline(tiny_transformer(seed=5), SiTScheduler(), tiny_autoencoder(7), id2label=NAMES)
+    other.save_pretrained(tmp_path / "a", **after)
+    other.save_pretrained(tmp_path / "b", **after)
+    if "variant" not in after:
+        (tmp_path / "a" / "transformer" / "notes.txt").unlink()
+        assert pipeline_hash(tmp_path / "a") == pipeline_hash(tmp_path / "b")
+        assert not (tmp_path / "a" / "guide").exists()
+    again = SiTPipeline.from_pretrained(tmp_path / "a", variant=after.get("variant"))
+    for name in ("transformer", "vae"):
+        theirs, ours = getattr(again, name).state_dict(), getattr(other, name).state_dict()
+        assert all(torch.equal(theirs[key], ours[key]) for key in ours)
+    other.transformer.save_pretrained(tmp_path / "c", **before)
+    other.transformer.save_pretrained(tmp_path / "c", **after)
+    SiTTransformer2DModel.from_pretrained(tmp_path / "c", variant=after.get("variant"))
+
+
+def test_saving_over_the_folder_that_it_came_from(pipe: SiTPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path, **SHARDED)
+    before = pipe(0, generator=seed(), **EULER).images
+    again = SiTPipeline.from_pretrained(tmp_path)
+    again.save_pretrained(tmp_path)
+    assert torch.equal(SiTPipeline.from_pretrained(tmp_path)(0, generator=seed(), **EULER).images, before)
 
 
 def test_a_hub_name_resolves_our_components(pipe: SiTPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -561,3 +691,23 @@ def test_guidance_needs_a_null_label() -> None:
     pipe(0, **EULER)
     with pytest.raises(UserError, match="without label dropout"):
         pipe(0, guidance_scale=2.0, **EULER)
+
+
+def test_an_autoencoder_of_other_scaling_is_refused_wherever_it_comes_in(pipe: SiTPipeline) -> None:
+    vae = tiny_autoencoder()
+    vae.register_to_config(latents_mean=[0.0] * 4)
+    with pytest.raises(UserError, match="its configuration has latents_mean; expected an AutoencoderKL"):
+        SiTPipeline(pipe.transformer, SiTScheduler(), vae)
+    pipe.vae = vae
+    with pytest.raises(UserError, match="its configuration has latents_mean"):
+        pipe(0, num_inference_steps=1)
+
+
+@pytest.mark.parametrize("name", ["transformer", "guide", "vae"])
+def test_weights_that_are_not_finite_are_refused(pipe: SiTPipeline, tmp_path: Path, name: str) -> None:
+    pipe.guide = tiny_transformer(seed=9)
+    next(getattr(pipe, name).parameters()).data.view(-1)[0] = torch.inf
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"{name}: 1 of the .* are not finite") as caught:
+        load_pipeline(tmp_path)
+    assert "\n" not in str(caught.value)

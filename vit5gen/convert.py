@@ -14,6 +14,7 @@ from vit5gen.data.images import imagenet_names
 from vit5gen.errors import UserError, choose
 from vit5gen.files import read_json
 from vit5gen.models import SiTTransformer2DModel, load_sit
+from vit5gen.models.loading import check_finite, load_exactly
 from vit5gen.pipeline import SiTPipeline, SiTScheduler
 from vit5gen.training.build import build_model
 from vit5gen.training.checkpoint import load_tensors, newest_valid, problem
@@ -75,7 +76,7 @@ def _from_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPi
     averages = [f"ema_{decay}" for decay in config.training.ema_decays]
     chosen = choose("weights", weights or averages[0], [*averages, "model"])
     # An average holds parameters only; buffers come from the model.
-    model.load_state_dict({**load_tensors(folder, "model"), **load_tensors(folder, chosen)})
+    load_exactly(model, {**load_tensors(folder, "model"), **load_tensors(folder, chosen)})
     index = folder.parent.parent / "pipeline" / "model_index.json"
     names = read_json(index, "pipeline").get("id2label", {}) if index.is_file() else {}
     scheduler = SiTScheduler(config.flow.path, config.flow.prediction)
@@ -89,4 +90,6 @@ def _assemble(model: SiTTransformer2DModel, scheduler: SiTScheduler, vae: str, n
             f"vae {vae!r} has latents of {autoencoder.config.latent_channels} channels, the model takes"
             f" {model.config.in_channels}; give the --vae that it was trained with, or 'none'"
         )
+    if autoencoder is not None:
+        check_finite(f"vae {vae!r}", autoencoder.state_dict())
     return SiTPipeline(model.eval(), scheduler, autoencoder, id2label=names)

@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-_LOCK = threading.Lock()
+_CHANGED = threading.Condition()
 _OPEN: list[str | None] = []  # for every open context, of any thread, the precision to which the last one returns
+_PLAIN: list[None] = []  # one for every context, of any thread, that keeps to torch's setting or waits to
+_HELD = threading.local()  # how many contexts of either kind this thread is in
 
 
 @contextlib.contextmanager
@@ -20,15 +22,50 @@ def fast_products() -> Iterator[None]:
 
     Off Intel's processors it is twice as fast as MKL, torch's choice for fp32 (measured on AMD Zen 5).
     """
-    with _LOCK:
+    with _CHANGED:
+        _enter(lambda: not _PLAIN)
         _OPEN.append(_OPEN[-1] if _OPEN else _ask())
     try:
         yield
     finally:
-        with _LOCK:
+        with _CHANGED:
             before = _OPEN.pop()
             if not _OPEN and before is not None:
                 torch.set_float32_matmul_precision(before)
+            _leave()
+
+
+@contextlib.contextmanager
+def plain_products() -> Iterator[None]:
+    """Compute products as torch is set while other threads ask for fast ones: each waits for the end of the other.
+
+    Both are fp32 but add up in another order. The setting is the process's, and an image must not depend on who met it.
+    """
+    try:
+        with _CHANGED:
+            _PLAIN.append(None)  # before it waits, so that it comes next
+            _enter(lambda: not _OPEN)
+        try:
+            yield
+        finally:
+            with _CHANGED:
+                _leave()
+    finally:
+        with _CHANGED:
+            _PLAIN.pop()
+            _CHANGED.notify_all()
+
+
+def _enter(free: Callable[[], bool]) -> None:
+    """Wait until it is free, except in a thread that is in such a context: two of them would wait for ever."""
+    if not getattr(_HELD, "depth", 0):
+        _CHANGED.wait_for(free)
+    _HELD.depth = getattr(_HELD, "depth", 0) + 1
+
+
+def _leave() -> None:
+    _HELD.depth -= 1
+    _CHANGED.notify_all()
 
 
 @contextlib.contextmanager
@@ -47,22 +84,27 @@ def _ask() -> str | None:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # the user chose by torch's newer settings, one a backend: they stand
         return None
-    torch.set_float32_matmul_precision("medium")
     if not _rounds_nothing():
-        torch.set_float32_matmul_precision(before)
+        return None
+    torch.set_float32_matmul_precision("medium")
     return before
 
 
 @functools.cache
 def _rounds_nothing() -> bool:
-    """Whether "medium", set by now, leaves the last bit of fp32 alone: not on GPUs, nor on CPUs with tiles for bf16.
+    """Whether "medium" leaves the last bit of fp32 alone: not on GPUs, nor on CPUs with tiles for bf16.
 
-    Tried in a thread of its own, where no mode of the caller's holds: autocast, another device, a counter of FLOPs.
+    Tried once, in a thread of its own, where no mode of the caller's holds: autocast, another device, a counter of
+    FLOPs; where it does round, other threads never meet it.
     """
     if torch.cuda.is_available():
         return False
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_keeps_the_last_bit).result()
+        kept = thread.submit(_keeps_the_last_bit).result()
+    torch.set_float32_matmul_precision(before)
+    return kept
 
 
 def _keeps_the_last_bit() -> bool:

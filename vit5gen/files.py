@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,6 +116,23 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{what} {path} holds a {type(value).__name__}; expected an object; write it again")
     return value
+
+
+def clear_weights(folder: str | Path, variant: str | None = None, whole: bool = False) -> None:
+    """Delete the weights that an earlier save of this variant left: the index of shards that are gone outdoes a file.
+
+    whole: also the configuration, of a component that is no longer there, and the folder unless it holds more.
+    """
+    kind = f".{re.escape(variant)}" if variant else ""
+    name = "diffusion_pytorch_model"
+    weights = rf"{name}{kind}(-\d+-of-\d+)?\.(bin|safetensors)|{name}\.(bin|safetensors)\.index{kind}\.json"
+    files = [file for file in Path(folder).glob("*") if re.fullmatch(weights, file.name)]
+    if whole and files:
+        files.append(Path(folder) / "config.json")
+    for file in files:
+        file.unlink(missing_ok=True)
+    if whole and files and not any(Path(folder).iterdir()):
+        Path(folder).rmdir()
 
 
 def sha256(path: str | Path) -> str:

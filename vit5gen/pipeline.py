@@ -1,7 +1,12 @@
 """SiTPipeline, the only label -> image code there is."""
 
+import copy
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +23,12 @@ from torch import Tensor, nn
 
 from vit5gen.card import TrainingFacts, model_card
 from vit5gen.config import SamplingConfig
-from vit5gen.data.autoencoder import decode, downsample, to_uint8
+from vit5gen.data.autoencoder import decode, downsample, scaling, to_uint8
 from vit5gen.errors import UserError, choose, nearest
-from vit5gen.files import write_text
+from vit5gen.files import clear_weights, write_text
 from vit5gen.flow import CountingModel, Flow, guide
 from vit5gen.models import SiTTransformer2DModel
-from vit5gen.models.loading import align
+from vit5gen.models.loading import align, check_finite
 from vit5gen.scheduler import SAMPLERS, Generators, ModelFn, SiTScheduler, foreign_steps
 
 __all__ = ["SAMPLERS", "SiTPipeline", "SiTScheduler", "find_pipeline", "load_pipeline", "pipeline_folder"]
@@ -35,6 +40,49 @@ OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
 _SAMPLING = SamplingConfig()
 
 Labels = int | str | Sequence[int | str] | Tensor | np.ndarray
+
+
+@dataclass
+class _Call:
+    """What a call shows, and lets its callback change."""
+
+    guidance_scale: float = _SAMPLING.guidance_scale
+    num_timesteps: int = 0
+    interrupt: bool = False
+    num_evaluations: int = 0
+
+
+class _Calls(threading.local):
+    """The call of each thread: the one that runs there, or else its last one, or else the pipeline's last one."""
+
+    def __init__(self, last: list[_Call]) -> None:
+        self.last, self.running = last, 0
+        self.own: _Call | None = None
+
+    def __reduce__(self) -> tuple:  # of a copy: its threads have made no call
+        return type(self), ([_Call()],)
+
+    @property
+    def now(self) -> _Call:
+        return self.own or self.last[0]
+
+    @contextmanager
+    def begin(self) -> Iterator[_Call]:
+        outer, call = self.own if self.running else None, _Call()
+        self.own, self.last[0], self.running = call, call, self.running + 1
+        try:
+            yield call
+        finally:
+            self.running -= 1
+            if outer is not None:  # a callback has called the pipeline
+                self.own = outer
+
+
+def _of_the_call(name: str) -> Any:
+    """Return a property that reads and sets what `_Call` holds under this name."""
+    return property(
+        lambda pipe: getattr(pipe._calls.now, name), lambda pipe, value: setattr(pipe._calls.now, name, value)
+    )
 
 
 class SiTPipeline(DiffusionPipeline):
@@ -61,11 +109,19 @@ class SiTPipeline(DiffusionPipeline):
         super().__init__()
         for module in filter(None, (transformer, vae, guide)):
             align(module)
+        if vae is not None:
+            scaling(vae)  # raises where it is none that `decode` knows
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, guide=guide)
         # JSON turns ids into strings.
         self.register_to_config(id2label={int(i): name for i, name in (id2label or {}).items()})
         self._flow = scheduler.flow if isinstance(scheduler, SiTScheduler) else Flow()
-        self.num_evaluations = 0
+        self._calls = _Calls([_Call()])
+
+    # diffusers' names; a callback sets _guidance_scale and _interrupt, and they hold for its call alone.
+    _guidance_scale = _of_the_call("guidance_scale")
+    _num_timesteps = _of_the_call("num_timesteps")
+    _interrupt = _of_the_call("interrupt")
+    num_evaluations = _of_the_call("num_evaluations")
 
     @property
     def flow(self) -> Flow:
@@ -86,10 +142,12 @@ class SiTPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
+        """The scale of this thread's call; a callback that sets ``pipe._guidance_scale`` changes the steps after it."""
         return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
+        """How often the callback is called; with ode-dopri5, which cannot know, how often so far."""
         return self._num_timesteps
 
     @property
@@ -170,6 +228,8 @@ class SiTPipeline(DiffusionPipeline):
         choose("output_type", output_type, OUTPUT_TYPES)
         if output_type != "latent" and self.vae is None:
             raise UserError(f"output_type = {output_type!r} needs an autoencoder; set pipe.vae or use 'latent'")
+        if self.vae is not None:  # it may have been assigned
+            scaling(self.vae)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         for name in callback_on_step_end_tensor_inputs:
@@ -181,50 +241,51 @@ class SiTPipeline(DiffusionPipeline):
         weak = None
         if autoguidance_scale != 1:
             weak = CountingModel(_at_one_time(self._weak_model(autoguidance_scale), sampler))
-        model_fn = guide(
-            network,
-            torch.tensor(ids, device=x.device),
-            guidance_scale,
-            self._null_label(guidance_scale),
-            guidance_interval,
-            guidance_channels,
-            weak_model=weak,
-            weak_scale=autoguidance_scale,
-        )
-        steps = self._steps(sampler, model_fn, x, num_inference_steps, generator)
-        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, num_inference_steps, False
-        with self.progress_bar(total=num_inference_steps) as bar:
-            for i, t, x in steps:
-                if callback_on_step_end is not None:
-                    given = dict.fromkeys(callback_on_step_end_tensor_inputs, x)
-                    replaced = callback_on_step_end(self, i, t, given).get("latents", x)
-                    if replaced is not x:
-                        if sampler == "ode-dopri5":
-                            raise UserError(
-                                "callback_on_step_end cannot replace the latents of ode-dopri5: its images are"
-                                " at different times; choose a solver of fixed steps"
-                            )
-                        x.copy_(replaced)  # the solver goes on from this very tensor
-                bar.update(round(t * num_inference_steps) - bar.n)  # some solvers take more or fewer steps
-                if self._interrupt:
-                    break
-        self.num_evaluations = (network.rows + (weak.rows if weak else 0)) // len(ids)
-        images = x if output_type == "latent" else self._decode(x, output_type)
+        with self._calls.begin() as call:
+            call.guidance_scale = guidance_scale
+            model_fn = guide(
+                network,
+                torch.tensor(ids, device=x.device),
+                lambda: self._guided_by(call.guidance_scale),
+                self.transformer.null_label,
+                guidance_interval,
+                guidance_channels,
+                weak_model=weak,
+                weak_scale=autoguidance_scale,
+            )
+            call.num_timesteps, steps = self._steps(sampler, model_fn, x, num_inference_steps, generator)
+            with self.progress_bar(total=num_inference_steps) as bar:
+                for i, t, x in steps:
+                    call.num_timesteps = max(call.num_timesteps, i + 1)
+                    if callback_on_step_end is not None:
+                        given = dict.fromkeys(callback_on_step_end_tensor_inputs, x)
+                        replaced = callback_on_step_end(self, i, t, given).get("latents", x)
+                        if replaced is not x:
+                            if sampler == "ode-dopri5":
+                                raise UserError(
+                                    "callback_on_step_end cannot replace the latents of ode-dopri5: its images are"
+                                    " at different times; choose a solver of fixed steps"
+                                )
+                            x.copy_(replaced)  # the solver goes on from this very tensor
+                    bar.update(round(t * num_inference_steps) - bar.n)  # some solvers take more or fewer steps
+                    if call.interrupt:
+                        break
+            call.num_evaluations = (network.rows + (weak.rows if weak else 0)) // len(ids)
+            images = x if output_type == "latent" else self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _null_label(self, guidance_scale: float) -> int:
-        config = self.transformer.config
-        if guidance_scale != 1 and config.class_dropout_prob == 0:
+    def _guided_by(self, guidance_scale: float) -> float:
+        if guidance_scale != 1 and self.transformer.config.class_dropout_prob == 0:
             raise UserError(
                 f"guidance_scale = {guidance_scale}: trained without label dropout, this model has no null label;"
                 " use 1, or autoguidance"
             )
-        return self.transformer.null_label
+        return guidance_scale
 
     def _weak_model(self, scale: float) -> nn.Module:
         if self.guide is None:
-            raise UserError(f"autoguidance_scale = {scale} needs a second transformer; set pipe.guide")
+            raise UserError(f"autoguidance_scale = {scale} needs a second transformer; give one (--guide, pipe.guide)")
         for name in ("num_classes", "in_channels"):
             weak, strong = self.guide.config[name], self.transformer.config[name]
             if weak != strong:
@@ -254,9 +315,11 @@ class SiTPipeline(DiffusionPipeline):
 
     def _steps(
         self, sampler: str | None, model_fn: ModelFn, x: Tensor, num_steps: int, generator: Generators
-    ) -> Iterator[tuple[int, float, Tensor]]:
+    ) -> tuple[int, Iterator[tuple[int, float, Tensor]]]:
         if isinstance(self.scheduler, SiTScheduler):
-            return self.scheduler.steps(sampler or _SAMPLING.sampler, model_fn, x, num_steps, generator)
+            sampler = sampler or _SAMPLING.sampler
+            steps = self.scheduler.steps(sampler, model_fn, x, num_steps, generator)
+            return self.scheduler.num_timesteps(sampler, num_steps), steps
         if sampler is not None:
             raise UserError(
                 f"sampler = {sampler!r}: the scheduler is {type(self.scheduler).__name__}, which steps by itself;"
@@ -265,18 +328,29 @@ class SiTPipeline(DiffusionPipeline):
         return foreign_steps(self.scheduler, self.flow, model_fn, x, num_steps, generator)
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
-        dtype = self.vae.dtype
-        if dtype != torch.float32:  # bf16 would move two values in five by a grey level
-            nn.Module.to(self.vae, torch.float32)
         images = decode(self.vae, latents)
-        if dtype != torch.float32:
-            nn.Module.to(self.vae, dtype)
         if output_type == "uint8":
             return to_uint8(images)
         if output_type == "pil":
             return [Image.fromarray(image) for image in to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()]
         images = images / 2 + 0.5
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "SiTPipeline":
+        """Return a pipeline of the same components, except those in kwargs; none changes its type, as in diffusers.
+
+        dtype: what has another one is copied; the given pipeline keeps its own.
+        """
+        dtypes = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
+        found = {**pipeline.config, **pipeline.components}
+        pipe = cls(**({name: found[name] for name in signature(cls).parameters if name in found} | kwargs))
+        for name, module in pipe.components.items():
+            for dtype in filter(None, dtypes):
+                if isinstance(module, nn.Module) and module.dtype != dtype:
+                    setattr(pipe, name, copy.deepcopy(module).to(dtype))
+        pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        return pipe
 
     def save_pretrained(
         self, save_directory: str | Path, *args: Any, facts: TrainingFacts | None = None, **kwargs: Any
@@ -287,6 +361,9 @@ class SiTPipeline(DiffusionPipeline):
         """
         self.register_modules(**self.components)  # diffusers overlooks a component that was assigned over None
         self._write_extras(Path(save_directory), facts)
+        for name, component in self.components.items():
+            if component is None or isinstance(component, nn.Module):
+                clear_weights(Path(save_directory) / name, kwargs.get("variant"), whole=component is None)
         super().save_pretrained(str(save_directory), *args, **kwargs)
         for file in Path(save_directory).glob("*/*.safetensors"):  # which safetensors lets only their owner read
             shutil.copymode(file.with_name("config.json"), file)
@@ -312,12 +389,19 @@ class SiTPipeline(DiffusionPipeline):
 
 
 def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
-    """Load the pipeline of a run (RUN or RUN/pipeline) or a pipeline folder; raise `UserError` if it is neither."""
+    """Load the pipeline of a run (RUN or RUN/pipeline) or a pipeline folder.
+
+    Raises `UserError` if it is neither, does not load, or has weights that are not finite.
+    """
     folder = pipeline_folder(checkpoint)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # of three files read
     try:
-        return SiTPipeline.from_pretrained(folder)
+        pipe = SiTPipeline.from_pretrained(folder)
+        for name, component in pipe.components.items():
+            if isinstance(component, nn.Module):
+                check_finite(name, component.state_dict())
+        return pipe
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"checkpoint {folder} does not load: {' '.join(str(error).split())}; make it again") from error
     finally:

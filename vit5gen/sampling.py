@@ -1,5 +1,6 @@
 """Many images: their labels, their noise, and their division over processes."""
 
+import copy
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from vit5gen.cpu import warn_of_slow_bf16
 from vit5gen.errors import UserError, choose
 from vit5gen.outputs import Output
 from vit5gen.pipeline import SAMPLERS, SiTPipeline, SiTScheduler, load_pipeline, pipeline_folder
+from vit5gen.precision import precision_of
 from vit5gen.processes import processes, start_processes
 
 _EVALUATION = EvaluationConfig()
@@ -71,15 +73,20 @@ def generate(pipe: SiTPipeline, job: SamplingJob, done: np.ndarray | None = None
     settings = job.settings.model_dump() | {"autoguidance_scale": job.autoguidance_scale}
     if not isinstance(pipe.scheduler, SiTScheduler) and "sampler" not in job.settings.model_fields_set:
         del settings["sampler"]  # a scheduler of diffusers steps by itself; the pipeline refuses one that was asked for
-    shown = getattr(pipe, "_progress_bar_config", {})
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        for chunk in pending[state.process_index :: state.num_processes]:
-            labels = list(job.labels[chunk.start : chunk.stop])
-            generators = [image_generator(job.seed, i) for i in chunk]
-            yield chunk, pipe(labels, generator=generators, output_type="uint8", return_dict=False, **settings)[0].cpu()
-    finally:
-        pipe.set_progress_bar_config(**shown)
+    silent = copy.copy(pipe)  # of the same components; the bar of the pipeline that was given stays as it is
+    silent.set_progress_bar_config(disable=True)
+    for chunk in pending[state.process_index :: state.num_processes]:
+        labels = list(job.labels[chunk.start : chunk.stop])
+        generators = [image_generator(job.seed, i) for i in chunk]
+        yield chunk, silent(labels, generator=generators, output_type="uint8", return_dict=False, **settings)[0].cpu()
+
+
+def load_for_images(checkpoint: str | Path) -> SiTPipeline:
+    """Load a pipeline as `load_pipeline` does; raise `UserError` also where it draws latents alone."""
+    pipe = load_pipeline(checkpoint)
+    if pipe.vae is None:
+        raise UserError(f"checkpoint {checkpoint} has no autoencoder; convert it again with --vae NAME_OR_FOLDER")
+    return pipe
 
 
 def told_of(pipe: SiTPipeline, settings: SamplingConfig) -> dict[str, Any]:
@@ -123,9 +130,7 @@ def sample_command(
     settings = settings or SamplingConfig()
     choose("sampler", settings.sampler, SAMPLERS)
     state = start_processes()
-    pipe = load_pipeline(checkpoint)
-    if pipe.vae is None:
-        raise UserError(f"checkpoint {checkpoint} has no autoencoder; convert it again with --vae NAME_OR_FOLDER")
+    pipe = load_for_images(checkpoint)
     if guide is not None:
         pipe.guide = load_pipeline(guide).transformer
     # A class that is given twice counts once.
@@ -138,9 +143,11 @@ def sample_command(
     if guide is not None:
         decided["guide_sha256"] = pipeline_hash(pipeline_folder(guide))
     decided["autoguidance_scale"] = autoguidance_scale
+    prepare(pipe, state.device, precision, compile)
     folder = pipeline_folder(checkpoint)
     card = {
-        "settings": decided | {"precision": precision, "compile": compile, "resolution": list(pipe.image_size)},
+        "settings": decided
+        | {"precision": precision_of(pipe.transformer), "compile": compile, "resolution": list(pipe.image_size)},
         "checkpoint_sha256": pipeline_hash(folder),
         "versions": versions(),
         "run": {
@@ -159,7 +166,6 @@ def sample_command(
         state.print(f"{target.path} is finished already; nothing to do")
         return
     warn_of_slow_bf16(precision, state.device, state.print)
-    _prepare(pipe, state.device, precision, compile)
     try:
         if state.is_main_process:
             target.begin(card)
@@ -187,7 +193,8 @@ def sample_command(
     state.print(f"{num_images} images: {target.path}, settings: {target.card_file}")
 
 
-def _prepare(pipe: SiTPipeline, device: torch.device, precision: str, compile: bool) -> None:
+def prepare(pipe: SiTPipeline, device: torch.device, precision: str = "fp32", compile: bool = False) -> None:
+    """Move a pipeline to its device and have its networks compute in ``precision``: fp32, tf32 or bf16."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     pipe.to(device)
     for network in filter(None, (pipe.transformer, pipe.guide)):

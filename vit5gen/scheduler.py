@@ -1,5 +1,6 @@
 """The scheduler of `SiTPipeline`: the path from noise to data, and the steps of a scheduler of diffusers instead."""
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -56,12 +57,19 @@ class SiTScheduler(SchedulerMixin, ConfigMixin):
         options = {"diffusion": config.diffusion, "noise": noise, "shift": config.shift, **ending}
         return sde_steps(self.flow, model_fn, x, num_steps, method, **options)
 
+    def num_timesteps(self, sampler: str, num_steps: int) -> int:
+        """Return how often `steps` yields: for dopri5, which cannot know, 0."""
+        if sampler == "ode-dopri5":
+            return 0
+        return num_steps + (sampler.startswith("sde") and str(self.config.last_step).lower() != "none")
+
 
 def foreign_steps(
     scheduler: Any, flow: Flow, model_fn: ModelFn, x: Tensor, num_steps: int, noise: Generators
-) -> Iterator[tuple[int, float, Tensor]]:
-    """Yield (i, t, x) after each ``step`` of a flow-match scheduler of diffusers, which works in sigma = 1 - t.
+) -> tuple[int, Iterator[tuple[int, float, Tensor]]]:
+    """Return the number of steps, and (i, t, x) after each ``step``, of a flow-match scheduler of diffusers.
 
+    It works in sigma = 1 - t, and on a copy of the scheduler, whose state two calls must not share.
     The grid is uniform in t, as ours is, if the scheduler takes sigmas; otherwise its own.
     Raises `UserError` for a scheduler that is not made for flow matching or a path that is not linear.
     """
@@ -75,6 +83,7 @@ def foreign_steps(
         raise UserError(f"scheduler: {name} with use_dynamic_shifting needs a size of its own; set that to False")
     if flow.path != "linear":
         raise UserError(f"scheduler: {name} knows the linear path only, the model has {flow.path!r}; use SiTScheduler")
+    scheduler = copy.deepcopy(scheduler)
     if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
         scheduler.set_timesteps(sigmas=1 - np.arange(num_steps) / num_steps, device=x.device)
     else:
@@ -84,8 +93,12 @@ def foreign_steps(
     options = {"generator": noise} if takes_noise else {}
     # Not the timesteps: some schedulers round them.
     sigmas = scheduler.sigmas.tolist()
-    for i, timestep in enumerate(scheduler.timesteps):
-        velocity = flow.velocity(model_fn, x, to_diffusers(sigmas[i], x)[0])
-        _, output = to_diffusers(sigmas[i], velocity)
-        x = scheduler.step(output, timestep, x, return_dict=False, **options)[0]
-        yield i, to_diffusers(sigmas[i + 1], x)[0], x
+
+    def steps(x: Tensor) -> Iterator[tuple[int, float, Tensor]]:
+        for i, timestep in enumerate(scheduler.timesteps):
+            velocity = flow.velocity(model_fn, x, to_diffusers(sigmas[i], x)[0])
+            _, output = to_diffusers(sigmas[i], velocity)
+            x = scheduler.step(output, timestep, x, return_dict=False, **options)[0]
+            yield i, to_diffusers(sigmas[i + 1], x)[0], x
+
+    return len(scheduler.timesteps), steps(x)

@@ -3,7 +3,10 @@
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -11,6 +14,7 @@ from huggingface_hub import model_info, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -18,10 +22,11 @@ from vit5gen.config import AutoencoderTraining, read_yaml, validate
 from vit5gen.cpu import warn_of_slow_bf16
 from vit5gen.data.images import ImageSet, open_images
 from vit5gen.errors import UserError
-from vit5gen.files import check_writable
+from vit5gen.files import check_writable, clear_weights
 from vit5gen.parser import Parser, exit_on_bad_input
 from vit5gen.precision import exact_float32
 
+_HALF = (torch.bfloat16, torch.float16)
 EMOJI = Path(__file__).with_name("emoji_vae")
 
 
@@ -32,13 +37,14 @@ def load_autoencoder(name: str) -> AutoencoderKL:
     """
     source = EMOJI if name == "emoji" else Path(name).expanduser()
     try:
-        if source.is_dir():
-            vae = AutoencoderKL.from_pretrained(source)
-        elif is_cached(name):
-            vae = AutoencoderKL.from_pretrained(name, local_files_only=True)
-        else:
-            model_info(name, timeout=10)  # without a network this says so at once; the download would retry for long
-            vae = AutoencoderKL.from_pretrained(name)
+        options: dict[str, Any] = {"output_loading_info": True}
+        if not source.is_dir():
+            options["local_files_only"] = is_cached(name)
+            if not options["local_files_only"]:
+                model_info(name, timeout=10)  # without a network this says so; the download would retry for long
+        vae, found = AutoencoderKL.from_pretrained(source if source.is_dir() else name, **options)
+        if missing := found["missing_keys"]:  # diffusers would draw them at random
+            raise ValueError(f"it lacks {len(missing)} weights of an AutoencoderKL")
     except Exception as error:  # file, hub and http errors are those of many libraries
         detail = " ".join(str(error).split())[:120]
         raise UserError(
@@ -46,6 +52,7 @@ def load_autoencoder(name: str) -> AutoencoderKL:
             f" (config.json, safetensors), or a hub name and a network"
         ) from error
     vae.register_to_config(_name_or_path=name)  # as it was asked for: pipelines tell it, not this machine's folder
+    scaling(vae)  # raises where it is none that `encode` and `decode` know
     return vae.float().eval().requires_grad_(False)
 
 
@@ -66,15 +73,16 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torc
     """Return mean and standard deviation (B, C, h, w) of the scaled latents of uint8 images (B, 3, H, W)."""
     with torch.autocast(images.device.type, enabled=False), torch.no_grad():
         posterior = vae.encode(images.to(vae.dtype) / 127.5 - 1).latent_dist
-    scale, shift = _scaling(vae)
+    scale, shift = scaling(vae)
     return (posterior.mean - shift) * scale, posterior.std * scale
 
 
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Return images (B, 3, H, W) in [-1, 1] of scaled latents (B, C, h, w)."""
-    scale, shift = _scaling(vae)
-    with exact_float32(latents.device), torch.no_grad():
-        return vae.decode(latents.to(vae.dtype) / scale + shift).sample.clamp(-1, 1)
+    scale, shift = scaling(vae)
+    wide = torch.promote_types(vae.dtype, torch.float32)  # in bf16 two values in five would move by a grey level
+    with exact_float32(latents.device), torch.no_grad(), nullcontext() if vae.dtype == wide else _Widening():
+        return vae.decode(latents.to(wide) / scale + shift).sample.clamp(-1, 1)
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -138,6 +146,7 @@ def train_autoencoder(config: AutoencoderTraining, output: Path) -> float:
     vae.register_to_config(
         shift_factor=shift, scaling_factor=((mean - shift).square() + std.square()).mean().item() ** -0.5
     )
+    clear_weights(output)
     vae.half().save_pretrained(output)
     return _evaluate(load_autoencoder(str(output)), held_out, output)
 
@@ -196,8 +205,43 @@ def _evaluate(vae: AutoencoderKL, images: ImageSet, output: Path) -> float:
     return scores.mean().item()
 
 
-def _scaling(vae: AutoencoderKL) -> tuple[float, float]:
-    return vae.config.scaling_factor, vae.config.shift_factor or 0.0
+def scaling(vae: AutoencoderKL) -> tuple[float, float]:
+    """Return scale and shift of the latents, ``(z - shift) * scale``; refuse an autoencoder that tells others."""
+    config, name = vae.config, vae.config.get("_name_or_path") or type(vae).__name__
+    scale, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
+    others = [key for key in ("latents_mean", "latents_std") if config.get(key) is not None]
+    if "shift_factor" not in config or others:
+        found = " and ".join(others) or "no shift_factor"
+        fault = f"its configuration has {found}"
+    elif not isinstance(scale, Real) or not (scale and math.isfinite(scale) and math.isfinite(shift)):
+        fault = f"scaling_factor = {scale!r}, shift_factor = {shift!r}"
+    else:
+        return float(scale), float(shift)
+    raise UserError(
+        f"autoencoder {name!r}: {fault}; expected an AutoencoderKL whose latents are scaled by finite numbers,"
+        " scaling_factor (not 0) and shift_factor, alone: choose another one"
+    )
+
+
+class _Widening(TorchFunctionMode):
+    """In this thread, whatever meets fp32 is cast to it where it is used, and nothing is cast from it.
+
+    So an autoencoder of bf16 or fp16 decodes exactly, while it stays as it is for other threads, and for offloading.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        values = [*args, *(kwargs or {}).values()]
+        if any(isinstance(value, torch.Tensor) and value.dtype == torch.float32 for value in values):
+            args = tuple(map(_widen, args))
+            kwargs = {name: _widen(value) for name, value in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
+def _widen(value: Any) -> Any:
+    """Return a tensor of half precision, or the name of such a type, as fp32."""
+    if isinstance(value, torch.Tensor) and value.dtype in _HALF:
+        return value.float()
+    return torch.float32 if isinstance(value, torch.dtype) and value in _HALF else value
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -35,12 +35,14 @@ from vit5gen.evaluation.sources import ImageSource, open_data, open_folder, open
 from vit5gen.evaluation.statistics import place, sum_over_processes
 from vit5gen.files import check_writable, read_json, write_json
 from vit5gen.outputs import network_evaluations
-from vit5gen.pipeline import SiTPipeline, find_pipeline, load_pipeline, pipeline_folder
+from vit5gen.pipeline import SiTPipeline, find_pipeline, pipeline_folder
+from vit5gen.precision import precision_of
 from vit5gen.processes import start_processes
-from vit5gen.sampling import SamplingJob, draw_labels, generate, told_of
+from vit5gen.sampling import SamplingJob, draw_labels, generate, load_for_images, prepare, told_of
 
 ADM_METRICS = ("fid", "sfid", "is", "pr")
 PROTOCOLS = ("adm",)
+_OF_A_SEED = ("seed", "labels_sha256", "batch_size", "network_evaluations")  # differ between sets of one model
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def samples_from_pipeline(pipe: SiTPipeline, path: str | Path, job: SamplingJob,
         "labels": label_mode,
         "labels_sha256": sha256(json.dumps(list(job.labels)).encode()).hexdigest(),
         "batch_size": job.batch_size,
-        "precision": "fp32",
+        "precision": precision_of(pipe.transformer),
+        "device": pipe.device.type,
         "vae": None if pipe.vae is None else pipe.vae.config.get("_name_or_path"),
     }
     identity: dict[str, Any] = {"kind": "pipeline", "path": str(path), "sha256": pipeline_hash(pipeline_folder(path))}
@@ -122,10 +125,11 @@ def evaluation_card(
     metrics: Sequence[str] | None = None,
     protocol: str | None = None,
 ) -> dict[str, Any]:
-    """Score sets of samples, one for each seed, and return the evaluation card.
+    """Score sets of samples and return the evaluation card.
 
     ``protocol="adm"`` fixes ADM's metrics with their settings, and allows the name FID-50K if all of them are met.
-    With several sets every score is their mean, with the deviation between them. Raises `UserError` on bad input.
+    ``models`` holds the scores of each model: of several seeds (see `_by_model`) their mean, with the deviation between
+    them. ``metrics`` are the scores of the first. Raises `UserError` on bad input.
     """
     adm = protocol is not None and choose("protocol", protocol, PROTOCOLS) == "adm"
     if adm and metrics is not None and set(metrics) != set(ADM_METRICS):
@@ -141,6 +145,7 @@ def evaluation_card(
         return {}
     differences = _differences_from_adm(samples, reference, extractor) if adm else []
     label = "FID-50K" if adm and not differences else extractor.metric
+    models = [{"samples": places, "metrics": _join([runs[place] for place in places])} for places in _by_model(samples)]
     card: dict[str, Any] = {
         "samples": [one.identity for one in samples],
         "reference": reference.identity | {"count": reference.count},
@@ -149,27 +154,35 @@ def evaluation_card(
             "weights_sha256": extractor.weights_sha256,
             "settings": extractor.settings,
         },
-        "metrics": _join(runs),
+        "metrics": models[0]["metrics"],
+        "models": models,
         "skipped": skipped,
         "protocol": {"name": protocol, "differences": differences, "label": label},
-        "warnings": _warnings(samples, extractor, skipped, differences),
+        "warnings": _warnings(samples, len(models), extractor, skipped, differences),
         "processes": place()[1],
         "versions": versions() | {"torch-fidelity": version("torch-fidelity"), "scipy": version("scipy")},
     }
-    card["markdown"] = markdown(card)[-1]
+    card["markdown"] = "\n".join(markdown(card)[2:])
     return card
 
 
 def markdown(card: dict[str, Any]) -> list[str]:
-    """Return a Markdown table of the card: head, rule and one row."""
-    cells = {"samples": Path(card["samples"][0]["path"]).name, "n": card["samples"][0]["count"]}
-    for name, score in card["metrics"].items():
-        error = score.get("deviation", score.get("standard_error"))
-        shown = f"{score['value']:.4g}" if error is None else f"{score['value']:.4g} ± {error:.2g}"
-        cells[card["protocol"]["label"] if name == "FID" else name] = shown
-    cells["reference"] = Path(card["reference"]["path"]).name
-    rows = [[str(cell) for cell in cells], ["---"] * len(cells), [str(cell) for cell in cells.values()]]
-    return [f"| {' | '.join(row)} |" for row in rows]
+    """Return a Markdown table of the card: head, rule, and a row for each model, which says what its ± is."""
+    paths = [Path(card["samples"][model["samples"][0]]["path"]) for model in card["models"]]
+    short = len({path.name for path in paths}) == len(paths)
+    rows = []
+    for model, path in zip(card["models"], paths, strict=True):
+        seeds, count = len(model["samples"]), card["samples"][model["samples"][0]]["count"]
+        name = path.name if short else path
+        cells = {"samples": f"{name}, mean of {seeds} seeds" if seeds > 1 else name, "n": count}
+        for metric, score in model["metrics"].items():
+            error = score.get("deviation", score.get("standard_error"))
+            shown = f"{score['value']:.4g}" if error is None else f"{score['value']:.4g} ± {error:.2g}"
+            cells[card["protocol"]["label"] if metric == "FID" else metric] = shown
+        cells["±"] = "standard deviation between seeds" if seeds > 1 else "standard error"
+        rows.append(cells | {"reference": Path(card["reference"]["path"]).name})
+    table = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return [f"| {' | '.join(map(str, row))} |" for row in table]
 
 
 def evaluate_command(
@@ -221,7 +234,7 @@ def evaluate_command(
     assert reference is not None
     opened = [
         one
-        for path in samples
+        for path in dict.fromkeys(samples)  # what is given twice counts once
         for one in _open_samples(path, batch_size, num_images, seeds, label_mode, sampling, state.device, protocol)
     ]
     real = open_reference(reference, network, batch_size, protocol)
@@ -254,12 +267,34 @@ def _open_samples(
         return [samples_of(open_source(path, protocol), batch_size)]
     if num_images < 1:
         raise UserError(f"--num-images = {num_images}; expected at least 1")
-    pipe = load_pipeline(path).to(device)
+    pipe = load_for_images(path)
+    prepare(pipe, device)
     classes, settings = range(pipe.transformer.config.num_classes), sampling or SamplingConfig()
     jobs = [
-        SamplingJob(draw_labels(num_images, classes, seed, label_mode), seed, batch_size, settings) for seed in seeds
+        SamplingJob(draw_labels(num_images, classes, seed, label_mode), seed, batch_size, settings)
+        for seed in dict.fromkeys(seeds)
     ]
     return [samples_from_pipeline(pipe, path, job, label_mode) for job in jobs]
+
+
+def _by_model(samples: Sequence[Samples]) -> list[list[int]]:
+    """Return the places of the sets of each model: several only of one checkpoint, drawn alike but for their seeds.
+
+    What draws a pipeline, or the card beside a file tells, decides; a file without a card is a model of its own.
+    """
+    models: dict[str, dict[Any, int]] = {}
+    for i, one in enumerate(samples):
+        told = one.identity["sampling"] or {}
+        checkpoint, drawn = one.identity.get("sha256"), told
+        if one.identity["kind"] != "pipeline":
+            checkpoint, drawn = told.get("checkpoint_sha256"), told.get("settings") or {}
+        alike = {key: value for key, value in drawn.items() if key not in _OF_A_SEED}
+        key = json.dumps([one.identity["kind"], checkpoint, told.get("versions"), alike], sort_keys=True)
+        seeds = models.setdefault(key if "seed" in drawn and checkpoint else f"set {i}", {})
+        if (seed := drawn.get("seed")) in seeds:
+            seeds = models.setdefault(f"set {i}", {})
+        seeds[seed] = i
+    return [list(seeds.values()) for seeds in models.values()]
 
 
 def _join(runs: Sequence[dict[str, Score]]) -> dict[str, Score]:
@@ -288,9 +323,11 @@ def _differences_from_adm(samples: Sequence[Samples], reference: Reference, extr
 
 
 def _warnings(
-    samples: Sequence[Samples], extractor: Extractor, skipped: dict[str, str], differences: Sequence[str]
+    samples: Sequence[Samples], models: int, extractor: Extractor, skipped: dict[str, str], differences: Sequence[str]
 ) -> list[str]:
     found = [f"{metric} is left out: {reason}" for metric, reason in skipped.items()]
+    if models > 1:
+        found.append(f"{models} models: the card's metrics are those of the first; see models for each")
     found += [f"not FID-50K: {difference}" for difference in differences]
     fewest = min(one.count for one in samples)
     if fewest < RELIABLE_COUNT:

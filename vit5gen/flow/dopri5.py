@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from vit5gen.flow.flow import NonFiniteError
+from vit5gen.flow.flow import NonFiniteError, rows
 
 # Nodes and stages, the last of which is the solution of order 5 (J. Comput. Appl. Math. 6, 1980, table 2), and its
 # difference from Shampine's solution of order 4 (Math. Comp. 46, 1986), which estimates the error.
@@ -38,7 +38,7 @@ def _weighted(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
 
 def _norms(x: Tensor, scale: Tensor) -> list[float]:
     """Return the root mean square of ``x / scale`` for each sample, each reduced alone: its bits know no neighbours."""
-    ratio = (x / scale).flatten(1).double()
+    ratio = rows(x / scale).double()
     return torch.stack([row.square().mean().sqrt() for row in ratio.unbind()]).tolist()
 
 

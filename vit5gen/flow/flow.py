@@ -82,6 +82,11 @@ def call(network: Callable[..., Tensor], x: Tensor, *args: Tensor) -> Tensor:
     return out
 
 
+def rows(x: Tensor) -> Tensor:
+    """Return ``x`` (B, ...) as (B, N); (B,) has one element a sample."""
+    return x.unsqueeze(-1).flatten(1)
+
+
 def shift_time(u: Any, shift: float) -> Any:
     """Warp ``u`` in [0, 1]: above 1, ``shift`` moves it towards noise (arXiv 2403.03206, eq. 23, with t for 1 - t)."""
     if not (math.isfinite(shift) and shift > 0):
@@ -247,10 +252,11 @@ class Flow:
             if self.loss_weight != "none":
                 gain = _score_gain(c) / c.sigma
                 error = error * _like(gain if self.loss_weight == "velocity" else (gain / c.sigma).sqrt(), x1)
-        loss = error.square().flatten(1).mean(1)
+        loss = rows(error.square()).mean(1)
         if self.direction_weight > 0:
-            cosine = cosine_similarity(self.convert(prediction, x_t, t, "velocity"), velocity, dim=1)
-            loss = loss + self.direction_weight * (1 - cosine).reshape(len(x1), -1).mean(1)
+            found = self.convert(prediction, x_t, t, "velocity")
+            cosine = cosine_similarity(found.unsqueeze(-1), velocity.unsqueeze(-1), dim=1)  # (B,): one channel
+            loss = loss + self.direction_weight * rows(1 - cosine).mean(1)
         return loss
 
 

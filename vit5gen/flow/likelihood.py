@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from vit5gen.flow.flow import Flow, ModelFn, Time, named
+from vit5gen.flow.flow import Flow, ModelFn, Time, named, rows
 from vit5gen.flow.samplers import final_state, integrate, time_grid
 
 PROBES = ("rademacher", "exact")
@@ -41,14 +41,14 @@ def log_likelihood(
             x = state[:, :size].reshape(x1.shape).detach().requires_grad_()
             velocity = flow.velocity(model_fn, x, t) + 0 * x  # a model that ignores x has a divergence, too: zero
             if probes == "rademacher":
-                divergence = (torch.autograd.grad((velocity * signs).sum(), x)[0] * signs).flatten(1).sum(1)
+                divergence = rows(torch.autograd.grad((velocity * signs).sum(), x)[0] * signs).sum(1)
             else:
-                columns = velocity.flatten(1).unbind(1)
-                rows = (torch.autograd.grad(column.sum(), x, retain_graph=True)[0] for column in columns)
-                divergence = torch.stack([row.flatten(1)[:, i] for i, row in enumerate(rows)], dim=1).sum(1)
-        return torch.cat([velocity.detach().flatten(1), divergence[:, None]], dim=1)
+                columns = rows(velocity).unbind(1)
+                slopes = (torch.autograd.grad(column.sum(), x, retain_graph=True)[0] for column in columns)
+                divergence = torch.stack([rows(slope)[:, i] for i, slope in enumerate(slopes)], dim=1).sum(1)
+        return torch.cat([rows(velocity.detach()), divergence[:, None]], dim=1)
 
-    state = torch.cat([x1.detach().flatten(1), x1.new_zeros(len(x1), 1)], dim=1)
+    state = torch.cat([rows(x1.detach()), x1.new_zeros(len(x1), 1)], dim=1)
     state = final_state(integrate(field, state, grid, method, rtol, atol))
     x0 = state[:, :size]
     # The last column has integrated the divergence from data to noise: minus the integral over t.

@@ -129,18 +129,24 @@ def _fixed_steps(field: Field, x: Tensor, grid: list[float], method: str) -> Ite
 
 def _watch(steps: Iterator[Step], debug: bool) -> Iterator[Step]:
     """Pass the steps on and raise `NonFiniteError` after the last; with ``debug`` after the first bad one."""
-    finite: Tensor | None = None
+    finite: list[Tensor] = []
+    times: list[float] = []
     for i, t, x in steps:
-        good = torch.isfinite(x).all()
-        if debug and not good:
-            raise NonFiniteError(
-                f"state: not finite after step {i + 1}, at t = {t:.6g}; look at the model's output there."
-            )
-        finite = good if finite is None else finite & good
+        finite.append(torch.isfinite(x).all())
+        times.append(t)
+        if debug:
+            _check_finite(finite, times)
         yield i, t, x
-    if finite is not None and not finite:
+    _check_finite(finite, times)
+
+
+def _check_finite(finite: list[Tensor], times: list[float]) -> None:
+    good = torch.stack(finite).tolist() if finite else []
+    if not all(good):
+        i = good.index(False)
         raise NonFiniteError(
-            "state: not finite at some step; expected finite values. Run with debug=True to see its t."
+            f"state: not finite after step {i + 1}, at t = {times[i]:.6g}; expected finite model output there:"
+            " check the weights and the state it began with (float16 may overflow)."
         )
 
 

@@ -41,7 +41,9 @@ def _ratio(rows: int, width: int) -> float:
 
 def _side(count: int, name: str) -> int:
     if math.isqrt(count) ** 2 != count:
-        raise UserError(f"checkpoint: its {count} positions are no square; give {name}=(height, width).")
+        raise UserError(
+            f"checkpoint: its {count} positions are no square; load it in Python, with {name}=(height, width)."
+        )
     return math.isqrt(count)
 
 

@@ -77,7 +77,7 @@ def check_fit(what: str, missing: list[str], unexpected: list[str], misshapen: l
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load `state`; raise `UserError` unless every key and shape fits."""
+    """Load `state`; raise `UserError` unless every key and shape fits and every value is finite."""
     own = model.state_dict()
     check_fit(
         type(model).__name__,
@@ -90,7 +90,18 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         ],
         total=len(own),
     )
+    check_finite("checkpoint", state)
     model.load_state_dict(dict(state))
+
+
+def check_finite(what: str, state: Mapping[str, Tensor]) -> None:
+    """Raise `UserError` with the first tensor that holds NaN or an infinity: every image would be the same nothing."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.is_meta and not (finite := torch.isfinite(tensor)).all():
+            raise UserError(
+                f"{what}: {int((~finite).sum())} of the {tensor.numel()} values of {name} are not finite: the training"
+                " diverged or the file is damaged; take an earlier checkpoint, or get the file again"
+            )
 
 
 def align(module: nn.Module) -> None:

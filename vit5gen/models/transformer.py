@@ -1,7 +1,9 @@
 """The generator: patch, time and label embedding, a backbone from the registry, and the adaLN head."""
 
 import math
-from typing import Any, cast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from vit5gen.cpu import fast_inference
 from vit5gen.errors import UserError, choose
+from vit5gen.files import clear_weights
 from vit5gen.models.backbone import Backbone, make_backbone
 from vit5gen.models.layers import Float32Linear, check_positive, init_linears, make_norm, modulate
 from vit5gen.models.loading import align, check_fit
@@ -77,6 +80,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SiTBlock", "ViT5Block"]  # noqa: RUF012 (diffusers' convention; FSDP wraps these)
     _repeated_blocks = _no_split_modules
+    _group_offload_block_modules = ["backbone"]  # noqa: RUF012 (diffusers looks for blocks there too, not only on top)
     _skip_layerwise_casting_patterns = ["patch_embed", "pos_embed", "time_embed", "norm"]  # noqa: RUF012
 
     @register_to_config
@@ -109,7 +113,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         self.label_embed = nn.Embedding(num_classes + (class_dropout_prob > 0), hidden_size)
         self.head = Head(hidden_size, patch_size**2 * in_channels * (2 if learn_sigma else 1))
         self._init_weights()
-        plug = make_backbone(
+        self.backbone = plug = make_backbone(
             backbone,
             hidden_size,
             num_layers,
@@ -118,7 +122,6 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
             self._grid(*to_2tuple(sample_size)),
             backbone_kwargs or {},
         )
-        self.backbone = plug  # type: ignore[misc]  # nn.Module sets it, past the property
         if isinstance(plug, Backbone):
             self._no_split_modules = self._repeated_blocks = sorted({type(block).__name__ for block in plug.blocks})
 
@@ -142,9 +145,14 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         align(model)
         return (model, info) if output_loading_info else model
 
-    @property
-    def backbone(self) -> nn.Module:  # the option of the same name would hide the module in diffusers' __getattr__
-        return cast(nn.Module, self._modules["backbone"])
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save as diffusers does, and delete what it would leave of an earlier save."""
+        if (args or (kwargs.get("is_main_process", True),))[0]:
+            clear_weights(save_directory, kwargs.get("variant"))
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:  # in diffusers' the option of the same name would hide the module
+        return nn.Module.__getattr__(self, name) if name == "backbone" else super().__getattr__(name)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay must spare: those that the backbone names (positions, registers)."""
@@ -165,28 +173,29 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
     def forward(
         self,
         latents: Tensor,
-        timestep: Tensor,
-        class_labels: Tensor,
+        timestep: float | Tensor,
+        class_labels: int | Tensor,
         taps: tuple[int, ...] = (),
         extra_tokens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
         """Return the prediction in the latents' dtype; with taps (k, ...) also ``{k: hidden state after k blocks}``.
 
-        latents (B, C, H, W), timestep (B,) or scalar, class_labels (B,) int64. extra_tokens (B, M, D) take part in
-        attention behind the N patches; hidden states (B, N + M, D) include them, the prediction does not.
-        Raises `UserError` for latents of another number of channels or of a size that `patch_size` does not divide.
+        latents (B, C, H, W), timestep (B,) and class_labels (B,) int64, or one for all. extra_tokens (B, M, D) take
+        part in attention behind the N patches; hidden states (B, N + M, D) include them, the prediction does not.
+        Raises `UserError` for latents of another number of channels or of a size that `patch_size` does not divide,
+        and for times or labels of another batch.
         """
-        batch, channels, height, width = latents.shape
+        _, channels, height, width = latents.shape
         if channels != self._channels:
             raise UserError(f"latents: {channels} channels; this model takes in_channels={self._channels}.")
         grid, p = self._grid(height, width), self._patch
         patches = rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
         dtype = self.patch_embed.weight.dtype
         tokens = self.patch_embed(patches.to(dtype)).to(dtype)  # under autocast too
-        times = timestep.expand(batch)
+        times, labels = _one_a_sample(latents, timestep=timestep, class_labels=class_labels)
         if times.stride(0) == 0:  # expanded: one time for the whole batch, embedded once
             times = times[:1]
-        conditioning = (self.time_embed(times) + self.label_embed(class_labels)).to(dtype)
+        conditioning = (self.time_embed(times) + self.label_embed(labels)).to(dtype)
         hook: dict[str, Any] = {"taps": taps} if taps else {}
         if extra_tokens is not None:
             hook["extra_tokens"] = extra_tokens
@@ -195,3 +204,13 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         x = rearrange(self.head(x, conditioning), "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], p=p, q=p)
         x = x[:, :channels].to(latents.dtype) if self._discard else x.to(latents.dtype)
         return (x, hidden) if taps else x
+
+
+def _one_a_sample(latents: Tensor, **values: float | Tensor) -> Iterator[Tensor]:
+    """Yield every value as a tensor (B,) beside the latents; a number, or a tensor of one, is expanded."""
+    for name, value in values.items():
+        tensor = torch.as_tensor(value, device=latents.device)
+        if tensor.shape not in ((), (1,), latents.shape[:1]):
+            wanted = f"a number or shape ({latents.shape[0]},), one a sample"
+            raise UserError(f"{name}: shape {tuple(tensor.shape)}; expected {wanted}.")
+        yield tensor.expand(latents.shape[0])

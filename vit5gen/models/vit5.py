@@ -223,7 +223,7 @@ class ViT5Backbone(Backbone):
             parts.append(extra_tokens.to(tokens.dtype))
         num_kept = sum(part.shape[1] for part in parts)
         if self.reg_token is not None:
-            parts.append(self.reg_token.expand(len(tokens), -1, -1).to(tokens.dtype))
+            parts.append(self.reg_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype))
         x = torch.cat(parts, dim=1)
         return self.run_blocks(x, tokens.shape[1], num_kept, taps, conditioning, self._rope(grid, num_kept, x.device))
 
