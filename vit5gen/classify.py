@@ -14,7 +14,7 @@ from vit5gen.data.images import UNREADABLE
 from vit5gen.errors import UserError, choose
 from vit5gen.models import load_vit5
 from vit5gen.models.classifier import default_cfgs
-from vit5gen.processes import processes
+from vit5gen.processes import start_processes
 
 
 def classify(
@@ -28,7 +28,7 @@ def classify(
     choose("--model", model, sorted({name.split(".")[0] for name in default_cfgs}))
     if batch_size < 1 or num_workers < 0:
         raise UserError(f"--batch-size {batch_size} --num-workers {num_workers}: expected at least 1 and at least 0.")
-    where = processes().device
+    where = start_processes().device
     net = load_vit5(checkpoint).eval().to(where)
     with torch.device("meta"):
         named = timm.create_model(model)
