@@ -55,7 +55,8 @@ def seed(value: int = 0) -> torch.Generator:
         ("golden retriever, retriever", [0]),
         ("retriever", [0]),
         ("7", [3]),  # a name wins over a number
-        ("4", [4]),
+        ("crane", [1]),  # and exact spelling over case
+        ("Crane ", [2]),
         ([0, "smileys & emotion", np.int32(1)], [0, 4, 1]),
         ((1, 2), [1, 2]),
         (range(2), [0, 1]),
@@ -73,7 +74,7 @@ def test_class_labels_are_ids_names_or_both(pipe: SiTPipeline, given: object, id
     [
         ("golden retreiver", "Did you mean 'golden retriever'"),
         ("zzz", "one of .*golden retriever.*, or an id in 0..4"),
-        ("crane", r"several classes; give one of the ids \[1, 2\]"),
+        ("CRANE", r"several classes; give one of the ids \[1, 2\], or spell it as one of 'crane', 'Crane'"),
         (5, r"class 5 does not exist; expected an id in 0\.\.4"),
         (-1, "class -1 does not exist"),
         ("12", "class 12 does not exist"),
@@ -88,6 +89,37 @@ def test_class_labels_are_ids_names_or_both(pipe: SiTPipeline, given: object, id
 def test_labels_that_do_not_exist(pipe: SiTPipeline, given: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         pipe(given, **EULER)
+
+
+NUMBERED = {0: "1", 1: "2", 2: "10", 3: "caf\u00e9", 4: "caf\udce9"}
+
+
+@pytest.mark.parametrize(("given", "id_"), [("10", 2), ("cafe\u0301", 3), ("CAFE\u0301", 3), ("caf\udce9", 4), (2, 2)])
+def test_names_are_compared_composed(pipe: SiTPipeline, given: object, id_: int) -> None:
+    named = SiTPipeline(**pipe.components, id2label=NUMBERED)
+    assert named.class_ids(given) == [id_]
+
+
+@pytest.mark.parametrize("given", ["3", "07", "\u0663", "-1", "+3", "1_0", "\u00b2", "9" * 5000, "", " "])
+def test_a_number_is_no_id_where_all_names_are_numbers(pipe: SiTPipeline, given: str) -> None:
+    named = SiTPipeline(**pipe.components, id2label={0: "1", 1: "2", 2: "10", 3: "11", 4: "12"})
+    with pytest.raises(UserError, match="does not exist; expected one of 1, 2, 10, 11, 12") as refused:
+        named.class_ids(given)
+    assert "an id" not in str(refused.value)
+    if not given.isascii() or not given.isdecimal() or len(given) > 18:
+        with pytest.raises(UserError, match="does not exist; expected an id in 0..4"):
+            SiTPipeline(**pipe.components).class_ids(given)
+
+
+def test_a_number_beside_other_names_is_an_id_but_not_in_silence(pipe: SiTPipeline) -> None:
+    with pytest.warns(UserWarning, match="no class is called '4': taken for the id 4"):
+        assert pipe.class_ids("4") == [4]
+
+
+@pytest.mark.parametrize("names", [["cat", "dog"], {"one": "cat"}, {0: 5}, {-1: "cat"}, {1.5: "cat"}, 3, {0: None}])
+def test_class_names_of_other_types_are_refused(pipe: SiTPipeline, names: object) -> None:
+    with pytest.raises(UserError, match="id2label = .*; expected the names of classes by id"):
+        SiTPipeline(**pipe.components, id2label=names)
 
 
 # --- numbers

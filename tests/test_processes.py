@@ -110,7 +110,12 @@ def test_one_process_runs_alone(monkeypatch: pytest.MonkeyPatch, request: pytest
         ({}, ["accelerate.commands.launch", "--cpu", "--dynamo_backend", "inductor"], 1, "training.compile"),
         ({}, ["accelerate.commands.launch", "--cpu"], 0, "GPU-hours"),
         ({}, ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], 1, "ACCELERATE_USE_CPU=true"),
-        ({"ACCELERATE_USE_CPU": "1"}, ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], 0, "GPU-hours"),
+        (
+            {"ACCELERATE_USE_CPU": "1"},
+            ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+            0,
+            "GPU-hours",
+        ),
     ],
 )
 def test_real_launches(given: dict[str, str], launcher: list[str], code: int, said: str, tmp_path: Path) -> None:

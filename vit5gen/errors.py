@@ -1,7 +1,10 @@
 """The one error that users meet: a single line with the name, the value, what was expected and what to do next."""
 
 import difflib
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable
+from numbers import Integral
 
 
 class UserError(ValueError):
@@ -20,10 +23,30 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f" Did you mean {by_lower[matches[0]]!r}?" if matches else ""
 
 
+def composed(name: str) -> str:
+    """Return a name as names are compared: no spaces around it, accents composed, which a Mac's files decompose."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def distinct(what: str, names: Iterable[str]) -> list[str]:
+    """Return the names composed; raise `UserError` where two of them are then one."""
+    found = [composed(name) for name in names]
+    if twice := [name for name, count in Counter(found).items() if count > 1]:
+        raise UserError(f"{what}: {twice[0]!r} is there twice; give each class a name of its own, once")
+    return found
+
+
 def short(value: object) -> str:
     """Return what `repr` does, at most 80 characters of it."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_whole(name: str, value: object, least: int = 1, most: int = 2**63 - 1) -> int:
+    """Return a whole number as it is; raise `UserError` for one out of range and for what is none."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
+        raise UserError(f"{name} = {short(value)}; expected a whole number of at least {least} and at most {most}")
+    return int(value)
 
 
 def choose(what: str, value: str, choices: Iterable[str]) -> str:
@@ -31,6 +54,6 @@ def choose(what: str, value: str, choices: Iterable[str]) -> str:
     choices = list(choices)
     if value not in choices:
         raise UserError(
-            f"{what}: {value!r} is not known; expected one of {', '.join(choices)}.{nearest(value, choices)}"
+            f"{what}: {short(value)} is not known; expected one of {', '.join(choices)}.{nearest(value, choices)}"
         )
     return value

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from vit5gen.config import DataConfig
 from vit5gen.data.emoji import CLASSES, load_emoji
-from vit5gen.errors import UserError, choose
+from vit5gen.errors import UserError, choose, distinct
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # What Pillow raises for a file that it cannot decode.
@@ -68,6 +68,7 @@ def open_images(data: DataConfig, split: str | None = None) -> ImageSet:
     Raises `UserError` when the data are absent, hold no classes or not `data.classes`.
     """
     opened = _SOURCES[data.source](data, split or data.split)
+    opened = replace(opened, class_names=distinct(f"data.path {data.path}, classes", opened.class_names))
     if data.classes is not None:
         opened = _keep_classes(opened, data.classes)
     if not len(opened):
@@ -201,20 +202,28 @@ def _open_huggingface(data: DataConfig, split: str) -> ImageSet:
         raise UserError(
             f"data.path {data.path}: no data set can be opened: {detail}; check name and network"
         ) from error
-    image = _column(data, table.features, datasets.Image, "images")
-    label = _column(data, table.features, datasets.ClassLabel, "class labels")
-    labels = torch.tensor(table[label][:], dtype=torch.int64)
-    if len(labels) and labels.min() < 0:
+    image = _column(data, "image_column", table.features, datasets.Image, "images")
+    label = _column(data, "label_column", table.features, datasets.ClassLabel, "class labels")
+    names, values = table.features[label].names, table[label][:]
+    if not all(value is not None and 0 <= value < len(names) for value in values):
         raise UserError(f"data.path {data.path}: split {split!r} has images without a label; choose another data.split")
-    read = partial(_read_row, table, image, data)
-    return ImageSet(table.features[label].names, labels, read, partial(getattr, table, "_fingerprint"))
+    pictures = table
+    if not table.features[image].decode:
+        pictures = table.cast_column(image, datasets.Image(mode=table.features[image].mode))
+    read = partial(_read_row, pictures, image, data)
+    return ImageSet(names, torch.tensor(values, dtype=torch.int64), read, partial(getattr, table, "_fingerprint"))
 
 
-def _column(data: DataConfig, features: dict[str, Any], kind: type, what: str) -> str:
-    for name, feature in features.items():
-        if isinstance(feature, kind):
-            return name
-    raise UserError(f"data.path {data.path}: no column of {what}; it has {', '.join(features)}")
+def _column(data: DataConfig, key: str, features: dict[str, Any], kind: type, what: str) -> str:
+    """Return the column that is asked for, or else the only one of its kind."""
+    found, asked = [name for name, feature in features.items() if isinstance(feature, kind)], getattr(data, key)
+    if found and asked is not None:
+        return choose(f"data.{key}: of the columns of {what} in {data.path}", asked, found)
+    if len(found) != 1:
+        several = f"several columns of {what}: {', '.join(found)}; choose one as data.{key}"
+        none = f"no column of {what}; it has {', '.join(features)}"
+        raise UserError(f"data.path {data.path}: {several if found else none}")
+    return found[0]
 
 
 def _open_emoji(data: DataConfig, split: str) -> ImageSet:
@@ -262,14 +271,13 @@ def _path(data: DataConfig, default: str | None = None, hint: str = "; check the
 
 
 def _keep_classes(images: ImageSet, classes: list[str]) -> ImageSet:
+    classes = distinct("data.classes", classes)
     wanted = [images.class_names.index(choose("data.classes", name, images.class_names)) for name in classes]
-    if len(set(wanted)) < len(wanted):
-        raise UserError(f"data.classes: a class is listed twice in {classes}; list each once")
     renumber = torch.full((len(images.class_names),), -1)
     renumber[wanted] = torch.arange(len(wanted))
     labels = renumber[images.labels]
     kept = images.select(torch.nonzero(labels >= 0)[:, 0])
-    return replace(kept, class_names=list(classes), labels=labels[labels >= 0])
+    return replace(kept, class_names=classes, labels=labels[labels >= 0])
 
 
 def _read_selected(read: Callable[[int], torch.Tensor], chosen: torch.Tensor, index: int) -> torch.Tensor:
@@ -286,9 +294,11 @@ def _read_file(files: list[Path], resolution: int, index: int) -> torch.Tensor:
 
 def _read_row(table: Any, column: str, data: DataConfig, index: int) -> torch.Tensor:
     try:
-        return centre_crop(table[index][column], data.resolution)
-    except (*UNREADABLE, AttributeError) as error:
-        raise BrokenImage(f"image {index} of {data.path} does not decode ({error}); mend it{_SKIP_HINT}") from error
+        if (image := table[index][column]) is None:
+            raise ValueError("there is none")
+        return centre_crop(image, data.resolution)
+    except UNREADABLE as error:
+        raise BrokenImage(f"image {index} of {data.path} does not decode ({error}); fix it{_SKIP_HINT}") from error
 
 
 def _read_grey(pixels: torch.Tensor, resolution: int, index: int) -> torch.Tensor:

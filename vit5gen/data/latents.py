@@ -24,7 +24,7 @@ from tqdm import tqdm
 from vit5gen.config import Config
 from vit5gen.data.autoencoder import downsample, encode, load_autoencoder
 from vit5gen.data.images import BrokenImage, ImageSet, open_images
-from vit5gen.errors import UserError, short
+from vit5gen.errors import UserError, distinct, short
 from vit5gen.files import atomic, cache_folder, read_json, sha256, write_json
 from vit5gen.processes import processes, start_processes
 
@@ -136,7 +136,8 @@ class LatentDataset:
         self.manifest: dict[str, Any] = read_json(self.folder / MANIFEST, "latents")
         try:
             id2label, shards = self.manifest["id2label"], self.manifest["shards"]
-            self.class_names: list[str] = [id2label[str(label)] for label in range(len(id2label))]
+            names = [id2label[str(label)] for label in range(len(id2label))]
+            self.class_names = distinct(f"latents {self.folder}, classes", names)
             self._ends = list(accumulate(shard["images"] for shard in shards or []))
             sizes = {self.folder / shard["file"]: shard["bytes"] for shard in shards or []}
         except (KeyError, TypeError) as error:
