@@ -107,7 +107,7 @@ def test_a_number_is_no_id_where_all_names_are_numbers(pipe: SiTPipeline, given:
         named.class_ids(given)
     assert "an id" not in str(refused.value)
     if not given.isascii() or not given.isdecimal() or len(given) > 18:
-        with pytest.raises(UserError, match="does not exist; expected an id in 0..4"):
+        with pytest.raises(UserError, match=r"does not exist; expected an id in 0\.\.4"):
             SiTPipeline(**pipe.components).class_ids(given)
 
 
@@ -118,7 +118,7 @@ def test_a_number_beside_other_names_is_an_id_but_not_in_silence(pipe: SiTPipeli
 
 @pytest.mark.parametrize("names", [["cat", "dog"], {"one": "cat"}, {0: 5}, {-1: "cat"}, {1.5: "cat"}, 3, {0: None}])
 def test_class_names_of_other_types_are_refused(pipe: SiTPipeline, names: object) -> None:
-    with pytest.raises(UserError, match="id2label = .*; expected the names of classes by id"):
+    with pytest.raises(UserError, match=r"id2label = .*; expected the names of classes by id"):
         SiTPipeline(**pipe.components, id2label=names)
 
 

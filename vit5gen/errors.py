@@ -32,7 +32,7 @@ def distinct(what: str, names: Iterable[str]) -> list[str]:
     """Return the names composed; raise `UserError` where two of them are then one."""
     found = [composed(name) for name in names]
     if twice := [name for name, count in Counter(found).items() if count > 1]:
-        raise UserError(f"{what}: {twice[0]!r} is there twice; give each class a name of its own, once")
+        raise UserError(f"{what}: {twice[0]!r} is listed twice; name each class once")
     return found
 
 
@@ -42,10 +42,10 @@ def short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def check_whole(name: str, value: object, least: int = 1, most: int = 2**63 - 1) -> int:
-    """Return a whole number as it is; raise `UserError` for one out of range and for what is none."""
+def check_whole(what: str, value: object, least: int = 1, most: int = 2**63 - 1) -> int:
+    """Return a whole number; ``what`` is its name with ``=``. Raise `UserError` for one out of range and for what is none."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
-        raise UserError(f"{name} = {short(value)}; expected a whole number of at least {least} and at most {most}")
+        raise UserError(f"{what} {short(value)}; expected a whole number of at least {least} and at most {most}")
     return int(value)
 
 

@@ -117,8 +117,8 @@ class SiTPipeline(DiffusionPipeline):
             if len(matches) > 1:
                 several = ", ".join(repr(names[i]) for i in sorted(matches))
                 raise UserError(
-                    f"class {label!r} is the name of several classes; give one of the ids {sorted(matches)}, or spell it"
-                    f" as one of {several}"
+                    f"class {label!r} is the name of several classes; give one of the ids {sorted(matches)}, or spell"
+                    f" it as one of {several}"
                 )
             known = {name for _, ids in tables for name in ids}
             # Where all names are numbers, a number that is no name is a slip, not an id.
@@ -173,11 +173,11 @@ class SiTPipeline(DiffusionPipeline):
         ids = [
             i
             for i in self.class_ids(class_labels)
-            for _ in range(check_whole("num_images_per_label", num_images_per_label, 1, MOST_BATCH))
+            for _ in range(check_whole("num_images_per_label =", num_images_per_label, 1, MOST_BATCH))
         ]
         if not ids:
             raise UserError("class_labels: empty; expected at least one id or name")
-        check_whole("num_inference_steps", num_inference_steps, 1, MOST_STEPS)
+        check_whole("num_inference_steps =", num_inference_steps, 1, MOST_STEPS)
         choose("output_type", output_type, OUTPUT_TYPES)
         if output_type != "latent" and self.vae is None:
             raise UserError(f"output_type = {output_type!r} needs an autoencoder; set pipe.vae or use 'latent'")

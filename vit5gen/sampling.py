@@ -111,9 +111,9 @@ def sample_command(
     A killed run goes on where it stopped, a finished one is left alone, on any number of processes.
     Raises `UserError` for bad values, an output of other settings, or a disk that is full; what is drawn is kept.
     """
-    check_whole("num_images", num_images, 1, MOST_IMAGES)
-    check_whole("batch_size", batch_size, 1, MOST_BATCH)
-    check_whole("seed", seed, 0)
+    check_whole("num_images =", num_images, 1, MOST_IMAGES)
+    check_whole("batch_size =", batch_size, 1, MOST_BATCH)
+    check_whole("seed =", seed, 0)
     if not math.isfinite(autoguidance_scale) or (guide is not None and autoguidance_scale == 1):
         raise UserError(
             f"autoguidance_scale = {autoguidance_scale}; expected a finite number, with a guide not 1 (off)"

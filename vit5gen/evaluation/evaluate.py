@@ -187,7 +187,7 @@ def evaluate_command(
     """Score samples and write the card, or build a reference from images; print the result. Return the exit code."""
     if (reference is None) == (save_statistics_to is None):
         raise UserError("evaluate: expected either --reference REF or --save-statistics FILE; give one of them")
-    check_whole("--batch-size", batch_size, 1, MOST_BATCH)
+    check_whole("--batch-size =", batch_size, 1, MOST_BATCH)
     for metric in metrics or ():
         choose("--metrics", metric, METRICS)
     if protocol is not None:
@@ -198,7 +198,7 @@ def evaluate_command(
             f"{option}: {samples[0]} holds images already; it is for runs and pipeline folders: leave it out"
         )
     for seed in seeds:
-        check_whole("--seed", seed, 0)
+        check_whole("--seed =", seed, 0)
     if save_statistics_to is not None and output is not None:
         raise UserError(f"--output {output}: --save-statistics writes no card; leave --output out")
     if (file := output or save_statistics_to) is not None:
@@ -245,7 +245,7 @@ def _open_samples(
 ) -> list[Samples]:
     if find_pipeline(path) is None:
         return [samples_of(open_source(path), batch_size)]
-    check_whole("--num-images", num_images, 1, MOST_IMAGES)
+    check_whole("--num-images =", num_images, 1, MOST_IMAGES)
     pipe = load_pipeline(path).to(device)
     classes, settings = range(pipe.transformer.config.num_classes), sampling or SamplingConfig()
     jobs = [

@@ -146,7 +146,7 @@ def check_sizes(**values: int) -> None:
     """Raise `UserError` unless every value is a whole number from 1 to what the configuration allows of its kind."""
     most = {"num_layers": MOST_LAYERS, "depth": MOST_LAYERS, "num_classes": MOST_CLASSES}
     for name, value in values.items():
-        check_whole(name, value, 1, most.get(name, MOST_WIDTH))
+        check_whole(f"{name}:", value, 1, most.get(name, MOST_WIDTH))
 
 
 def check_heads(
@@ -160,7 +160,7 @@ def check_heads(
     `names` are those of the two arguments where the user gave them.
     """
     width, heads = names
-    if check_whole(heads, num_heads, 0, MOST_WIDTH) < 1 or hidden_size % num_heads:
+    if check_whole(f"{heads}:", num_heads, 0, MOST_WIDTH) < 1 or hidden_size % num_heads:
         divisors = [n for n in range(1, 65) if hidden_size % n == 0]
         raise UserError(
             f"{heads}: {num_heads} does not divide {width} {hidden_size}; "
