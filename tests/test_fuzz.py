@@ -29,13 +29,14 @@ from tiny import tiny_pipeline
 from tiny_run import forget_processes, make_inputs
 
 from vit5gen.cli import build_parser, main
+from vit5gen.config import Config
 
 pytestmark = pytest.mark.slow
 SEED = 9
 SHARE = 1 if os.environ.get("VIT5GEN_FUZZ") else 10
 CODES = {0, 2, 70, 75, 130}
 SECONDS = 60
-# Valid, and meant to take long: many processes, a compiler.
+# Valid, and take long: many processes, a compiler.
 SLOW = {"--data.num_workers", "--num-workers", "--compile", "--training.compile", "--only", "--help", "-h"}
 
 INTEGERS = st.sampled_from([-(2**70), -1, 0, 1, 2, 3, 7, 16, 2**31, 2**63 - 1, 2**63, 10**20, 10**400])
@@ -44,18 +45,78 @@ TEXTS = st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs"
     lambda text: text not in ("..", ".", "~")
 ) | st.sampled_from(["café", "cafe\u0301", "caf\udce9", "٣", "²", "07", "1_0", "a" * 300, "null", "[", "{a: 1}", "*a"])
 WORDS = st.sampled_from(
-    "auto never fp32 bf16 tf32 fp64 vit5 sit emoji folder huggingface fashion-mnist train test linear gvp vp S/2 XL/8 "
-    "true false [0,1] [1,0] [0.9] {} [] {gamma_init:1e-4} {num_registers:9} {rope:off} ode-euler sde-heun ode-dopri5 "
-    "random balanced adm fid kid pr effnet-lite0 inception vit5_small cosine circle star velocity score".split()  # noqa: SIM905
+    [
+        "auto",
+        "never",
+        "fp32",
+        "bf16",
+        "tf32",
+        "fp64",
+        "vit5",
+        "sit",
+        "emoji",
+        "folder",
+        "huggingface",
+        "fashion-mnist",
+        "train",
+        "test",
+        "linear",
+        "gvp",
+        "vp",
+        "S/2",
+        "XL/8",
+        "true",
+        "false",
+        "[0,1]",
+        "[1,0]",
+        "[0.9]",
+        "{}",
+        "[]",
+        "{gamma_init:1e-4}",
+        "{num_registers:9}",
+        "{rope:off}",
+        "ode-euler",
+        "sde-heun",
+        "ode-dopri5",
+        "pr",
+        "random",
+        "balanced",
+        "adm",
+        "fid",
+        "kid",
+        "effnet-lite0",
+        "inception",
+        "vit5_small",
+        "cosine",
+        "circle",
+        "star",
+        "velocity",
+        "score",
+    ]
 )
-FILES = (
-    "run.yaml data vae pipeline images.npz odd/deep.yaml odd/bomb.yaml odd/binary odd/empty odd/folder.yaml "
-    "odd/list.json odd/cut.npz odd/pipeline odd none odd/none.yaml"
-).split()  # noqa: SIM905
+FILES = st.sampled_from(
+    [
+        "run.yaml",
+        "data",
+        "vae",
+        "pipeline",
+        "images.npz",
+        "none",
+        "odd",
+        "odd/none.yaml",
+        "odd/deep.yaml",
+        "odd/bomb.yaml",
+        "odd/binary",
+        "odd/empty",
+        "odd/folder.yaml",
+        "odd/list.json",
+        "odd/cut.npz",
+        "odd/pipeline",
+    ]
+)
 SCALARS = INTEGERS | FLOATS | TEXTS | WORDS | st.booleans() | st.none()
 TREES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3))
-VALUES = st.sampled_from(FILES) | WORDS | INTEGERS.map(str) | FLOATS.map(str) | TEXTS
-LIKELY = {int: st.sampled_from(["1", "2", "4"]), float: st.sampled_from(["1", "1.5", "0"])}
+ANY = FILES | WORDS | INTEGERS.map(str) | FLOATS.map(str) | TEXTS
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +129,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     odd = folder / "odd"
     (odd / "folder.yaml").mkdir(parents=True)
     (odd / "deep.yaml").write_text("[" * 5000)
-    (odd / "bomb.yaml").write_text(
-        "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{f'*a{i - 1},' * 9}]\n" for i in range(1, 30))
-    )
+    laughs = "".join(f"a{i}: &a{i} [{f'*a{i - 1},' * 9}]\n" for i in range(1, 30))
+    (odd / "bomb.yaml").write_text(f"a0: &a0 [x]\n{laughs}")
     (odd / "binary").write_bytes(bytes(range(256)))
     (odd / "empty").touch()
     (odd / "list.json").write_text("[1]")
@@ -112,18 +172,33 @@ USUAL = {
 }
 
 
+def likely(action: argparse.Action) -> st.SearchStrategy[Any]:
+    """Return values that the option may well take: its default, and small ones of the default's kind."""
+    section, _, key = action.dest[2:].partition(".")
+    default = Config.model_fields[section].annotation.model_fields[key].default if key else action.default
+    if isinstance(default, bool):
+        return st.booleans()
+    if isinstance(default, int | float):
+        return st.sampled_from([default, 1, 2, 4, 8])
+    return st.sampled_from([default, 1, 2, 4]) | WORDS
+
+
 @st.composite
 def command_lines(draw: Callable[[st.SearchStrategy], Any]) -> list[str]:
     command = draw(
-        st.sampled_from([*["train", "sample", "evaluate"] * 3, "encode", "convert", "classify", "benchmark"])
+        st.sampled_from(
+            ["train", "sample", "evaluate", "train", "sample", "evaluate", "encode", "convert", "classify", "benchmark"]
+        )
     )
-    words = draw(st.just(USUAL[command].split()) | st.lists(TEXTS | st.sampled_from(FILES), max_size=3))
-    values = st.sampled_from(FILES) | WORDS | INTEGERS.map(str) | FLOATS.map(str) | TEXTS
+    usual = draw(st.integers(0, 9)) > 0
+    words = USUAL[command].split() if usual else draw(st.lists(TEXTS | FILES, max_size=3))
     # No text is an output: it might lie anywhere.
-    for action in draw(st.lists(st.sampled_from(options()[command]), max_size=4)):
+    for action in draw(st.lists(st.sampled_from(options()[command]), max_size=3)):
         if action.option_strings and not {"--output", "--save-statistics"} & set(action.option_strings):
-            words += [action.option_strings[-1]]
-            words += draw(st.lists(values, min_size=1, max_size=1 if action.nargs is None else 3)) * (action.nargs != 0)
+            value = likely(action).map(str) if draw(st.integers(0, 2)) else ANY
+            several = 1 if action.nargs is None else 3
+            words = [*words, action.option_strings[-1]]
+            words += draw(st.lists(value, min_size=1, max_size=several)) if action.nargs != 0 else []
     if command == "train" and "--dry-run" not in words:
         words += ["--dry-run"]
     if command == "train" and draw(st.integers(0, 19)) == 0:
@@ -134,13 +209,15 @@ def command_lines(draw: Callable[[st.SearchStrategy], Any]) -> list[str]:
 
 
 @st.composite
-def configurations(draw: Callable[[st.SearchStrategy], Any]) -> str | dict[str, Any]:
-    if draw(st.integers(0, 4)) == 0:
+def configurations(draw: Callable[[st.SearchStrategy], Any]) -> str:
+    if draw(st.integers(0, 9)) == 0:
         return yaml.safe_dump(draw(TREES)) if draw(st.booleans()) else draw(TEXTS)
     config = yaml.safe_load(Path("run.yaml").read_text())
-    keys = [action.dest[2:].split(".") for action in options()["train"] if "." in action.dest]
-    for section, key in draw(st.lists(st.sampled_from(keys), min_size=1, max_size=3)):
-        config[section] = {**config.get(section, {}), key: draw(SCALARS | TREES | st.sampled_from(FILES))}
+    actions = [action for action in options()["train"] if "." in action.dest]
+    for action in draw(st.lists(st.sampled_from(actions), min_size=1, max_size=3)):
+        section, key = action.dest[2:].split(".")
+        value = draw(likely(action) if draw(st.integers(0, 2)) else SCALARS | TREES | FILES)
+        config[section] = {**config.get(section, {}), key: value}
     if draw(st.integers(0, 9)) == 0:
         config[draw(TEXTS)] = draw(TREES)
     return yaml.safe_dump(config)
@@ -162,9 +239,7 @@ class Outcomes:
 
     def new_output(self, words: list[str]) -> list[str]:
         self.outputs += 1
-        return [
-            word.replace("{}", f"out/{self.outputs}") if "{}" in word and ":" not in word else word for word in words
-        ]
+        return [word.replace("{}", f"out/{self.outputs}") if word in ("{}", "{}.json") else word for word in words]
 
     def note(self, words: list[str], code: object, errors: str) -> None:
         self.codes[code] += 1  # type: ignore[index]
@@ -201,11 +276,8 @@ class Outcomes:
 
 
 def tried(count: int) -> Callable[[Any], Any]:
-    checks = list(HealthCheck)
-    chosen = settings(
-        max_examples=count, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=checks
-    )
-    return lambda test: seed(SEED)(chosen(test))
+    options: dict[str, Any] = {"max_examples": count, "deadline": None, "database": None, "phases": [Phase.generate]}
+    return lambda test: seed(SEED)(settings(**options, suppress_health_check=list(HealthCheck))(test))
 
 
 def test_random_command_lines(place: Path) -> None:
