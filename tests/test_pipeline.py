@@ -523,6 +523,67 @@ def test_hash_is_of_what_decides_the_images(pipe: SiTPipeline, tmp_path: Path) -
     assert pipeline_hash(tmp_path) != before
 
 
+HUGE = 10**400
+
+
+@pytest.fixture(scope="module")
+def saved(pipe: SiTPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pipe.save_pretrained(folder := tmp_path_factory.mktemp("saved"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "named"),
+    [
+        *[
+            ("transformer/config.json", {"num_layers": value}, "num_layers")
+            for value in ("two", -1, 2.5, True, None, HUGE, 10**6)
+        ],
+        ("transformer/config.json", {"hidden_size": "32"}, "hidden_size"),
+        ("transformer/config.json", {"num_attention_heads": [2]}, "num_attention_heads"),
+        ("transformer/config.json", {"sample_size": {}}, ""),
+        ("transformer/config.json", {"sample_size": 10**9}, "sample_size"),
+        ("transformer/config.json", {"mlp_ratio": "4"}, "mlp_ratio"),
+        ("transformer/config.json", {"class_dropout_prob": None}, ""),
+        ("transformer/config.json", {"backbone": 5}, "backbone"),
+        ("transformer/config.json", {"backbone_kwargs": [1]}, ""),
+        ("scheduler/scheduler_config.json", {"shift": "x"}, ""),
+        ("scheduler/scheduler_config.json", {"path": 3}, ""),
+        ("scheduler/scheduler_config.json", {"rtol": None}, "rtol"),
+        ("scheduler/scheduler_config.json", {"atol": "x"}, "atol"),
+        ("vae/config.json", {"block_out_channels": 8}, ""),
+        ("vae/config.json", {"latent_channels": "4"}, ""),
+        ("model_index.json", {"vae": ["antigravity", "AutoencoderKL"]}, "antigravity"),
+        ("model_index.json", {"transformer": 5}, ""),
+        ("model_index.json", {"transformer": ["diffusers", "Nothing"]}, ""),
+        ("model_index.json", {"id2label": ["cat"]}, "id2label"),
+        ("model_index.json", {"id2label": {"x": "cat"}}, "id2label"),
+    ],
+)
+def test_every_file_is_checked_where_it_enters(saved: Path, file: str, changes: dict, named: str) -> None:
+    whole = (saved / file).read_text()
+    (saved / file).write_text(json.dumps(json.loads(whole) | changes))
+    try:
+        with pytest.raises(UserError, match=named) as refused:
+            load_pipeline(saved)
+    finally:
+        (saved / file).write_text(whole)
+    assert "\n" not in str(refused.value)
+    assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "transformer/config.json", "vae/config.json"])
+@pytest.mark.parametrize("text", ["[" * 5000, "[]", "{", ""])
+def test_files_of_a_pipeline_that_are_no_json(saved: Path, file: str, text: str) -> None:
+    whole = (saved / file).read_text()
+    (saved / file).write_text(text)
+    try:
+        with pytest.raises(UserError):
+            load_pipeline(saved)
+    finally:
+        (saved / file).write_text(whole)
+
+
 def test_load_pipeline_takes_a_run_or_its_pipeline(pipe: SiTPipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "run" / "pipeline")
     assert load_pipeline(tmp_path / "run").config.id2label == NAMES

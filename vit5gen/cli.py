@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from vit5gen.benchmark import NAMES as BENCHMARKS
 from vit5gen.config import Config, EvaluationConfig, SamplingConfig, load_config, parse_yaml, validate
-from vit5gen.errors import UserError, nearest
+from vit5gen.errors import UserError, nearest, short
 from vit5gen.parser import Parser, exit_on_bad_input
 
 _CLASSIFY_HELP = """\
@@ -46,7 +46,9 @@ def _value(section: type[BaseModel], key: str, option: str, text: str) -> Any:
     try:
         return parse_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{option} = {text!r} is not valid YAML; expected e.g. 3, '[a, b]' or '{{key: 1}}'") from error
+        raise UserError(
+            f"{option} = {short(text)} is not valid YAML; expected e.g. 3, '[a, b]' or '{{key: 1}}'"
+        ) from error
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -261,7 +263,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             if unknown:
                 prog, known = args.parser.prog, args.parser._option_string_actions
                 hint = nearest(unknown[0].split("=")[0], known)
-                raise UserError(f"{prog}: unknown argument {unknown[0]!r}.{hint} `{prog} --help` lists the options")
+                raise UserError(
+                    f"{prog}: unknown argument {short(unknown[0])}.{hint} `{prog} --help` lists the options"
+                )
             sys.exit(args.run(args) or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from vit5gen.errors import UserError, composed, nearest
+from vit5gen.errors import UserError, composed, nearest, short
 
 # YAML 1.1 reads 1e-4 (no dot) as a string.
 Float = Annotated[float, BeforeValidator(lambda value: float(value) if isinstance(value, str) else value)]
@@ -319,10 +319,10 @@ def _first_problem(kind: type[BaseModel], error: ValidationError) -> str:
         return f"{where!r} is missing; add it{more}"
     if problem["type"] == "model_type":
         first = _keys(kind, path)[0]
-        return f"section {where!r}: expected keys such as '{first}:' in it, found {problem['input']!r}{more}"
+        return f"section {where!r}: expected keys such as '{first}:' in it, found {short(problem['input'])}{more}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    value = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"
+    value = "" if isinstance(problem["input"], dict) else f" = {short(problem['input'])}"
     return f"{where}{value}: {message}{more}"
 
 

@@ -198,7 +198,8 @@ def _open_huggingface(data: DataConfig, split: str) -> ImageSet:
     except UserError:
         raise
     except Exception as error:  # the library raises its own, requests' and pyarrow's errors
-        detail = " ".join(str(error).split())
+        empty = isinstance(error, IndexError)  # of the list of its files
+        detail = "it holds no images" if empty else " ".join(str(error).split())
         raise UserError(
             f"data.path {data.path}: no data set can be opened: {detail}; check name and network"
         ) from error
