@@ -527,8 +527,8 @@ HUGE = 10**400
 
 
 @pytest.fixture(scope="module")
-def saved(pipe: SiTPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pipe.save_pretrained(folder := tmp_path_factory.mktemp("saved"))
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tiny_pipeline().save_pretrained(folder := tmp_path_factory.mktemp("saved"))
     return folder
 
 
@@ -551,6 +551,7 @@ def saved(pipe: SiTPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("scheduler/scheduler_config.json", {"path": 3}, ""),
         ("scheduler/scheduler_config.json", {"rtol": None}, "rtol"),
         ("scheduler/scheduler_config.json", {"atol": "x"}, "atol"),
+        ("scheduler/scheduler_config.json", {"last_step_size": "x"}, "last_step_size"),
         ("vae/config.json", {"block_out_channels": 8}, ""),
         ("vae/config.json", {"latent_channels": "4"}, ""),
         ("model_index.json", {"vae": ["antigravity", "AutoencoderKL"]}, "antigravity"),

@@ -42,7 +42,7 @@ class SiTScheduler(SchedulerMixin, ConfigMixin):
         last_step_size: float = 0.04,
     ) -> None:
         shift_time(0.5, shift)  # raises where shift is no shift
-        check_positive(rtol=rtol, atol=atol)
+        check_positive(rtol=rtol, atol=atol, **({} if last_step_size == 0 else {"last_step_size": last_step_size}))
         self.flow = Flow(path, prediction)
 
     def steps(
