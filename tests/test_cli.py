@@ -141,6 +141,7 @@ BAD = {
         "classify TINY/notes --model vit5_base --checkpoint TINY/none.pth --num-workers 100000",
         ["--num-workers", "at most"],
     ),
+    "output is no UTF-8": ("train TINY/run.yaml --output OUT\udce9", ["--output", "not UTF-8"]),
     "path is too long": (f"train TINY/run.yaml --output OUT --data.path {'a' * 300}", ["File name too long"]),
     "interval is reversed": (
         "train TINY/run.yaml --output OUT --sampling.guidance_interval [0.9,0.1]",

@@ -20,6 +20,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}; `{self.prog} --help` lists the options")
 
 
+def utf8_path(text: str) -> str:
+    """Return the path of an output; safetensors can write one that is no UTF-8, but cannot read it again."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8, which weights need; choose another path") from None
+    return text
+
+
 @contextmanager
 def exit_on_bad_input() -> Iterator[None]:
     """Print a `UserError` as one line on standard error and exit with code 2; likewise what the machine refuses.

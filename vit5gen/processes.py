@@ -107,6 +107,8 @@ def _settle() -> None:
 
     That is the LOCAL_RANK that batch systems set for one process, and MPI's numbers where torch's stand beside them.
     """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():  # joined already, whatever is set
+        return
     if fault := find_fault(os.environ, None if torch.backends.mps.is_available() else torch.cuda.device_count()):
         raise UserError(fault)
     alone = os.environ.get("WORLD_SIZE", "1").strip() == "1" and os.environ.get("ACCELERATE_USE_FSDP") != "true"

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from vit5gen.config import Config
 from vit5gen.data.autoencoder import downsample, encode, load_autoencoder
 from vit5gen.data.images import BrokenImage, ImageSet, open_images
-from vit5gen.errors import UserError, distinct, short
+from vit5gen.errors import UserError, check_whole, distinct, short
 from vit5gen.files import atomic, cache_folder, read_json, sha256, write_json
 from vit5gen.processes import processes, start_processes
 
@@ -138,9 +138,9 @@ class LatentDataset:
             id2label, shards = self.manifest["id2label"], self.manifest["shards"]
             names = [id2label[str(label)] for label in range(len(id2label))]
             self.class_names = distinct(f"latents {self.folder}, classes", names)
-            self._ends = list(accumulate(shard["images"] for shard in shards or []))
+            self._ends = list(accumulate(check_whole("images =", shard["images"], 0) for shard in shards or []))
             sizes = {self.folder / shard["file"]: shard["bytes"] for shard in shards or []}
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, UserError) as error:
             raise UserError(
                 f"latents {self.folder}: {MANIFEST} is not one of latents ({error!r}); encode again"
             ) from error
@@ -267,13 +267,13 @@ def _finished(folder: Path, settings: dict[str, Any], numbers: range) -> dict[in
                 f"output {folder}: holds latents made with {key} {short(manifest.get(key))}, not {short(value)};"
                 f" choose another folder or remove this one"
             )
-    records = (manifest["shards"] or []) + [read_json(path, "record") for path in folder.glob("shard_*.json")]
-    by_file = {record["file"]: record for record in records}
+    records = (manifest.get("shards") or []) + [read_json(path, "record") for path in folder.glob("shard_*.json")]
+    by_file = {record.get("file"): record for record in records}
     found = {k: by_file[_shard_name(k)] for k in numbers if _shard_name(k) in by_file}
     return {
         k: record
         for k, record in found.items()
-        if (folder / record["file"]).is_file() and sha256(folder / record["file"]) == record["sha256"]
+        if (folder / record["file"]).is_file() and sha256(folder / record["file"]) == record.get("sha256")
     }
 
 
