@@ -44,7 +44,7 @@ def short(value: object) -> str:
 
 def check_whole(what: str, value: object, least: int = 1, most: int = 2**63 - 1) -> int:
     """Return a whole number; ``what`` is its name with ``=``. Raise `UserError` for one out of range or none."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
         raise UserError(f"{what} {short(value)}; expected a whole number of at least {least} and at most {most}")
     return int(value)
 

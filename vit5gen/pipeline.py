@@ -383,7 +383,7 @@ def _ids_by_name(names: dict[int, str]) -> list[tuple[Callable[[str], str], dict
 
     In both a whole name outdoes a synonym between commas.
     """
-    tables = []
+    tables: list[tuple[Callable[[str], str], dict[str, set[int]]]] = []
     for spell in (str, str.casefold):
         ids: dict[str, set[int]] = {}
         whole: dict[str, set[int]] = {}
