@@ -249,6 +249,10 @@ def test_huggingface_columns_are_chosen(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"several columns of class labels: coarse, kind; .*data\.label_column"):
         opened(image_column="picture")
     images = opened(image_column="picture", label_column="kind")
+    digests = {
+        opened(image_column=one, label_column=two).digest() for one in ("mask", "picture") for two in ("coarse", "kind")
+    }
+    assert len(digests) == 4  # or latents of the one would be taken for those of another
     assert images.labels.tolist() == [0, 1]
     assert images[1][0].unique().tolist() == [1]
     for wrong in ({"image_column": "pictur"}, {"image_column": "kind"}, {"label_column": "picture"}):

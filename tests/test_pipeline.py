@@ -555,6 +555,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("vae/config.json", {"block_out_channels": 8}, ""),
         ("vae/config.json", {"latent_channels": "4"}, ""),
         ("model_index.json", {"vae": ["antigravity", "AutoencoderKL"]}, "antigravity"),
+        ("model_index.json", {"_class_name": ["pipeline", "SiTPipeline"]}, "_class_name"),
+        ("model_index.json", {"transformer": ["diffusers", "AutoencoderKL"]}, "transformer is a AutoencoderKL"),
         ("model_index.json", {"transformer": 5}, ""),
         ("model_index.json", {"transformer": ["diffusers", "Nothing"]}, ""),
         ("model_index.json", {"id2label": ["cat"]}, "id2label"),

@@ -57,6 +57,7 @@ def test_what_is_obeyed(given: dict[str, str], num_gpus: int | None) -> None:
         ({"ACCELERATE_USE_SAGEMAKER": "true"}, "accelerate launch"),
         ({"ACCELERATE_USE_CPU": "perhaps"}, "true or false"),
         ({"ACCELERATE_TORCH_DEVICE": "tpu"}, "cpu or cuda"),
+        ({"ACCELERATE_TORCH_DEVICE": "cuda"}, "no GPU"),
         (FSDP2 | {"FSDP_VERSION": "1"}, "fsdp2.yaml"),
         ({**FSDP2, "ACCELERATE_USE_CPU": "true"}, "FSDP needs GPUs"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "no RANK"),

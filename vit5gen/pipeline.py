@@ -334,7 +334,15 @@ def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # of three files read
     try:
-        return SiTPipeline.from_pretrained(folder)
+        pipe = SiTPipeline.from_pretrained(folder)
+        for name, kind in (
+            ("transformer", SiTTransformer2DModel),
+            ("guide", SiTTransformer2DModel),
+            ("vae", AutoencoderKL),
+        ):
+            if not isinstance(part := getattr(pipe, name), kind | None):
+                raise UserError(f"{name} is a {type(part).__name__}, expected a {kind.__name__}")
+        return pipe
     except Exception as error:  # what diffusers makes of files with values of other types has no end
         reason = " ".join(str(error).split()) or repr(error)
         raise UserError(f"checkpoint {folder} does not load: {reason}; make it again") from error

@@ -48,6 +48,8 @@ def find_fault(environment: Mapping[str, str], num_gpus: int | None) -> str | No
     for name, (obeyed, advice) in _OBEYED.items():
         if name in environment and environment[name].strip().lower() not in obeyed:
             return f"{name} = {environment[name]!r} in the environment is not obeyed: {advice}"
+    if environment.get("ACCELERATE_TORCH_DEVICE") == "cuda" and not num_gpus:
+        return "ACCELERATE_TORCH_DEVICE = 'cuda' in the environment: this machine has no GPU; unset it"
     numbers = {}
     for name in ("WORLD_SIZE", *_MPI_SIZES, "RANK", "LOCAL_RANK"):
         value = environment.get(name, "1" if name == "WORLD_SIZE" else "0")

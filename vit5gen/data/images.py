@@ -212,7 +212,10 @@ def _open_huggingface(data: DataConfig, split: str) -> ImageSet:
     if not table.features[image].decode:
         pictures = table.cast_column(image, datasets.Image(mode=table.features[image].mode))
     read = partial(_read_row, pictures, image, data)
-    return ImageSet(names, torch.tensor(values, dtype=torch.int64), read, partial(getattr, table, "_fingerprint"))
+    kinds = [type(feature) for feature in table.features.values()]
+    chosen = kinds.count(datasets.Image) > 1 or kinds.count(datasets.ClassLabel) > 1
+    digest = partial(" ".join, [table._fingerprint, image, label] if chosen else [table._fingerprint])
+    return ImageSet(names, torch.tensor(values, dtype=torch.int64), read, digest)
 
 
 def _column(data: DataConfig, key: str, features: dict[str, Any], kind: type, what: str) -> str:
