@@ -1,5 +1,6 @@
 """The command line: bad input ends as one clear line and exit code 2, and leaves nothing behind."""
 
+import io
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ import yaml
 from tiny_run import make_inputs
 
 from vit5gen.cli import main
+from vit5gen.errors import UserError
+from vit5gen.parser import exit_on_bad_input
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,6 +27,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "scalar_section.yaml").write_text(yaml.safe_dump({"model": {"preset": "S/2"}, "training": 5}))
     (folder / "mistyped.yaml").write_text(yaml.safe_dump({"modle": {"preset": "S/2"}}))
     (folder / "unnamed_model.yaml").write_text(yaml.safe_dump({"training": {"num_steps": 1}}))
+    (folder / "deep.yaml").write_text("[" * 5000)
+    (folder / "laughs.yaml").write_text(
+        "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+    )
+    (folder / "itself.yaml").write_text("model: &a {preset: *a}\n")
+    (folder / "tagged.yaml").write_text("training: {compile: !!bool perhaps}\n")
+    (folder / "deep").mkdir()
+    (folder / "deep" / "model_index.json").write_text("[" * 5000)
     (folder / "no_images" / "cat").mkdir(parents=True)
     (folder / "empty").mkdir()
     (folder / "broken_images" / "cat").mkdir(parents=True)
@@ -64,6 +75,74 @@ BAD = {
         ["class_dropout_prob", "2"],
     ),
     "seed is beyond 63 bits": (f"train TINY/run.yaml --output OUT --training.seed {2**63}", ["training.seed"]),
+    **{
+        f"{key} = {value}": (f"train TINY/run.yaml --dry-run --{key} {value}", [key, "less than"])
+        for value in (10**20,)
+        for key in (
+            "training.global_batch_size",
+            "training.micro_batch_size",
+            "vae.latent_channels",
+            "vae.downsample",
+            "model.hidden_size",
+            "model.num_layers",
+            "model.num_attention_heads",
+            "model.patch_size",
+            "data.resolution",
+            "data.num_classes",
+            "data.num_workers",
+            "sampling.num_inference_steps",
+            "evaluation.num_images",
+            "evaluation.grid_classes",
+        )
+    },
+    "number of 4,000 digits": (
+        f"train TINY/run.yaml --dry-run --training.global_batch_size {10**4000}",
+        ["training.global_batch_size", "less than"],
+    ),
+    "steps beyond 63 bits": (f"train TINY/run.yaml --dry-run --training.num_steps {2**63}", ["training.num_steps"]),
+    "ratio is too large": ("train TINY/run.yaml --dry-run --model.mlp_ratio 1e300", ["model.mlp_ratio", "less than"]),
+    "switch is too large": (
+        "train TINY/run.yaml --dry-run --model.backbone_kwargs {num_registers: 1000000000000000000}",
+        ["num_registers", "at most"],
+    ),
+    "switch is beyond a float": (
+        f"train TINY/run.yaml --dry-run --model.backbone_kwargs {{gamma_init: {10**400}}}",
+        ["gamma_init", "finite"],
+    ),
+    "option is nested too deep": (
+        f"train TINY/run.yaml --dry-run --data.classes {'[' * 1000}",
+        ["--data.classes", "not valid YAML"],
+    ),
+    "configuration is nested too deep": ("train TINY/deep.yaml --output OUT", ["deep.yaml", "not valid YAML"]),
+    "configuration is a bomb": ("train TINY/laughs.yaml --output OUT", ["laughs.yaml", "aliases"]),
+    "configuration holds itself": ("train TINY/itself.yaml --output OUT", ["itself.yaml", "aliases"]),
+    "configuration has an odd tag": ("train TINY/tagged.yaml --output OUT", ["tagged.yaml", "perhaps"]),
+    "pipeline is nested too deep": (
+        "sample --checkpoint TINY/deep --num-images 1 --output OUT.png",
+        ["model_index.json", "not valid JSON"],
+    ),
+    "sampling too many": (
+        f"sample --checkpoint TINY/none --num-images {10**20} --output OUT.png",
+        ["num_images", "at most 10000000"],
+    ),
+    "sampling too large a batch": (
+        f"sample --checkpoint TINY/none --num-images 1 --batch-size {2**31} --output OUT.png",
+        ["batch_size", "at most"],
+    ),
+    "seed of samples is beyond 63 bits": (
+        f"sample --checkpoint TINY/none --num-images 1 --seed {2**63} --output OUT.png",
+        ["seed", "at most"],
+    ),
+    "scoring too large a batch": (
+        f"evaluate TINY/notes --reference TINY/notes --batch-size {2**31}",
+        ["--batch-size", "at most"],
+    ),
+    "too many workers": (
+        "classify TINY/notes --model vit5_base --checkpoint TINY/none.pth --num-workers 100000",
+        ["--num-workers", "at most"],
+    ),
+    "output is no UTF-8": ("train TINY/run.yaml --output OUT\udce9", ["--output", "not UTF-8"]),
+    "path is too long": (f"train TINY/run.yaml --output OUT --data.path {'a' * 300}", ["File name too long"]),
     "interval is reversed": (
         "train TINY/run.yaml --output OUT --sampling.guidance_interval [0.9,0.1]",
         ["guidance_interval", "[0.9, 0.1]", "start"],
@@ -155,6 +234,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code == 2
     assert message.startswith("error: ")
+    assert len(message) < 2000
     for name in named:
         assert name in message, message
     assert sorted(tiny.rglob("*")) == before
@@ -177,6 +257,64 @@ def test_help_is_quick_and_names_every_key() -> None:
         assert option in done.stdout
     heavy = "import sys, vit5gen.cli; vit5gen.cli.build_parser(); assert not {'torch', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, check=True)
+
+
+def test_bounds_themselves_take_a_moment(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    most = {
+        "training.global_batch_size": 2**20,
+        "training.num_steps": 2**63 - 1,
+        "training.keep_every": 1,
+        "model.hidden_size": 2**16,
+        "model.num_layers": 100,
+        "model.num_attention_heads": 2**12,
+        "model.patch_size": 1,
+        "model.mlp_ratio": 1000,
+        "data.resolution": 2**14,
+        "data.num_classes": 10**7,
+        "vae.latent_channels": 2**16,
+        "vae.downsample": 1,
+        "vae.name": "none",
+    }
+    options = [text for key, value in most.items() for text in (f"--{key}", str(value))]
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(tiny / "run.yaml"), "--dry-run", *options])
+    assert stopped.value.code == 0
+    assert "GPU-hours" in capsys.readouterr().out
+
+
+def test_a_terminal_without_accents_ends_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = {name: io.TextIOWrapper(io.BytesIO(), "ascii") for name in ("stdout", "stderr")}
+    for name, stream in outputs.items():
+        monkeypatch.setattr(sys, name, stream)
+
+    def fail() -> None:
+        with exit_on_bad_input():
+            print("caf\u00e9 caf\udce9")
+            raise UserError("caf\u00e9: no such class")
+
+    with pytest.raises(SystemExit) as stopped:
+        fail()
+    assert stopped.value.code == 2
+    for stream in outputs.values():
+        stream.flush()
+    shown = {name: stream.buffer.getvalue().decode() for name, stream in outputs.items()}
+    assert shown == {"stdout": "caf\\xe9 caf\\udce9\n", "stderr": "error: caf\\xe9: no such class\n"}
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "x.png"), "x.png: No such file or directory"),
+        (OSError(28, "No space left on device"), "this machine: No space left on device"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(error: Exception, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped, exit_on_bad_input():
+        raise error
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}")
 
 
 def test_ctrl_c_is_one_word(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

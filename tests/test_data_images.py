@@ -12,7 +12,15 @@ import torch
 from PIL import Image
 
 from vit5gen.config import DataConfig
-from vit5gen.data.images import BrokenImage, centre_crop, drop_broken, imagenet_names, open_held_out, open_images
+from vit5gen.data.images import (
+    BrokenImage,
+    ImageSet,
+    centre_crop,
+    drop_broken,
+    imagenet_names,
+    open_held_out,
+    open_images,
+)
 from vit5gen.errors import UserError
 
 
@@ -221,3 +229,81 @@ def test_a_folder_without_splits_has_no_second_one(tmp_path: Path) -> None:
     assert len(open_images(data)) == 1
     with pytest.raises(UserError, match="'test'"):
         open_images(data, "test")
+
+
+def pictures(count: int = 2) -> list[Image.Image]:
+    return [Image.new("L", (9, 12), level) for level in range(count)]
+
+
+def test_huggingface_columns_are_chosen(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    label = datasets.ClassLabel(names=["cat", "dog"])
+    features = {"mask": datasets.Image(), "picture": datasets.Image(), "coarse": label, "kind": label}
+    rows = {"mask": [Image.new("L", (8, 8), 99)] * 2, "picture": pictures(), "coarse": [1, 1], "kind": [0, 1]}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(tmp_path / "set")
+
+    def opened(**columns: str) -> ImageSet:
+        return open_images(DataConfig(source="huggingface", path=str(tmp_path / "set"), resolution=8, **columns))
+
+    with pytest.raises(UserError, match=r"several columns of images: mask, picture; choose one as data\.image_column"):
+        opened()
+    with pytest.raises(UserError, match=r"several columns of class labels: coarse, kind; .*data\.label_column"):
+        opened(image_column="picture")
+    images = opened(image_column="picture", label_column="kind")
+    digests = {
+        opened(image_column=one, label_column=two).digest() for one in ("mask", "picture") for two in ("coarse", "kind")
+    }
+    assert len(digests) == 4  # or latents of the one would be taken for those of another
+    assert images.labels.tolist() == [0, 1]
+    assert images[1][0].unique().tolist() == [1]
+    for wrong in ({"image_column": "pictur"}, {"image_column": "kind"}, {"label_column": "picture"}):
+        with pytest.raises(UserError, match=r"data\.\w+_column: .* is not known; expected one of \w+, \w+\."):
+            opened(**{"image_column": "picture", "label_column": "kind", **wrong})
+
+
+@pytest.mark.parametrize(
+    ("picture", "kind", "message"),
+    [
+        (pictures(), [0, None], "images without a label"),
+        (pictures(), [0, -1], "images without a label"),
+        ([], [], "holds no images"),
+        ([None, *pictures(1)], [0, 1], r"image 0 of .* does not decode \(there is none\)"),
+    ],
+)
+def test_huggingface_rows_without_image_or_label(tmp_path: Path, picture: list, kind: list, message: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(picture=datasets.Image(), kind=datasets.ClassLabel(names=["cat", "dog"]))
+    datasets.Dataset.from_dict({"picture": picture, "kind": kind}, features=features).save_to_disk(tmp_path / "set")
+    with pytest.raises(UserError, match=message):
+        open_images(DataConfig(source="huggingface", path=str(tmp_path / "set"), resolution=8))[0]
+
+
+def test_huggingface_images_that_are_not_decoded_yet(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    for decode in (True, False):
+        features = datasets.Features(picture=datasets.Image(decode=decode), kind=datasets.ClassLabel(names=["cat"]))
+        rows = {"picture": pictures(1), "kind": [0]}
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / f"set{decode}")
+    first, second = (
+        open_images(DataConfig(source="huggingface", path=str(tmp_path / f"set{decode}"), resolution=8))[0][0]
+        for decode in (True, False)
+    )
+    assert torch.equal(first, second)
+    listed = datasets.Features(picture=[datasets.Image()], kind=datasets.ClassLabel(names=["cat"]))
+    datasets.Dataset.from_dict({"picture": [pictures()], "kind": [0]}, features=listed).save_to_disk(tmp_path / "list")
+    with pytest.raises(UserError, match="no column of images; it has picture, kind"):
+        open_images(DataConfig(source="huggingface", path=str(tmp_path / "list"), resolution=8))
+
+
+def test_class_names_are_compared_composed(tmp_path: Path) -> None:
+    for split, name in (("train", "cafe\u0301"), ("train", "zoo"), ("test", "caf\u00e9")):
+        save(tmp_path / split / name / "1.png")
+    data = folder(tmp_path, split="train", classes=["zoo", "caf\u00e9"])
+    images = open_images(data)
+    assert (images.class_names, images.labels.tolist()) == (["zoo", "caf\u00e9"], [1, 0])
+    plain = folder(tmp_path, split="train", classes=None)
+    assert open_held_out(plain, "test", open_images(plain).class_names).labels.tolist() == [0]
+    assert folder(tmp_path, classes=["cafe\u0301"]).classes == ["caf\u00e9"]
+    save(tmp_path / "train" / "caf\u00e9" / "1.png")
+    with pytest.raises(UserError, match="'café' is listed twice"):
+        open_images(plain)

@@ -527,3 +527,21 @@ def test_published_autoencoder_encodes(tmp_path: Path) -> None:
     dataset.check(config, vae)
     assert dataset.manifest["scaling_factor"] == 0.18215
     assert dataset.get(1)[0].shape == (4, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"id2label": ["cat"]},
+        {"id2label": {"0": 5}},
+        {"shards": [{"file": "x", "bytes": 1, "images": "5"}]},
+        {"shards": ["x"]},
+        {"shards": 5},
+    ],
+)
+def test_a_manifest_with_values_of_other_types_is_refused(tmp_path: Path, damage: dict) -> None:
+    manifest = {"id2label": {"0": "cat"}, "shards": [], "counts": [0]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | damage))
+    with pytest.raises(UserError, match="not one of latents") as refused:
+        LatentDataset(tmp_path)
+    assert "\n" not in str(refused.value)

@@ -55,7 +55,8 @@ def seed(value: int = 0) -> torch.Generator:
         ("golden retriever, retriever", [0]),
         ("retriever", [0]),
         ("7", [3]),  # a name wins over a number
-        ("4", [4]),
+        ("crane", [1]),  # and exact spelling over case
+        ("Crane ", [2]),
         ([0, "smileys & emotion", np.int32(1)], [0, 4, 1]),
         ((1, 2), [1, 2]),
         (range(2), [0, 1]),
@@ -73,7 +74,7 @@ def test_class_labels_are_ids_names_or_both(pipe: SiTPipeline, given: object, id
     [
         ("golden retreiver", "Did you mean 'golden retriever'"),
         ("zzz", "one of .*golden retriever.*, or an id in 0..4"),
-        ("crane", r"several classes; give one of the ids \[1, 2\]"),
+        ("CRANE", r"several classes; give one of the ids \[1, 2\], or spell it as one of 'crane', 'Crane'"),
         (5, r"class 5 does not exist; expected an id in 0\.\.4"),
         (-1, "class -1 does not exist"),
         ("12", "class 12 does not exist"),
@@ -88,6 +89,37 @@ def test_class_labels_are_ids_names_or_both(pipe: SiTPipeline, given: object, id
 def test_labels_that_do_not_exist(pipe: SiTPipeline, given: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         pipe(given, **EULER)
+
+
+NUMBERED = {0: "1", 1: "2", 2: "10", 3: "caf\u00e9", 4: "caf\udce9"}
+
+
+@pytest.mark.parametrize(("given", "id_"), [("10", 2), ("cafe\u0301", 3), ("CAFE\u0301", 3), ("caf\udce9", 4), (2, 2)])
+def test_names_are_compared_composed(pipe: SiTPipeline, given: object, id_: int) -> None:
+    named = SiTPipeline(**pipe.components, id2label=NUMBERED)
+    assert named.class_ids(given) == [id_]
+
+
+@pytest.mark.parametrize("given", ["3", "07", "\u0663", "-1", "+3", "1_0", "\u00b2", "9" * 5000, "", " "])
+def test_a_number_is_no_id_where_all_names_are_numbers(pipe: SiTPipeline, given: str) -> None:
+    named = SiTPipeline(**pipe.components, id2label={0: "1", 1: "2", 2: "10", 3: "11", 4: "12"})
+    with pytest.raises(UserError, match="does not exist; expected one of 1, 2, 10, 11, 12") as refused:
+        named.class_ids(given)
+    assert "an id" not in str(refused.value)
+    if not given.isascii() or not given.isdecimal() or len(given) > 18:
+        with pytest.raises(UserError, match=r"does not exist; expected an id in 0\.\.4"):
+            SiTPipeline(**pipe.components).class_ids(given)
+
+
+def test_a_number_beside_other_names_is_an_id_but_not_in_silence(pipe: SiTPipeline) -> None:
+    with pytest.warns(UserWarning, match="no class is called '4': taken for the id 4"):
+        assert pipe.class_ids("4") == [4]
+
+
+@pytest.mark.parametrize("names", [["cat", "dog"], {"one": "cat"}, {0: 5}, {-1: "cat"}, {1.5: "cat"}, 3, {0: None}])
+def test_class_names_of_other_types_are_refused(pipe: SiTPipeline, names: object) -> None:
+    with pytest.raises(UserError, match=r"id2label = .*; expected the names of classes by id"):
+        SiTPipeline(**pipe.components, id2label=names)
 
 
 # --- numbers
@@ -619,6 +651,70 @@ def test_hash_is_of_what_decides_the_images(pipe: SiTPipeline, tmp_path: Path) -
     assert pipeline_hash(tmp_path) == before
     (tmp_path / "scheduler" / "scheduler_config.json").write_text("{}")
     assert pipeline_hash(tmp_path) != before
+
+
+HUGE = 10**400
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tiny_pipeline().save_pretrained(folder := tmp_path_factory.mktemp("saved"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "named"),
+    [
+        *[
+            ("transformer/config.json", {"num_layers": value}, "num_layers")
+            for value in ("two", -1, 2.5, True, None, HUGE, 10**6)
+        ],
+        ("transformer/config.json", {"hidden_size": "32"}, "hidden_size"),
+        ("transformer/config.json", {"num_attention_heads": [2]}, "num_attention_heads"),
+        ("transformer/config.json", {"sample_size": {}}, ""),
+        ("transformer/config.json", {"sample_size": 10**9}, "sample_size"),
+        ("transformer/config.json", {"mlp_ratio": "4"}, "mlp_ratio"),
+        ("transformer/config.json", {"class_dropout_prob": None}, ""),
+        ("transformer/config.json", {"backbone": 5}, "backbone"),
+        ("transformer/config.json", {"backbone_kwargs": [1]}, ""),
+        ("scheduler/scheduler_config.json", {"shift": "x"}, ""),
+        ("scheduler/scheduler_config.json", {"path": 3}, ""),
+        ("scheduler/scheduler_config.json", {"rtol": None}, "rtol"),
+        ("scheduler/scheduler_config.json", {"atol": "x"}, "atol"),
+        ("scheduler/scheduler_config.json", {"last_step_size": "x"}, "last_step_size"),
+        ("vae/config.json", {"block_out_channels": 8}, ""),
+        ("vae/config.json", {"latent_channels": "4"}, ""),
+        ("model_index.json", {"vae": ["antigravity", "AutoencoderKL"]}, "antigravity"),
+        ("model_index.json", {"_class_name": ["pipeline", "SiTPipeline"]}, "_class_name"),
+        ("model_index.json", {"transformer": ["diffusers", "AutoencoderKL"]}, "transformer is a AutoencoderKL"),
+        ("model_index.json", {"transformer": 5}, ""),
+        ("model_index.json", {"transformer": ["diffusers", "Nothing"]}, ""),
+        ("model_index.json", {"id2label": ["cat"]}, "id2label"),
+        ("model_index.json", {"id2label": {"x": "cat"}}, "id2label"),
+    ],
+)
+def test_every_file_is_checked_where_it_enters(saved: Path, file: str, changes: dict, named: str) -> None:
+    whole = (saved / file).read_text()
+    (saved / file).write_text(json.dumps(json.loads(whole) | changes))
+    try:
+        with pytest.raises(UserError, match=named) as refused:
+            load_pipeline(saved)
+    finally:
+        (saved / file).write_text(whole)
+    assert "\n" not in str(refused.value)
+    assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "transformer/config.json", "vae/config.json"])
+@pytest.mark.parametrize("text", ["[" * 5000, "[]", "{", ""])
+def test_files_of_a_pipeline_that_are_no_json(saved: Path, file: str, text: str) -> None:
+    whole = (saved / file).read_text()
+    (saved / file).write_text(text)
+    try:
+        with pytest.raises(UserError):
+            load_pipeline(saved)
+    finally:
+        (saved / file).write_text(whole)
 
 
 def test_load_pipeline_takes_a_run_or_its_pipeline(pipe: SiTPipeline, tmp_path: Path) -> None:

@@ -358,6 +358,7 @@ def test_bad_outputs(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def test_launcher_that_starts_one_process_only(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(UserError, match="ACCELERATE_USE_CPU=true accelerate launch --multi_gpu"):

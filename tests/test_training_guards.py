@@ -223,6 +223,7 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
 def test_one_process_where_two_were_launched_is_noticed(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # all that `accelerate launch --cpu --num_processes 2` leaves
     with pytest.raises(UserError, match="ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"):
         run(config_file, tmp_path / "run")

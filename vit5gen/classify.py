@@ -10,11 +10,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
+from vit5gen.config import MOST_BATCH, MOST_WORKERS
 from vit5gen.data.pictures import UNREADABLE, cut_strip, eight_bits, find_classes
-from vit5gen.errors import UserError, choose, listed
+from vit5gen.errors import UserError, check_whole, choose, listed
 from vit5gen.models import load_vit5
 from vit5gen.models.classifier import default_cfgs
-from vit5gen.processes import processes
+from vit5gen.processes import start_processes
 
 
 def classify(
@@ -26,9 +27,9 @@ def classify(
     many as the checkpoint's, an image cannot be read, or `batch_size` or `num_workers` is no such number.
     """
     choose("--model", model, sorted({name.split(".")[0] for name in default_cfgs}))
-    if batch_size < 1 or num_workers < 0:
-        raise UserError(f"--batch-size {batch_size} --num-workers {num_workers}: expected at least 1 and at least 0.")
-    where = processes().device
+    check_whole("--batch-size =", batch_size, 1, MOST_BATCH)
+    check_whole("--num-workers =", num_workers, 0, MOST_WORKERS)
+    where = start_processes().device
     net = load_vit5(checkpoint).eval().to(where)
     with torch.device("meta"):
         named = timm.create_model(model)

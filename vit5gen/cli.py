@@ -14,8 +14,8 @@ from pydantic import BaseModel
 
 from vit5gen.benchmark import NAMES as BENCHMARKS
 from vit5gen.config import Config, EvaluationConfig, SamplingConfig, load_config, parse_yaml, validate
-from vit5gen.errors import UserError, nearest
-from vit5gen.parser import Parser, exit_on_bad_input
+from vit5gen.errors import UserError, nearest, short
+from vit5gen.parser import Parser, exit_on_bad_input, utf8_path
 
 _CLASSIFY_HELP = """\
 Top-1 and top-5 accuracy of ViT-5 over FOLDER, which has one folder of images a class, in the order of the classes.
@@ -46,7 +46,9 @@ def _value(section: type[BaseModel], key: str, option: str, text: str) -> Any:
     try:
         return parse_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{option} = {text!r} is not valid YAML; expected e.g. 3, '[a, b]' or '{{key: 1}}'") from error
+        raise UserError(
+            f"{option} = {short(text)} is not valid YAML; expected e.g. 3, '[a, b]' or '{{key: 1}}'"
+        ) from error
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -179,14 +181,16 @@ def build_parser() -> Parser:
 
     sub = command(train, "train a model; run again, it goes on from its newest checkpoint")
     add_config(sub)
-    sub.add_argument("--output", metavar="RUN", help="folder of the run; only --dry-run goes without")
+    sub.add_argument("--output", type=utf8_path, metavar="RUN", help="folder of the run; only --dry-run goes without")
     sub.add_argument("--resume", metavar="WHERE", default="auto", help="auto | never | a checkpoint folder [auto]")
     sub.add_argument("--accept-changes", action="store_true", help="resume although the configuration differs")
     sub.add_argument("--dry-run", action="store_true", help="write nothing: check, estimate, list what is missing")
 
     sub = command(encode, "encode images once to latent shards")
     add_config(sub)
-    sub.add_argument("--output", metavar="FOLDER", required=True, help="folder of the shards and their manifest")
+    sub.add_argument(
+        "--output", type=utf8_path, metavar="FOLDER", required=True, help="folder of the shards and their manifest"
+    )
 
     sub = command(sample, "draw images from a run or a pipeline folder; run again, it goes on where it stopped")
     sub.add_argument("--checkpoint", metavar="RUN", required=True, help="folder of a run, or a pipeline folder")
@@ -231,7 +235,7 @@ def build_parser() -> Parser:
 
     sub = command(convert, "turn a published SiT file, or a run's checkpoint, into a pipeline folder")
     sub.add_argument("checkpoint", help="e.g. SiT-XL-2-256x256.pt, RUN, or RUN/checkpoints/step_00000010")
-    sub.add_argument("--output", metavar="FOLDER", required=True, help="new pipeline folder")
+    sub.add_argument("--output", type=utf8_path, metavar="FOLDER", required=True, help="new pipeline folder")
     sub.add_argument("--vae", help="name or folder of the autoencoder, or none; default: SiT's, or the run's")
     sub.add_argument("--weights", help="of a run: ema_<decay> or model; default: its first average")
     sub.add_argument("--num-attention-heads", type=int, help="of a SiT file whose width is no preset's")
@@ -261,7 +265,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             if unknown:
                 prog, known = args.parser.prog, args.parser._option_string_actions
                 hint = nearest(unknown[0].split("=")[0], known)
-                raise UserError(f"{prog}: unknown argument {unknown[0]!r}.{hint} `{prog} --help` lists the options")
+                raise UserError(
+                    f"{prog}: unknown argument {short(unknown[0])}.{hint} `{prog} --help` lists the options"
+                )
             sys.exit(args.run(args) or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -10,21 +10,44 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from vit5gen.errors import UserError, nearest
+from vit5gen.errors import UserError, composed, nearest, short
 
 # YAML 1.1 reads 1e-4 (no dot) as a string.
 Float = Annotated[float, BeforeValidator(lambda value: float(value) if isinstance(value, str) else value)]
 Positive = Annotated[Float, Field(gt=0)]
+Ratio = Annotated[Float, Field(gt=0, le=1000)]
 NonNegative = Annotated[Float, Field(ge=0)]
 Unit = Annotated[Float, Field(ge=0, le=1)]
 Decay = Annotated[Float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-Several = Annotated[int, Field(ge=2)]
+# Beyond these a value is a slip of the finger: it would end in a hang, an overflow or a machine without memory.
+MOST_WIDTH, MOST_LAYERS, MOST_CLASSES, MOST_SIDE = 2**16, 1000, 10**7, 2**14
+MOST_IMAGES, MOST_BATCH, MOST_STEPS, MOST_WORKERS = 10**7, 2**20, 10**6, 1024
+Name = Annotated[str, AfterValidator(composed)]
 Natural = Annotated[int, Field(ge=0, lt=2**63)]
 Exif = Literal["apply", "ignore"]
 Rules = Literal[1, 2]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+Several = Annotated[int, Field(ge=2, le=MOST_IMAGES)]
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+Batch = Annotated[int, Field(ge=1, le=MOST_BATCH)]
+Width = Annotated[int, Field(ge=1, le=MOST_WIDTH)]
+Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+Side = Annotated[int, Field(ge=1, le=MOST_SIDE)]
+Classes = Annotated[int, Field(ge=1, le=MOST_CLASSES)]
+Tiles = Annotated[int, Field(ge=1, le=1000)]
+Small = Annotated[int, Field(ge=0, le=MOST_WORKERS)]
+_MOST_VALUES = 10**5  # of one file
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -38,11 +61,11 @@ class ModelConfig(Section):
     backbone: str = Field("vit5", description="registered backbone: vit5, sit or your own")
     backbone_kwargs: dict[str, Any] = Field({}, description="switches of the backbone, e.g. {gamma_init: 1}")
     preset: str | None = Field(None, description="S/2 ... XL/8: sets the four sizes below")
-    hidden_size: Count | None = Field(None, description="width of a token; default: the preset's")
-    num_layers: Count | None = Field(None, description="number of blocks; default: the preset's")
-    num_attention_heads: Count | None = Field(None, description="heads of an attention; default: the preset's")
-    patch_size: Count | None = Field(None, description="latent pixels along a side of a patch; default: the preset's")
-    mlp_ratio: Positive = Field(4.0, description="hidden width of the MLP over the width of a token")
+    hidden_size: Width | None = Field(None, description="width of a token; default: the preset's")
+    num_layers: Layers | None = Field(None, description="number of blocks; default: the preset's")
+    num_attention_heads: Width | None = Field(None, description="heads of an attention; default: the preset's")
+    patch_size: Side | None = Field(None, description="latent pixels along a side of a patch; default: the preset's")
+    mlp_ratio: Ratio = Field(4.0, description="hidden width of the MLP over the width of a token")
     class_dropout_prob: Unit = Field(0.1, description="probability that training replaces a label by the null label")
     learn_sigma: bool = Field(False, description="twice the output channels, of which the second half is discarded")
 
@@ -81,9 +104,9 @@ class VaeConfig(Section):
     """The autoencoder between images and latents."""
 
     name: str = Field("stabilityai/sd-vae-ft-ema", description="hub name, folder, or 'emoji' (ships with the package)")
-    latent_channels: Count = Field(4, description="channels of a latent; checked against the autoencoder")
-    downsample: Count = Field(8, description="image pixels along a side of a latent pixel; checked likewise")
-    batch_size: Count = Field(16, description="images encoded at once, per process")
+    latent_channels: Width = Field(4, description="channels of a latent; checked against the autoencoder")
+    downsample: Side = Field(8, description="image pixels along a side of a latent pixel; checked likewise")
+    batch_size: Batch = Field(16, description="images encoded at once, per process")
 
 
 class DataConfig(Section):
@@ -92,9 +115,9 @@ class DataConfig(Section):
     source: Literal["emoji", "fashion-mnist", "folder", "huggingface"] = Field("folder", description="kind of data set")
     path: str | None = Field(None, description="folder of class folders, idx files, or data set name")
     split: str = Field("train", description="split to train on")
-    resolution: Count = Field(256, description="side of the square images, in pixels")
-    classes: list[str] | None = Field(None, description="keep these classes only; default: all")
-    num_classes: Count = Field(1000, description="number of classes; checked against the data")
+    resolution: Side = Field(256, description="side of the square images, in pixels")
+    classes: list[Name] | None = Field(None, description="keep these classes only; default: all")
+    num_classes: Classes = Field(1000, description="number of classes; checked against the data")
     horizontal_flip: bool = Field(True, description="mirror half of the images at random")
     exif: Exif = Field("apply", description="whether pictures that a camera marked as turned are shown upright")
     rules: Rules = Field(
@@ -106,15 +129,17 @@ class DataConfig(Section):
     shard_dtype: Literal["float16", "bfloat16", "float32"] = Field(
         "float16", description="numbers in the latent shards"
     )
-    num_workers: Natural = Field(0, description="processes that read data; 0 = the trainer's own")
+    num_workers: Small = Field(0, description="processes that read data; 0 = the trainer's own")
+    image_column: str | None = Field(None, description="column of a Hugging Face data set; default: its only images")
+    label_column: str | None = Field(None, description="likewise; default: its only class labels")
 
 
 class TrainingConfig(Section):
     """The optimisation, its precision, and what is kept of it."""
 
     num_steps: Natural = Field(400_000, description="optimizer steps in all")
-    global_batch_size: Count = Field(256, description="samples of one step, over all processes")
-    micro_batch_size: Count | None = Field(
+    global_batch_size: Batch = Field(256, description="samples of one step, over all processes")
+    micro_batch_size: Batch | None = Field(
         None, description="samples of one forward, per process; default: all at once"
     )
     seed: Natural = Field(0, description="fixes initialisation, data order and every draw")
@@ -145,10 +170,10 @@ class SamplingConfig(Section):
     """How images are drawn: in a configuration, in training's previews and evaluation; else by this command alone."""
 
     sampler: str = Field("ode-heun", description="ode-{euler,heun,midpoint,rk4,ab2,dopri5} or sde-{euler,heun}")
-    num_inference_steps: Count = Field(50, description="solver steps")
+    num_inference_steps: Steps = Field(50, description="solver steps")
     guidance_scale: NonNegative = Field(1.0, description="classifier-free guidance; 1 = off, one forward")
     guidance_interval: list[Unit] = Field([0.0, 1.0], min_length=2, max_length=2, description="times of guidance")
-    guidance_channels: Count | None = Field(None, description="guide the first k channels only; default: all")
+    guidance_channels: Width | None = Field(None, description="guide the first k channels only; default: all")
 
     @field_validator("guidance_interval")
     @classmethod
@@ -165,11 +190,11 @@ class EvaluationConfig(Section):
     num_images: Several = Field(1000, description="images generated for the distance, at most as many as are held out")
     num_reference: Several = Field(10_000, description="training images that they are held against")
     held_out_split: str = Field("test", description="split of real images that give the floor at the same number")
-    batch_size: Count = Field(100, description="images generated at once, per process")
+    batch_size: Batch = Field(100, description="images generated at once, per process")
     extractor: str = Field("effnet-lite0", description="feature network")
     seed: Natural = Field(0, description="seed of the generated images")
-    images_per_class: Count = Field(8, description="columns of samples.png")
-    grid_classes: Count = Field(10, description="rows of samples.png: the first so many classes")
+    images_per_class: Tiles = Field(8, description="columns of samples.png")
+    grid_classes: Tiles = Field(10, description="rows of samples.png: the first so many classes")
 
 
 class Config(Section):
@@ -200,16 +225,16 @@ class AutoencoderTraining(Section):
 
     data: DataConfig
     held_out_split: str = Field("test", description="split of the data that only the final score sees")
-    block_out_channels: list[Count] = Field([24, 48, 96], min_length=1, description="width at each resolution")
-    layers_per_block: Count = Field(1, description="residual blocks at each resolution of the encoder")
-    latent_channels: Count = Field(4, description="channels of a latent")
-    norm_num_groups: Count = Field(8, description="groups of a group norm; divides every width")
+    block_out_channels: list[Width] = Field([24, 48, 96], min_length=1, description="width at each resolution")
+    layers_per_block: Layers = Field(1, description="residual blocks at each resolution of the encoder")
+    latent_channels: Width = Field(4, description="channels of a latent")
+    norm_num_groups: Width = Field(8, description="groups of a group norm; divides every width")
     num_steps: Count = Field(6000, description="optimizer steps")
-    batch_size: Count = Field(32, description="images of a step")
+    batch_size: Batch = Field(32, description="images of a step")
     learning_rate: Positive = Field(2e-3, description="peak learning rate of AdamW; cosine to zero")
     l1_weight: NonNegative = Field(0.05, description="weight of the absolute error; that of the squared error is 1")
     kl_weight: NonNegative = Field(1e-3, description="weight of the divergence from the unit normal")
-    max_shift: Natural = Field(2, description="training images move by up to so many pixels")
+    max_shift: Small = Field(2, description="training images move by up to so many pixels")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of convolutions")
     seed: Natural = Field(0, description="fixes initialisation, order, augmentation and latent noise")
 
@@ -227,11 +252,22 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the value of YAML text; raise `yaml.YAMLError` for text that is none."""
+    """Return the value of YAML text; raise `yaml.YAMLError` for text that is none, or no settings by its size."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except ValueError as error:  # the 13th month
+        value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # the 13th month, 5,000 brackets: what PyYAML's constructors raise has no end
         raise yaml.YAMLError(str(error)) from error
+    # A few lines of aliases can stand for more values than any memory holds, or for one that holds itself.
+    inside, count = [value], 0
+    while inside:
+        entry, count = inside.pop(), count + 1
+        if count > _MOST_VALUES:
+            raise yaml.YAMLError(f"more than {_MOST_VALUES:,} values, which aliases such as *name may repeat")
+        if isinstance(entry, dict | list | tuple | set):
+            inside += [*entry, *entry.values()] if isinstance(entry, dict) else entry
+    return value
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -244,7 +280,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         detail = " ".join(str(error).split())
-        raise UserError(f"configuration {path} is not valid YAML: {detail}; mend the file") from error
+        raise UserError(f"configuration {path} is not valid YAML: {detail}; fix the file") from error
     if not isinstance(data, dict):
         raise UserError(
             f"configuration {path}: expected sections such as 'model:' at the top, found {type(data).__name__}"
@@ -331,10 +367,10 @@ def _first_problem(kind: type[BaseModel], error: ValidationError) -> str:
         return f"{where!r} is missing; add it{more}"
     if problem["type"] == "model_type":
         first = _keys(kind, path)[0]
-        return f"section {where!r}: expected keys such as '{first}:' in it, found {problem['input']!r}{more}"
+        return f"section {where!r}: expected keys such as '{first}:' in it, found {short(problem['input'])}{more}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    value = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"
+    value = "" if isinstance(problem["input"], dict) else f" = {short(problem['input'])}"
     return f"{where}{value}: {message}{more}"
 
 

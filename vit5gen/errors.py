@@ -1,7 +1,10 @@
 """The one error that users meet: a single line with the name, the value, what was expected and what to do next."""
 
 import difflib
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable
+from numbers import Integral
 
 
 class UserError(ValueError):
@@ -20,6 +23,19 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f" Did you mean {by_lower[matches[0]]!r}?" if matches else ""
 
 
+def composed(name: str) -> str:
+    """Return a name as names are compared: no spaces around it, accents composed, which a Mac's files decompose."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def distinct(what: str, names: Iterable[str]) -> list[str]:
+    """Return the names composed; raise `UserError` where two of them are then one."""
+    found = [composed(name) for name in names]
+    if twice := [name for name, count in Counter(found).items() if count > 1]:
+        raise UserError(f"{what}: {twice[0]!r} is listed twice; name each class once")
+    return found
+
+
 def short(value: object) -> str:
     """Return what `repr` does, at most 80 characters of it."""
     text = repr(value)
@@ -32,11 +48,18 @@ def listed(names: Iterable[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def check_whole(what: str, value: object, least: int = 1, most: int = 2**63 - 1) -> int:
+    """Return a whole number; ``what`` is its name with ``=``. Raise `UserError` for one out of range or none."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
+        raise UserError(f"{what} {short(value)}; expected a whole number of at least {least} and at most {most}")
+    return int(value)
+
+
 def choose(what: str, value: str, choices: Iterable[str]) -> str:
     """Return ``value`` when it is one of ``choices``; raise `UserError` that lists them and suggests the nearest."""
     choices = list(choices)
     if value not in choices:
         raise UserError(
-            f"{what}: {value!r} is not known; expected one of {', '.join(choices)}.{nearest(value, choices)}"
+            f"{what}: {short(value)} is not known; expected one of {', '.join(choices)}.{nearest(value, choices)}"
         )
     return value

@@ -95,9 +95,9 @@ def _temporary(path: Path) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
+    """Write UTF-8 text atomically; of a file name that is none, its bytes as escapes."""
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -111,7 +111,7 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{what} {path}: {error.strerror}; check the path") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{what} {path} is not valid JSON: {error}; write it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{what} {path} holds a {type(value).__name__}; expected an object; write it again")

@@ -1,9 +1,11 @@
 """SiTPipeline, the only label -> image code there is."""
 
 import copy
+import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -22,10 +24,10 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from vit5gen.card import TrainingFacts, model_card
-from vit5gen.config import SamplingConfig
+from vit5gen.config import MOST_BATCH, MOST_STEPS, SamplingConfig
 from vit5gen.data.autoencoder import decode, downsample, scaling, to_uint8
-from vit5gen.errors import UserError, choose, nearest
-from vit5gen.files import clear_weights, write_text
+from vit5gen.errors import UserError, check_whole, choose, composed, nearest, short
+from vit5gen.files import clear_weights, read_json, write_text
 from vit5gen.flow import CountingModel, Flow, guide
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.models.loading import align, check_finite
@@ -112,8 +114,7 @@ class SiTPipeline(DiffusionPipeline):
         if vae is not None:
             scaling(vae)  # raises where it is none that `decode` knows
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, guide=guide)
-        # JSON turns ids into strings.
-        self.register_to_config(id2label={int(i): name for i, name in (id2label or {}).items()})
+        self.register_to_config(id2label=_names(id2label))
         self._flow = scheduler.flow if isinstance(scheduler, SiTScheduler) else Flow()
         self._calls = _Calls([_Call()])
 
@@ -169,17 +170,25 @@ class SiTPipeline(DiffusionPipeline):
     def _class_id(self, label: object) -> int:
         count, names = self.transformer.config.num_classes, self.config.id2label
         if isinstance(label, str):
-            known_names = _ids_by_name(names)
-            matches = known_names.get(label.strip().lower(), set())
+            tables = _ids_by_name(names)
+            matches = next(filter(None, (ids.get(spell(composed(label)), set()) for spell, ids in tables)), set())
             if len(matches) > 1:
+                several = ", ".join(repr(names[i]) for i in sorted(matches))
                 raise UserError(
-                    f"class {label!r} is the name of several classes; give one of the ids {sorted(matches)}"
+                    f"class {label!r} is the name of several classes; give one of the ids {sorted(matches)}, or spell"
+                    f" it as one of {several}"
                 )
-            if not matches and not label.strip().isdecimal():
+            known = {name for _, ids in tables for name in ids}
+            # Where all names are numbers, a number that is no name is a slip, not an id.
+            numbers = [name.isdecimal() for name in known]
+            is_id = re.fullmatch(r"[0-9]{1,18}", label.strip()) and not (names and all(numbers))
+            if not matches and not is_id:
                 listed = ", ".join(names.values()) if len(names) <= 12 else f"{len(names)} names"
-                known = f"one of {listed}, or an id" if names else "an id (there are no class names)"
-                guess = nearest(label, known_names)
-                raise UserError(f"class {label!r} does not exist; expected {known} in 0..{count - 1}.{guess}")
+                an_id = "" if names and all(numbers) else f", or an id in 0..{count - 1}"
+                expected = f"one of {listed}{an_id}" if names else f"an id in 0..{count - 1} (there are no class names)"
+                raise UserError(f"class {label!r} does not exist; expected {expected}.{nearest(label, known)}")
+            if not matches and any(numbers):
+                warnings.warn(f"no class is called {label!r}: taken for the id {int(label)}", stacklevel=3)
             label = min(matches) if matches else int(label)
         if isinstance(label, bool) or not isinstance(label, int | np.integer):
             raise UserError(
@@ -220,11 +229,13 @@ class SiTPipeline(DiffusionPipeline):
         Raises `UserError` for bad values.
         """
         ids = [
-            i for i in self.class_ids(class_labels) for _ in range(_count("num_images_per_label", num_images_per_label))
+            i
+            for i in self.class_ids(class_labels)
+            for _ in range(check_whole("num_images_per_label =", num_images_per_label, 1, MOST_BATCH))
         ]
         if not ids:
             raise UserError("class_labels: empty; expected at least one id or name")
-        _count("num_inference_steps", num_inference_steps)
+        check_whole("num_inference_steps =", num_inference_steps, 1, MOST_STEPS)
         choose("output_type", output_type, OUTPUT_TYPES)
         if output_type != "latent" and self.vae is None:
             raise UserError(f"output_type = {output_type!r} needs an autoencoder; set pipe.vae or use 'latent'")
@@ -394,16 +405,29 @@ def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
     Raises `UserError` if it is neither, does not load, or has weights that are not finite.
     """
     folder = pipeline_folder(checkpoint)
+    for name, entry in read_json(folder / "model_index.json", "pipeline").items():
+        # diffusers would import any module that stands there
+        if isinstance(entry, list) and entry[:1] not in ([None], ["vit5gen"], ["diffusers"]):
+            raise UserError(
+                f"checkpoint {folder}: {name} = {short(entry)} is not of vit5gen or diffusers; make it again"
+            )
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # of three files read
     try:
         pipe = SiTPipeline.from_pretrained(folder)
-        for name, component in pipe.components.items():
-            if isinstance(component, nn.Module):
-                check_finite(name, component.state_dict())
+        for name, kind in (
+            ("transformer", SiTTransformer2DModel),
+            ("guide", SiTTransformer2DModel),
+            ("vae", AutoencoderKL),
+        ):
+            if not isinstance(part := getattr(pipe, name), kind | None):
+                raise UserError(f"{name} is a {type(part).__name__}, expected a {kind.__name__}")
+            if part is not None:
+                check_finite(name, part.state_dict())
         return pipe
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"checkpoint {folder} does not load: {' '.join(str(error).split())}; make it again") from error
+    except Exception as error:  # what diffusers makes of files with values of other types has no end
+        reason = " ".join(str(error).split()) or repr(error)
+        raise UserError(f"checkpoint {folder} does not load: {reason}; make it again") from error
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -425,12 +449,6 @@ def find_pipeline(path: str | Path) -> Path | None:
     return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
 
 
-def _count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise UserError(f"{name} = {value!r}; expected a whole number of at least 1")
-    return int(value)
-
-
 def _at_one_time(transformer: nn.Module, sampler: str | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Hand in the time that all images share as an expanded one, which the transformer embeds once."""
     if sampler == "ode-dopri5":  # its images are at different times
@@ -450,13 +468,29 @@ def _generators(generator: Any, batch: int) -> Generators:
     return generator
 
 
-def _ids_by_name(names: dict[int, str]) -> dict[str, set[int]]:
-    """Map names, and their synonyms between commas, in lower case, to ids; a whole name outdoes a synonym."""
-    ids: dict[str, set[int]] = {}
-    for i, name in names.items():
-        for synonym in name.split(","):
-            ids.setdefault(synonym.strip().lower(), set()).add(i)
-    whole: dict[str, set[int]] = {}
-    for i, name in names.items():
-        whole.setdefault(name.strip().lower(), set()).add(i)
-    return ids | whole
+def _ids_by_name(names: dict[int, str]) -> list[tuple[Callable[[str], str], dict[str, set[int]]]]:
+    """Return, first what counts most, how a name is spelt in a table and that table of ids: exact spelling, any case.
+
+    In both a whole name outdoes a synonym between commas.
+    """
+    tables: list[tuple[Callable[[str], str], dict[str, set[int]]]] = []
+    for spell in (str, str.casefold):
+        ids: dict[str, set[int]] = {}
+        whole: dict[str, set[int]] = {}
+        for i, name in names.items():
+            whole.setdefault(spell(composed(name)), set()).add(i)
+            for synonym in name.split(","):
+                ids.setdefault(spell(composed(synonym)), set()).add(i)
+        tables.append((spell, ids | whole))
+    return tables
+
+
+def _names(id2label: Any) -> dict[int, str]:
+    """Return names by id, which JSON has turned into strings; raise `UserError` where they are something else."""
+    given = {} if id2label is None else id2label
+    found = {str(i): name for i, name in given.items()} if isinstance(given, Mapping) else None
+    if found is None or not all(i.isdecimal() and len(i) < 10 and isinstance(name, str) for i, name in found.items()):
+        raise UserError(
+            f"id2label = {short(given)}; expected the names of classes by id, such as {{0: 'cat', 1: 'dog'}}"
+        )
+    return {int(i): name for i, name in found.items()}

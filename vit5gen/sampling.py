@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vit5gen.card import pipeline_hash, versions
-from vit5gen.config import EvaluationConfig, SamplingConfig
+from vit5gen.config import MOST_BATCH, MOST_IMAGES, EvaluationConfig, SamplingConfig
 from vit5gen.cpu import warn_of_slow_bf16
-from vit5gen.errors import UserError, choose
+from vit5gen.errors import UserError, check_whole, choose
 from vit5gen.outputs import Output
 from vit5gen.pipeline import SAMPLERS, SiTPipeline, SiTScheduler, load_pipeline, pipeline_folder
 from vit5gen.precision import precision_of
@@ -118,9 +118,9 @@ def sample_command(
     A killed run goes on where it stopped, a finished one is left alone, on any number of processes.
     Raises `UserError` for bad values, an output of other settings, or a disk that is full; what is drawn is kept.
     """
-    for name, value, least in (("num_images", num_images, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if value < least:
-            raise UserError(f"{name} = {value}; expected a whole number of at least {least}")
+    check_whole("num_images =", num_images, 1, MOST_IMAGES)
+    check_whole("batch_size =", batch_size, 1, MOST_BATCH)
+    check_whole("seed =", seed, 0)
     if not math.isfinite(autoguidance_scale) or (guide is not None and autoguidance_scale == 1):
         raise UserError(
             f"autoguidance_scale = {autoguidance_scale}; expected a finite number, with a guide not 1 (off)"

@@ -14,6 +14,7 @@ from torch import Tensor
 from vit5gen.config import FlowConfig
 from vit5gen.errors import UserError, choose
 from vit5gen.flow import ODE_METHODS, SDE_METHODS, Flow, ode_steps, sde_steps, shift_time, to_diffusers
+from vit5gen.models.layers import check_positive
 
 SAMPLERS = (*(f"ode-{method}" for method in ODE_METHODS), *(f"sde-{method}" for method in SDE_METHODS))
 _FLOW = FlowConfig()
@@ -42,6 +43,7 @@ class SiTScheduler(SchedulerMixin, ConfigMixin):
         last_step_size: float = 0.04,
     ) -> None:
         shift_time(0.5, shift)  # raises where shift is no shift
+        check_positive(rtol=rtol, atol=atol, **({} if last_step_size == 0 else {"last_step_size": last_step_size}))
         self.flow = Flow(path, prediction)
 
     def steps(

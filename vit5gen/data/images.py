@@ -18,7 +18,7 @@ from torch.nn import functional
 from vit5gen.config import DataConfig, Exif, Rules
 from vit5gen.data.emoji import CLASSES, load_emoji
 from vit5gen.data.pictures import UNREADABLE, cut_strip, find_classes, folder_names, listing_digest, to_rgb
-from vit5gen.errors import UserError, choose, listed
+from vit5gen.errors import UserError, choose, distinct, listed
 
 _FASHION_CLASSES = [
     "t-shirt",
@@ -72,6 +72,7 @@ def open_images(data: DataConfig, split: str | None = None) -> ImageSet:
     another split than the one to train on, only when a class folder is there.
     """
     opened = _SOURCES[data.source](data, split or data.split)
+    opened = replace(opened, class_names=distinct(f"data.path {data.path}, classes", opened.class_names))
     if data.classes is not None:
         opened = _keep_classes(opened, data.classes)
     if not len(opened):
@@ -242,36 +243,42 @@ def _open_huggingface(data: DataConfig, split: str) -> ImageSet:
     except UserError:
         raise
     except Exception as error:  # the library raises its own, requests' and pyarrow's errors
-        detail = " ".join(str(error).split())
+        empty = isinstance(error, IndexError)  # of the list of its files
+        detail = "it holds no images" if empty else " ".join(str(error).split())
         raise UserError(
             f"data.path {data.path}: no data set can be opened: {detail}; check name and network"
         ) from error
-    image = _column(data, table.features, datasets.Image, "images")
-    label = _column(data, table.features, datasets.ClassLabel, "class labels")
-    labels = torch.tensor(table[label][:], dtype=torch.int64)
-    if len(labels) and labels.min() < 0:
+    image = _column(data, "image_column", table.features, datasets.Image, "images")
+    label = _column(data, "label_column", table.features, datasets.ClassLabel, "class labels")
+    names, values = table.features[label].names, table[label][:]
+    if not all(value is not None and 0 <= value < len(names) for value in values):
         raise UserError(f"data.path {data.path}: split {split!r} has images without a label; choose another data.split")
-    return ImageSet(
-        table.features[label].names,
-        labels,
-        partial(_read_row, _undecoded(table, image, data), image, data),
-        partial(getattr, table, "_fingerprint"),
-    )
+    pictures = _undecoded(table, image, data)
+    read = partial(_read_row, pictures, image, data)
+    kinds = [type(feature) for feature in table.features.values()]
+    chosen = kinds.count(datasets.Image) > 1 or kinds.count(datasets.ClassLabel) > 1
+    digest = partial(" ".join, [table._fingerprint, image, label] if chosen else [table._fingerprint])
+    return ImageSet(names, torch.tensor(values, dtype=torch.int64), read, digest)
 
 
 def _undecoded(table: Any, column: str, data: DataConfig) -> Any:
     """Return the table with files in its column: the library would turn the images, and cut 16 bits off at 255."""
     feature = table.features[column]
-    if data.rules == 1 or feature.mode not in (None, "RGB"):  # the data set's author asks for grey, say
-        return table
-    return table.cast_column(column, type(feature)(decode=False))
+    # Under the rules of an earlier version, and where the data set's author asks for grey, say, the library decodes.
+    decode = data.rules == 1 or feature.mode not in (None, "RGB")
+    return table.cast_column(column, type(feature)(mode=feature.mode, decode=decode))
 
 
-def _column(data: DataConfig, features: dict[str, Any], kind: type, what: str) -> str:
-    for name, feature in features.items():
-        if isinstance(feature, kind):
-            return name
-    raise UserError(f"data.path {data.path}: no column of {what}; it has {', '.join(features)}")
+def _column(data: DataConfig, key: str, features: dict[str, Any], kind: type, what: str) -> str:
+    """Return the column that is asked for, or else the only one of its kind."""
+    found, asked = [name for name, feature in features.items() if isinstance(feature, kind)], getattr(data, key)
+    if found and asked is not None:
+        return choose(f"data.{key}: of the columns of {what} in {data.path}", asked, found)
+    if len(found) != 1:
+        several = f"several columns of {what}: {', '.join(found)}; choose one as data.{key}"
+        none = f"no column of {what}; it has {', '.join(features)}"
+        raise UserError(f"data.path {data.path}: {several if found else none}")
+    return found[0]
 
 
 def _open_emoji(data: DataConfig, split: str) -> ImageSet:
@@ -319,14 +326,13 @@ def _path(data: DataConfig, default: str | None = None, hint: str = "; check the
 
 
 def _keep_classes(images: ImageSet, classes: list[str]) -> ImageSet:
+    classes = distinct("data.classes", classes)
     wanted = [images.class_names.index(choose("data.classes", name, images.class_names)) for name in classes]
-    if len(set(wanted)) < len(wanted):
-        raise UserError(f"data.classes: a class is listed twice in {classes}; list each once")
     renumber = torch.full((len(images.class_names),), -1)
     renumber[wanted] = torch.arange(len(wanted))
     labels = renumber[images.labels]
     kept = images.select(torch.nonzero(labels >= 0)[:, 0])
-    return replace(kept, class_names=list(classes), labels=labels[labels >= 0])
+    return replace(kept, class_names=classes, labels=labels[labels >= 0])
 
 
 def _of_selected(function: Callable[[int], Any], chosen: torch.Tensor, index: int) -> Any:
@@ -351,10 +357,12 @@ def _read_row(table: Any, column: str, data: DataConfig, index: int) -> torch.Te
     """Read a row, in whose column is a file as bytes or by its path, or what the library has decoded."""
     try:
         image = table[index][column]
+        if image is None:
+            raise ValueError("there is none")
         if isinstance(image, dict):
             image = Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"]))
         return centre_crop(image, data.resolution, data.exif, data.rules)
-    except (*UNREADABLE, AttributeError) as error:
+    except UNREADABLE as error:
         raise BrokenImage(f"image {index} of {data.path} does not decode ({error}); replace it{_SKIP_HINT}") from error
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from vit5gen.config import DEFAULTS_BEFORE, Config, DataConfig
 from vit5gen.data.autoencoder import downsample, encode, load_autoencoder
 from vit5gen.data.images import BrokenImage, ImageSet, open_images, open_training_images
-from vit5gen.errors import UserError, listed, short
+from vit5gen.errors import UserError, check_whole, distinct, listed, short
 from vit5gen.files import atomic, cache_folder, locked_file, read_json, sha256, write_json
 from vit5gen.processes import processes, start_processes
 
@@ -155,10 +155,11 @@ class LatentDataset:
         self.manifest: dict[str, Any] = read_json(self.folder / MANIFEST, "latents")
         try:
             id2label, shards = self.manifest["id2label"], self.manifest["shards"]
-            self.class_names: list[str] = [id2label[str(label)] for label in range(len(id2label))]
-            self._ends = list(accumulate(shard["images"] for shard in shards or []))
+            names = [id2label[str(label)] for label in range(len(id2label))]
+            self.class_names = distinct(f"latents {self.folder}, classes", names)
+            self._ends = list(accumulate(check_whole("images =", shard["images"], 0) for shard in shards or []))
             sizes = {self.folder / shard["file"]: shard["bytes"] for shard in shards or []}
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, UserError) as error:
             raise UserError(
                 f"latents {self.folder}: {MANIFEST} is not one of latents ({error!r}); encode again"
             ) from error
@@ -308,7 +309,7 @@ def _finished(folder: Path, settings: dict[str, Any], numbers: range) -> dict[in
         found = manifest.get(key, _BEFORE.get(key))
         if key == "vae" or found == value:
             continue
-        if key == "images_sha256" and (found is None or manifest["shards"] is None):
+        if key == "images_sha256" and (found is None or manifest.get("shards") is None):
             if found is not None:  # a broken image was repaired, say
                 processes().print(f"note: {folder}: images have changed since its shards were begun; whole ones stay")
             continue
@@ -316,13 +317,13 @@ def _finished(folder: Path, settings: dict[str, Any], numbers: range) -> dict[in
             f"output {folder}: holds latents made with {key} {short(found)}, not {short(value)};"
             f" choose another folder or remove this one"
         )
-    records = (manifest["shards"] or []) + [read_json(path, "record") for path in folder.glob("shard_*.json")]
-    by_file = {record["file"]: record for record in records}
+    records = (manifest.get("shards") or []) + [read_json(path, "record") for path in folder.glob("shard_*.json")]
+    by_file = {record.get("file"): record for record in records}
     found = {k: by_file[_shard_name(k)] for k in numbers if _shard_name(k) in by_file}
     return {
         k: record
         for k, record in found.items()
-        if (path := folder / record["file"]).is_file() and sha256(path) == record["sha256"] and _is_finite(path)
+        if (path := folder / record["file"]).is_file() and sha256(path) == record.get("sha256") and _is_finite(path)
     }
 
 

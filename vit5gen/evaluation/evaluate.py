@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vit5gen.card import pipeline_hash, versions
-from vit5gen.config import SamplingConfig, load_config
-from vit5gen.errors import UserError, choose
+from vit5gen.config import MOST_BATCH, MOST_IMAGES, SamplingConfig, load_config
+from vit5gen.errors import UserError, check_whole, choose
 from vit5gen.evaluation.features import Extractor, load_extractor
 from vit5gen.evaluation.inception import INCEPTION_SHA256
 from vit5gen.evaluation.reference import (
@@ -204,8 +204,7 @@ def evaluate_command(
     """Score samples and write the card, or build a reference from images; print the result. Return the exit code."""
     if (reference is None) == (save_statistics_to is None):
         raise UserError("evaluate: expected either --reference REF or --save-statistics FILE; give one of them")
-    if batch_size < 1:
-        raise UserError(f"--batch-size = {batch_size}; expected at least 1")
+    check_whole("--batch-size =", batch_size, 1, MOST_BATCH)
     for metric in metrics or ():
         choose("--metrics", metric, METRICS)
     if protocol is not None:
@@ -215,8 +214,8 @@ def evaluate_command(
         raise UserError(
             f"{option}: {samples[0]} holds images already; it is for runs and pipeline folders: leave it out"
         )
-    if (least := min(seeds)) < 0:
-        raise UserError(f"--seed = {least}; expected a whole number of at least 0")
+    for seed in seeds:
+        check_whole("--seed =", seed, 0)
     if save_statistics_to is not None and output is not None:
         raise UserError(f"--output {output}: --save-statistics writes no card; leave --output out")
     if (file := output or save_statistics_to) is not None:
@@ -265,8 +264,7 @@ def _open_samples(
 ) -> list[Samples]:
     if find_pipeline(path) is None:
         return [samples_of(open_source(path, protocol), batch_size)]
-    if num_images < 1:
-        raise UserError(f"--num-images = {num_images}; expected at least 1")
+    check_whole("--num-images =", num_images, 1, MOST_IMAGES)
     pipe = load_for_images(path)
     prepare(pipe, device)
     classes, settings = range(pipe.transformer.config.num_classes), sampling or SamplingConfig()

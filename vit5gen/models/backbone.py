@@ -3,7 +3,6 @@
 import functools
 import importlib.metadata
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vit5gen.errors import UserError, choose, nearest
+from vit5gen.config import MOST_WIDTH
+from vit5gen.errors import UserError, choose, nearest, short
 from vit5gen.models.rope import Grid
 
 ENTRY_POINTS = "vit5gen.backbones"
@@ -77,14 +77,15 @@ def _check_kind(key: str, value: Any, option: inspect.Parameter) -> None:
     if isinstance(default, bool):
         fits, kind = switch, "a switch; expected true or false"
     elif option.annotation in (int, "int"):
-        fits, kind = isinstance(value, int) and not switch, f"a whole number; expected one such as {default}"
+        fits = isinstance(value, int) and not switch and abs(value) <= MOST_WIDTH
+        kind = f"a whole number; expected one such as {default}, at most {MOST_WIDTH}"
     elif isinstance(default, int | float):
-        fits = isinstance(value, int | float) and not switch and math.isfinite(value)
+        fits = isinstance(value, int | float) and not switch and abs(value) < 1e38
         kind = f"a finite number; expected one such as {default}"
     else:
         return
     if not fits:
-        raise UserError(f"backbone_kwargs: {key} = {value!r} is not {kind}.")
+        raise UserError(f"backbone_kwargs: {key} = {short(value)} is not {kind}.")
 
 
 class Backbone(nn.Module):

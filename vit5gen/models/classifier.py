@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vit5gen.cpu import fast_inference
 from vit5gen.errors import UserError, choose
 from vit5gen.models.backbone import Backbone
-from vit5gen.models.layers import check_heads, check_positive, init_linears, make_norm
+from vit5gen.models.layers import check_heads, check_positive, check_sizes, init_linears, make_norm
 from vit5gen.models.loading import read_checkpoint
 from vit5gen.models.rope import Grid, Segment, resample_positions, rope_table
 from vit5gen.models.transformer import SIZES
@@ -49,7 +49,8 @@ class ViT5(Backbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        check_positive(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, mlp_ratio=mlp_ratio)
+        check_sizes(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth)
+        check_positive(mlp_ratio=mlp_ratio)
         check_heads(embed_dim, num_heads, rope=True, names=("embed_dim", "num_heads"))
         check_registers(num_registers)
         self.patch_size = patch_size

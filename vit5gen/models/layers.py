@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit5gen.errors import UserError, choose
+from vit5gen.config import MOST_CLASSES, MOST_LAYERS, MOST_WIDTH
+from vit5gen.errors import UserError, check_whole, choose, short
 from vit5gen.models.rope import rotate, widen, without_autocast
 
 EPS = 1e-6
@@ -137,8 +138,15 @@ class SwiGLU(nn.Module):
 def check_positive(**values: float) -> None:
     """Raise `UserError` unless every value is a finite number above zero."""
     for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise UserError(f"{name}: {value} is not positive; expected a number above 0.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UserError(f"{name}: {short(value)} is not positive; expected a number above 0.")
+
+
+def check_sizes(**values: int) -> None:
+    """Raise `UserError` unless every value is a whole number from 1 to what the configuration allows of its kind."""
+    most = {"num_layers": MOST_LAYERS, "depth": MOST_LAYERS, "num_classes": MOST_CLASSES}
+    for name, value in values.items():
+        check_whole(f"{name}:", value, 1, most.get(name, MOST_WIDTH))
 
 
 def check_heads(
@@ -152,7 +160,7 @@ def check_heads(
     `names` are those of the two arguments where the user gave them.
     """
     width, heads = names
-    if num_heads < 1 or hidden_size % num_heads:
+    if check_whole(f"{heads}:", num_heads, 0, MOST_WIDTH) < 1 or hidden_size % num_heads:
         divisors = [n for n in range(1, 65) if hidden_size % n == 0]
         raise UserError(
             f"{heads}: {num_heads} does not divide {width} {hidden_size}; "

@@ -17,7 +17,7 @@ from vit5gen.cpu import fast_inference
 from vit5gen.errors import UserError, choose
 from vit5gen.files import clear_weights
 from vit5gen.models.backbone import Backbone, make_backbone
-from vit5gen.models.layers import Float32Linear, check_positive, init_linears, make_norm, modulate
+from vit5gen.models.layers import Float32Linear, check_positive, check_sizes, init_linears, make_norm, modulate
 from vit5gen.models.loading import align, check_fit
 
 SIZES = {  # name: hidden_size, num_layers, num_attention_heads
@@ -100,8 +100,9 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         backbone_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_positive(patch_size=patch_size, in_channels=in_channels, num_classes=num_classes)
-        check_positive(hidden_size=hidden_size, num_layers=num_layers, mlp_ratio=mlp_ratio)
+        check_sizes(patch_size=patch_size, in_channels=in_channels, num_classes=num_classes)
+        check_sizes(hidden_size=hidden_size, num_layers=num_layers, sample_size=max(to_2tuple(sample_size)))
+        check_positive(mlp_ratio=mlp_ratio)
         if int(mlp_ratio * hidden_size) == 0:
             raise UserError(f"mlp_ratio: {mlp_ratio} of hidden_size {hidden_size} leaves no width; choose e.g. 4.")
         if not 0 <= class_dropout_prob <= 1:

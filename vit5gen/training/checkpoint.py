@@ -170,7 +170,7 @@ def problem(folder: Path) -> str | None:
     except OSError as error:
         # A failing disk names no file.
         return f"{Path(error.filename).name} is missing" if error.filename else f"cannot be read ({error.strerror})"
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return f"{_CHECKSUMS} is damaged"
     return None if checksums else f"{_CHECKSUMS} is damaged"
 

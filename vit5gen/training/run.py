@@ -138,7 +138,11 @@ class Log:
     def read(self) -> list[dict[str, Any]]:
         """Return the lines; those that a kill cut short or a disk damaged are left out."""
         text = self.lines.read_text(encoding="utf-8", errors="replace") if self.lines.exists() else ""
-        return [line for line in map(_parsed, text.split("\n")[:-1]) if isinstance(line, dict) and "step" in line]
+        return [
+            line
+            for line in map(_parsed, text.split("\n")[:-1])
+            if isinstance(line, dict) and isinstance(line.get("step"), int)
+        ]
 
     def evaluations(self) -> list[dict[str, Any]]:
         """Return the entries; raise `UserError` when they cannot be read: only evaluations can give them again."""
@@ -146,7 +150,7 @@ class Log:
             return []
         content = read_json(self.metrics, "metrics")
         try:
-            return [entry for entry in content["evaluations"] if entry["step"] is not None]
+            return [entry for entry in content["evaluations"] if entry["step"] >= 0]
         except (KeyError, TypeError) as error:
             raise UserError(f"metrics {self.metrics}: no list of evaluations; restore or remove the file") from error
 
@@ -158,7 +162,7 @@ class Log:
 def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
