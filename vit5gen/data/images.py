@@ -260,9 +260,8 @@ def _open_huggingface(data: DataConfig, split: str) -> ImageSet:
 def _undecoded(table: Any, column: str, data: DataConfig) -> Any:
     """Return the table with files in its column: the library would turn the images, and cut 16 bits off at 255."""
     feature = table.features[column]
-    if data.rules == 1 or feature.mode not in (None, "RGB"):  # the data set's author asks for grey, say
-        return table
-    return table.cast_column(column, type(feature)(decode=False))
+    decode = data.rules == 1 or feature.mode not in (None, "RGB")  # the data set's author asks for grey, say
+    return table.cast_column(column, type(feature)(mode=feature.mode, decode=decode))
 
 
 def _column(data: DataConfig, features: dict[str, Any], kind: type, what: str) -> str:
