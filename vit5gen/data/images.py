@@ -18,7 +18,7 @@ from torch.nn import functional
 from vit5gen.config import DataConfig, Exif, Rules
 from vit5gen.data.emoji import CLASSES, load_emoji
 from vit5gen.data.pictures import UNREADABLE, cut_strip, find_classes, folder_names, listing_digest, to_rgb
-from vit5gen.errors import UserError, choose, distinct, listed
+from vit5gen.errors import UserError, choose, composed, distinct, listed
 
 _FASHION_CLASSES = [
     "t-shirt",
@@ -72,7 +72,9 @@ def open_images(data: DataConfig, split: str | None = None) -> ImageSet:
     another split than the one to train on, only when a class folder is there.
     """
     opened = _SOURCES[data.source](data, split or data.split)
-    opened = replace(opened, class_names=distinct(f"data.path {data.path}, classes", opened.class_names))
+    names = distinct(f"data.path {data.path}, classes", opened.class_names)
+    instead = {composed(name): why for name, why in opened.instead.items()}
+    opened = replace(opened, class_names=names, instead=instead)
     if data.classes is not None:
         opened = _keep_classes(opened, data.classes)
     if not len(opened):

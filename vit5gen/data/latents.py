@@ -343,8 +343,8 @@ def _finish(folder: Path, settings: dict[str, Any], shards: list[dict[str, Any]]
             "and encode into a new folder"
         )
     there = read_json(folder / MANIFEST, "latents")
-    # Of which images the shards of an earlier version were made is not known.
-    unknown = {"images_sha256"} - there.keys()
+    # Of which images the shards of an earlier version were made, and how they were read, is not known.
+    unknown = {"images_sha256", *_BEFORE} - there.keys()
     manifest = {k: v for k, v in settings.items() if k not in unknown} | {"counts": counts, "shards": shards}
     if there != manifest:
         write_json(folder / MANIFEST, manifest)
