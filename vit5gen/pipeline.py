@@ -398,15 +398,15 @@ def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
     logging.disable_progress_bar()  # of three files read
     try:
         pipe = SiTPipeline.from_pretrained(folder)
-        for name, component in pipe.components.items():
-            if isinstance(component, nn.Module):
-                check_finite(name, component.state_dict())
-        return pipe
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"checkpoint {folder} does not load: {' '.join(str(error).split())}; make it again") from error
     finally:
         if shown:
             logging.enable_progress_bar()
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module):
+            check_finite(f"checkpoint {folder}: {name}", component.state_dict())
+    return pipe
 
 
 def pipeline_folder(checkpoint: str | Path) -> Path:
