@@ -260,7 +260,7 @@ def test_blocks_are_the_groups_of_offloading(backbone):
     assert torch.equal(model(*inputs), expected)
 
 
-@pytest.mark.parametrize("backbone", ["sit", "dropout"])
+@pytest.mark.parametrize("backbone", ["dropout", pytest.param("sit", marks=pytest.mark.slow)])
 def test_the_backbone_is_a_module_like_any_other(backbone):
     model = make(backbone).eval()
     inputs = batch()
@@ -426,6 +426,7 @@ def test_times_and_labels_of_another_batch_are_refused():
             make()(latents, times, wrong.long())
 
 
+@pytest.mark.slow
 def test_exports_with_any_batch():
     size = torch.export.Dim("size", min=2, max=8)
     model = make(num_layers=1).eval()

@@ -573,9 +573,7 @@ SHARDED, PICKLED = {"max_shard_size": "20KB"}, {"safe_serialization": False}
     [
         (SHARDED, {}),
         ({}, SHARDED),
-        (SHARDED, {"max_shard_size": "50KB"}),
         ({}, PICKLED),
-        (PICKLED, {}),
         (SHARDED, PICKLED),
         (SHARDED | {"variant": "fp16"}, {"variant": "fp16"}),
     ],

@@ -422,15 +422,16 @@ def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
         ):
             if not isinstance(part := getattr(pipe, name), kind | None):
                 raise UserError(f"{name} is a {type(part).__name__}, expected a {kind.__name__}")
-            if part is not None:
-                check_finite(name, part.state_dict())
-        return pipe
     except Exception as error:  # what diffusers makes of files with values of other types has no end
         reason = " ".join(str(error).split()) or repr(error)
         raise UserError(f"checkpoint {folder} does not load: {reason}; make it again") from error
     finally:
         if shown:
             logging.enable_progress_bar()
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module):
+            check_finite(f"checkpoint {folder}: {name}", component.state_dict())
+    return pipe
 
 
 def pipeline_folder(checkpoint: str | Path) -> Path:
