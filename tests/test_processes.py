@@ -100,6 +100,16 @@ def test_one_process_runs_alone(monkeypatch: pytest.MonkeyPatch, request: pytest
         start_processes()
 
 
+def test_a_port_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(lambda: AcceleratorState._reset_state(reset_partial_state=True))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name, value in (PAIR | {"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "many"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"cannot join at MASTER_ADDR = '127\.0\.0\.1', MASTER_PORT = 'many'"):
+        start_processes()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "launcher", "code", "said"),

@@ -27,8 +27,8 @@ def classify(
     many as the checkpoint's, an image cannot be read, or `batch_size` or `num_workers` is no such number.
     """
     choose("--model", model, sorted({name.split(".")[0] for name in default_cfgs}))
-    check_whole("--batch-size =", batch_size, 1, MOST_BATCH)
-    check_whole("--num-workers =", num_workers, 0, MOST_WORKERS)
+    check_whole("--batch-size", batch_size, 1, MOST_BATCH)
+    check_whole("--num-workers", num_workers, 0, MOST_WORKERS)
     where = start_processes().device
     net = load_vit5(checkpoint).eval().to(where)
     with torch.device("meta"):

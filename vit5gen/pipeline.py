@@ -187,7 +187,7 @@ class SiTPipeline(DiffusionPipeline):
                 an_id = "" if names and all(numbers) else f", or an id in 0..{count - 1}"
                 expected = f"one of {listed}{an_id}" if names else f"an id in 0..{count - 1} (there are no class names)"
                 raise UserError(f"class {label!r} does not exist; expected {expected}.{nearest(label, known)}")
-            if not matches and any(numbers):
+            if not matches and any(numbers) and int(label) < count:
                 warnings.warn(f"no class is called {label!r}: taken for the id {int(label)}", stacklevel=3)
             label = min(matches) if matches else int(label)
         if isinstance(label, bool) or not isinstance(label, int | np.integer):

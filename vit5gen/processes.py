@@ -101,7 +101,12 @@ def processes() -> PartialState:
     """
     if not PartialState._shared_state:
         _settle()
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or torch.backends.mps.is_available())
+    try:
+        return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or torch.backends.mps.is_available())
+    except (ValueError, RuntimeError) as error:  # torch's: a port in use, an address that is none
+        place = ", ".join(f"{name} = {os.environ.get(name)!r}" for name in ("MASTER_ADDR", "MASTER_PORT"))
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the processes cannot join at {place} ({reason}); start them with {_LAUNCH}") from error
 
 
 def _settle() -> None:
