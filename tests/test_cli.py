@@ -269,6 +269,7 @@ def test_bounds_themselves_take_a_moment(tiny: Path, capsys: pytest.CaptureFixtu
         "model.num_attention_heads": 2**12,
         "model.patch_size": 1,
         "model.mlp_ratio": 1000,
+        "data.path": "absent",
         "data.resolution": 2**14,
         "data.num_classes": 10**7,
         "vae.latent_channels": 2**16,

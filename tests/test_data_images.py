@@ -239,7 +239,7 @@ def test_huggingface_columns_are_chosen(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     label = datasets.ClassLabel(names=["cat", "dog"])
     features = {"mask": datasets.Image(), "picture": datasets.Image(), "coarse": label, "kind": label}
-    rows = {"mask": [Image.new("L", (8, 8), 99)] * 2, "picture": pictures(), "coarse": [1, 1], "kind": [0, 1]}
+    rows = {"mask": [Image.new("L", (8, 8), 99)] * 2, "picture": pictures(), "coarse": [1, 0], "kind": [0, 1]}
     datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(tmp_path / "set")
 
     def opened(**columns: str) -> ImageSet:
