@@ -161,7 +161,7 @@ def test_what_is_missing_is_no_error(run: Path, tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_published_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
     file, heads = published("sit_tiny", tmp_path)
-    state = torch.load(file)
+    state = torch.load(file, weights_only=True)
     state["ema"]["blocks.0.mlp.fc1.bias"][3] = value
     torch.save(state, file)
     with pytest.raises(
