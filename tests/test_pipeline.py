@@ -805,3 +805,16 @@ def test_weights_that_are_not_finite_are_refused(pipe: SiTPipeline, tmp_path: Pa
     with pytest.raises(UserError, match=f"{name}: 1 of the .* are not finite") as caught:
         load_pipeline(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_options_of_a_save_reach_the_transformer(tmp_path: Path) -> None:
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path)
+    file = tmp_path / "transformer/diffusion_pytorch_model.safetensors"
+    plain = file.read_bytes()
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    assert file.read_bytes() == plain
+    assert file.with_name("diffusion_pytorch_model.fp16.safetensors").is_file()
+    pipe.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(file.parent.glob("*-of-*.safetensors"))) > 1
+    assert not file.exists()

@@ -127,10 +127,10 @@ def clear_weights(folder: str | Path, variant: str | None = None, whole: bool = 
     name = "diffusion_pytorch_model"
     weights = rf"{name}{kind}(-\d+-of-\d+)?\.(bin|safetensors)|{name}\.(bin|safetensors)\.index{kind}\.json"
     files = [file for file in Path(folder).glob("*") if re.fullmatch(weights, file.name)]
-    if whole and files:
-        files.append(Path(folder) / "config.json")
     for file in files:
         file.unlink(missing_ok=True)
+    if whole and files and not any(Path(folder).glob(f"{name}*")):  # another variant still needs it
+        (Path(folder) / "config.json").unlink(missing_ok=True)
     if whole and files and not any(Path(folder).iterdir()):
         Path(folder).rmdir()
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         align(model)
         return (model, info) if output_loading_info else model
 
+    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines hand in only what stands in the signature
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save as diffusers does, and delete what it would leave of an earlier save."""
         if (args or (kwargs.get("is_main_process", True),))[0]:
