@@ -94,12 +94,9 @@ class Attempt:
 
 
 def _run(argv: list[str], log: Path, variables: dict[str, str]) -> None:
-    from tiny_run import forget_processes
-
     from vit5gen.cli import main
     from vit5gen.data import latents
 
-    forget_processes()
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -1,6 +1,7 @@
 """Image sets: cropping, class names, sources, and what a user reads when something is wrong."""
 
 import gzip
+import os
 import pickle
 import shutil
 import struct
@@ -21,7 +22,7 @@ from vit5gen.data.images import (
     open_held_out,
     open_images,
 )
-from vit5gen.errors import UserError
+from vit5gen.errors import UserError, composed
 
 
 def save(path: Path, color: object = "red", mode: str = "RGB", size: tuple[int, int] = (20, 16)) -> None:
@@ -307,3 +308,12 @@ def test_class_names_are_compared_composed(tmp_path: Path) -> None:
     save(tmp_path / "train" / "caf\u00e9" / "1.png")
     with pytest.raises(UserError, match="'café' is listed twice"):
         open_images(plain)
+
+
+def test_names_that_the_locale_cannot_read_are_read_as_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert composed(os.fsdecode(b"caf\xe9")) == os.fsdecode(b"caf\xe9")  # which is no UTF-8
+    assert composed("zo\ud800") == "zo\ud800"
+    read = "cafe\u0301".encode().decode("ascii", "surrogateescape")
+    monkeypatch.setattr(os, "fsencode", lambda name: name.encode("ascii", "surrogateescape"))
+    assert composed(read) == "caf\u00e9"
+    assert composed(f"{read} \u00e9") == f"{read} \u00e9"

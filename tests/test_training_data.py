@@ -51,6 +51,14 @@ def resize(folder: Path) -> None:
     picture(folder / "data/train/star/3.png", 20)
 
 
+def overwrite(folder: Path) -> None:
+    """Change the pixels of an image whose file stays as long."""
+    file = folder / "data/train/star/3.png"
+    length = file.stat().st_size
+    picture(file)
+    file.write_bytes(file.read_bytes().ljust(length, b"\0"))
+
+
 def rename_class(folder: Path) -> None:
     (folder / "data/train/star").rename(folder / "data/train/heart")
 
@@ -68,12 +76,13 @@ def replace_autoencoder(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "change", "message"),
     [
-        ("cache", add, "samples 21 -> 22; digest of other files or sizes"),
-        slow("cache", rename_file, "digest of other files or sizes"),
-        slow("images", resize, "digest of other files or sizes"),
+        ("cache", add, "samples 21 -> 22; digest of other files or contents"),
+        slow("cache", rename_file, "digest of other files or contents"),
+        ("cache", overwrite, "digest of other files or contents"),
+        slow("images", resize, "digest of other files or contents"),
         slow("images", replace_autoencoder, "autoencoder of other weights or scale"),
         slow("latents", rename_class, r"classes removed \['star'\], added \['heart'\]; digest of other files"),
-        slow("latents", add, "samples 21 -> 22; digest of other files or sizes"),
+        slow("latents", add, "samples 21 -> 22; digest of other files or contents"),
     ],
 )
 def test_a_resume_on_other_data_is_refused_until_accepted(
@@ -90,12 +99,15 @@ def test_a_resume_on_other_data_is_refused_until_accepted(
     if source == "latents":
         encode_command(load_config(inputs), tmp_path / "latents")
         options["data__latents"] = str(tmp_path / "latents")
+    passing = (".lock", ".txt")  # the cache remembers digests
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=f"step_00000002 was made by other data: {message}") as raised:
         run(inputs, tmp_path / "run", training__num_steps=3, **options)
     assert "\n" not in str(raised.value)
-    left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"}
-    assert left == {path: content for path, content in files.items() if path.suffix != ".lock"}  # nothing is encoded
+    left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix not in passing}
+    assert left == {
+        path: content for path, content in files.items() if path.suffix not in passing
+    }  # nothing is encoded
     # The checkpoint of another run is compared alike.
     older = str(tmp_path / "run/checkpoints/step_00000002")
     with pytest.raises(UserError, match="was made by other data"):
@@ -110,10 +122,10 @@ def test_a_resume_on_other_data_is_refused_until_accepted(
 
 @pytest.mark.slow
 def test_images_that_break_on_the_way_are_noticed(inputs: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"data__from_images": True, "data__on_broken_image": "skip"}
+    options: dict[str, Any] = {"data__from_images": True, "data__on_broken_image": "skip", "data__rules": 1}
     run(inputs, tmp_path / "run", training__num_steps=2, **options)
     file = tmp_path / "data/train/star/3.png"
-    file.write_bytes(bytes(file.stat().st_size))  # name and size stay
+    file.write_bytes(bytes(file.stat().st_size))  # name and size stay, of which alone rules 1 know
     with pytest.raises(UserError, match="other data: broken 0 -> 1"):
         run(inputs, tmp_path / "run", training__num_steps=3, **options)
 
@@ -283,3 +295,5 @@ def test_an_autoencoder_that_is_not_finite_is_blamed_for_losses_that_are_not(
     printed = capsys.readouterr().out
     assert "are not finite: check these images, and the weights of vae.name" in printed
     assert "learning_rate" not in printed
+    # A run too short for the usual limit does not end as if it had learnt.
+    assert run(inputs, tmp_path / "short", training__num_steps=1, data__from_images=True) == NONFINITE

@@ -14,7 +14,6 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from kill_test import main as kill_test
 from launch import ROOT, environment, train_in
 from safetensors.torch import load_file
 from tiny_run import assert_identical, losses, make_inputs, run, weights
@@ -153,6 +152,11 @@ def test_a_launcher_that_starts_one_process_for_two_is_noticed(config_file: Path
     output = start(config_file, tmp_path / "run", launcher=launcher).communicate(timeout=300)[0]
     assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N" in output
     assert not (tmp_path / "run").exists()
+
+
+def kill_test(arguments: list[str]) -> int:
+    """Run the script in a fresh interpreter: torch does not compute gradients in a fork of one that has done so."""
+    return subprocess.run([sys.executable, ROOT / "tests/kill_test.py", *arguments], env=environment()).returncode
 
 
 def test_killed_runs_equal_an_undisturbed_one(config_file: Path, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """The one error that users meet: a single line with the name, the value, what was expected and what to do next."""
 
 import difflib
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from numbers import Integral
 
 
@@ -24,7 +26,13 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def composed(name: str) -> str:
-    """Return a name as names are compared: no spaces around it, accents composed, which a Mac's files decompose."""
+    """Return a name as names are compared: no spaces around it, accents composed, which a Mac's files decompose.
+
+    The name of a file that this machine's locale could not read is read as UTF-8.
+    """
+    if any("\udc80" <= letter <= "\udcff" for letter in name):
+        with suppress(UnicodeEncodeError):  # beside letters that the locale lacks: no name of a file
+            name = os.fsencode(name).decode("utf-8", "surrogateescape")
     return unicodedata.normalize("NFC", name).strip()
 
 

@@ -277,7 +277,7 @@ class SiTPipeline(DiffusionPipeline):
                                     "callback_on_step_end cannot replace the latents of ode-dopri5: its images are"
                                     " at different times; choose a solver of fixed steps"
                                 )
-                            x.copy_(replaced)  # the solver goes on from this very tensor
+                            x.copy_(replaced)  # the solver continues from this very tensor
                     bar.update(round(t * num_inference_steps) - bar.n)  # some solvers take more or fewer steps
                     if call.interrupt:
                         break

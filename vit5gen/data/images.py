@@ -17,7 +17,15 @@ from torch.nn import functional
 
 from vit5gen.config import DataConfig, Exif, Rules
 from vit5gen.data.emoji import CLASSES, load_emoji
-from vit5gen.data.pictures import UNREADABLE, cut_strip, find_classes, folder_names, listing_digest, to_rgb
+from vit5gen.data.pictures import (
+    UNREADABLE,
+    content_digest,
+    cut_strip,
+    find_classes,
+    folder_names,
+    listing_digest,
+    to_rgb,
+)
 from vit5gen.errors import UserError, choose, composed, distinct, listed
 
 _FASHION_CLASSES = [
@@ -48,7 +56,7 @@ class ImageSet:
     class_names: list[str]
     labels: torch.Tensor  # (N,) int64
     read: Callable[[int], torch.Tensor]  # raises BrokenImage, which names the file
-    digest: Callable[[], str]  # changes when the source's images do; of files, names and sizes count
+    digest: Callable[[], str]  # changes when the source's images do
     name: Callable[[int], str] = "image {}".format  # for messages
     instead: dict[str, str] = field(default_factory=dict)  # what the folders of classes without images hold
 
@@ -194,8 +202,8 @@ def _open_folder(data: DataConfig, split: str) -> ImageSet:
         instead = {name: instead[wnid] for name, wnid in zip(names, found, strict=True) if wnid in instead}
     files = [file for of_class in found.values() for file in of_class]
     labels = torch.repeat_interleave(torch.tensor([len(of_class) for of_class in found.values()]))
-    read = partial(_read_file, files, data)
-    return ImageSet(names, labels, read, partial(listing_digest, root, files), partial(_file_name, files), instead)
+    read, digest = partial(_read_file, files, data), listing_digest if data.rules == 1 else content_digest
+    return ImageSet(names, labels, read, partial(digest, root, files), partial(_file_name, files), instead)
 
 
 def _split_folder(root: Path, data: DataConfig, split: str) -> Path:

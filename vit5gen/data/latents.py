@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vit5gen.config import DEFAULTS_BEFORE, Config, DataConfig
-from vit5gen.data.autoencoder import downsample, encode, load_autoencoder
+from vit5gen.data.autoencoder import downsample, encode, load_autoencoder, scaling
 from vit5gen.data.images import BrokenImage, ImageSet, open_images, open_training_images
 from vit5gen.errors import UserError, check_whole, distinct, listed, short
 from vit5gen.files import atomic, cache_folder, locked_file, read_json, sha256, write_json
@@ -271,11 +271,12 @@ def _latent_settings(vae: AutoencoderKL, config: Config) -> dict[str, Any]:
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.float().cpu().contiguous().numpy())
+    scale, shift = scaling(vae)
     return {
         "vae": config.vae.name,
         "vae_sha256": digest.hexdigest(),
-        "scaling_factor": vae.config.scaling_factor,
-        "shift_factor": vae.config.shift_factor or 0.0,
+        "scaling_factor": scale,
+        "shift_factor": shift,
         "resolution": config.data.resolution,
         "latent_shape": list(config.latent_shape),
         "horizontal_flip": config.data.horizontal_flip,

@@ -9,6 +9,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path, PurePath
@@ -18,6 +19,8 @@ from PIL import Image
 
 from vit5gen.config import Exif, Rules
 from vit5gen.errors import UserError, listed
+from vit5gen.files import cache_folder, write_text
+from vit5gen.files import sha256 as hash_file
 from vit5gen.processes import processes
 
 _OLD_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -159,6 +162,25 @@ def listing_digest(root: Path, files: Sequence[Path]) -> str:
     """Return the SHA-256 of the names below ``root`` and the sizes of files."""
     lines = (f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n" for file in files)
     return sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def content_digest(root: Path, files: Sequence[Path]) -> str:
+    """Return the SHA-256 of the names below ``root`` and the contents of files.
+
+    It is remembered in the cache for as long as names, sizes and times of change stay: they take a moment to look at.
+    """
+    looked_at = [file.stat() for file in files]
+    times = "".join(f"{status.st_mtime_ns} {status.st_ctime_ns}\n" for status in looked_at)
+    key = sha256(f"{root.resolve()}\n{listing_digest(root, files)}\n{times}".encode(errors="surrogateescape"))
+    known = cache_folder() / f"contents-{key.hexdigest()}.txt"
+    with suppress(OSError, ValueError):  # absent or damaged
+        if re.fullmatch("[0-9a-f]{64}", found := known.read_text(encoding="ascii")):
+            return found
+    lines = (f"{file.relative_to(root).as_posix()} {hash_file(file)}\n" for file in files)
+    digest = sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+    with suppress(OSError):
+        write_text(known, digest)
+    return digest
 
 
 def to_rgb(image: Image.Image, exif: Exif = "apply", rules: Rules = 2) -> Image.Image:

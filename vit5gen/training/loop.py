@@ -124,7 +124,7 @@ def _train(config: Config, output: Path, accelerator: Accelerator, start: Path |
             if state.step % (settings.checkpoint_every or 1) == 0 or done.save or last:
                 saved_step = state.step if save(accelerator, checkpoints, state, config) else saved_step
                 clock.restart()
-            if nonfinite_in_a_row == settings.max_nonfinite_steps:
+            if nonfinite_in_a_row == min(settings.max_nonfinite_steps, settings.num_steps):
                 save(accelerator, output / "nonfinite", state, config)
                 size = settings.global_batch_size
                 ids = [data_index(settings.seed, state.step - 1, i, size, len(source)) for i in range(size)]

@@ -113,7 +113,8 @@ def _change(key: str, old: Any, new: Any) -> str:
         removed, added = [name for name in old if name not in new], [name for name in new if name not in old]
         sides = (("removed", removed), ("added", added))
         return ", ".join(f"{what} {short(names)}" for what, names in sides if names) or "in another order"
-    return {"digest": "of other files or sizes", "autoencoder": "of other weights or scale"}.get(key, f"{old} -> {new}")
+    other = {"digest": "of other files or contents", "autoencoder": "of other weights or scale"}
+    return other.get(key, f"{old} -> {new}")
 
 
 class Log:

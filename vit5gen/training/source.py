@@ -57,7 +57,8 @@ def open_source(
         latents.verify(accelerator.process_index, accelerator.num_processes)
     else:
         images = open_for(config, vae)
-        images = replace(images, digest=partial(str, images.digest()))  # a look at every file, once
+        with accelerator.main_process_first():  # the others find in the cache what it has read
+            images = replace(images, digest=partial(str, images.digest()))
         data = identity(settings_of(images, vae, config))
         check(data)
         if config.data.from_images:
