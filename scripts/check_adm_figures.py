@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vit5gen.errors import UserError
 from vit5gen.evaluation.evaluate import evaluate_command
-from vit5gen.files import read_json
+from vit5gen.system.errors import UserError
+from vit5gen.system.files import read_json
 
 REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
 SAMPLES = "admnet_guided_upsampled_imagenet256.npz"

@@ -15,16 +15,16 @@ import torch
 from benchmark_peers import write_sit, write_vit5
 from tiny_run import make_inputs, run
 
-from vit5gen import cpu
-from vit5gen.benchmark import NAMES, evaluation, memory, sampling, scaling, train_step
-from vit5gen.benchmark.costs import costs
-from vit5gen.benchmark.peers import SIT, VIT5
-from vit5gen.benchmark.sampling import Score, no_worse
-from vit5gen.benchmark.setting import QUICK
 from vit5gen.cli import main
-from vit5gen.files import write_text
-from vit5gen.pipeline import SiTPipeline, load_pipeline
-from vit5gen.training.plan import run_cost
+from vit5gen.generation.pipeline import SiTPipeline, load_pipeline
+from vit5gen.lab.benchmark import NAMES, evaluation, memory, sampling, scaling, train_step
+from vit5gen.lab.benchmark.costs import costs
+from vit5gen.lab.benchmark.peers import SIT, VIT5
+from vit5gen.lab.benchmark.sampling import Score, no_worse
+from vit5gen.lab.benchmark.setting import QUICK
+from vit5gen.system import cpu
+from vit5gen.system.files import write_text
+from vit5gen.training.dry_run import run_cost
 
 # Rows by (mode, ours, peer).
 EXPECTED = {
@@ -241,7 +241,7 @@ def test_bad_input_is_one_line(
     for name, text in (("none", "SiT_models = {}"), ("exits", "raise SystemExit('usage')")):
         models = write_sit(folders / name) / "models.py"
         models.write_text(models.read_text() + text)
-    monkeypatch.setattr("vit5gen.benchmark.command.BENCHMARKS", {})
+    monkeypatch.setattr("vit5gen.lab.benchmark.command.BENCHMARKS", {})
     words, named = BAD[case]
     assert execute(words, folders) == 2
     printed = capsys.readouterr()
@@ -307,7 +307,7 @@ def test_a_full_disk_is_one_line(
     def full(path: Path, value: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("vit5gen.benchmark.command.write_json", full)
+    monkeypatch.setattr("vit5gen.lab.benchmark.command.write_json", full)
     assert execute("--only start-up --quick --output @result.json", tmp_path) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

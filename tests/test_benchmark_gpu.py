@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from vit5gen.benchmark import gpu, timing
-from vit5gen.benchmark.peers import PeerError
-from vit5gen.benchmark.setting import FULL, Setting
-from vit5gen.benchmark.train_step import against_published, against_sit, step_config
-from vit5gen.errors import UserError
-from vit5gen.training.plan import run_cost
+from vit5gen.lab.benchmark import gpu, timing
+from vit5gen.lab.benchmark.peers import PeerError
+from vit5gen.lab.benchmark.setting import FULL, Setting
+from vit5gen.lab.benchmark.train_step import against_published, against_sit, step_config
+from vit5gen.system.errors import UserError
+from vit5gen.training.dry_run import run_cost
 from vit5gen.training.process import memory_hint
 
 

@@ -7,9 +7,9 @@ import timm
 import torch
 from benchmark_peers import write_sit, write_vit5
 
-from vit5gen.benchmark.peers import SIT, VIT5, load, without_cuda
-from vit5gen.errors import UserError
+from vit5gen.lab.benchmark.peers import SIT, VIT5, load, without_cuda
 from vit5gen.models import ViT5
+from vit5gen.system.errors import UserError
 
 
 def test_a_peer_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from vit5gen.benchmark import scaling
-from vit5gen.benchmark.processes import fresh
-from vit5gen.benchmark.setting import QUICK
-from vit5gen.benchmark.train_step import step_config
-from vit5gen.errors import UserError
+from vit5gen.lab.benchmark import scaling
+from vit5gen.lab.benchmark.processes import fresh
+from vit5gen.lab.benchmark.setting import QUICK
+from vit5gen.lab.benchmark.train_step import step_config
+from vit5gen.system.errors import UserError
 
 
 def joined(value: int) -> tuple[int, int, float]:

@@ -7,12 +7,12 @@ import torch
 from benchmark_peers import write_sit
 from tiny_run import make_inputs, run, weights
 
-from vit5gen.benchmark.setting import FULL, QUICK
-from vit5gen.benchmark.train_step import OurStep, published_step, step_config
 from vit5gen.config import load_config
+from vit5gen.lab.benchmark.setting import FULL, QUICK
+from vit5gen.lab.benchmark.train_step import OurStep, published_step, step_config
 from vit5gen.training.build import build_model
+from vit5gen.training.data import open_source
 from vit5gen.training.process import make_accelerator
-from vit5gen.training.source import open_source
 
 
 def test_our_step_is_that_of_the_loop(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import vit5gen
-from vit5gen.card import commit
+from vit5gen.generation.card import commit
 
 
 def test_the_commit_is_that_of_the_package_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,10 @@ from PIL import Image
 from torchvision.transforms import functional as T
 
 import vit5gen.models  # noqa: F401 (registers vit5_small with timm)
-from vit5gen import classify as module
-from vit5gen.classify import classify
 from vit5gen.cli import _CLASSIFY_HELP
-from vit5gen.errors import UserError
+from vit5gen.commands import classify as module
+from vit5gen.commands.classify import classify
+from vit5gen.system.errors import UserError
 
 NUM_CLASSES = 7
 

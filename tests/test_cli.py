@@ -11,8 +11,8 @@ import yaml
 from tiny_run import make_inputs
 
 from vit5gen.cli import main
-from vit5gen.errors import UserError
 from vit5gen.parser import exit_on_bad_input
+from vit5gen.system.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -322,7 +322,7 @@ def test_ctrl_c_is_one_word(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vit5gen.benchmark.command.benchmark_command", interrupted)
+    monkeypatch.setattr("vit5gen.lab.benchmark.command.benchmark_command", interrupted)
     with pytest.raises(SystemExit) as stop:
         main(["benchmark", "--output", "r.json"])
     assert stop.value.code == 130

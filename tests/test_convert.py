@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from tiny import tiny_autoencoder
 
 from vit5gen import SiTPipeline
+from vit5gen.commands.convert import convert_command
 from vit5gen.config import Config
-from vit5gen.convert import convert_command
-from vit5gen.errors import UserError
 from vit5gen.models import load_sit
+from vit5gen.system.errors import UserError
 from vit5gen.training.build import build_model
 from vit5gen.training.checkpoint import save
-from vit5gen.training.run import to_yaml
+from vit5gen.training.folder import to_yaml
 
 FIXTURES = Path(__file__).with_name("fixtures")
 

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vit5gen import SiTTransformer2DModel, cost
+from vit5gen import SiTTransformer2DModel
 from vit5gen.config import Config, validate
 from vit5gen.models import layers
+from vit5gen.training import cost
+from vit5gen.training.averages import EMA
 from vit5gen.training.build import build_optimizer
-from vit5gen.training.ema import EMA
 
 SMALL = {"sample_size": 8, "hidden_size": 64, "num_layers": 3, "num_attention_heads": 4, "num_classes": 10}
 SWITCHES = [

@@ -12,12 +12,12 @@ from tiny_run import make_inputs
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from vit5gen import cpu
 from vit5gen.cli import main
 from vit5gen.config import TrainingConfig
 from vit5gen.models.classifier import ViT5
 from vit5gen.models.transformer import SiTTransformer2DModel
-from vit5gen.precision import exact_float32
+from vit5gen.system import cpu
+from vit5gen.system.precision import exact_float32
 from vit5gen.training.process import make_accelerator
 
 
@@ -147,7 +147,7 @@ def test_slow_bf16_is_told(precision, device, has, warns, monkeypatch):
 @pytest.mark.parametrize(("large", "mebibytes", "kept"), [(True, 16, True), (False, 16, False), (False, 4, True)])
 def test_freed_memory_is_kept(large, mebibytes, kept):
     code = (
-        f"import resource, torch; from vit5gen.cpu import keep_freed_memory; keep_freed_memory(large={large})\n"
+        f"import resource, torch; from vit5gen.system.cpu import keep_freed_memory; keep_freed_memory(large={large})\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         f"    [torch.ones({mebibytes} * 2**18) for _ in range(8)]\n"

@@ -23,7 +23,7 @@ from vit5gen.data.autoencoder import (
     train_autoencoder,
 )
 from vit5gen.data.images import open_images
-from vit5gen.errors import UserError
+from vit5gen.system.errors import UserError
 
 
 def test_quantisation_gives_every_level_its_share() -> None:
@@ -148,7 +148,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 def test_command_tells_of_slow_bf16(
     precision: str, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("vit5gen.cpu.has_bf16", lambda: False)
+    monkeypatch.setattr("vit5gen.system.cpu.has_bf16", lambda: False)
     (tmp_path / "none.yaml").write_text(f"data: {{path: {tmp_path / 'absent'}}}\nprecision: {precision}\n")
     with pytest.raises(SystemExit):
         main([str(tmp_path / "none.yaml"), "--output", str(tmp_path / "out")])

@@ -22,7 +22,7 @@ from vit5gen.data.images import (
     open_held_out,
     open_images,
 )
-from vit5gen.errors import UserError, composed
+from vit5gen.system.errors import UserError, composed
 
 
 def save(path: Path, color: object = "red", mode: str = "RGB", size: tuple[int, int] = (20, 16)) -> None:

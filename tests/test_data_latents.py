@@ -23,8 +23,8 @@ from vit5gen.config import Config, DataConfig, ModelConfig, VaeConfig
 from vit5gen.data import latents
 from vit5gen.data.autoencoder import encode
 from vit5gen.data.latents import LatentDataset, encode_command, encode_dataset, ensure_latents, identity, open_for
-from vit5gen.errors import UserError
-from vit5gen.files import sha256
+from vit5gen.system.errors import UserError
+from vit5gen.system.files import sha256
 
 
 def tiny_vae(seed: int = 0) -> AutoencoderKL:

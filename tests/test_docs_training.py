@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from vit5gen import cost
 from vit5gen.config import load_config
-from vit5gen.training.plan import run_cost
+from vit5gen.training import cost
+from vit5gen.training.dry_run import run_cost
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/training.md").read_text()

@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from vit5gen import cli
 from vit5gen.config import SamplingConfig
-from vit5gen.errors import UserError
 from vit5gen.evaluation import evaluate, frechet_distance, load_extractor, register_extractor
 from vit5gen.evaluation.evaluate import (
     evaluate_command,
@@ -29,8 +28,9 @@ from vit5gen.evaluation.evaluate import (
 from vit5gen.evaluation.features import Extractor, Features
 from vit5gen.evaluation.inception import INCEPTION_SHA256
 from vit5gen.evaluation.sources import open_folder
-from vit5gen.files import sha256
-from vit5gen.sampling import SamplingJob, draw_labels, generate
+from vit5gen.generation.many import SamplingJob, draw_labels, generate
+from vit5gen.system.errors import UserError
+from vit5gen.system.files import sha256
 
 
 @register_extractor("colours")

@@ -4,9 +4,9 @@ import torch
 from PIL import Image
 from test_evaluation_evaluate import pictures
 
-from vit5gen.errors import UserError
 from vit5gen.evaluation import frechet_distance, frechet_of, load_extractor
 from vit5gen.evaluation.features import load_weights
+from vit5gen.system.errors import UserError
 
 
 @pytest.fixture(scope="module")

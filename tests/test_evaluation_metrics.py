@@ -10,7 +10,6 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
-from vit5gen.errors import UserError
 from vit5gen.evaluation import (
     FeatureStatistics,
     FrechetReference,
@@ -24,6 +23,7 @@ from vit5gen.evaluation import (
 from vit5gen.evaluation.metrics import ScoreSums
 from vit5gen.evaluation.scores import frechet_with_error
 from vit5gen.evaluation.statistics import Grouped
+from vit5gen.system.errors import UserError
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

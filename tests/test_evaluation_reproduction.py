@@ -14,7 +14,7 @@ from test_evaluation_evaluate import pictures, write_npz
 from tiny import tiny_autoencoder
 
 from vit5gen import cli
-from vit5gen.files import sha256
+from vit5gen.system.files import sha256
 
 ROOT = Path(__file__).parent.parent
 # What stands in for the published files and for sizes that need GPUs.

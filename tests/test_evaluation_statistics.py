@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from vit5gen.errors import UserError
 from vit5gen.evaluation import FeatureStatistics
+from vit5gen.system.errors import UserError
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_run import losses, run
 
-from vit5gen.cpu import fast_products
 from vit5gen.data import emoji, images
-from vit5gen.pipeline import load_pipeline
+from vit5gen.generation.pipeline import load_pipeline
+from vit5gen.system.cpu import fast_products
 
 ROOT = Path(__file__).parents[1]
 STEPS = 20

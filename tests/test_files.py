@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vit5gen import files
 from vit5gen.data import latents
-from vit5gen.errors import UserError
-from vit5gen.files import atomic, locked_file, write_text
+from vit5gen.system import files
+from vit5gen.system.errors import UserError
+from vit5gen.system.files import atomic, locked_file, write_text
+from vit5gen.training.folder import locked
 from vit5gen.training.process import signals_blocked
-from vit5gen.training.run import locked
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

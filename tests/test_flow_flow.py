@@ -6,9 +6,9 @@ import pytest
 import torch
 from flow_mixture import Mixture, normal
 
-from vit5gen.errors import UserError
 from vit5gen.flow import Flow, draw_timesteps, shift_time, to_diffusers
 from vit5gen.flow.flow import PATHS as FORMULAS
+from vit5gen.system.errors import UserError
 
 PATHS = ("linear", "gvp", "vp")
 TARGETS = ("x0", "x1", "velocity", "score")

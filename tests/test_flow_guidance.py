@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vit5gen.errors import UserError
 from vit5gen.flow import CountingModel, Flow, guide, sample_ode
+from vit5gen.system.errors import UserError
 
 NULL = 9
 

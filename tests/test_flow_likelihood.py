@@ -7,8 +7,8 @@ import torch
 from flow_mixture import Mixture, normal
 from torch import Tensor
 
-from vit5gen.errors import UserError
 from vit5gen.flow import Flow, log_likelihood
+from vit5gen.system.errors import UserError
 
 
 def gaussian(flow: Flow, mean: Tensor, variance: float) -> Mixture:

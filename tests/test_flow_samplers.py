@@ -9,7 +9,6 @@ import torch
 from flow_mixture import Mixture, normal
 from torch import Tensor
 
-from vit5gen.errors import UserError
 from vit5gen.flow import (
     ODE_METHODS,
     CountingModel,
@@ -21,6 +20,7 @@ from vit5gen.flow import (
     sde_steps,
     time_grid,
 )
+from vit5gen.system.errors import UserError
 
 FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
 LASTS = ("none", "mean", "tweedie", "euler")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vit5gen.grid import save_grid
+from vit5gen.generation.grid import save_grid
 
 
 def test_rows_are_titled_classes(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import torch
 from test_models_transformer import batch, make
 from torch import nn
 
-from vit5gen.errors import UserError
 from vit5gen.models import Backbone, SiTTransformer2DModel, ViT5Block, backbone, backbone_names, register_backbone
+from vit5gen.system.errors import UserError
 
 PAGE = (Path(__file__).parents[1] / "docs" / "backbones.md").read_text()
 

@@ -6,9 +6,9 @@ import pytest
 import timm
 import torch
 
-from vit5gen.errors import UserError
 from vit5gen.models import ViT5
 from vit5gen.models.classifier import checkpoint_filter_fn, default_cfgs
+from vit5gen.system.errors import UserError
 
 COUNTS = {
     "vit5_small": 22_039_144,

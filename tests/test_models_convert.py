@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from test_models_parity import read_oracle, relative
 
-from vit5gen.errors import UserError
 from vit5gen.models import ViT5, load_sit, load_vit5
 from vit5gen.models.loading import read_checkpoint
+from vit5gen.system.errors import UserError
 
 
 def published_vit5(img_size=24, patch_size=8, **sizes):

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 
-from vit5gen.errors import UserError
 from vit5gen.models import VARIANTS, SiTTransformer2DModel
 from vit5gen.models.backbone import _check_kind
-from vit5gen.models.rope import sincos_table
+from vit5gen.models.positions import sincos_table
 from vit5gen.models.transformer import TimeEmbedding
+from vit5gen.system.errors import UserError
 
 BACKBONES = ("sit", "vit5")
 PUBLISHED = {  # patch 2, 4 x 32 x 32 latents, 1000 classes, learn_sigma=False

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vit5gen.models import VARIANTS, SiTTransformer2DModel, ViT5, ViT5Block, layers
 from vit5gen.models.layers import LayerNorm, RMSNorm
-from vit5gen.models.rope import Segment, resample_positions, rope_table, rotate, sincos_table
+from vit5gen.models.positions import Segment, resample_positions, rope_table, rotate, sincos_table
 from vit5gen.models.vit5 import ViT5Backbone
 
 # The seven components of the article, each taken out.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vit5gen import SiTPipeline
 from vit5gen.config import SamplingConfig
-from vit5gen.sampling import SamplingJob, generate
+from vit5gen.generation.many import SamplingJob, generate
 
 STEPS = {"num_inference_steps": 4, "sampler": "ode-euler"}
 

@@ -10,8 +10,8 @@ from accelerate.state import AcceleratorState
 from launch import ROOT, environment
 from tiny_run import make_inputs
 
-from vit5gen.errors import UserError
-from vit5gen.processes import find_fault, processes, start_processes
+from vit5gen.system.distributed import find_fault, processes, start_processes
+from vit5gen.system.errors import UserError
 
 PAIR = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_CPU": "False"}

@@ -20,10 +20,10 @@ from tiny import NAMES, tiny_autoencoder, tiny_pipeline, tiny_transformer
 
 from vit5gen import SiTPipeline, SiTScheduler
 from vit5gen.config import SamplingConfig
-from vit5gen.errors import UserError
-from vit5gen.outputs import Output
-from vit5gen.pipeline import SAMPLERS
-from vit5gen.sampling import SamplingJob, draw_labels, generate, image_generator, sample_command
+from vit5gen.generation.many import SamplingJob, draw_labels, generate, image_generator, sample_command
+from vit5gen.generation.outputs import Output
+from vit5gen.generation.pipeline import SAMPLERS
+from vit5gen.system.errors import UserError
 
 FAST = SamplingConfig(sampler="sde-euler", num_inference_steps=3, guidance_scale=1.5)
 
@@ -168,7 +168,7 @@ def test_kill_while_the_hidden_folder_is_removed(
             draw(checkpoint, target)
     (tmp_path / ".out.npz.part" / "evaluations").unlink()
     before = target.read_bytes()
-    monkeypatch.setattr("vit5gen.sampling.generate", None)
+    monkeypatch.setattr("vit5gen.generation.many.generate", None)
     draw(checkpoint, target)
     assert target.read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.card.json", "out.npz"]
@@ -274,7 +274,7 @@ def test_card(checkpoint: Path, tmp_path: Path) -> None:
 def test_finished_output_is_left_alone(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(checkpoint, tmp_path / "out.npz")
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in tmp_path.iterdir()}
-    monkeypatch.setattr("vit5gen.sampling.generate", None)
+    monkeypatch.setattr("vit5gen.generation.many.generate", None)
     draw(checkpoint, tmp_path / "out.npz", batch_size=7)
     assert before == {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in tmp_path.iterdir()}
 
@@ -376,7 +376,7 @@ def test_fast_paths(
 ) -> None:
     warnings: list[str] = []
     monkeypatch.setattr("diffusers.models.modeling_utils.logger.warning", warnings.append)
-    monkeypatch.setattr("vit5gen.cpu.has_bf16", lambda: False)
+    monkeypatch.setattr("vit5gen.system.cpu.has_bf16", lambda: False)
     request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", self._call_impl))
     settings = SamplingConfig(num_inference_steps=2, sampler="ode-euler")

@@ -7,9 +7,9 @@ import pytest
 import yaml
 from tiny_run import make_inputs
 
-from vit5gen.errors import UserError
-from vit5gen.study.plan import Run, read_study
-from vit5gen.training.plan import run_cost
+from vit5gen.lab.study.plan import Run, read_study
+from vit5gen.system.errors import UserError
+from vit5gen.training.dry_run import run_cost
 
 STUDIES = sorted((Path(__file__).parents[1] / "configs" / "studies").glob("*.yaml"))
 

@@ -14,13 +14,13 @@ from tiny_run import run as tiny_run
 
 from vit5gen.data.autoencoder import encode
 from vit5gen.data.images import open_images
-from vit5gen.errors import UserError
-from vit5gen.pipeline import load_pipeline
-from vit5gen.study import runner
-from vit5gen.study.__main__ import main
-from vit5gen.study.measure import held_out_loss
-from vit5gen.study.plan import read_study
-from vit5gen.study.rows import read_rows
+from vit5gen.generation.pipeline import load_pipeline
+from vit5gen.lab.study import runner
+from vit5gen.lab.study.__main__ import main
+from vit5gen.lab.study.measure import held_out_loss
+from vit5gen.lab.study.plan import read_study
+from vit5gen.lab.study.rows import read_rows
+from vit5gen.system.errors import UserError
 from vit5gen.training.loop import STOPPED
 
 

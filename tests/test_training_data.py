@@ -13,16 +13,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_run import assert_identical, forget_processes, make_inputs, run, weights
 
+from vit5gen.commands.convert import convert_command
 from vit5gen.config import DEFAULTS_BEFORE, load_config, load_recorded, read_yaml
-from vit5gen.convert import convert_command
 from vit5gen.data.latents import encode_command
-from vit5gen.errors import UserError
-from vit5gen.files import sha256
-from vit5gen.study.rows import Row
+from vit5gen.lab.study.rows import Row
+from vit5gen.system.errors import UserError
+from vit5gen.system.files import sha256
+from vit5gen.training.dry_run import missing, plan
+from vit5gen.training.folder import differences
 from vit5gen.training.loop import NONFINITE
 from vit5gen.training.monitor import Monitor, floor_note
-from vit5gen.training.plan import missing, plan
-from vit5gen.training.run import differences
 
 
 @pytest.fixture

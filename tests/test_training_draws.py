@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from vit5gen.training.draws import MicroBatches, TrainingSet, data_index, sample_draws
+from vit5gen.training.random import MicroBatches, TrainingSet, data_index, sample_draws
 
 
 class Counting:

@@ -20,18 +20,18 @@ from torch import nn
 
 from vit5gen.config import TrainingConfig, load_config, parse_yaml
 from vit5gen.data.images import BrokenImage
-from vit5gen.errors import UserError
+from vit5gen.generation.pipeline import load_pipeline
 from vit5gen.models import SiTTransformer2DModel
-from vit5gen.pipeline import load_pipeline
+from vit5gen.system.errors import UserError
 from vit5gen.training import checkpoint, process
+from vit5gen.training.averages import EMA
 from vit5gen.training.build import build_model, build_optimizer, learning_rate
-from vit5gen.training.ema import EMA
+from vit5gen.training.data import open_source
+from vit5gen.training.folder import Log, find_start, locked, to_yaml
 from vit5gen.training.loop import STOPPED
 from vit5gen.training.monitor import Monitor
 from vit5gen.training.reference import build_reference
-from vit5gen.training.run import Log, find_start, locked, to_yaml
-from vit5gen.training.source import open_source
-from vit5gen.training.step import Trainee
+from vit5gen.training.trainer import Trainee
 
 
 @pytest.mark.parametrize(("number", "where"), [(signal.SIGTERM, "write"), (signal.SIGINT, "_generate")])

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import assert_identical, run, weights
 
-from vit5gen.errors import UserError
-from vit5gen.pipeline import SiTPipeline
+from vit5gen.generation.pipeline import SiTPipeline
+from vit5gen.system.errors import UserError
 from vit5gen.training import checkpoint
 from vit5gen.training.loop import NONFINITE
 

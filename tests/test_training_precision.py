@@ -5,7 +5,7 @@ import torch
 
 from vit5gen.config import Config, validate
 from vit5gen.training.process import make_accelerator
-from vit5gen.training.step import Trainee
+from vit5gen.training.trainer import Trainee
 
 NUM_STEPS = 200
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from tiny_run import assert_identical, losses, make_inputs, run, weights
 
 from vit5gen.config import TrainingConfig
-from vit5gen.errors import UserError
-from vit5gen.processes import processes
+from vit5gen.system.distributed import processes
+from vit5gen.system.errors import UserError
 from vit5gen.training import checkpoint
 from vit5gen.training.loop import STOPPED
 from vit5gen.training.process import make_accelerator

@@ -8,10 +8,10 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "SiTTransformer2DModel": "vit5gen.models",
     "ViT5": "vit5gen.models",
-    "SiTPipeline": "vit5gen.pipeline",
-    "SiTScheduler": "vit5gen.pipeline",
+    "SiTPipeline": "vit5gen.generation.pipeline",
+    "SiTScheduler": "vit5gen.generation.pipeline",
 }
-_SUBMODULES = ("config", "data", "evaluation", "flow", "models", "pipeline", "training")
+_SUBMODULES = ("config", "data", "evaluation", "flow", "generation", "models", "training")
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
 
 

@@ -12,10 +12,10 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
-from vit5gen.benchmark import NAMES as BENCHMARKS
 from vit5gen.config import Config, EvaluationConfig, SamplingConfig, load_config, parse_yaml, validate
-from vit5gen.errors import UserError, nearest, short
+from vit5gen.lab.benchmark import NAMES as BENCHMARKS
 from vit5gen.parser import Parser, exit_on_bad_input, utf8_path
+from vit5gen.system.errors import UserError, nearest, short
 
 _CLASSIFY_HELP = """\
 Top-1 and top-5 accuracy of ViT-5 over FOLDER, which has one folder of images a class, in the order of the classes.
@@ -91,7 +91,7 @@ def read_sampling(args: argparse.Namespace) -> SamplingConfig:
 
 def train(args: argparse.Namespace) -> int:
     if args.dry_run:
-        from vit5gen.training.plan import plan
+        from vit5gen.training.dry_run import plan
 
         return plan(read_config(args))
     if args.output is None:
@@ -108,7 +108,7 @@ def encode(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
-    from vit5gen.sampling import sample_command
+    from vit5gen.generation.many import sample_command
 
     sample_command(
         args.checkpoint,
@@ -148,20 +148,20 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> None:
-    from vit5gen.convert import convert_command
+    from vit5gen.commands.convert import convert_command
 
     convert_command(args.checkpoint, args.output, args.vae, args.weights, args.num_attention_heads)
 
 
 def classify(args: argparse.Namespace) -> None:
-    from vit5gen.classify import classify
+    from vit5gen.commands.classify import classify
 
     result = classify(args.folder, args.model, args.checkpoint, args.batch_size, args.num_workers)
     print(f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, {result['num_images']:.0f} images")
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    from vit5gen.benchmark.command import benchmark_command
+    from vit5gen.lab.benchmark.command import benchmark_command
 
     benchmark_command(args.output, args.sit, args.vit5, args.trained, args.only, args.quick)
 

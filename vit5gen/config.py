@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from vit5gen.errors import UserError, composed, nearest, short
+from vit5gen.system.errors import UserError, composed, nearest, short
 
 # YAML 1.1 reads 1e-4 (no dot) as a string.
 Float = Annotated[float, BeforeValidator(lambda value: float(value) if isinstance(value, str) else value)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from vit5gen.errors import UserError
+from vit5gen.system.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):

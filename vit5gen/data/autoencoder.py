@@ -19,12 +19,12 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from vit5gen.config import AutoencoderTraining, read_yaml, validate
-from vit5gen.cpu import warn_of_slow_bf16
 from vit5gen.data.images import ImageSet, open_images
-from vit5gen.errors import UserError
-from vit5gen.files import check_writable, clear_weights
 from vit5gen.parser import Parser, exit_on_bad_input
-from vit5gen.precision import exact_float32
+from vit5gen.system.cpu import warn_of_slow_bf16
+from vit5gen.system.errors import UserError
+from vit5gen.system.files import check_writable, clear_weights
+from vit5gen.system.precision import exact_float32
 
 _HALF = (torch.bfloat16, torch.float16)
 EMOJI = Path(__file__).with_name("emoji_vae")

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from vit5gen.errors import UserError
-from vit5gen.files import atomic, cache_folder
+from vit5gen.system.errors import UserError
+from vit5gen.system.files import atomic, cache_folder
 
 CLASSES = ["smileys", "people", "animals", "food", "travel", "activities", "objects", "symbols", "flags"]
 TEST_FRACTION = 0.2

@@ -26,7 +26,7 @@ from vit5gen.data.pictures import (
     listing_digest,
     to_rgb,
 )
-from vit5gen.errors import UserError, choose, composed, distinct, listed
+from vit5gen.system.errors import UserError, choose, composed, distinct, listed
 
 _FASHION_CLASSES = [
     "t-shirt",

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from vit5gen.config import DEFAULTS_BEFORE, Config, DataConfig
 from vit5gen.data.autoencoder import downsample, encode, load_autoencoder, scaling
 from vit5gen.data.images import BrokenImage, ImageSet, open_images, open_training_images
-from vit5gen.errors import UserError, check_whole, distinct, listed, short
-from vit5gen.files import atomic, cache_folder, locked_file, read_json, sha256, write_json
-from vit5gen.processes import processes, start_processes
+from vit5gen.system.distributed import processes, start_processes
+from vit5gen.system.errors import UserError, check_whole, distinct, listed, short
+from vit5gen.system.files import atomic, cache_folder, locked_file, read_json, sha256, write_json
 
 MANIFEST = "manifest.json"
 SHARD_SIZE = 4096  # images

@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image
 
 from vit5gen.config import Exif, Rules
-from vit5gen.errors import UserError, listed
-from vit5gen.files import cache_folder, write_text
-from vit5gen.files import sha256 as hash_file
-from vit5gen.processes import processes
+from vit5gen.system.distributed import processes
+from vit5gen.system.errors import UserError, listed
+from vit5gen.system.files import cache_folder, write_text
+from vit5gen.system.files import sha256 as hash_file
 
 _OLD_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Still images that Pillow opens. A list, so that a folder holds the same images whatever Pillow was built with; layered

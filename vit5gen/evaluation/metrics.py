@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit5gen.errors import UserError
 from vit5gen.evaluation.statistics import FeatureStatistics
+from vit5gen.system.errors import UserError
 
 
 def frechet_distance(mean1: Any, cov1: Any, mean2: Any, cov2: Any) -> float:

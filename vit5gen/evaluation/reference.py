@@ -13,13 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vit5gen.card import versions
-from vit5gen.errors import UserError
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.metrics import FrechetReference, ScoreSums
 from vit5gen.evaluation.sources import ImageSource, broken_npz, open_npz
 from vit5gen.evaluation.statistics import GROUPS, FeatureStatistics, Grouped, gather_rows, place, sum_over_processes
-from vit5gen.files import atomic, sha256
+from vit5gen.generation.card import versions
+from vit5gen.system.errors import UserError
+from vit5gen.system.files import atomic, sha256
 
 FORMAT = "vit5gen statistics 1"
 # The size of ADM's reference batch, on which it computes precision and recall.

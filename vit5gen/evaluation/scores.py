@@ -5,11 +5,11 @@ from typing import Any
 
 from scipy.stats import t as student_t
 
-from vit5gen.errors import UserError, choose
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.metrics import FrechetReference, jackknife_error, kernel_distance, precision_recall
 from vit5gen.evaluation.reference import Reference, Scan
 from vit5gen.evaluation.statistics import FeatureStatistics, Grouped
+from vit5gen.system.errors import UserError, choose
 
 METRICS = ("fid", "sfid", "is", "pr", "kid")
 NEIGHBOURS = 3

@@ -17,7 +17,7 @@ from torch import Tensor
 from vit5gen.config import DataConfig, Exif
 from vit5gen.data.images import ImageSet, open_images
 from vit5gen.data.pictures import UNREADABLE, find_images, listing_digest, tell_left_out, upright
-from vit5gen.errors import UserError
+from vit5gen.system.errors import UserError
 
 _DECIDING = {"source", "split", "resolution", "exif", "rules"}  # keys of the data section
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vit5gen.errors import UserError
+from vit5gen.system.errors import UserError
 
 GROUPS = 10
 _STRIP = 256

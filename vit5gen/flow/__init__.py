@@ -3,7 +3,7 @@
 from vit5gen.flow.flow import Flow, NonFiniteError, draw_timesteps, shift_time, to_diffusers
 from vit5gen.flow.guidance import guide
 from vit5gen.flow.likelihood import log_likelihood
-from vit5gen.flow.samplers import (
+from vit5gen.flow.solvers import (
     ODE_METHODS,
     SDE_METHODS,
     CountingModel,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from vit5gen.errors import UserError, choose
+from vit5gen.system.errors import UserError, choose
 
 ModelFn = Callable[[Tensor, Tensor], Tensor]
 Time = float | Tensor

@@ -7,8 +7,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from vit5gen.errors import UserError
 from vit5gen.flow.flow import ModelFn, call
+from vit5gen.system.errors import UserError
 
 ConditionalModel = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from vit5gen.flow.flow import Flow, ModelFn, Time, named, rows
-from vit5gen.flow.samplers import final_state, integrate, time_grid
+from vit5gen.flow.solvers import final_state, integrate, time_grid
 
 PROBES = ("rademacher", "exact")
 

@@ -3,7 +3,7 @@
 from vit5gen.models import sit, vit5  # noqa: F401 (registers the two backbones)
 from vit5gen.models.backbone import Backbone, backbone_names, register_backbone
 from vit5gen.models.classifier import ViT5
-from vit5gen.models.convert import load_sit, load_vit5
+from vit5gen.models.published import load_sit, load_vit5
 from vit5gen.models.transformer import PRESETS, SiTTransformer2DModel
 from vit5gen.models.vit5 import VARIANTS, ViT5Block
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vit5gen.config import MOST_WIDTH
-from vit5gen.errors import UserError, choose, nearest, short
-from vit5gen.models.rope import Grid
+from vit5gen.models.positions import Grid
+from vit5gen.system.errors import UserError, choose, nearest, short
 
 ENTRY_POINTS = "vit5gen.backbones"
 _REGISTRY: dict[str, type[nn.Module]] = {}

@@ -12,14 +12,14 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vit5gen.cpu import fast_inference
-from vit5gen.errors import UserError, choose
 from vit5gen.models.backbone import Backbone
 from vit5gen.models.layers import check_heads, check_positive, check_sizes, init_linears, make_norm
 from vit5gen.models.loading import read_checkpoint
-from vit5gen.models.rope import Grid, Segment, resample_positions, rope_table
+from vit5gen.models.positions import Grid, Segment, resample_positions, rope_table
 from vit5gen.models.transformer import SIZES
 from vit5gen.models.vit5 import ViT5Block, check_registers
+from vit5gen.system.cpu import fast_inference
+from vit5gen.system.errors import UserError, choose
 
 ROPE_THETA, REGISTER_THETA = 10000.0, 100.0
 

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from vit5gen.errors import UserError
+from vit5gen.system.errors import UserError
 
 Source = Mapping[str, Any] | str | Path
 

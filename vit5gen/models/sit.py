@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from vit5gen.models.backbone import Backbone, register_backbone
 from vit5gen.models.layers import Attention, Mlp, check_heads, init_linears, make_norm, modulate
-from vit5gen.models.rope import Grid, resample_positions, sincos_table
+from vit5gen.models.positions import Grid, resample_positions, sincos_table
 
 
 class SiTBlock(nn.Module):

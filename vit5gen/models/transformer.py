@@ -14,12 +14,12 @@ from einops import rearrange
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from vit5gen.cpu import fast_inference
-from vit5gen.errors import UserError, choose
-from vit5gen.files import clear_weights
 from vit5gen.models.backbone import Backbone, make_backbone
 from vit5gen.models.layers import Float32Linear, check_positive, check_sizes, init_linears, make_norm, modulate
 from vit5gen.models.loading import align, check_fit
+from vit5gen.system.cpu import fast_inference
+from vit5gen.system.errors import UserError, choose
+from vit5gen.system.files import clear_weights
 
 SIZES = {  # name: hidden_size, num_layers, num_attention_heads
     "S": (384, 12, 6),

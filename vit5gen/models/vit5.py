@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vit5gen.errors import UserError, choose
 from vit5gen.models.backbone import Backbone, register_backbone
 from vit5gen.models.layers import (
     Attention,
@@ -20,7 +19,8 @@ from vit5gen.models.layers import (
     make_norm,
     modulate,
 )
-from vit5gen.models.rope import Grid, Segment, resample_positions, rope_table, sincos_table
+from vit5gen.models.positions import Grid, Segment, resample_positions, rope_table, sincos_table
+from vit5gen.system.errors import UserError, choose
 
 LAYER_SCALES = ("gate_times_gamma", "none", "gamma_only")
 

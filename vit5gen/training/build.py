@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from vit5gen.config import Config, TrainingConfig
-from vit5gen.errors import UserError, choose
 from vit5gen.evaluation.features import extractor_names
 from vit5gen.flow import Flow
+from vit5gen.generation.pipeline import SAMPLERS
 from vit5gen.models import SiTTransformer2DModel
-from vit5gen.pipeline import SAMPLERS
+from vit5gen.system.errors import UserError, choose
 
 
 def check_values(config: Config) -> None:

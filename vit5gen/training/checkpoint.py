@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vit5gen.card import versions
-from vit5gen.errors import UserError
-from vit5gen.files import read_json, sha256, write_json
-from vit5gen.training.ema import EMA
+from vit5gen.generation.card import versions
+from vit5gen.system.errors import UserError
+from vit5gen.system.files import read_json, sha256, write_json
+from vit5gen.training.averages import EMA
 from vit5gen.training.sharding import sharded_as, whole
 
 _CHECKSUMS = "checksums.json"

@@ -10,14 +10,15 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from vit5gen.config import Config
-from vit5gen.errors import UserError
-from vit5gen.training import checkpoint, run
+from vit5gen.system.errors import UserError
+from vit5gen.training import checkpoint
+from vit5gen.training import folder as run
 from vit5gen.training.build import check_values, learning_rate
-from vit5gen.training.draws import data_index
+from vit5gen.training.data import nonfinite_advice, open_source
 from vit5gen.training.monitor import Monitor
 from vit5gen.training.process import SaveClock, batch_sizes, make_accelerator, on_main, stop_signals
-from vit5gen.training.source import nonfinite_advice, open_source
-from vit5gen.training.step import Trainee
+from vit5gen.training.random import data_index
+from vit5gen.training.trainer import Trainee
 
 STOPPED = 75  # exit code after SIGTERM or SIGINT: saved, the same command goes on (EX_TEMPFAIL)
 NONFINITE = 70  # exit code after too many non-finite steps in a row (EX_SOFTWARE)

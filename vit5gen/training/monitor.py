@@ -23,20 +23,20 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from vit5gen.card import TrainingFacts
 from vit5gen.config import Config
 from vit5gen.data.latents import images_beside
 from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
 from vit5gen.evaluation.statistics import gather_rows
-from vit5gen.files import atomic
-from vit5gen.grid import save_grid
+from vit5gen.generation.card import TrainingFacts
+from vit5gen.generation.grid import save_grid
+from vit5gen.generation.many import SamplingJob, generate
+from vit5gen.generation.pipeline import SiTPipeline, SiTScheduler
 from vit5gen.models import SiTTransformer2DModel
-from vit5gen.pipeline import SiTPipeline, SiTScheduler
-from vit5gen.sampling import SamplingJob, generate
-from vit5gen.training.ema import EMA
+from vit5gen.system.files import atomic
+from vit5gen.training.averages import EMA
+from vit5gen.training.folder import Log
 from vit5gen.training.process import autocast, on_main
 from vit5gen.training.reference import Reference, build_reference
-from vit5gen.training.run import Log
 from vit5gen.training.sharding import whole
 
 

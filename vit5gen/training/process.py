@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
 from vit5gen.config import TrainingConfig
-from vit5gen.cpu import keep_freed_memory, warn_of_slow_bf16
-from vit5gen.errors import UserError
-from vit5gen.processes import start_processes
+from vit5gen.system.cpu import keep_freed_memory, warn_of_slow_bf16
+from vit5gen.system.distributed import start_processes
+from vit5gen.system.errors import UserError
 
 T = TypeVar("T")
 

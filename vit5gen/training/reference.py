@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vit5gen.config import Config
 from vit5gen.data.images import ImageSet, open_held_out, open_images, readable
-from vit5gen.errors import UserError
 from vit5gen.evaluation import Extractor, FeatureStatistics, FrechetReference, frechet_of
+from vit5gen.system.errors import UserError
 
 
 @dataclass(frozen=True)

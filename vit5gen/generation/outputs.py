@@ -1,0 +1,190 @@
+"""Images on disk that survive a kill: a grid, a folder of PNGs, or an npz as ADM's evaluator reads it.
+
+While it grows, an output lies in a hidden folder: the card, the pixels, and how many network evaluations each image
+took (0: not there yet). An output is finished when its card lies beside it; then the hidden folder goes.
+"""
+
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vit5gen.generation.grid import save_grid
+from vit5gen.system.errors import UserError, short
+from vit5gen.system.files import atomic, read_json, write_json
+
+COMPARED = ("settings", "checkpoint_sha256", "versions")  # the parts of a card that decide the pixels
+_MAX_GRID = 2500  # images
+_BLOCK = 2**24  # bytes read at once
+
+
+@dataclass(frozen=True)
+class Output:
+    """FILE.npz, FILE.png (a grid) or a folder of PNGs, for images of ``shape`` (N, H, W, 3) uint8."""
+
+    path: Path
+    shape: tuple[int, int, int, int]
+
+    def __post_init__(self) -> None:
+        if self.path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".npy", ".zip"):
+            raise UserError(f"output {self.path}: cannot write that; expected FILE.npz, FILE.png or a folder")
+        if self.kind == ".png" and self.shape[0] > _MAX_GRID:
+            raise UserError(
+                f"output {self.path}: {self.shape[0]} images are too many for a grid; use FILE.npz or a folder"
+            )
+
+    @property
+    def kind(self) -> str:
+        suffix = self.path.suffix.lower()
+        return suffix if suffix in (".npz", ".png") else "folder"
+
+    @property
+    def card_file(self) -> Path:
+        """FOLDER/card.json, FILE.card.json of FILE.npz, FILE.png.card.json of FILE.png."""
+        if self.kind == "folder":
+            return self.path / "card.json"
+        return self.path.with_suffix(".card.json" if self.kind == ".npz" else ".png.card.json")
+
+    @property
+    def part(self) -> Path:
+        """The hidden folder of an output that is not finished."""
+        return self.path / ".part" if self.kind == "folder" else self.path.with_name(f".{self.path.name}.part")
+
+    @property
+    def finished(self) -> bool:
+        return self.card_file.is_file() and self.path.exists()
+
+    def check(self, card: dict[str, Any]) -> None:
+        """Raise `UserError` when the output holds images of another card or of none, or the disk is too small."""
+        cards = [file for file in (self.card_file, self.part / "card.json") if file.is_file()]
+        for file in cards:
+            if differing := _differences(read_json(file, "card"), card):
+                raise UserError(
+                    f"output {self.path} holds images of another run: {differing}; choose another --output or delete it"
+                )
+        for file in [self.card_file] + [self.path] * (self.kind != "folder"):
+            if file.is_dir():
+                raise UserError(f"output {file} is a folder; choose another --output or delete it")
+        # A kill may have left a hidden folder without a card.
+        inside = self.path.iterdir() if self.path.is_dir() else [self.path] if self.path.exists() else []
+        if not cards and any(file != self.part for file in inside):
+            raise UserError(f"output {self.path} exists and has no card; choose another --output or delete it")
+        if not self.finished:
+            self._check_space()
+
+    def _check_space(self) -> None:
+        folder = self.path.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        # The npz is assembled beside the pixels, which go afterwards; of a folder only PNGs, which are smaller.
+        size = int(np.prod(self.shape))
+        pixels = self.part / "pixels"
+        need = size if self.kind == "folder" else 2 * size - (pixels.stat().st_blocks * 512 if pixels.exists() else 0)
+        if (free := shutil.disk_usage(folder).free) < need:
+            raise UserError(
+                f"output {self.path} needs {need / 1e9:.2g} GB, {free / 1e9:.2g} GB are free; make room first"
+            )
+
+    def begin(self, card: dict[str, Any]) -> None:
+        """Make the hidden folder, unless a killed run has left it; one process calls this."""
+        evaluations = self.part / "evaluations"
+        if not evaluations.exists():
+            self.part.mkdir(parents=True, exist_ok=True)
+            write_json(self.part / "card.json", card)
+            (self.part / "pixels").touch()
+            with atomic(evaluations) as temporary:
+                temporary.write_bytes(bytes(4 * self.shape[0]))
+
+    def evaluations(self) -> np.ndarray:
+        """Return the network evaluations of every image, (N,) int64; 0 where it is not drawn yet."""
+        return np.fromfile(self.part / "evaluations", dtype="<u4").astype(np.int64)
+
+    def write(self, indices: range, images: Tensor, labels: Sequence[int], evaluations: int) -> None:
+        """Keep images (B, 3, H, W) uint8 of consecutive indices, and note them as drawn once they are on the disk."""
+        pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+        if self.kind == "folder":
+            for index, label, image in zip(indices, labels, pixels, strict=True):
+                with self._whole(self.path / f"{index:06d}_{label}.png") as temporary:
+                    Image.fromarray(image).save(temporary, format="PNG")
+        else:
+            _write_at(self.part / "pixels", indices.start * pixels[0].nbytes, pixels.tobytes())
+        counts = np.full(len(indices), evaluations, dtype="<u4")
+        _write_at(self.part / "evaluations", 4 * indices.start, counts.tobytes())
+
+    def finish(self, card: dict[str, Any], labels: Sequence[int], titles: Sequence[str]) -> None:
+        """Assemble the output of all images and, last, write its card; one process calls this."""
+        if self.kind == ".npz":
+            self._save_npz(np.asarray(labels, dtype=np.int64))
+        elif self.kind == ".png":
+            pixels = torch.from_numpy(np.fromfile(self.part / "pixels", dtype=np.uint8).reshape(self.shape))
+            order = np.argsort(labels, kind="stable")
+            with self._whole(self.path) as temporary:
+                save_grid(temporary, pixels[order].permute(0, 3, 1, 2), [titles[i] for i in order])
+        counts = network_evaluations(int(self.evaluations().sum()), self.shape[0])
+        with self._whole(self.card_file) as temporary:
+            write_json(temporary, {**card, "network_evaluations": counts})
+
+    @contextmanager
+    def _whole(self, path: Path) -> Iterator[Path]:
+        """Write ``path`` atomically, so that what a kill leaves of it lies in the hidden folder and goes with it."""
+        with atomic(self.part / f"new_{path.name}") as temporary:
+            yield temporary
+        os.replace(self.part / f"new_{path.name}", path)
+
+    def tidy(self) -> None:
+        """Remove the hidden folder of an output that is finished or has no image yet; one process calls this."""
+        if self.part.exists() and (self.finished or not self.evaluations().any()):
+            shutil.rmtree(self.part)
+            if self.path.is_dir() and not any(self.path.iterdir()):
+                self.path.rmdir()
+
+    def _save_npz(self, labels: np.ndarray) -> None:
+        """Stream ``arr_0`` (N, H, W, 3) uint8 and ``arr_1``, the labels (N,) int64; equal images give equal bytes."""
+        header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
+        with self._whole(self.path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            # ZipInfo's time is 1980 unless it is told another.
+            with (
+                archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array,
+                (self.part / "pixels").open("rb") as pixels,
+            ):
+                np.lib.format.write_array_header_1_0(array, header)
+                shutil.copyfileobj(pixels, array, _BLOCK)
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as array:
+                np.lib.format.write_array(array, labels)
+
+
+def network_evaluations(total: int, num_images: int) -> dict[str, float]:
+    """Return what a card tells of the network evaluations of its images."""
+    return {"total": total, "per_image": total / num_images}
+
+
+def _write_at(path: Path, offset: int, data: bytes) -> None:
+    with path.open("rb+") as file:
+        file.seek(offset)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """Name up to three settings in which two cards differ, with both values; empty when none decides the pixels."""
+    old, new = ({part: card.get(part) for part in COMPARED} for card in (there, here))
+    old, new = (_flat(card) for card in (old, new))
+    names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} is {short(old.get(name))} there, {short(new.get(name))} here" for name in names[:3])
+
+
+def _flat(card: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for part, value in card.items():
+        flat |= value if isinstance(value, dict) else {part: value}
+    return flat

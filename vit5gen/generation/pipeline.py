@@ -1,0 +1,497 @@
+"""SiTPipeline, the only label -> image code there is."""
+
+import copy
+import re
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+
+from vit5gen.config import MOST_BATCH, MOST_STEPS, SamplingConfig
+from vit5gen.data.autoencoder import decode, downsample, scaling, to_uint8
+from vit5gen.flow import CountingModel, Flow, guide
+from vit5gen.generation.card import TrainingFacts, model_card
+from vit5gen.generation.scheduler import SAMPLERS, Generators, ModelFn, SiTScheduler, foreign_steps
+from vit5gen.models import SiTTransformer2DModel
+from vit5gen.models.loading import align, check_finite
+from vit5gen.system.errors import UserError, check_whole, choose, composed, nearest, short
+from vit5gen.system.files import clear_weights, read_json, write_text
+
+__all__ = ["SAMPLERS", "SiTPipeline", "SiTScheduler", "find_pipeline", "load_pipeline", "pipeline_folder"]
+
+# Without this diffusers stores our classes under their module path, and does not find them by a hub name.
+LOADABLE_CLASSES.setdefault("vit5gen", {})
+
+OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
+_SAMPLING = SamplingConfig()
+
+Labels = int | str | Sequence[int | str] | Tensor | np.ndarray
+
+
+@dataclass
+class _Call:
+    """What a call shows, and lets its callback change."""
+
+    guidance_scale: float = _SAMPLING.guidance_scale
+    num_timesteps: int = 0
+    interrupt: bool = False
+    num_evaluations: int = 0
+
+
+class _Calls(threading.local):
+    """The call of each thread: the one that runs there, or else its last one, or else the pipeline's last one."""
+
+    def __init__(self, last: list[_Call]) -> None:
+        self.last, self.running = last, 0
+        self.own: _Call | None = None
+
+    def __reduce__(self) -> tuple:  # of a copy: its threads have made no call
+        return type(self), ([_Call()],)
+
+    @property
+    def now(self) -> _Call:
+        return self.own or self.last[0]
+
+    @contextmanager
+    def begin(self) -> Iterator[_Call]:
+        outer, call = self.own if self.running else None, _Call()
+        self.own, self.last[0], self.running = call, call, self.running + 1
+        try:
+            yield call
+        finally:
+            self.running -= 1
+            if outer is not None:  # a callback has called the pipeline
+                self.own = outer
+
+
+def _of_the_call(name: str) -> Any:
+    """Return a property that reads and sets what `_Call` holds under this name."""
+    return property(
+        lambda pipe: getattr(pipe._calls.now, name), lambda pipe, value: setattr(pipe._calls.now, name, value)
+    )
+
+
+class SiTPipeline(DiffusionPipeline):
+    """Class-conditional images by flow matching.
+
+    transformer: predicts velocity, score or noise from (latents, timestep in [0, 1], class_labels).
+    scheduler: `SiTScheduler`, or a flow-match scheduler of diffusers, whose ``step`` is then used.
+    vae: decodes latents; without it only ``output_type="latent"`` works.
+    guide: the weaker model of autoguidance (arXiv 2406.02507).  id2label: names of the classes by id.
+    """
+
+    model_cpu_offload_seq = "transformer->guide->vae"
+    _optional_components = ["vae", "guide"]  # noqa: RUF012 (diffusers' convention)
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        transformer: SiTTransformer2DModel,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | None = None,
+        guide: SiTTransformer2DModel | None = None,
+        id2label: dict | None = None,
+    ) -> None:
+        super().__init__()
+        for module in filter(None, (transformer, vae, guide)):
+            align(module)
+        if vae is not None:
+            scaling(vae)  # raises where it is none that `decode` knows
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, guide=guide)
+        self.register_to_config(id2label=_names(id2label))
+        self._flow = scheduler.flow if isinstance(scheduler, SiTScheduler) else Flow()
+        self._calls = _Calls([_Call()])
+
+    # diffusers' names; a callback sets _guidance_scale and _interrupt, and they hold for its call alone.
+    _guidance_scale = _of_the_call("guidance_scale")
+    _num_timesteps = _of_the_call("num_timesteps")
+    _interrupt = _of_the_call("interrupt")
+    num_evaluations = _of_the_call("num_evaluations")
+
+    @property
+    def flow(self) -> Flow:
+        """The flow that the transformer was trained for: a foreign scheduler put in its place does not change it."""
+        return self.scheduler.flow if isinstance(self.scheduler, SiTScheduler) else self._flow
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Image pixels along a side of a latent pixel; 1 without an autoencoder."""
+        return 1 if self.vae is None else downsample(self.vae)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images trained on, in pixels."""
+        factor = self.vae_scale_factor
+        height, width = to_2tuple(self.transformer.config.sample_size)
+        return factor * height, factor * width
+
+    @property
+    def guidance_scale(self) -> float:
+        """The scale of this thread's call; a callback that sets ``pipe._guidance_scale`` changes the steps after it."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """How often the callback is called; with ode-dopri5, which cannot know, how often so far."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has set ``pipe._interrupt = True`` to end after its step."""
+        return self._interrupt
+
+    def class_ids(self, class_labels: Labels) -> list[int]:
+        """Return the ids of an id, a name, or a list of both; raise `UserError` for a class that does not exist."""
+        if isinstance(class_labels, Tensor | np.ndarray):
+            class_labels = class_labels.tolist()
+        entries = class_labels if isinstance(class_labels, Sequence) and not isinstance(class_labels, str) else None
+        return [self._class_id(entry) for entry in ([class_labels] if entries is None else entries)]
+
+    def class_name(self, class_id: int) -> str:
+        """Return the name of a class, or its id in digits where it has none."""
+        return self.config.id2label.get(class_id, str(class_id))
+
+    def _class_id(self, label: object) -> int:
+        count, names = self.transformer.config.num_classes, self.config.id2label
+        if isinstance(label, str):
+            tables = _ids_by_name(names)
+            matches = next(filter(None, (ids.get(spell(composed(label)), set()) for spell, ids in tables)), set())
+            if len(matches) > 1:
+                several = ", ".join(repr(names[i]) for i in sorted(matches))
+                raise UserError(
+                    f"class {label!r} is the name of several classes; give one of the ids {sorted(matches)}, or spell"
+                    f" it as one of {several}"
+                )
+            known = {name for _, ids in tables for name in ids}
+            # Where all names are numbers, a number that is no name is a slip, not an id.
+            numbers = [name.isdecimal() for name in known]
+            is_id = re.fullmatch(r"[0-9]{1,18}", label.strip()) and not (names and all(numbers))
+            if not matches and not is_id:
+                listed = ", ".join(names.values()) if len(names) <= 12 else f"{len(names)} names"
+                an_id = "" if names and all(numbers) else f", or an id in 0..{count - 1}"
+                expected = f"one of {listed}{an_id}" if names else f"an id in 0..{count - 1} (there are no class names)"
+                raise UserError(f"class {label!r} does not exist; expected {expected}.{nearest(label, known)}")
+            if not matches and any(numbers) and int(label) < count:
+                warnings.warn(f"no class is called {label!r}: taken for the id {int(label)}", stacklevel=3)
+            label = min(matches) if matches else int(label)
+        if isinstance(label, bool) or not isinstance(label, int | np.integer):
+            raise UserError(
+                f"class_labels: {label!r} is neither an id nor a name; expected one of them, or a flat list"
+            )
+        if not 0 <= label < count:
+            raise UserError(f"class {label} does not exist; expected an id in 0..{count - 1}")
+        return int(label)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Labels,
+        guidance_scale: float = _SAMPLING.guidance_scale,
+        num_inference_steps: int = _SAMPLING.num_inference_steps,
+        sampler: str | None = None,
+        guidance_interval: Sequence[float] = tuple(_SAMPLING.guidance_interval),
+        guidance_channels: int | None = _SAMPLING.guidance_channels,
+        autoguidance_scale: float = 1.0,
+        num_images_per_label: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Draw ``num_images_per_label`` images of each label, those of a label next to each other.
+
+        guidance_scale, autoguidance_scale: 1 is off; both act at times in guidance_interval (0 noise, 1 data) and on
+        the first guidance_channels channels.  sampler: ``ode-<method>`` or ``sde-<method>`` of `vit5gen.flow`, for
+        num_inference_steps steps; a foreign scheduler takes none.  height, width: pixels, by default those trained on.
+        generator: one, or one an image, which then depends on no other.  latents (B, C, h, w): the noise to start from.
+        ``callback_on_step_end(pipe, i, t, {"latents": x})`` returns a dictionary; latents in it replace the state.
+        output_type: pil | np (B, H, W, 3) and pt (B, 3, H, W) in [0, 1] | uint8 (B, 3, H, W) | latent (B, C, h, w).
+        Raises `UserError` for bad values.
+        """
+        ids = [
+            i
+            for i in self.class_ids(class_labels)
+            for _ in range(check_whole("num_images_per_label =", num_images_per_label, 1, MOST_BATCH))
+        ]
+        if not ids:
+            raise UserError("class_labels: empty; expected at least one id or name")
+        check_whole("num_inference_steps =", num_inference_steps, 1, MOST_STEPS)
+        choose("output_type", output_type, OUTPUT_TYPES)
+        if output_type != "latent" and self.vae is None:
+            raise UserError(f"output_type = {output_type!r} needs an autoencoder; set pipe.vae or use 'latent'")
+        if self.vae is not None:  # it may have been assigned
+            scaling(self.vae)
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        for name in callback_on_step_end_tensor_inputs:
+            choose("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
+
+        generator = _generators(generator, len(ids))
+        x = self._initial_latents(len(ids), height, width, generator, latents)
+        network = CountingModel(_at_one_time(self.transformer, sampler))
+        weak = None
+        if autoguidance_scale != 1:
+            weak = CountingModel(_at_one_time(self._weak_model(autoguidance_scale), sampler))
+        with self._calls.begin() as call:
+            call.guidance_scale = guidance_scale
+            model_fn = guide(
+                network,
+                torch.tensor(ids, device=x.device),
+                lambda: self._guided_by(call.guidance_scale),
+                self.transformer.null_label,
+                guidance_interval,
+                guidance_channels,
+                weak_model=weak,
+                weak_scale=autoguidance_scale,
+            )
+            call.num_timesteps, steps = self._steps(sampler, model_fn, x, num_inference_steps, generator)
+            with self.progress_bar(total=num_inference_steps) as bar:
+                for i, t, x in steps:
+                    call.num_timesteps = max(call.num_timesteps, i + 1)
+                    if callback_on_step_end is not None:
+                        given = dict.fromkeys(callback_on_step_end_tensor_inputs, x)
+                        replaced = callback_on_step_end(self, i, t, given).get("latents", x)
+                        if replaced is not x:
+                            if sampler == "ode-dopri5":
+                                raise UserError(
+                                    "callback_on_step_end cannot replace the latents of ode-dopri5: its images are"
+                                    " at different times; choose a solver of fixed steps"
+                                )
+                            x.copy_(replaced)  # the solver continues from this very tensor
+                    bar.update(round(t * num_inference_steps) - bar.n)  # some solvers take more or fewer steps
+                    if call.interrupt:
+                        break
+            call.num_evaluations = (network.rows + (weak.rows if weak else 0)) // len(ids)
+            images = x if output_type == "latent" else self._decode(x, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _guided_by(self, guidance_scale: float) -> float:
+        if guidance_scale != 1 and self.transformer.config.class_dropout_prob == 0:
+            raise UserError(
+                f"guidance_scale = {guidance_scale}: trained without label dropout, this model has no null label;"
+                " use 1, or autoguidance"
+            )
+        return guidance_scale
+
+    def _weak_model(self, scale: float) -> nn.Module:
+        if self.guide is None:
+            raise UserError(f"autoguidance_scale = {scale} needs a second transformer; give one (--guide, pipe.guide)")
+        for name in ("num_classes", "in_channels"):
+            weak, strong = self.guide.config[name], self.transformer.config[name]
+            if weak != strong:
+                raise UserError(
+                    f"guide: {name} = {weak}, the transformer has {strong}; expected a model of the same data"
+                )
+        return self.guide
+
+    def _initial_latents(
+        self, batch: int, height: int | None, width: int | None, generator: Generators, latents: Tensor | None
+    ) -> Tensor:
+        config, factor = self.transformer.config, self.vae_scale_factor
+        sides = [built if side is None else side for side, built in zip((height, width), self.image_size, strict=True)]
+        unit = factor * config.patch_size
+        for name, side in zip(("height", "width"), sides, strict=True):
+            if not isinstance(side, int | np.integer) or side < unit or side % unit:
+                raise UserError(f"{name} = {side!r} cannot be made; expected a multiple of {unit}")
+        shape = (batch, config.in_channels, *(int(side) // factor for side in sides))
+        device = self._execution_device
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if tuple(latents.shape) != shape:
+            raise UserError(
+                f"latents: shape {tuple(latents.shape)}; expected {shape} (labels, channels, height, width)"
+            )
+        return latents.to(device, torch.float32)
+
+    def _steps(
+        self, sampler: str | None, model_fn: ModelFn, x: Tensor, num_steps: int, generator: Generators
+    ) -> tuple[int, Iterator[tuple[int, float, Tensor]]]:
+        if isinstance(self.scheduler, SiTScheduler):
+            sampler = sampler or _SAMPLING.sampler
+            steps = self.scheduler.steps(sampler, model_fn, x, num_steps, generator)
+            return self.scheduler.num_timesteps(sampler, num_steps), steps
+        if sampler is not None:
+            raise UserError(
+                f"sampler = {sampler!r}: the scheduler is {type(self.scheduler).__name__}, which steps by itself;"
+                " leave sampler out, or set pipe.scheduler = SiTScheduler()"
+            )
+        return foreign_steps(self.scheduler, self.flow, model_fn, x, num_steps, generator)
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        images = decode(self.vae, latents)
+        if output_type == "uint8":
+            return to_uint8(images)
+        if output_type == "pil":
+            return [Image.fromarray(image) for image in to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()]
+        images = images / 2 + 0.5
+        return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "SiTPipeline":
+        """Return a pipeline of the same components, except those in kwargs; none changes its type, as in diffusers.
+
+        dtype: what has another one is copied; the given pipeline keeps its own.
+        """
+        dtypes = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
+        found = {**pipeline.config, **pipeline.components}
+        pipe = cls(**({name: found[name] for name in signature(cls).parameters if name in found} | kwargs))
+        for name, module in pipe.components.items():
+            for dtype in filter(None, dtypes):
+                if isinstance(module, nn.Module) and module.dtype != dtype:
+                    setattr(pipe, name, copy.deepcopy(module).to(dtype))
+        pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        return pipe
+
+    def save_pretrained(
+        self, save_directory: str | Path, *args: Any, facts: TrainingFacts | None = None, **kwargs: Any
+    ) -> None:
+        """Save as diffusers does, with a model card and the stub by which ``DiffusionPipeline`` finds this class.
+
+        facts: what the card tells of the training; without them the card that came with the weights is kept.
+        """
+        self.register_modules(**self.components)  # diffusers overlooks a component that was assigned over None
+        self._write_extras(Path(save_directory), facts)
+        for name, component in self.components.items():
+            if component is None or isinstance(component, nn.Module):
+                clear_weights(Path(save_directory) / name, kwargs.get("variant"), whole=component is None)
+        super().save_pretrained(str(save_directory), *args, **kwargs)
+        for file in Path(save_directory).glob("*/*.safetensors"):  # which safetensors lets only their owner read
+            shutil.copymode(file.with_name("config.json"), file)
+
+    def _upload_folder(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
+        self._write_extras(Path(working_dir))  # diffusers has just put its empty card in place of ours
+        return super()._upload_folder(working_dir, *args, **kwargs)
+
+    def _write_extras(self, folder: Path, facts: TrainingFacts | None = None) -> None:
+        write_text(folder / "pipeline.py", "from vit5gen import SiTPipeline  # noqa: F401\n")
+        source = Path(self.config.get("_name_or_path") or "")
+        if facts is None and (source / "model_index.json").is_file():
+            for file in [*source.glob("README.md"), *source.glob("*.png")]:
+                if source.resolve() != folder.resolve():
+                    shutil.copyfile(file, folder / file.name)
+            return
+        facts = facts or TrainingFacts()
+        if facts.picture is not None:
+            shutil.copyfile(facts.picture, folder / facts.picture.name)
+        name = None if self.vae is None else self.vae.config.get("_name_or_path") or type(self.vae).__name__
+        card = model_card(dict(self.transformer.config), dict(self.scheduler.config), name or "none", facts)
+        write_text(folder / "README.md", card)
+
+
+def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
+    """Load the pipeline of a run (RUN or RUN/pipeline) or a pipeline folder.
+
+    Raises `UserError` if it is neither, does not load, or has weights that are not finite.
+    """
+    folder = pipeline_folder(checkpoint)
+    for name, entry in read_json(folder / "model_index.json", "pipeline").items():
+        # diffusers would import any module that stands there
+        if isinstance(entry, list) and entry[:1] not in ([None], ["vit5gen"], ["diffusers"]):
+            raise UserError(
+                f"checkpoint {folder}: {name} = {short(entry)} is not of vit5gen or diffusers; make it again"
+            )
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # of three files read
+    try:
+        pipe = SiTPipeline.from_pretrained(folder)
+        for name, kind in (
+            ("transformer", SiTTransformer2DModel),
+            ("guide", SiTTransformer2DModel),
+            ("vae", AutoencoderKL),
+        ):
+            if not isinstance(part := getattr(pipe, name), kind | None):
+                raise UserError(f"{name} is a {type(part).__name__}, expected a {kind.__name__}")
+    except Exception as error:  # what diffusers makes of files with values of other types has no end
+        reason = " ".join(str(error).split()) or repr(error)
+        raise UserError(f"checkpoint {folder} does not load: {reason}; make it again") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module):
+            check_finite(f"checkpoint {folder}: {name}", component.state_dict())
+    return pipe
+
+
+def pipeline_folder(checkpoint: str | Path) -> Path:
+    """Return what `find_pipeline` does; raise `UserError` where there is none."""
+    if (folder := find_pipeline(checkpoint)) is None:
+        raise UserError(
+            f"checkpoint {checkpoint} is neither a run nor a pipeline folder (no model_index.json); expected the"
+            " --output of `vit5gen train` or `vit5gen convert`"
+        )
+    return folder
+
+
+def find_pipeline(path: str | Path) -> Path | None:
+    """Return the folder that holds ``model_index.json``: the ``pipeline`` in a path, the path itself, or None."""
+    folders = (Path(path) / "pipeline", Path(path))
+    return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
+
+
+def _at_one_time(transformer: nn.Module, sampler: str | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Hand in the time that all images share as an expanded one, which the transformer embeds once."""
+    if sampler == "ode-dopri5":  # its images are at different times
+        return transformer
+    return lambda x, t, class_labels: transformer(x, t[:1].expand(len(x)), class_labels)
+
+
+def _generators(generator: Any, batch: int) -> Generators:
+    if isinstance(generator, list | tuple):
+        if len(generator) != batch:
+            raise UserError(f"generator: a list of {len(generator)}; expected one for each of the {batch} images")
+        generator = list(generator)
+    given = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    for one in given:
+        if not isinstance(one, torch.Generator):
+            raise UserError(f"generator: {one!r}; expected torch.Generator().manual_seed(...), or a list of them")
+    return generator
+
+
+def _ids_by_name(names: dict[int, str]) -> list[tuple[Callable[[str], str], dict[str, set[int]]]]:
+    """Return, first what counts most, how a name is spelt in a table and that table of ids: exact spelling, any case.
+
+    In both a whole name outdoes a synonym between commas.
+    """
+    tables: list[tuple[Callable[[str], str], dict[str, set[int]]]] = []
+    for spell in (str, str.casefold):
+        ids: dict[str, set[int]] = {}
+        whole: dict[str, set[int]] = {}
+        for i, name in names.items():
+            whole.setdefault(spell(composed(name)), set()).add(i)
+            for synonym in name.split(","):
+                ids.setdefault(spell(composed(synonym)), set()).add(i)
+        tables.append((spell, ids | whole))
+    return tables
+
+
+def _names(id2label: Any) -> dict[int, str]:
+    """Return names by id, which JSON has turned into strings; raise `UserError` where they are something else."""
+    given = {} if id2label is None else id2label
+    found = {str(i): name for i, name in given.items()} if isinstance(given, Mapping) else None
+    if found is None or not all(i.isdecimal() and len(i) < 10 and isinstance(name, str) for i, name in found.items()):
+        raise UserError(
+            f"id2label = {short(given)}; expected the names of classes by id, such as {{0: 'cat', 1: 'dog'}}"
+        )
+    return {int(i): name for i, name in found.items()}

@@ -1,0 +1,106 @@
+"""The scheduler of `SiTPipeline`: the path from noise to data, and the steps of a scheduler of diffusers instead."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from vit5gen.config import FlowConfig
+from vit5gen.flow import ODE_METHODS, SDE_METHODS, Flow, ode_steps, sde_steps, shift_time, to_diffusers
+from vit5gen.models.layers import check_positive
+from vit5gen.system.errors import UserError, choose
+
+SAMPLERS = (*(f"ode-{method}" for method in ODE_METHODS), *(f"sde-{method}" for method in SDE_METHODS))
+_FLOW = FlowConfig()
+
+Generators = torch.Generator | list[torch.Generator] | None
+ModelFn = Callable[[Tensor, Tensor], Tensor]
+
+
+class SiTScheduler(SchedulerMixin, ConfigMixin):
+    """The path from noise to data and what the network predicts, with the finer settings of the solvers.
+
+    shift: of the time grid towards noise (above 1).  rtol, atol: of dopri5.  diffusion, last_step, last_step_size: of
+    the SDE solvers, see `vit5gen.flow.sde_steps`.  Change one with ``SiTScheduler.from_config(config, shift=2.0)``.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        path: str = _FLOW.path,
+        prediction: str = _FLOW.prediction,
+        shift: float = 1.0,
+        rtol: float = 1e-3,
+        atol: float = 1e-6,
+        diffusion: str = "sigma",
+        last_step: str = "mean",
+        last_step_size: float = 0.04,
+    ) -> None:
+        shift_time(0.5, shift)  # raises where shift is no shift
+        check_positive(rtol=rtol, atol=atol, **({} if last_step_size == 0 else {"last_step_size": last_step_size}))
+        self.flow = Flow(path, prediction)
+
+    def steps(
+        self, sampler: str, model_fn: ModelFn, x: Tensor, num_steps: int, noise: Generators
+    ) -> Iterator[tuple[int, float, Tensor]]:
+        """Yield (i, t, x) after each step of the solver ``ode-<method>`` or ``sde-<method>``."""
+        kind, method = choose("sampler", sampler, SAMPLERS).split("-")
+        config = self.config
+        if kind == "ode":
+            tolerances = {"rtol": config.rtol, "atol": config.atol}
+            return ode_steps(self.flow, model_fn, x, num_steps, method, shift=config.shift, **tolerances)
+        ending = {"last_step": config.last_step, "last_step_size": config.last_step_size}
+        options = {"diffusion": config.diffusion, "noise": noise, "shift": config.shift, **ending}
+        return sde_steps(self.flow, model_fn, x, num_steps, method, **options)
+
+    def num_timesteps(self, sampler: str, num_steps: int) -> int:
+        """Return how often `steps` yields: for dopri5, which cannot know, 0."""
+        if sampler == "ode-dopri5":
+            return 0
+        return num_steps + (sampler.startswith("sde") and str(self.config.last_step).lower() != "none")
+
+
+def foreign_steps(
+    scheduler: Any, flow: Flow, model_fn: ModelFn, x: Tensor, num_steps: int, noise: Generators
+) -> tuple[int, Iterator[tuple[int, float, Tensor]]]:
+    """Return the number of steps, and (i, t, x) after each ``step``, of a flow-match scheduler of diffusers.
+
+    It works in sigma = 1 - t, and on a copy of the scheduler, whose state two calls must not share.
+    The grid is uniform in t, as ours is, if the scheduler takes sigmas; otherwise its own.
+    Raises `UserError` for a scheduler that is not made for flow matching or a path that is not linear.
+    """
+    name = type(scheduler).__name__
+    if not (name.startswith("FlowMatch") or scheduler.config.get("prediction_type") == "flow_prediction"):
+        raise UserError(
+            f"scheduler: {name} is not made for flow matching; expected SiTScheduler, a FlowMatch one, or one with"
+            " prediction_type='flow_prediction' and use_flow_sigmas=True"
+        )
+    if scheduler.config.get("use_dynamic_shifting"):
+        raise UserError(f"scheduler: {name} with use_dynamic_shifting needs a size of its own; set that to False")
+    if flow.path != "linear":
+        raise UserError(f"scheduler: {name} knows the linear path only, the model has {flow.path!r}; use SiTScheduler")
+    scheduler = copy.deepcopy(scheduler)
+    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+        scheduler.set_timesteps(sigmas=1 - np.arange(num_steps) / num_steps, device=x.device)
+    else:
+        scheduler.set_timesteps(num_steps, device=x.device)
+    scheduler.set_begin_index(0)
+    takes_noise = "generator" in inspect.signature(scheduler.step).parameters
+    options = {"generator": noise} if takes_noise else {}
+    # Not the timesteps: some schedulers round them.
+    sigmas = scheduler.sigmas.tolist()
+
+    def steps(x: Tensor) -> Iterator[tuple[int, float, Tensor]]:
+        for i, timestep in enumerate(scheduler.timesteps):
+            velocity = flow.velocity(model_fn, x, to_diffusers(sigmas[i], x)[0])
+            _, output = to_diffusers(sigmas[i], velocity)
+            x = scheduler.step(output, timestep, x, return_dict=False, **options)[0]
+            yield i, to_diffusers(sigmas[i + 1], x)[0], x
+
+    return len(scheduler.timesteps), steps(x)

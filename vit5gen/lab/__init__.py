@@ -1,0 +1,1 @@
+"""What uses the package and nothing in it uses: benchmarks and studies."""

@@ -1,0 +1,133 @@
+"""Published repositories, imported from the folder into which a user has checked them out."""
+
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock, patch
+
+import torch
+
+from vit5gen.system.errors import UserError
+
+
+class PeerError(UserError):
+    """A folder that is not the peer it was given as."""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository on GitHub, and what tells its checkout: files, each with a name that it defines."""
+
+    name: str
+    files: dict[str, str]
+
+
+SIT = Repository(
+    "willisma/SiT",
+    {"models.py": "SiT_models", "transport/__init__.py": "create_transport", "train.py": "update_ema"},
+)
+VIT5 = Repository("wangf3014/ViT-5", {"models_vit5.py": "vit5_small", "rope.py": "VisionRotaryEmbedding"})
+# Imported by train.py of SiT, of no use to a training step.
+_NEEDLESS = ("torchdiffeq", "wandb")
+
+
+def check(repository: Repository, folder: Path) -> None:
+    """Raise `PeerError` unless ``folder`` is a checkout of the repository."""
+    for name, text in repository.files.items():
+        try:
+            found = text in (folder / name).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            found = False
+        if not found:
+            raise PeerError(
+                f"peer folder {folder}: expected a checkout of {repository.name}, with {text} in {name}; "
+                f"{_advice(repository)}"
+            )
+
+
+def load(repository: Repository, folder: Path) -> SimpleNamespace:
+    """Run the repository's own code and return everything that the modules of its files define.
+
+    Neither its folder nor its modules stay on Python's paths, nor what it sets of torch, and it registers no model with
+    timm.
+    Raises `PeerError` when it is no checkout, or needs a package that is not installed.
+    """
+    check(repository, folder)
+    with (
+        warnings.catch_warnings(action="ignore"),
+        patch("timm.models.registry.register_model", lambda function: function),
+        _modules_of(folder.resolve()),
+        _precision_of_products(),
+        running(repository, folder),
+    ):
+        modules = [importlib.import_module(Path(name).parts[0].removesuffix(".py")) for name in repository.files]
+    found = SimpleNamespace(**{name: value for module in modules for name, value in vars(module).items()})
+    for name in repository.files.values():
+        if not hasattr(found, name):
+            raise PeerError(f"peer folder {folder}: its code defines no {name}; {_advice(repository)}")
+    return found
+
+
+@contextmanager
+def running(repository: Repository, folder: Path) -> Iterator[None]:
+    """Turn whatever fails in a peer's code into a `PeerError`."""
+    try:
+        yield
+    except PeerError:
+        raise
+    except ImportError as error:
+        raise PeerError(f"peer folder {folder}: {error}; install what {repository.name} asks for") from error
+    except (Exception, SystemExit) as error:
+        raise PeerError(f"peer folder {folder}: {error!r} in its code; {_advice(repository)}") from error
+
+
+def _advice(repository: Repository) -> str:
+    return f"`git clone https://github.com/{repository.name}` and give that folder"
+
+
+@contextmanager
+def _modules_of(folder: Path) -> Iterator[None]:
+    """Let names such as ``models`` and ``utils`` mean those of ``folder`` for a while."""
+    absent: dict[str, Any] = {name: MagicMock() for name in _NEEDLESS if importlib.util.find_spec(name) is None}
+    for name, module in absent.items():
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # which others ask for to know whether it is there
+    names = absent.keys() | {path.stem for path in folder.iterdir()}
+
+    def take_out() -> dict[str, Any]:
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in names}
+
+    hidden = take_out()
+    sys.modules.update(absent)
+    try:
+        with patch.object(sys, "path", [str(folder), *sys.path]):
+            yield
+    finally:
+        take_out()
+        sys.modules.update(hidden)
+
+
+@contextmanager
+def _precision_of_products() -> Iterator[None]:
+    """Go back to the precision of fp32 products from before, which SiT's train.py lowers for GPUs."""
+    before = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = cudnn
+
+
+@contextmanager
+def without_cuda() -> Iterator[None]:
+    """Let ``tensor.cuda()``, which the published ViT-5 calls in its forward pass, return the tensor itself."""
+    with patch.object(torch.Tensor, "cuda", lambda tensor: tensor):
+        yield

@@ -1,0 +1,93 @@
+"""The cheapest sampler that is as good as the published ones, on a model that was trained here."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+
+from vit5gen.config import SamplingConfig, load_recorded
+from vit5gen.evaluation import load_extractor
+from vit5gen.evaluation.metrics import jackknife_error
+from vit5gen.evaluation.statistics import Grouped
+from vit5gen.generation.many import SamplingJob, generate
+from vit5gen.generation.pipeline import load_pipeline
+from vit5gen.lab.benchmark.setting import Setting
+from vit5gen.lab.benchmark.timing import Row, race, row
+from vit5gen.training.reference import build_reference
+
+PUBLISHED = ("sde-euler", "ode-euler")
+# In the order of their network evaluations, of which SiT's Heun for the SDE takes one more for its last step.
+CANDIDATES = [
+    (sampler, evaluations // calls)
+    for evaluations in (6, 8, 10, 12, 16, 20, 24, 30, 40, 50, 100)
+    for sampler, calls in (("ode-ab2", 1), ("ode-heun", 2), ("sde-heun", 2))
+]
+FEWEST_IMAGES = 3  # of a run: a jackknife leaves one out, and two have a covariance
+
+
+@dataclass(frozen=True)
+class Score:
+    """A Frechet distance, what it is without each group of images, and the network evaluations of an image."""
+
+    distance: float
+    without_group: tuple[float, ...]
+    evaluations: int
+
+
+def no_worse(ours: Score, theirs: Score) -> bool:
+    """Tell whether our distance is not above theirs by more than one standard error of the difference.
+
+    Images of equal index start from equal noise, so the error is a jackknife of the difference itself.
+    """
+    differences = [a - b for a, b in zip(ours.without_group, theirs.without_group, strict=True)]
+    return ours.distance - theirs.distance <= jackknife_error(differences)
+
+
+def rows(setting: Setting) -> Iterator[Row]:
+    """Compare network evaluations and time of the first candidate that is `no_worse` than 250 published steps."""
+    if setting.run is None:
+        return
+    sizes, config, pipe = setting.sizes, load_recorded(setting.run / "config.yaml"), load_pipeline(setting.run)
+    extractor = load_extractor(config.evaluation.extractor)
+    reference = build_reference(config, extractor, rank=0, world_size=1)
+    labels = reference.labels[: sizes.drawn_images]
+    if len(labels) < FEWEST_IMAGES:
+        setting.note(
+            f"sampling: left out, for {setting.run} scores {len(labels)} images; expected at least {FEWEST_IMAGES}"
+        )
+        return
+
+    def job(sampler: str, steps: int, count: int) -> SamplingJob:
+        settings = config.sampling.model_dump() | {"sampler": sampler, "num_inference_steps": steps}
+        evaluation = config.evaluation
+        return SamplingJob(labels[:count], evaluation.seed, evaluation.batch_size, SamplingConfig(**settings))
+
+    def draw(sampler: str, steps: int) -> None:
+        for _ in generate(pipe, job(sampler, steps, sizes.batch)):
+            pass
+
+    @cache
+    def score(sampler: str, steps: int) -> Score:
+        groups = Grouped(extractor.dim)
+        for indices, images in generate(pipe, job(sampler, steps, len(labels))):
+            groups.update(extractor(images).pooled, torch.tensor(indices))
+        total = groups.total()
+        distance, *rest = (
+            reference.distance.distance(part.mean, part.covariance) for part in (total, *groups.leave_one_out(total))
+        )
+        return Score(distance, tuple(rest), pipe.num_evaluations)
+
+    for sampler in PUBLISHED:
+        peer, published = f"{sampler}-{sizes.published_steps}", (sampler, sizes.published_steps)
+        theirs = score(*published)
+        chosen = next((one for one in CANDIDATES if no_worse(score(*one), theirs)), None)
+        if chosen is None:
+            setting.note(f"sampling: no candidate is as good as {peer}, whose distance is {theirs.distance:.5g}")
+            continue
+        name, ours = "{}-{}".format(*chosen), score(*chosen)
+        facts = {"images": len(labels), "our distance": ours.distance, "peer's distance": theirs.distance}
+        evaluations = [(ours.evaluations, theirs.evaluations)]
+        yield row("sampling", "evaluations", name, peer, evaluations, "evaluations", facts)
+        pairs = race(partial(draw, *chosen), partial(draw, *published), sizes)
+        yield row("sampling", "fp32", name, peer, pairs, more=facts)

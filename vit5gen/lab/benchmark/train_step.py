@@ -1,0 +1,173 @@
+"""A whole training step, optimizer and average included: ours against published SiT, `vit5` against our `sit`."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit5gen.config import Config, validate
+from vit5gen.lab.benchmark.peers import SIT, PeerError, load, running
+from vit5gen.lab.benchmark.setting import QUICK, Setting, Sizes
+from vit5gen.lab.benchmark.timing import Pairs, Row, race, row, seconds
+from vit5gen.models import load_sit
+from vit5gen.models.transformer import SIZES
+from vit5gen.system import cpu
+from vit5gen.system.distributed import processes
+from vit5gen.training.dry_run import run_cost
+from vit5gen.training.process import make_accelerator
+from vit5gen.training.trainer import Trainee
+
+TOLERANCE = 1e-4  # of an output's norm, in fp32
+
+
+def modes() -> dict[str, str]:
+    """Return the precision of ours in each mode that this CPU has instructions for; compiled in all of them.
+
+    The published code has fp32 alone; in "bf16" it is put under autocast, in "fastest" it stays as it is.
+    """
+    if cpu.has_bf16():
+        return {"fp32": "fp32", "bf16": "bf16", "fastest": "bf16"}
+    return {"fp32": "fp32", "fastest": "fp32"}
+
+
+def step_config(sizes: Sizes, backbone: str = "sit", **training: Any) -> Config:
+    """Return the configuration of a model that has all that the published one has, compiled."""
+    sections = {
+        "model": {"backbone": backbone, "preset": sizes.preset, "num_layers": sizes.num_layers, "learn_sigma": True},
+        "data": {"resolution": 8 * sizes.latent_side},
+        "training": {"global_batch_size": sizes.batch, "trackers": [], "compile": True, **training},
+    }
+    return validate(Config, sections, "benchmark")
+
+
+@dataclass(frozen=True)
+class RandomLatents:
+    """Normal latents, in place of encoded images."""
+
+    shape: tuple[int, int, int]
+    num_classes: int
+
+    def __len__(self) -> int:
+        return 1000
+
+    def get(self, index: int, flip: bool) -> tuple[Tensor, Tensor, int]:
+        """Return (mean, standard deviation, label)."""
+        return torch.zeros(self.shape), torch.ones(self.shape), index % self.num_classes
+
+
+class OurStep:
+    """One step of the training loop a call; source: the data, by default `RandomLatents`."""
+
+    def __init__(self, config: Config, source: Any = None) -> None:
+        self.trainee = Trainee(config, make_accelerator(config.training, Path()))
+        self.batches = self.trainee.batches(source or RandomLatents(config.latent_shape, config.data.num_classes))
+        self.number = 0
+
+    def __call__(self) -> None:
+        finite = self.trainee.step(self.number, self.batches).finite
+        assert finite
+        self.number += 1
+
+
+def published_step(folder: Path, sizes: Sizes, autocast: bool = False) -> Callable[[], None]:
+    """Return the training step of the published train.py: its model, loss, optimizer and average, as they are.
+
+    Raises `PeerError` where ``folder`` is no checkout of it.
+    """
+    peer, side, batch, device = load(SIT, folder), sizes.latent_side, sizes.batch, processes().device
+    model = _published_model(peer, sizes).to(device)
+    ema = deepcopy(model).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
+    transport = peer.create_transport()
+    peer.update_ema(ema, model, decay=0)
+    model.train()
+    x, y = torch.randn(batch, 4, side, side, device=device), torch.randint(1000, (batch,), device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = transport.training_losses(model, x, {"y": y})["loss"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        peer.update_ema(ema, model)
+        loss.item()
+
+    return step
+
+
+def _published_model(peer: SimpleNamespace, sizes: Sizes) -> nn.Module:
+    return peer.SiT_models[f"SiT-{sizes.preset}"](input_size=sizes.latent_side, num_classes=1000)
+
+
+def check_published(folder: Path) -> None:
+    """Take a step of a tiny size, and hold the model against ours, which is given its weights.
+
+    They are drawn at random, for its initial ones give zeros. Raises `PeerError` for code that fails and other models.
+    """
+    sizes, generator = QUICK, torch.Generator().manual_seed(0)
+    with running(SIT, folder):
+        published_step(folder, sizes)()
+        theirs = _published_model(load(SIT, folder), sizes).eval()
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                parameter.normal_(std=0.1, generator=generator)
+            ours = load_sit(theirs.state_dict(), num_attention_heads=SIZES["S"][2])
+            x = torch.randn(2, 4, sizes.latent_side, sizes.latent_side, generator=generator)
+            inputs = x, torch.tensor([0.2, 0.7]), torch.tensor([0, 999])
+            expected = theirs(*inputs)
+            difference = float((ours(*inputs) - expected).norm() / expected.norm())
+    if not difference <= TOLERANCE:
+        raise PeerError(
+            f"peer folder {folder}: its SiT-{sizes.preset} differs from ours by {difference:.2g} of its output; "
+            "expected the published model"
+        )
+
+
+def rows(setting: Setting) -> Iterator[Row]:
+    """Compare steps of the same batch, each with all that it needs from latents to averaged weights.
+
+    Raises `PeerError` where ``setting.sit`` is no checkout of the peer.
+    """
+    found: dict[tuple[str, bool], Row] = {}
+    if setting.sit is not None:
+        for mode, precision in modes().items():
+            same = (precision, mode == "bf16")
+            if same not in found:
+                found[same] = against_published("train-step", mode, setting.sit, setting.sizes, precision)
+            yield found[same] | {"mode": mode}
+    yield against_sit("train-step", setting.sizes, modes()["fastest"])
+
+
+def against_published(name: str, mode: str, sit: Path, sizes: Sizes, precision: str) -> Row:
+    """Return the row of our step in a precision and of the published one, put under autocast in the mode "bf16"."""
+    config = step_config(sizes, precision=precision)
+    pairs = race(OurStep(config), published_step(sit, sizes, mode == "bf16"), sizes)
+    return row(name, mode, "sit", "sit", pairs, more=_utilisation(config, pairs))
+
+
+def against_sit(name: str, sizes: Sizes, precision: str) -> Row:
+    """Return the row of the steps of our two backbones."""
+    vit5, sit = (step_config(sizes, backbone, precision=precision) for backbone in ("vit5", "sit"))
+    pairs = race(OurStep(vit5), OurStep(sit), sizes)
+    return row(name, "fastest", "vit5", "vit5gen-sit", pairs, more=_utilisation(vit5, pairs))
+
+
+def _utilisation(config: Config, pairs: Pairs) -> dict[str, float]:
+    """Return our speed, and its share of the speed of products alone: the largest of the step, in its precision."""
+    cost, batch, device = run_cost(config), config.training.global_batch_size, processes().device
+    speed = cost.training_flops * batch / median(ours for ours, _ in pairs)
+    assert config.model.preset is not None
+    width, dtype = SIZES[config.model.preset.partition("/")[0]][0], torch.float32
+    if config.training.precision == "bf16":
+        dtype = torch.bfloat16
+    a = torch.ones(batch * cost.tokens, width, dtype=dtype, device=device)
+    b = torch.ones(width, 4 * width, dtype=dtype, device=device)
+    with cpu.fast_products():
+        product = 2 * a.numel() * 4 * width / min(seconds(lambda: a @ b) for _ in range(20))
+    return {"GFLOP/s": speed / 1e9, "share of a product's speed": speed / product}

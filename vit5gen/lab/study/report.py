@@ -1,0 +1,149 @@
+"""Paired differences between the cells of a study, with their uncertainty, as a table and a plot."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+from vit5gen.lab.study.plan import StudyConfig
+from vit5gen.lab.study.rows import Row
+from vit5gen.system.files import atomic, write_text
+
+MEASURES = ("held_out_loss", "distance")
+FEWEST_SEEDS = 5  # below, intervals are shown but no test is made: three seeds settle nothing
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a cell has more of ``measure`` than its baseline cell, seed by seed; ``low``..``high`` is 95 % (Student)."""
+
+    cell: str
+    baseline: str
+    measure: str
+    values: tuple[float, ...]
+    low: float
+    high: float
+    p: float | None = None  # two-sided paired t-test, corrected over the study by Holm
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+
+def find_differences(study: StudyConfig, rows: list[Row]) -> list[Difference]:
+    """Return, for both measures, the differences of cells that are one level away from a baseline.
+
+    Pairs share the seed; rows without a partner are left out. p is Holm's over all tests of one measure (Scand. J.
+    Statist. 6, 1979), and None with fewer than five pairs.
+    """
+    found = []
+    for measure in MEASURES:
+        values = {(tuple(row.levels.items()), row.seed): getattr(row, measure) for row in rows}
+        family = []
+        for levels in dict.fromkeys(levels for levels, _ in values):
+            for axis, level in study.baseline.items():
+                reference = tuple((name, level if name == axis else own) for name, own in levels)
+                pairs = [
+                    values[levels, seed] - values[reference, seed]
+                    for seed in study.seeds
+                    if levels != reference and {(levels, seed), (reference, seed)} <= values.keys()
+                ]
+                if len(pairs) > 1:
+                    names = [", ".join(level for _, level in cell) for cell in (levels, reference)]
+                    family.append(_difference(names[0], names[1], measure, pairs))
+        found += _holm(family)
+    return found
+
+
+def _difference(cell: str, baseline: str, measure: str, pairs: list[float]) -> Difference:
+    half = float(stats.sem(pairs) * stats.t.ppf(0.975, len(pairs) - 1))
+    mean = float(np.mean(pairs))
+    tested = len(pairs) >= FEWEST_SEEDS and half > 1e-9 * abs(mean)  # else they differ by rounding alone
+    p = float(stats.ttest_1samp(pairs, 0.0).pvalue) if tested else None
+    return Difference(cell, baseline, measure, tuple(pairs), mean - half, mean + half, p)
+
+
+def _holm(family: list[Difference]) -> list[Difference]:
+    tested = sorted((d.p, i) for i, d in enumerate(family) if d.p is not None)
+    corrected, largest = list(family), 0.0
+    for rank, (p, i) in enumerate(tested):
+        largest = max(largest, min(1.0, (len(tested) - rank) * p))
+        corrected[i] = replace(family[i], p=largest)
+    return corrected
+
+
+def write_report(study: StudyConfig, rows: list[Row], output: Path) -> None:
+    """Write ``table.md``, and ``differences.png`` if there are any, of the rows so far."""
+    found = find_differences(study, rows)
+    write_text(output / "table.md", "\n\n".join([_values(rows), _table(found)]) + "\n")
+    plot = output / "differences.png"
+    if found:
+        with atomic(plot) as temporary:
+            _plot(found, rows[0].metric).savefig(temporary, format="png", dpi=120, bbox_inches="tight")
+    else:
+        plot.unlink(missing_ok=True)
+
+
+def _values(rows: list[Row]) -> str:
+    """Table of the cells: mean ± standard deviation over seeds."""
+    cells: dict[str, list[Row]] = {}
+    for row in rows:
+        cells.setdefault(row.cell, []).append(row)
+    lines = [
+        f"| cell | seeds | parameters | steps | TFLOPs | held-out loss | {rows[0].metric} (N, floor) | s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, own in cells.items():
+        first = own[0]
+        loss, distance, seconds = ([getattr(row, key) for row in own] for key in (*MEASURES, "seconds"))
+        columns = [
+            name,
+            len(own),
+            f"{first.parameters:,}",
+            first.steps,
+            f"{first.training_flops / 1e12:.1f}",
+            _spread(loss, 4),
+            f"{_spread(distance, 1)} ({first.n}, {first.floor:.1f})",
+            f"{np.mean(seconds):.0f}",
+        ]
+        lines.append(f"| {' | '.join(map(str, columns))} |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float], digits: int) -> str:
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
+
+
+def _table(found: list[Difference]) -> str:
+    lines = ["| cell - baseline | measure | difference [95 %] | seeds below 0 | p (Holm) |", "|---|---|---|---|---|"]
+    for d in found:
+        digits = 4 if d.measure == "held_out_loss" else 1
+        below, p = sum(value < 0 for value in d.values), "" if d.p is None else f"{d.p:.2g}"
+        name = "held-out loss" if d.measure == "held_out_loss" else "distance"
+        lines.append(
+            f"| {d.cell} - {d.baseline} | {name} | {d.mean:+.{digits}f} [{d.low:+.{digits}f}, {d.high:+.{digits}f}] "
+            f"| {below} of {len(d.values)} | {p} |"
+        )
+    return "\n".join(lines)
+
+
+def _plot(found: list[Difference], metric: str) -> Figure:
+    """Draw a row for each difference: the seeds, their mean and its interval; left of zero is better than baseline."""
+    panels = [[d for d in found if d.measure == measure] for measure in MEASURES]
+    baselines = {d.baseline for d in found}
+    against = min(baselines) if len(baselines) == 1 else "baseline"
+    figure = Figure(figsize=(11, 1.2 + 0.34 * len(panels[0])), layout="constrained")
+    for axes, panel, title in zip(figure.subplots(1, 2, sharey=True), panels, ("held-out loss", metric), strict=True):
+        for height, d in enumerate(reversed(panel)):
+            axes.plot(d.values, [height] * len(d.values), "o", color="0.65", markersize=4)
+            axes.errorbar(d.mean, height, xerr=[[d.mean - d.low], [d.high - d.mean]], fmt="o", color="C0", capsize=3)
+        axes.axvline(0, color="0.3", linewidth=0.8)
+        names = [d.cell if len(baselines) == 1 else f"{d.cell} - {d.baseline}" for d in reversed(panel)]
+        axes.set_yticks(range(len(panel)), names)
+        axes.set_xlabel(f"{title}: difference to {against}\n(95 % interval; left of 0 is better)")
+        axes.locator_params(axis="x", nbins=6)
+        axes.grid(axis="x", alpha=0.3)
+    return figure

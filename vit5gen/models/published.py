@@ -1,0 +1,123 @@
+"""Published checkpoints of SiT and ViT-5 -> the models here: sizes are read from the shapes, every key must fit."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from vit5gen.models.classifier import ViT5, checkpoint_filter_fn
+from vit5gen.models.loading import Source, load_exactly, read_checkpoint, some
+from vit5gen.models.transformer import SIZES, SiTTransformer2DModel
+from vit5gen.system.errors import UserError
+
+_SIT_NAMES = {
+    r"^x_embedder\.proj\.": "patch_embed.",
+    r"^t_embedder\.mlp\.0\.": "time_embed.fc1.",
+    r"^t_embedder\.mlp\.2\.": "time_embed.fc2.",
+    r"^y_embedder\.embedding_table\.": "label_embed.",
+    r"^final_layer\.": "head.",
+    r"^(pos_embed|blocks\.)": r"backbone.\1",
+    r"adaLN_modulation\.1\.": "modulation.",
+}
+
+
+def _shape(state: Mapping[str, Tensor], key: str, layout: str) -> list[int]:
+    if key not in state:
+        keys = some(list(state)) or "nothing"
+        raise UserError(f"checkpoint: has no {key!r}, so it is not {layout}'s published layout; it holds {keys}.")
+    return list(state[key].shape)
+
+
+def _depth(state: Mapping[str, Tensor]) -> int:
+    return 1 + max((int(found[1]) for key in state if (found := re.match(r"blocks\.(\d+)\.", key))), default=0)
+
+
+def _ratio(rows: int, width: int) -> float:
+    """Return the MLP ratio that ``int(width * ratio)`` turns into `rows` again."""
+    return rows / width if int(width * (rows / width)) == rows else (rows + 0.5) / width
+
+
+def _side(count: int, name: str) -> int:
+    if math.isqrt(count) ** 2 != count:
+        raise UserError(
+            f"checkpoint: its {count} positions are no square; load it in Python, with {name}=(height, width)."
+        )
+    return math.isqrt(count)
+
+
+def load_sit(source: Source, num_attention_heads: int | None = None, **overrides: Any) -> SiTTransformer2DModel:
+    """Build the generator from SiT's published state dict (layout of ``SiT-XL-2-256x256.pt``).
+
+    Sizes, classes and `learn_sigma` follow from the shapes; the heads, which no shape tells, from the preset of that
+    width unless given. The label table is taken to end in the null row unless ``class_dropout_prob=0`` is given.
+    `overrides` are further arguments of `SiTTransformer2DModel`. Raises `UserError` if anything does not fit.
+    """
+    state = read_checkpoint(source)
+    hidden_size, channels, patch, _ = _shape(state, "x_embedder.proj.weight", "SiT")
+    if num_attention_heads is None:
+        heads = {d: h for d, _, h in SIZES.values()}
+        if hidden_size not in heads:
+            raise UserError(
+                f"num_attention_heads: no shape tells it and no preset has hidden_size {hidden_size}; "
+                "give num_attention_heads."
+            )
+        num_attention_heads = heads[hidden_size]
+    rows = _shape(state, "y_embedder.embedding_table.weight", "SiT")[0]
+    outputs = _shape(state, "final_layer.linear.weight", "SiT")[0]
+    positions = _shape(state, "pos_embed", "SiT")[1]
+    found = {
+        "backbone": "sit",
+        "patch_size": patch,
+        "in_channels": channels,
+        "num_classes": rows - (overrides.get("class_dropout_prob", 0.1) > 0),
+        "hidden_size": hidden_size,
+        "num_layers": _depth(state),
+        "num_attention_heads": num_attention_heads,
+        "mlp_ratio": _ratio(_shape(state, "blocks.0.mlp.fc1.weight", "SiT")[0], hidden_size),
+        "learn_sigma": outputs == 2 * channels * patch**2,
+    }
+    if "sample_size" not in overrides:
+        found["sample_size"] = _side(positions, "sample_size") * patch
+    model = SiTTransformer2DModel(**(found | overrides))
+    converted = {}
+    for key, value in state.items():
+        for pattern, replacement in _SIT_NAMES.items():
+            key = re.sub(pattern, replacement, key)
+        converted[key] = value.flatten(1) if key == "patch_embed.weight" else value
+    load_exactly(model, converted)
+    return model
+
+
+def load_vit5(
+    source: Source,
+    img_size: int | tuple[int, int] | None = None,
+    patch_size: int | None = None,
+    num_heads: int | None = None,
+    **overrides: Any,
+) -> ViT5:
+    """Build the classifier from ViT-5's published state dict; positions are resampled if `img_size` differs from its.
+
+    Depth, width, classes, registers, channels and heads (by the QK-norm) follow from the shapes. `overrides` are
+    further arguments of `ViT5`. Raises `UserError` if anything does not fit.
+    """
+    state = read_checkpoint(source)
+    width, channels, patch, _ = _shape(state, "patch_embed.proj.weight", "ViT-5")
+    positions = _shape(state, "pos_embed", "ViT-5")[1]
+    if num_heads is None:
+        num_heads = width // _shape(state, "blocks.0.attn.q_norm.weight", "ViT-5")[0]
+    found = {
+        "img_size": _side(positions, "img_size") * patch if img_size is None else img_size,
+        "patch_size": patch if patch_size is None else patch_size,
+        "in_chans": channels,
+        "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
+        "embed_dim": width,
+        "depth": _depth(state),
+        "num_heads": num_heads,
+        "mlp_ratio": _ratio(_shape(state, "blocks.0.mlp.fc1.weight", "ViT-5")[0], width),
+        "num_registers": state["reg_token"].shape[1] if "reg_token" in state else 0,
+    }
+    model = ViT5(**(found | overrides))
+    load_exactly(model, checkpoint_filter_fn(state, model))
+    return model

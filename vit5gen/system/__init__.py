@@ -1,0 +1,1 @@
+"""The machine: its processes, its arithmetic, its files, and the errors that its users meet."""

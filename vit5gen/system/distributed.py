@@ -1,0 +1,123 @@
+"""The processes that a launcher has started, on GPUs or on the CPU, and what the environment asks of them."""
+
+import os
+from collections.abc import Mapping
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from vit5gen.system.errors import UserError
+
+_FALSE = ("false", "0", "no", "n", "off", "f", "")
+_FLAG = ("true", "1", "yes", "y", "on", "t", *_FALSE[:-1])
+_OTHERWISE = "vit5gen shards with FSDP2 alone, see configs/accelerate/fsdp2.yaml: leave it out"
+# What accelerate or torch would read, the values that are obeyed here, and what to do in place of any other.
+_OBEYED: dict[str, tuple[tuple[str, ...], str]] = {
+    "ACCELERATE_MIXED_PRECISION": (
+        ("no",),
+        "the precision is that of training.precision, or of sample --precision: set that, and launch with "
+        "--mixed_precision no",
+    ),
+    "ACCELERATE_DYNAMO_BACKEND": (
+        ("no",),
+        "training.compile, or sample --compile, decides: set that, and launch with --dynamo_backend no",
+    ),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("1",), "training.micro_batch_size decides: set that, and unset this"),
+    "FSDP_ACTIVATION_CHECKPOINTING": (_FALSE, "training.gradient_checkpointing decides: set that, and switch this off"),
+    "ACCELERATE_USE_DEEPSPEED": (_FALSE, _OTHERWISE),
+    "ACCELERATE_USE_MEGATRON_LM": (_FALSE, _OTHERWISE),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (_FALSE, _OTHERWISE),
+    "ACCELERATE_USE_SAGEMAKER": (_FALSE, "start it with `accelerate launch` or torchrun, and unset this"),
+    "ACCELERATE_USE_FSDP": (("true", "false", ""), "expected true or false"),
+    "ACCELERATE_USE_CPU": (_FLAG, "expected true or false"),
+    "ACCELERATE_CPU_AFFINITY": (_FLAG, "expected true or false"),
+    "ACCELERATE_DEBUG_MODE": (_FLAG, "expected true or false"),
+    "FORK_LAUNCHED": (_FLAG, "unset it: a launcher sets it"),
+    "ACCELERATE_TORCH_DEVICE": (("cpu", "cuda"), "expected cpu or cuda; CUDA_VISIBLE_DEVICES chooses among GPUs"),
+}
+_MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_LAUNCH = "`accelerate launch` or torchrun"
+
+
+def find_fault(environment: Mapping[str, str], num_gpus: int | None) -> str | None:
+    """Return what of the environment cannot be obeyed and what to do, None where all of it can.
+
+    num_gpus: of this machine; None where the CPU computes whatever there is.
+    """
+    for name, (obeyed, advice) in _OBEYED.items():
+        if name in environment and environment[name].strip().lower() not in obeyed:
+            return f"{name} = {environment[name]!r} in the environment is not obeyed: {advice}"
+    if environment.get("ACCELERATE_TORCH_DEVICE") == "cuda" and not num_gpus:
+        return "ACCELERATE_TORCH_DEVICE = 'cuda' in the environment: this machine has no GPU; unset it"
+    numbers = {}
+    for name in ("WORLD_SIZE", *_MPI_SIZES, "RANK", "LOCAL_RANK"):
+        value = environment.get(name, "1" if name == "WORLD_SIZE" else "0")
+        if not value.strip().isdecimal() or len(value) > 9:
+            return f"{name} = {value!r} in the environment: expected a whole number; unset it, or start with {_LAUNCH}"
+        numbers[name] = int(value)
+    size, asked = numbers["WORLD_SIZE"], environment.get("ACCELERATE_USE_CPU", "false").strip().lower()
+    on_cpu = num_gpus is None or asked not in _FALSE
+    for name in ("RANK", "LOCAL_RANK"):
+        if numbers[name] >= size:
+            return f"{name} = {numbers[name]} of WORLD_SIZE = {size} in the environment: expected less; use {_LAUNCH}"
+    sharded = environment.get("ACCELERATE_USE_FSDP", "false").strip().lower() == "true"
+    if sharded and environment.get("FSDP_VERSION", "1") != "2":
+        return f"FSDP_VERSION = {environment.get('FSDP_VERSION')!r} in the environment is not obeyed: {_OTHERWISE}"
+    if sharded and on_cpu:
+        return "ACCELERATE_USE_FSDP and ACCELERATE_USE_CPU: FSDP needs GPUs; leave one of them out"
+    on_gpus = size > 1 and not on_cpu and environment.get("ACCELERATE_TORCH_DEVICE") != "cpu"
+    if num_gpus is not None and on_gpus and numbers["LOCAL_RANK"] >= num_gpus:
+        more = f"start at most {num_gpus} here" if num_gpus else "set ACCELERATE_USE_CPU=true to use the CPU"
+        return f"LOCAL_RANK = {numbers['LOCAL_RANK']} of WORLD_SIZE = {size}: this machine has {num_gpus} GPUs; {more}"
+    wanted = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    absent = [name for name in wanted if not environment.get(name)]
+    if absent and (size > 1 or sharded):
+        what = f"WORLD_SIZE = {size}" if size > 1 else "ACCELERATE_USE_FSDP"
+        return f"{what} in the environment, but no {absent[0]}: unset it to run alone, or start with {_LAUNCH}"
+    if "WORLD_SIZE" in environment:
+        return None
+    if (joined := max(numbers[name] for name in _MPI_SIZES)) > 1 and not (on_cpu and environment.get("MASTER_ADDR")):
+        return f"MPI has started {joined} processes, each of which would run alone: start them with {_LAUNCH}"
+    # What accelerate's launcher sets alone tells it from a batch system's MASTER_ADDR.
+    if {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= environment.keys():
+        return (
+            "`accelerate launch --cpu --num_processes N` starts one process, whatever N is; on CPU use "
+            "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ...`"
+        )
+    return None
+
+
+def start_processes() -> PartialState:
+    """Join the processes that a launcher has started; raise `UserError` for what of the environment is not obeyed."""
+    _settle()
+    return processes()
+
+
+def processes() -> PartialState:
+    """Return what this process knows of the others: as Accelerator; PartialState alone overlooks ACCELERATE_USE_CPU.
+
+    A Mac computes on its CPU: Apple's GPUs have no float64. Raises `UserError` as `start_processes` does, once.
+    """
+    if not PartialState._shared_state:
+        _settle()
+    try:
+        return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or torch.backends.mps.is_available())
+    except (ValueError, RuntimeError) as error:  # torch's: a port in use, an address that is none
+        place = ", ".join(f"{name} = {os.environ.get(name)!r}" for name in ("MASTER_ADDR", "MASTER_PORT"))
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the processes cannot join at {place} ({reason}); start them with {_LAUNCH}") from error
+
+
+def _settle() -> None:
+    """Raise `UserError` for an environment that cannot be obeyed; remove what accelerate would take for a launcher's.
+
+    That is the LOCAL_RANK that batch systems set for one process, and MPI's numbers where torch's stand beside them.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():  # joined already, whatever is set
+        return
+    if fault := find_fault(os.environ, None if torch.backends.mps.is_available() else torch.cuda.device_count()):
+        raise UserError(fault)
+    alone = os.environ.get("WORLD_SIZE", "1").strip() == "1" and os.environ.get("ACCELERATE_USE_FSDP") != "true"
+    for name in ("LOCAL_RANK",) * alone + _MPI_SIZES * ("WORLD_SIZE" in os.environ):
+        os.environ.pop(name, None)

