@@ -144,7 +144,11 @@ class TrainingConfig(Section):
     )
     seed: Natural = Field(0, description="fixes initialisation, data order and every draw")
     precision: Literal["fp64", "fp32", "tf32", "bf16"] = Field("tf32", description="arithmetic of matrix products")
-    learning_rate: Positive = Field(1e-4, description="peak learning rate of AdamW")
+    objectives: dict[str, dict[str, Any]] = Field(
+        {"flow": {}}, min_length=1, description="what is minimised: objectives by name, with weight and own options"
+    )
+    optimizer: str = Field("adamw", description="name of the optimizer")
+    learning_rate: Positive = Field(1e-4, description="peak learning rate")
     adam_betas: list[Decay] = Field([0.9, 0.999], min_length=2, max_length=2, description="decay rates of AdamW")
     weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
     schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")

@@ -17,7 +17,7 @@ from vit5gen.models.loading import check_finite, load_exactly
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import read_json
 from vit5gen.training.build import build_model
-from vit5gen.training.checkpoint import load_tensors, newest_valid, problem
+from vit5gen.training.checkpoint import find_damage, load_tensors, newest_valid
 
 
 def convert_command(
@@ -69,7 +69,7 @@ def _from_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPi
         raise UserError(
             f"checkpoint {source} is no run and no checkpoint folder; expected RUN or RUN/checkpoints/step_..."
         )
-    if (fault := problem(folder)) is not None:
+    if (fault := find_damage(folder)) is not None:
         raise UserError(f"checkpoint {folder}: {fault}; take another one of the run")
     config = load_recorded(folder / "config.yaml")
     model = build_model(config)

@@ -242,8 +242,12 @@ class Flow:
             t = draw_timesteps(self, torch.rand(x1.shape[0], dtype=torch.float64))
         x0 = torch.randn_like(x1) if x0 is None else x0
         t = t.to(x1)
-        x_t, velocity = self.interpolate(x0, x1, t)
-        prediction = self.predict(model_fn, x_t, t)
+        x_t, _ = self.interpolate(x0, x1, t)
+        return self.loss_of(self.predict(model_fn, x_t, t), x_t, x0, x1, t)
+
+    def loss_of(self, prediction: Tensor, x_t: Tensor, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        """Return the loss of each sample, (B,), of a prediction at ``x_t`` between ``x0`` and ``x1``, t (B,)."""
+        _, velocity = self.interpolate(x0, x1, t)
         if self.prediction == "velocity":
             error = prediction - velocity
         else:

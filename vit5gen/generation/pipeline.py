@@ -38,6 +38,7 @@ __all__ = ["SAMPLERS", "SiTPipeline", "SiTScheduler", "find_pipeline", "load_pip
 # Without this diffusers stores our classes under their module path, and does not find them by a hub name.
 LOADABLE_CLASSES.setdefault("vit5gen", {})
 
+PIPELINE = "pipeline"  # its folder in that of a run
 OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
 _SAMPLING = SamplingConfig()
 
@@ -446,7 +447,7 @@ def pipeline_folder(checkpoint: str | Path) -> Path:
 
 def find_pipeline(path: str | Path) -> Path | None:
     """Return the folder that holds ``model_index.json``: the ``pipeline`` in a path, the path itself, or None."""
-    folders = (Path(path) / "pipeline", Path(path))
+    folders = (Path(path) / PIPELINE, Path(path))
     return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
 
 

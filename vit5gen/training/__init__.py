@@ -1,0 +1,5 @@
+"""Training: the loop, what it carries from step to step, and what a run leaves in its folder."""
+
+from vit5gen.training.objectives import register_objective
+
+__all__ = ["register_objective"]

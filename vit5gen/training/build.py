@@ -1,16 +1,15 @@
-"""What a configuration stands for: the model, the flow, the optimizer and its learning rate."""
-
-import math
+"""What a configuration stands for: the model and the flow, and whether its values fit together."""
 
 import torch
-from torch import nn
 
-from vit5gen.config import Config, TrainingConfig
+from vit5gen.config import Config
 from vit5gen.evaluation.features import extractor_names
 from vit5gen.flow import Flow
 from vit5gen.generation.pipeline import SAMPLERS
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.system.errors import UserError, choose
+from vit5gen.training.objectives import OBJECTIVES, check_objective
+from vit5gen.training.optimizers import OPTIMIZERS
 
 
 def check_values(config: Config) -> None:
@@ -30,6 +29,11 @@ def check_values(config: Config) -> None:
             "model.class_dropout_prob = 0 does not train; set it above 0, or the scale to 1"
         )
     choose("evaluation.extractor", config.evaluation.extractor, extractor_names())
+    choose("training.optimizer", config.training.optimizer, OPTIMIZERS.names())
+    for name, options in config.training.objectives.items():
+        check_objective(name, options)
+        if OBJECTIVES.get(name).needs_image and not config.data.from_images:
+            raise UserError(f"training.objectives.{name}: needs the images; set data.from_images to true")
     if config.data.source in ("emoji", "fashion-mnist"):
         choose("data.split", config.data.split, ["train", "test"])
 
@@ -47,8 +51,8 @@ def build_model(config: Config) -> SiTTransformer2DModel:
         return SiTTransformer2DModel.from_preset(preset, **arguments)
 
 
-def build_trainee(config: Config) -> SiTTransformer2DModel:
-    """Construct the transformer as it is trained: in its precision, checkpointed and compiled as configured."""
+def build_model_to_train(config: Config) -> SiTTransformer2DModel:
+    """Construct the transformer as it is trained: in its precision, recomputed and compiled as configured."""
     model = build_model(config)
     if config.training.precision == "fp64":
         model.double()
@@ -63,40 +67,3 @@ def build_flow(config: Config) -> Flow:
     """Construct the flow of a run."""
     section = config.flow
     return Flow(section.path, section.prediction, section.loss_weight, direction_weight=section.direction_weight)
-
-
-def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    """Construct fused AdamW that decays the matrices of layers.
-
-    Not decayed are vectors (norms, biases, LayerScale), parameters that are no layer's ``weight`` (positions,
-    registers), and what a module's ``no_weight_decay()`` names, if it has that method.
-    """
-    excluded = {
-        f"{prefix}.{name}".removeprefix(".")
-        for prefix, module in model.named_modules()
-        for name in getattr(module, "no_weight_decay", list)()
-    }
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        groups[parameter.ndim >= 2 and name.endswith(".weight") and name not in excluded].append(parameter)
-    decay = {True: training.weight_decay, False: 0.0}
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": decay[decayed]}
-            for decayed, parameters in groups.items()
-            if parameters
-        ],
-        lr=training.learning_rate,
-        betas=(training.adam_betas[0], training.adam_betas[1]),
-        fused=True,
-    )
-
-
-def learning_rate(step: int, training: TrainingConfig) -> float:
-    """Return the learning rate of ``step`` (0-based): linear warm-up, then constant or a cosine to 0 at the end."""
-    if step < training.warmup_steps:
-        return training.learning_rate * (step + 1) / training.warmup_steps
-    if training.schedule == "constant":
-        return training.learning_rate
-    done = (step - training.warmup_steps) / max(1, training.num_steps - training.warmup_steps)
-    return training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))

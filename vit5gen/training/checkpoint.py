@@ -1,105 +1,37 @@
 """Checkpoints that are whole or absent: ``RUN/checkpoints/step_00000010/``.
 
-A checkpoint holds ``model``, ``ema_<decay>`` and ``optimizer`` as safetensors of whole (unsharded) tensors, so that any
-number of processes, DDP or FSDP, resumes it; ``state.json`` (step, counters, versions), ``config.yaml`` and, last, the
-checksums of all of them.
+A checkpoint holds what `Trainer.gather` collects as safetensors of whole (unsharded) tensors, so that any number of
+processes, DDP or FSDP, resumes it; ``state.json`` (step, counters, versions), ``config.yaml`` and, last, the checksums
+of all of them.
 """
 
 import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from vit5gen.generation.card import versions
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import read_json, sha256, write_json
-from vit5gen.training.averages import EMA
-from vit5gen.training.sharding import sharded_as, whole
+from vit5gen.training.sharding import sharded_as
 
+CONFIG = "config.yaml"
 _CHECKSUMS = "checksums.json"
 
 
-@dataclass
-class State:
-    """All that a run carries from step to step; its random numbers and its place in the data follow from ``step``.
+@torch.no_grad()
+def fill(targets: Iterable[tuple[str, Tensor]], folder: Path, file: str) -> None:
+    """Copy one file of a checkpoint into tensors by name, sharding it as they are.
 
-    skipped: steps that were not finite. loss_sum, loss_count: of the steps since the last line of the log.
-    data: what is recorded of the training data, empty where an earlier version did not.
+    Raises `UserError` when names or shapes differ.
     """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    ema: EMA
-    step: int = 0
-    skipped: int = 0
-    loss_sum: float = 0.0
-    loss_count: int = 0
-    data: dict[str, Any] = field(default_factory=dict)
-
-    def record(self, loss: float | None) -> None:
-        """Count a step, whose loss is None when it was skipped."""
-        self.step += 1
-        if loss is None:
-            self.skipped += 1
-        else:
-            self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
-
-    def mean_loss(self) -> float | None:
-        """Return the mean loss since the last call, None when every step was skipped."""
-        mean = self.loss_sum / self.loss_count if self.loss_count else None
-        self.loss_sum, self.loss_count = 0.0, 0
-        return mean
-
-    def gather(self, keep: bool) -> dict[str, dict[str, Tensor]]:
-        """Collect whole tensors on the CPU by file name: a collective, of which processes may ``keep`` nothing."""
-
-        def collect(values: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-            gathered = ((name, whole(value)) for name, value in values)
-            return {name: value.cpu() for name, value in gathered if keep}
-
-        files = {"model": collect(self.model.state_dict().items())}
-        files |= {f"ema_{decay}": collect(self.ema.items(decay)) for decay in self.ema.averages}
-        files["optimizer"] = collect(
-            (f"{name}/{key}", value)
-            for name, parameter in self.model.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
-        )
-        return files
-
-    @torch.no_grad()
-    def restore(self, folder: Path) -> None:
-        """Load what `gather` collected and `save` wrote, sharding it as the model is."""
-        saved = read_state(folder)
-        for name in self.entries():
-            setattr(self, name, saved.get(name, {}) if name == "data" else saved[name])
-        _fill(self.model.state_dict().items(), folder, "model")
-        for decay in self.ema.averages:
-            _fill(self.ema.items(decay), folder, f"ema_{decay}")
-        # Learning rate, betas and the like come from the configuration: only the moments are in the file.
-        parameters = dict(self.model.named_parameters())
-        for entry, value in load_tensors(folder, "optimizer").items():
-            name, key = entry.split("/")
-            parameter = parameters[name]
-            moments = self.optimizer.state.setdefault(parameter, {})
-            shaped = value.shape == parameter.shape
-            value = value.to(parameter.dtype) if shaped else value  # which may be another one now
-            # A copy: the tensors read are windows into the file, which will be deleted.
-            moments[key] = (sharded_as(value, parameter) if shaped else value.to(parameter.device)).clone()
-
-    def entries(self) -> dict[str, Any]:
-        """Return what stands in ``state.json``."""
-        return {name: getattr(self, name) for name in ("step", "skipped", "loss_sum", "loss_count", "data")}
-
-
-def _fill(targets: Iterable[tuple[str, Tensor]], folder: Path, file: str) -> None:
     saved = load_tensors(folder, file)
     for name, value in targets:
         tensor = saved.pop(name, None)
@@ -133,11 +65,11 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
                 {key: value.contiguous() for key, value in values.items()}, temporary / f"{name}.safetensors"
             )
         write_json(temporary / "state.json", {"step": step, **state, "versions": versions()})
-        (temporary / "config.yaml").write_text(config, encoding="utf-8")
+        (temporary / CONFIG).write_text(config, encoding="utf-8")
         files = sorted(temporary.iterdir())
         write_json(temporary / _CHECKSUMS, {file.name: sha256(file) for file in files})
         for file in files:
-            shutil.copymode(temporary / "config.yaml", file)  # safetensors writes for the owner alone
+            shutil.copymode(temporary / CONFIG, file)  # safetensors writes for the owner alone
         for file in [*files, temporary]:
             _fsync(file)
         # What stands there is broken, or later than the checkpoint that the user chose to go on from.
@@ -160,7 +92,7 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def problem(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint (missing, truncated or altered files), or None when it is valid."""
     try:
         checksums = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
@@ -193,7 +125,7 @@ def newest_valid(folder: Path) -> Path | None:
     """
     found = steps(folder)
     for path in reversed(found):
-        fault = problem(path)
+        fault = find_damage(path)
         if fault is None:
             return path
         print(f"warning: checkpoint {path} is passed over: {fault}", flush=True)

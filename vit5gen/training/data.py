@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -15,8 +16,9 @@ from vit5gen.config import Config
 from vit5gen.data.autoencoder import encode, load_autoencoder
 from vit5gen.data.images import ImageSet, check_classes, drop_broken
 from vit5gen.data.latents import LatentDataset, ensure_latents, identity, open_for, settings_of
-from vit5gen.training.process import signals_blocked
-from vit5gen.training.random import MicroBatches, TrainingSet
+from vit5gen.training.objectives import OBJECTIVES, Batch
+from vit5gen.training.process import batch_sizes, signals_blocked
+from vit5gen.training.random import MicroBatches, Source, TrainingSet, data_index
 
 
 @dataclass(frozen=True)
@@ -75,32 +77,31 @@ def open_source(
     return source, vae, data | broken
 
 
-def nonfinite_advice(source: ImageSource | LatentDataset, vae: AutoencoderKL, indices: list[int], flips: bool) -> str:
-    """Say what to do about losses of the samples ``indices`` that are not finite: blame their latents if these are not.
-
-    flips: whether training takes mirror images too.
-    """
+def nonfinite_advice(config: Config, source: ImageSource | LatentDataset, vae: AutoencoderKL, step: int) -> str:
+    """Say what to do about a loss of ``step`` that is not finite: blame the latents of its samples if these are not."""
+    size = config.training.global_batch_size
+    indices = [data_index(config.training.seed, step, i, size, len(source)) for i in range(size)]
 
     def finite(index: int, flip: bool) -> bool:
         *data, _ = source.get(index, flip)
         values = data if len(data) == 2 else encode(vae, data[0][None].to(vae.device))
         return all(bool(value.isfinite().all()) for value in values)
 
-    spoilt = [i for i in indices if not all(finite(i, flip) for flip in (False, *[True] * flips))]
-    if not spoilt:
-        return "lower training.learning_rate, or set training.max_grad_norm"
-    return f"the latents of the samples {spoilt} are not finite: check these images, and the weights of vae.name"
+    spoilt = [i for i in indices if not all(finite(i, flip) for flip in (False, *[True] * config.data.horizontal_flip))]
+    if spoilt:
+        return f"the latents of the samples {spoilt} are not finite: check these images, and the weights of vae.name"
+    return f"its samples were {indices}; lower training.learning_rate, or set training.max_grad_norm"
 
 
 def micro_batches(
     config: Config,
-    source: ImageSource | LatentDataset,
+    source: Source,
+    vae: AutoencoderKL | None,
     accelerator: Accelerator,
     first_step: int,
-    size: int,
     null_label: int,
-) -> Generator[dict[str, Tensor]]:
-    """Yield this process's micro-batches of ``size`` samples (see `TrainingSet`) from ``first_step`` to the last."""
+) -> Generator[Batch]:
+    """Yield this process's micro-batches (see `TrainingSet`) from ``first_step`` to the last, images encoded."""
     settings = config.training
     samples = TrainingSet(
         source,
@@ -111,6 +112,9 @@ def micro_batches(
         drop_prob=config.model.class_dropout_prob,
         flip=config.data.horizontal_flip,
     )
+    dtype = torch.float64 if settings.precision == "fp64" else torch.float32
+    keeps_image = any(OBJECTIVES.get(name).needs_image for name in settings.objectives)
+    size, _ = batch_sizes(settings, accelerator.num_processes)
     rank, world = accelerator.process_index, accelerator.num_processes
     keys = MicroBatches(first_step, settings.num_steps, settings.global_batch_size, size, rank, world)
     loader = DataLoader(
@@ -124,8 +128,14 @@ def micro_batches(
     with signals_blocked():
         batches = iter(loader)
     try:
-        for batch in batches:
-            yield {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+        for sample in batches:
+            first = int(sample["position"][0])
+            sample = {name: value.to(accelerator.device, non_blocking=True) for name, value in sample.items()}
+            image = sample.get("image")
+            x1 = sample["x1"] if image is None else encode_batch(vae, image, sample["posterior"])
+            x1, x0 = x1.to(dtype), sample["x0"].to(dtype)
+            image = image if keeps_image else None
+            yield Batch(x1, x0, sample["label"], sample["uniform"], sample["position"], first, image)
     finally:
         if config.data.num_workers:
             # Left to garbage collection, workers that SIGTERM does not reach would keep a failed trainer from exiting.

@@ -16,9 +16,9 @@ from vit5gen.evaluation import features, inception
 from vit5gen.training import cost
 from vit5gen.training.build import build_model, check_values
 from vit5gen.training.cost import GPUS, Cost, gpu_hours, largest_micro_batch, memory_bytes
-from vit5gen.training.data import open_source
+from vit5gen.training.data import micro_batches, open_source
+from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.process import batch_sizes, make_accelerator
-from vit5gen.training.trainer import Trainee
 
 TRIAL_STEPS = 3
 
@@ -173,10 +173,10 @@ def _trial(config: Config, accelerator: Accelerator) -> str:
     short = config.model_copy(update={"training": config.training.model_copy(update={"num_steps": TRIAL_STEPS})})
     settings, device = short.training, accelerator.device
     source, vae, _ = open_source(short, accelerator)
-    trainee = Trainee(short, accelerator, vae)
-    batches, start = trainee.batches(source), 0.0
-    for number in range(TRIAL_STEPS):
-        trainee.step(number, batches)
+    trainer = build_trainer(short, accelerator)
+    batches, start = micro_batches(short, source, vae, accelerator, 0, trainer.model.null_label), 0.0
+    for _ in range(TRIAL_STEPS):
+        train_step(trainer, short, batches)
         start = start or time.perf_counter()  # after the first step, which compiles and allocates
     seconds = (time.perf_counter() - start) / (TRIAL_STEPS - 1)
     speed, used, peak = settings.global_batch_size / seconds, "", _peak_of_process()

@@ -1,27 +1,110 @@
-"""The training loop: one function, readable top to bottom."""
+"""The training loop and its step, readable top to bottom."""
 
 import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vit5gen.config import Config
+from vit5gen.flow import Flow, draw_timesteps
+from vit5gen.models import SiTTransformer2DModel
+from vit5gen.system.cpu import fast_products
 from vit5gen.system.errors import UserError
-from vit5gen.training import checkpoint
-from vit5gen.training import folder as run
-from vit5gen.training.build import check_values, learning_rate
-from vit5gen.training.data import nonfinite_advice, open_source
+from vit5gen.training import process
+from vit5gen.training.build import build_flow, build_model_to_train, check_values
+from vit5gen.training.data import micro_batches, nonfinite_advice, open_source
+from vit5gen.training.folder import RunFolder, check_data, to_yaml
 from vit5gen.training.monitor import Monitor
-from vit5gen.training.process import SaveClock, batch_sizes, make_accelerator, on_main, stop_signals
-from vit5gen.training.random import data_index
-from vit5gen.training.trainer import Trainee
+from vit5gen.training.objectives import Batch, build_objectives
+from vit5gen.training.optimizers import build_optimizer, learning_rate
+from vit5gen.training.process import on_main
+from vit5gen.training.trainer import Outcome, Trainer
 
-STOPPED = 75  # exit code after SIGTERM or SIGINT: saved, the same command goes on (EX_TEMPFAIL)
+STOPPED = 75  # exit code after SIGTERM or SIGINT: saved, the same command resumes it (EX_TEMPFAIL)
 NONFINITE = 70  # exit code after too many non-finite steps in a row (EX_SOFTWARE)
+
+
+class Learner(nn.Module):
+    """The model and its objectives as one module, so that DDP and FSDP share out the parameters of both."""
+
+    def __init__(self, model: SiTTransformer2DModel, flow: Flow, config: Config) -> None:
+        super().__init__()
+        self.model, self.flow = model, flow
+        self.weights, self.objectives = build_objectives(config.training.objectives, model, flow)
+        self.taps = tuple(sorted({k for objective in self.objectives.values() for k in objective.taps}))
+        self._no_split_modules = model._no_split_modules  # what FSDP wraps
+
+    def forward(self, batch: Batch, step: int) -> Tensor:
+        """Return the weighted mean loss of every objective, (K,)."""
+        output = self.model(batch.x_t, batch.t, batch.labels, taps=self.taps)
+        prediction, hidden = output if self.taps else (output, {})
+        found = {name: objective(prediction, hidden, batch, step) for name, objective in self.objectives.items()}
+        return torch.stack([self.weights[name] * loss.mean() for name, loss in found.items()])
+
+
+def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
+    """Construct what a run trains, shared out over the processes."""
+    learner = Learner(build_model_to_train(config), build_flow(config), config)
+    parts, decays = {"model": learner.model, "objectives": learner.objectives}, config.training.ema_decays
+    return Trainer(accelerator, learner, build_optimizer(learner, config.training), parts, decays)
+
+
+def train_step(
+    trainer: Trainer,
+    config: Config,
+    batches: Iterator[Batch],
+    stop_asked: Callable[[], bool] = lambda: False,
+    save_due: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Make the next step: the gradient of the objectives over the global batch, the optimizer, the averages.
+
+    stop_asked: tells whether a signal has come to this process; save_due: whether the main process's clock wants a
+    checkpoint. Raises `UserError` when memory runs out.
+    """
+    settings, section, accelerator, step = config.training, config.flow, trainer.accelerator, trainer.step
+    learner = accelerator.unwrap_model(trainer.network)
+    micro_batch_size, accumulation = process.batch_sizes(settings, accelerator.num_processes)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = learning_rate(step, settings)
+    trainer.network.train()
+    total = torch.zeros(len(learner.objectives), device=accelerator.device, dtype=trainer.dtype)
+    with fast_products(), process.memory_hint(micro_batch_size):
+        for micro in range(accumulation):
+            batch = next(batches)
+
+            # A time for every sample, and its point on the way from noise to data.
+            draws = (section.time_distribution, section.logit_mean, section.logit_std, section.time_shift)
+            stratum = (batch.position, settings.global_batch_size) if section.stratified else None
+            t = draw_timesteps(learner.flow, batch.uniform, *draws, stratum).to(batch.x1)
+            x_t, _ = learner.flow.interpolate(batch.x0, batch.x1, t)
+
+            # What the model makes of it, the weighted objectives, and their gradient.
+            dropout = process.seeded(settings.seed, step, batch.first, accelerator.device)
+            with trainer.sharing_gradients(last=micro == accumulation - 1), dropout:
+                with process.autocast(settings, accelerator.device):
+                    losses = trainer.network(replace(batch, t=t, x_t=x_t), step) / accumulation
+                losses.sum().backward()
+            total += losses.detach()
+
+        # The one synchronisation of a step: what is not finite must not reach the weights, and all processes stop, and
+        # save, after the same step.
+        norm = trainer.clip(settings.max_grad_norm)
+        asked = total.new_tensor([stop_asked(), accelerator.is_main_process and save_due()])
+        numbers = torch.cat([total, norm.to(total)[None], asked])
+        *means, grad_norm, stop, save = accelerator.reduce(numbers, "mean").tolist()
+        outcome = Outcome(dict(zip(learner.objectives, means, strict=True)), grad_norm, stop > 0, save > 0)
+
+        # The optimizer and the averages, unless the step is not finite.
+        trainer.update(outcome)
+    return outcome
 
 
 def train(config: Config, output: str | Path, resume: str = "auto", accept_changes: bool = False) -> int:
@@ -30,126 +113,95 @@ def train(config: Config, output: str | Path, resume: str = "auto", accept_chang
     A run is a function of its configuration: every draw depends on (seed, step, position in the global batch) alone,
     so that an interrupted run, resumed, equals an undisturbed one bit for bit.
 
-    resume: ``auto`` goes on from the newest valid checkpoint of ``output``, ``never`` demands a new folder, a path
-    names the checkpoint to go on from. accept_changes: go on although keys differ that change what is computed.
+    resume: ``auto`` is the newest valid checkpoint of ``output``, ``never`` demands a new folder, a path names the
+    checkpoint. accept_changes: resume although keys differ that change what is computed.
     Raises `UserError` for input that does not fit, when nothing is written, and for a disk or memory that is full, when
     the checkpoints stay valid.
     """
-    output = Path(output)
-    accelerator = make_accelerator(config.training, output)
-    batch_sizes(config.training, accelerator.num_processes)
+    folder = RunFolder(output)
+    accelerator = process.make_accelerator(config.training, folder.path)
+    process.batch_sizes(config.training, accelerator.num_processes)
     check_values(config)  # before hours of encoding
     with ExitStack() as stack:
-        on_main(accelerator, lambda: stack.enter_context(run.locked(output)))
-        start, config = on_main(accelerator, partial(run.find_start, config, output, resume, accept_changes))
-        if run.finished(config, output, start):
-            accelerator.print(f"{output} is already trained to step {config.training.num_steps}; nothing to do")
+        on_main(accelerator, lambda: stack.enter_context(folder.locked()))
+        start, config = on_main(accelerator, partial(folder.find_start, config, resume, accept_changes))
+        if folder.finished(config, start):
+            accelerator.print(f"{folder} is already trained to step {config.training.num_steps}; nothing to do")
             return 0
         try:
-            code = _train(config, output, accelerator, start, accept_changes)
+            code = _train(config, folder, accelerator, start, accept_changes)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{error}; checkpoints stay valid: mend it, and the same command goes on") from error
+            raise UserError(f"{error}; checkpoints stay valid: fix it, and the same command resumes") from error
         accelerator.end_training()
         return code
 
 
-def _train(config: Config, output: Path, accelerator: Accelerator, start: Path | None, accept_changes: bool) -> int:
-    settings, checkpoints = config.training, output / "checkpoints"
-
-    # Data, model, optimizer and averages.
-    source, vae, data = open_source(
-        config, accelerator, lambda data: on_main(accelerator, partial(run.check_data, start, accept_changes, data))
-    )
-    trainee = Trainee(config, accelerator, vae)
-    state = checkpoint.State(trainee.model, trainee.optimizer.optimizer, trainee.ema)
+def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: Path | None, accept: bool) -> int:
+    # What is trained, on which data, and from where.
+    settings, trainer = config.training, build_trainer(config, accelerator)
+    check = lambda data: on_main(accelerator, partial(check_data, start, accept, data))  # noqa: E731
+    source, vae, data = open_source(config, accelerator, check)
     if start is not None:
-        state.restore(start)
-        unknown = "" if state.data else ", which does not record its data, so that these cannot be compared with it"
-        accelerator.print(f"going on from {start}{unknown}")
-    state.data |= {key: value for key, value in data.items() if value is not None}  # old latents know no digest
-    on_main(accelerator, lambda: run.begin(config, output, state.step, data))
-    batches = trainee.batches(source, state.step)
+        trainer.restore(start)
+        unknown = "" if trainer.data else ", which does not record its data, so that these cannot be compared with it"
+        accelerator.print(f"resuming from {start}{unknown}")
+    trainer.data |= {key: value for key, value in data.items() if value is not None}  # old latents know no digest
+    on_main(accelerator, lambda: folder.record(config, trainer.step, data))
+    batches = micro_batches(config, source, vae, accelerator, trainer.step, trainer.model.null_label)
+    save = partial(trainer.save, config=to_yaml(config), keep_last=settings.keep_last, keep_every=settings.keep_every)
 
-    bar = tqdm(total=settings.num_steps, initial=state.step, unit="step", disable=not accelerator.is_main_process)
-    stop, saved_step, nonfinite_in_a_row, clock = False, state.step, 0, SaveClock(settings.checkpoint_minutes)
-    with stop_signals() as stop_asked, closing(batches), bar:
-        monitor = Monitor(config, output, accelerator, state.model, state.ema, vae, source.class_names, stop_asked)
-        tick, tick_step = time.perf_counter(), state.step
+    bar = tqdm(total=settings.num_steps, initial=trainer.step, unit="step", disable=not accelerator.is_main_process)
+    stop, saved_step, nonfinite_in_a_row, clock = False, trainer.step, 0, process.SaveClock(settings.checkpoint_minutes)
+    with process.stop_signals() as stop_asked, closing(batches), bar:
+        monitor = Monitor(config, folder, trainer, vae, source.class_names, stop_asked)
+        tick, tick_step = time.perf_counter(), trainer.step
         while True:
-            if not stop and monitor.due(state.step):
+            # Evaluate the averages, at the first and the last step too; a signal ends it.
+            if not stop and monitor.due(trainer.step):
                 bar.set_description("evaluate")
-                stop = not monitor.evaluate(state.step)
+                stop = not monitor.evaluate(trainer.step)
                 bar.set_description("train")
                 bar.unpause()  # the time left is that of steps
-                tick, tick_step = time.perf_counter(), state.step
-            last = state.step == settings.num_steps
-            if (stop or last) and state.step > saved_step and save(accelerator, checkpoints, state, config):
-                saved_step = state.step
+                tick, tick_step = time.perf_counter(), trainer.step
+
+            # Stop, or end, with a checkpoint of this very step.
+            last = trainer.step == settings.num_steps
+            if (stop or last) and trainer.step > saved_step and save(folder.checkpoints):
+                saved_step = trainer.step
             if stop:
-                there = "there" if saved_step == state.step else "its newest checkpoint"
-                accelerator.print(
-                    f"\nstopped by a signal after step {state.step}; the same command goes on from {there}"
-                )
+                there = "there" if saved_step == trainer.step else "its newest checkpoint"
+                accelerator.print(f"\nstopped by a signal after step {trainer.step}; the same command resumes {there}")
                 return STOPPED
+            if last and saved_step < trainer.step:
+                raise UserError(f"{folder.checkpoints}: the last step is not saved; make room, and run it again")
             if last:
-                if saved_step < state.step:
-                    raise UserError(
-                        f"{checkpoints}: the last step is not saved; make room, and the same command goes on"
-                    )
                 break
 
-            done = trainee.step(state.step, batches, stop_asked, clock.due)
-            state.record(done.loss if done.finite else None)
-            nonfinite_in_a_row = 0 if done.finite else nonfinite_in_a_row + 1
-            stop = done.stop
+            # Learn.
+            outcome = train_step(trainer, config, batches, stop_asked, clock.due)
+            nonfinite_in_a_row = 0 if outcome.finite else nonfinite_in_a_row + 1
+            stop, last = outcome.stop, trainer.step == settings.num_steps
             bar.update()
 
-            # The log, the checkpoint, the guard.
-            last = state.step == settings.num_steps
-            if state.step % settings.log_every == 0 or last:
+            # Log.
+            if trainer.step % settings.log_every == 0 or last:
                 seconds, tick = time.perf_counter() - tick, time.perf_counter()
-                line = {
-                    "loss": state.mean_loss(),
-                    "grad_norm": done.grad_norm if done.finite else None,
-                    "learning_rate": learning_rate(state.step - 1, settings),
-                    "images_per_second": (state.step - tick_step) * settings.global_batch_size / seconds,
-                    "skipped": state.skipped,
-                }
-                tick_step = state.step
-                monitor.write(state.step, line)
-                shown = {"loss": line["loss"], "norm": line["grad_norm"], "images/s": line["images_per_second"]}
-                shown |= {"skipped": state.skipped} if state.skipped else {}
-                bar.set_postfix(
-                    {key: f"{value:.3g}" for key, value in shown.items() if value is not None}, refresh=False
-                )
-            if state.step % (settings.checkpoint_every or 1) == 0 or done.save or last:
-                saved_step = state.step if save(accelerator, checkpoints, state, config) else saved_step
+                speed, tick_step = (trainer.step - tick_step) * settings.global_batch_size / seconds, trainer.step
+                bar.set_postfix(monitor.log_step(outcome, speed), refresh=False)
+
+            # Save by steps and by the clock.
+            if trainer.step % (settings.checkpoint_every or 1) == 0 or outcome.save or last:
+                saved_step = trainer.step if save(folder.checkpoints) else saved_step
                 clock.restart()
+
+            # Give up where nothing is learnt any more.
             if nonfinite_in_a_row == min(settings.max_nonfinite_steps, settings.num_steps):
-                save(accelerator, output / "nonfinite", state, config)
-                size = settings.global_batch_size
-                ids = [data_index(settings.seed, state.step - 1, i, size, len(source)) for i in range(size)]
+                save(folder.nonfinite)
                 accelerator.print(
                     f"\nerror: loss or gradient was not finite in {nonfinite_in_a_row} steps in a row, the last one "
-                    f"step {state.step} with the samples {ids}; state saved in {output / 'nonfinite'}; "
-                    f"{nonfinite_advice(source, vae, ids, config.data.horizontal_flip)}"
+                    f"step {trainer.step}; state saved in {folder.nonfinite}; "
+                    f"{nonfinite_advice(config, source, vae, trainer.step - 1)}"
                 )
                 return NONFINITE
-    accelerator.print(f"{output}: samples.png, loss.png, metrics.json, pipeline/. Try next:\n{monitor.next_command()}")
+    accelerator.print(f"{folder}: samples.png, loss.png, metrics.json, pipeline/. Try next:\n{monitor.next_command()}")
     return 0
-
-
-def save(accelerator: Accelerator, folder: Path, state: checkpoint.State, config: Config) -> bool:
-    """Write a checkpoint and delete those that are not kept; return False, having said so, when the disk is full."""
-    tensors = state.gather(keep=accelerator.is_main_process)
-
-    def write() -> bool:
-        try:
-            checkpoint.save(folder, state.step, tensors, state.entries(), run.to_yaml(config))
-            checkpoint.prune(folder, state.step, config.training.keep_last, config.training.keep_every)
-        except (OSError, SafetensorError) as error:
-            print(f"\nwarning: no checkpoint at step {state.step}: {error}; the older ones stay valid", flush=True)
-            return False
-        return True
-
-    return on_main(accelerator, write)

@@ -4,9 +4,7 @@ Pictures and distances go through the very pipeline that users call.
 """
 
 import math
-import os
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -16,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from vit5gen.config import Config
 from vit5gen.data.latents import images_beside
@@ -33,11 +30,12 @@ from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.generation.pipeline import SiTPipeline, SiTScheduler
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.system.files import atomic
-from vit5gen.training.averages import EMA
-from vit5gen.training.folder import Log
+from vit5gen.training.folder import RunFolder
+from vit5gen.training.optimizers import learning_rate
 from vit5gen.training.process import autocast, on_main
 from vit5gen.training.reference import Reference, build_reference
 from vit5gen.training.sharding import whole
+from vit5gen.training.trainer import Outcome, Trainer
 
 
 class Interrupted(Exception):
@@ -53,36 +51,42 @@ class Monitor:
     def __init__(
         self,
         config: Config,
-        output: Path,
-        accelerator: Accelerator,
-        model: nn.Module,
-        ema: EMA,
+        folder: RunFolder,
+        trainer: Trainer,
         vae: AutoencoderKL,
         class_names: list[str],
         stop_asked: Callable[[], bool],
     ) -> None:
-        self.stop_asked = stop_asked
-        self.config, self.output, self.accelerator = config, output, accelerator
-        self.model, self.ema, self.vae, self.class_names = model, ema, vae, class_names
-        self.log = Log(output)
-        self._folder, self._old = output / "pipeline", output / ".pipeline.old"
-        accelerator.init_trackers("vit5gen")
-        if accelerator.is_main_process and self._old.exists() and not self._folder.exists():
-            os.replace(self._old, self._folder)  # killed in `_export`
-
-    def write(self, step: int, line: dict[str, Any]) -> None:
-        """Add a line to the log and the trackers."""
+        self.config, self.folder, self.trainer, self.accelerator = config, folder, trainer, trainer.accelerator
+        self.vae, self.class_names, self.stop_asked = vae, class_names, stop_asked
+        self.accelerator.init_trackers("vit5gen")
         if self.accelerator.is_main_process:
-            self.log.write({"step": step, **line})
+            folder.repair_pipeline()
+
+    def log_step(self, outcome: Outcome, images_per_second: float) -> dict[str, str]:
+        """Add a line to the log and the trackers; return what the progress bar shows of it."""
+        trainer, step = self.trainer, self.trainer.step
+        line = {
+            "loss": trainer.mean_loss(),
+            "grad_norm": outcome.grad_norm if outcome.finite else None,
+            "learning_rate": learning_rate(step - 1, self.config.training),
+            "images_per_second": images_per_second,
+            "skipped": trainer.skipped,
+        }
+        if len(outcome.losses) > 1 and outcome.finite:
+            line |= {f"loss_{name}": loss for name, loss in outcome.losses.items()}
+        if self.accelerator.is_main_process:
+            self.folder.add_line({"step": step, **line})
         self.accelerator.log({key: value for key, value in line.items() if value is not None}, step=step)
+        shown = {"loss": line["loss"], "norm": line["grad_norm"], "images/s": images_per_second}
+        shown |= {"skipped": trainer.skipped} if trainer.skipped else {}
+        return {key: f"{value:.3g}" for key, value in shown.items() if value is not None}
 
     def due(self, step: int) -> bool:
         """Tell whether ``step`` wants an evaluation that the run does not have yet."""
         every, last = self.config.evaluation.every, self.config.training.num_steps
         wanted = step in (0, last) or (every is not None and step % every == 0)
-        return wanted and on_main(
-            self.accelerator, lambda: step not in {entry["step"] for entry in self.log.evaluations()}
-        )
+        return wanted and on_main(self.accelerator, lambda: not self.folder.evaluated(step))
 
     def evaluate(self, step: int) -> bool:
         """Sample from the EMA: refresh ``pipeline/``, ``samples.png`` and ``loss.png``, add to ``metrics.json``.
@@ -112,15 +116,15 @@ class Monitor:
         indices = torch.tensor([i for indices, _ in parts for i in indices], dtype=torch.int64)
         grid = gather_rows(torch.cat([empty, *(images for _, images in parts)]), indices)
         if self.accelerator.is_main_process:
-            picture = self.output / "samples.png"
+            picture = self.folder.samples
             save_grid(picture, grid, [self.class_names[label] for label in labels])
-            save_loss_curve(self.output / "loss.png", self.log.read())
+            save_loss_curve(self.folder.loss_curve, self.folder.lines())
             self._track_picture(picture, step)
             self._export(pipe, entry, picture)
-            if note := floor_note(self.log.evaluations(), entry):
+            if note := floor_note(self.folder.evaluations(), entry):
                 print(f"\nnote: {note}", flush=True)
             # Last of all: an evaluation that stands in metrics.json has left everything else behind.
-            self.log.add_evaluation(entry)
+            self.folder.add_evaluation(entry)
         self.accelerator.wait_for_everyone()
 
     def _track_picture(self, picture: Path, step: int) -> None:
@@ -130,11 +134,11 @@ class Monitor:
             tracker.log_images({"samples": pixels}, step=step, **layout)
 
     def _pipeline(self) -> SiTPipeline:
-        config = self.model.config
+        model, config = self.trainer.model, self.trainer.model.config
         with torch.device("meta"):
             transformer = SiTTransformer2DModel.from_config(config)
-        weights = {name: whole(value) for name, value in self.ema.items(self.config.training.ema_decays[0])}
-        transformer.load_state_dict({**self.model.state_dict(), **weights}, assign=True)
+        weights = {name: whole(value) for name, value in self.trainer.averaged(self.config.training.ema_decays[0])}
+        transformer.load_state_dict({**model.state_dict(), **weights}, assign=True)
         transformer.eval().requires_grad_(False)
         scheduler = SiTScheduler(path=self.config.flow.path, prediction=self.config.flow.prediction)
         pipe = SiTPipeline(transformer, scheduler, self.vae, id2label=dict(enumerate(self.class_names)))
@@ -168,22 +172,20 @@ class Monitor:
 
     def next_command(self) -> str:
         """Return the shell command that draws more images of the run's first class."""
-        words = ["--checkpoint", self.output, "--class", self.class_names[0], "--num-images", 8]
-        words += ["--guidance-scale", f"{self.config.sampling.guidance_scale:g}", "--output", self.output / "more.png"]
+        words = ["--checkpoint", self.folder.path, "--class", self.class_names[0], "--num-images", 8]
+        words += [
+            "--guidance-scale",
+            f"{self.config.sampling.guidance_scale:g}",
+            "--output",
+            self.folder.path / "more.png",
+        ]
         return shlex.join(map(str, ["vit5gen", "sample", *words]))
 
     def _export(self, pipe: SiTPipeline, entry: dict[str, Any], picture: Path) -> None:
         """Replace ``pipeline/`` by the present one."""
-        folder, new, old = self._folder, self.output / ".pipeline.new", self._old
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        facts = TrainingFacts(command=command, metrics=entry, picture=picture)
-        pipe.save_pretrained(new, facts=facts)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with self.folder.new_pipeline() as new:
+            pipe.save_pretrained(new, facts=TrainingFacts(command=command, metrics=entry, picture=picture))
 
 
 def floor_note(earlier: list[dict[str, Any]], entry: dict[str, Any]) -> str | None:

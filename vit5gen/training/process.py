@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
 
 from vit5gen.config import TrainingConfig
 from vit5gen.system.cpu import keep_freed_memory, warn_of_slow_bf16
@@ -37,8 +37,11 @@ def make_accelerator(settings: TrainingConfig, output: Path) -> Accelerator:
     start_processes()
     keep_freed_memory(large=not settings.gradient_checkpointing)
     torch.set_float32_matmul_precision("highest" if settings.precision in ("fp32", "fp64") else "high")
+    # A part of an objective need not have a gradient in every step.
+    parts_unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(
         mixed_precision="no",
+        kwargs_handlers=[parts_unused] if len(settings.objectives) > 1 else None,
         log_with=list(settings.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
     )

@@ -1,34 +1,37 @@
-"""What is trained, and one step of it: the gradient over the global batch, the optimizer, the averages."""
+"""What a training carries from step to step: network, optimizer, averages and counters."""
 
 import math
-from collections.abc import Callable, Generator, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vit5gen.config import Config
-from vit5gen.flow import Flow, draw_timesteps
-from vit5gen.system.cpu import fast_products
+from vit5gen.training import checkpoint
 from vit5gen.training.averages import EMA
-from vit5gen.training.build import build_flow, build_optimizer, build_trainee, learning_rate
-from vit5gen.training.data import encode_batch, micro_batches
-from vit5gen.training.process import autocast, batch_sizes, memory_hint, seeded
-from vit5gen.training.sharding import whole
+from vit5gen.training.process import on_main
+from vit5gen.training.sharding import sharded_as, whole
+
+_COUNTERS = ("step", "skipped", "loss_sum", "loss_count", "data")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What all processes know of a step: mean loss, norm of the gradient; whether to stop, and to save, after it."""
+    """What all processes know of a step: mean losses, norm of the gradient; whether to stop, and to save, after it."""
 
-    loss: float
+    losses: dict[str, float]
     grad_norm: float
-    stop: bool
-    save: bool
+    stop: bool = False
+    save: bool = False
+
+    @property
+    def loss(self) -> float:
+        return sum(self.losses.values())
 
     @property
     def finite(self) -> bool:
@@ -36,75 +39,132 @@ class Outcome:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-class Trainee:
-    """A model as its configuration trains it: prepared for the processes, with its optimizer and averages."""
+class Trainer:
+    """A network as the processes share it, with all that a checkpoint holds of its training.
 
-    def __init__(self, config: Config, accelerator: Accelerator, vae: AutoencoderKL | None = None) -> None:
-        settings, model = config.training, build_trainee(config)
-        self.config, self.accelerator, self.vae, self.flow = config, accelerator, vae, build_flow(config)
-        self.network, self.optimizer = accelerator.prepare(model, build_optimizer(model, settings))
-        self.model = accelerator.unwrap_model(self.network)
-        # The averages are of the parameters as prepared: sharded under FSDP.
-        self.ema = EMA(self.model, settings.ema_decays)
-        self.micro_batch_size, self.accumulation = batch_sizes(settings, accelerator.num_processes)
+    network: what is called and optimised.  parts: its modules by their name in a checkpoint, "model" first; those
+    without parameters have no file.  decays: of the averages.
+    skipped: steps that were not finite.  loss_sum, loss_count: of the steps since the last line of the log.
+    data: what is recorded of the training data, empty where an earlier version did not. Random numbers and the place in
+    the data follow from ``step``.
+    """
 
-    def batches(self, source: Any, first_step: int = 0) -> Generator[dict[str, Tensor]]:
-        """Yield this process's micro-batches of all steps from ``first_step``."""
-        size, null_label = self.micro_batch_size, self.model.null_label
-        return micro_batches(self.config, source, self.accelerator, first_step, size, null_label)
-
-    def step(
+    def __init__(
         self,
-        number: int,
-        batches: Iterator[dict[str, Tensor]],
-        stop_asked: Callable[[], bool] = lambda: False,
-        save_due: Callable[[], bool] = lambda: False,
-    ) -> Outcome:
-        """Make the step ``number`` (0-based): the gradient of the mean loss of the next micro-batches, and its use.
+        accelerator: Accelerator,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parts: dict[str, nn.Module],
+        decays: Iterable[float] = (),
+    ) -> None:
+        self.accelerator, self.parts = (
+            accelerator,
+            {k: v for k, v in parts.items() if any(True for _ in v.parameters())},
+        )
+        self.network, self.optimizer = accelerator.prepare(network, optimizer)
+        self.model = parts["model"]
+        # The averages are of the parameters as prepared: sharded under FSDP.
+        self.averages = {name: EMA(part, decays) for name, part in self.parts.items()}
+        self.step, self.skipped, self.loss_sum, self.loss_count = 0, 0, 0.0, 0
+        self.data: dict[str, Any] = {}
 
-        stop_asked: tells whether a signal has come to this process; save_due: whether it is time for a checkpoint by
-        the main process's clock. Raises `UserError` when memory runs out.
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the parameters."""
+        return next(self.model.parameters()).dtype
+
+    def sharing_gradients(self, last: bool) -> AbstractContextManager:
+        """Return the context of a backward pass: only the ``last`` of a step joins the gradients of the processes."""
+        return nullcontext() if last else self.accelerator.no_sync(self.network)
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """Return the norm of the gradient over all processes, after which it is at most ``max_norm``."""
+        return whole(nn.utils.clip_grad_norm_(self.network.parameters(), max_norm or math.inf))
+
+    def update(self, outcome: Outcome) -> None:
+        """Use the gradient of a step that is finite, forget it, and count the step."""
+        if outcome.finite:
+            self.optimizer.step()
+            for ema in self.averages.values():
+                ema.update()
+            self.loss_sum, self.loss_count = self.loss_sum + outcome.loss, self.loss_count + 1
+        else:
+            self.skipped += 1
+        self.optimizer.zero_grad()
+        self.step += 1
+
+    def mean_loss(self) -> float | None:
+        """Return the mean loss since the last call, None when every step was skipped."""
+        mean = self.loss_sum / self.loss_count if self.loss_count else None
+        self.loss_sum, self.loss_count = 0.0, 0
+        return mean
+
+    def averaged(self, decay: float) -> Iterator[tuple[str, Tensor]]:
+        """Return the average of the model's weights with their names; under FSDP, this process's shards of it."""
+        return self.averages["model"].items(decay)
+
+    def save(self, folder: Path, config: str, keep_last: int = 1, keep_every: int | None = None) -> bool:
+        """Write a checkpoint into ``folder`` and delete those that are not kept; every process calls this.
+
+        Returns False, having said so, when the disk is full.
         """
-        settings, accelerator = self.config.training, self.accelerator
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(number, settings)
-        self.network.train()
-        total = torch.zeros((), device=accelerator.device, dtype=next(self.model.parameters()).dtype)
-        with fast_products(), memory_hint(self.micro_batch_size):
-            for micro in range(self.accumulation):
-                batch = next(batches)
-                sync = nullcontext() if micro == self.accumulation - 1 else accelerator.no_sync(self.network)
-                first = (accelerator.process_index * self.accumulation + micro) * self.micro_batch_size
-                with sync, seeded(settings.seed, number, first, accelerator.device):
-                    loss = losses(self.config, self.flow, self.vae, self.network, batch).mean() / self.accumulation
-                    loss.backward()
-                total += loss.detach()
-            norm = nn.utils.clip_grad_norm_(self.network.parameters(), settings.max_grad_norm or math.inf)
-            # The one synchronisation of a step: what is not finite must not reach the weights, and all processes
-            # stop, and save, after the same step.
-            asked = total.new_tensor([stop_asked(), accelerator.is_main_process and save_due()])
-            numbers = torch.cat([torch.stack([total, whole(norm).to(total)]), asked])
-            mean_loss, mean_norm, stop, save = accelerator.reduce(numbers, "mean").tolist()
-            outcome = Outcome(mean_loss, mean_norm, stop > 0, save > 0)
-            if outcome.finite:
-                self.optimizer.step()
-                self.ema.update()
-            self.optimizer.zero_grad()
-        return outcome
+        tensors = self._gather()
+        counters = {name: getattr(self, name) for name in _COUNTERS}
 
+        def write() -> bool:
+            try:
+                checkpoint.save(folder, self.step, tensors, counters, config)
+                checkpoint.prune(folder, self.step, keep_last, keep_every)
+            except (OSError, SafetensorError) as error:
+                print(f"\nwarning: no checkpoint at step {self.step}: {error}; the older ones stay valid", flush=True)
+                return False
+            return True
 
-def losses(config: Config, flow: Flow, vae: AutoencoderKL, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return the loss of every sample (B,) of a micro-batch, whose random numbers it brings along."""
-    settings, dtype = config.flow, torch.float64 if config.training.precision == "fp64" else torch.float32
-    x1 = batch["x1"] if "x1" in batch else encode_batch(vae, batch["image"], batch["posterior"])
-    t = draw_timesteps(
-        flow,
-        batch["uniform"],
-        settings.time_distribution,
-        settings.logit_mean,
-        settings.logit_std,
-        settings.time_shift,
-        (batch["position"], config.training.global_batch_size) if settings.stratified else None,
-    )
-    with autocast(config.training, x1.device):
-        return flow.loss(lambda x, t: model(x, t, batch["label"]), x1.to(dtype), batch["x0"].to(dtype), t)
+        return on_main(self.accelerator, write)
+
+    def _gather(self) -> dict[str, dict[str, Tensor]]:
+        """Collect whole tensors on the CPU by file name: a collective, of which the main process keeps the result."""
+        keep = self.accelerator.is_main_process
+
+        def collect(values: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+            gathered = ((name, whole(value)) for name, value in values)
+            return {name: value.cpu() for name, value in gathered if keep}
+
+        files = {file: collect(values) for file, values in self._files()}
+        files["optimizer"] = collect(
+            (f"{name}/{key}", value)
+            for name, parameter in self._parameters()
+            for key, value in self.optimizer.optimizer.state[parameter].items()
+        )
+        return files
+
+    def restore(self, folder: Path) -> None:
+        """Load what `save` wrote, sharding it as the network is; raise `UserError` where it is of another network."""
+        saved = checkpoint.read_state(folder)
+        for name in _COUNTERS:
+            setattr(self, name, saved.get(name, {}) if name == "data" else saved[name])
+        for file, values in self._files():
+            checkpoint.fill(values, folder, file)
+        # Learning rate, betas and the like come from the configuration: only the moments are in the file.
+        parameters = dict(self._parameters())
+        for entry, value in checkpoint.load_tensors(folder, "optimizer").items():
+            name, key = entry.split("/")
+            parameter = parameters[name]
+            moments = self.optimizer.optimizer.state.setdefault(parameter, {})
+            shaped = value.shape == parameter.shape
+            value = value.to(parameter.dtype) if shaped else value  # which may be another one now
+            # A copy: the tensors read are windows into the file, which will be deleted.
+            moments[key] = (sharded_as(value, parameter) if shaped else value.to(parameter.device)).clone()
+
+    def _files(self) -> Iterator[tuple[str, Iterable[tuple[str, Tensor]]]]:
+        """Yield the files of a checkpoint with their tensors by name, all but the optimizer's."""
+        for name, part in self.parts.items():
+            yield name, part.state_dict().items()
+            for decay in self.averages[name].averages:
+                yield f"{'' if name == 'model' else name + '_'}ema_{decay}", self.averages[name].items(decay)
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield all parameters by the names that they have in the file of the optimizer."""
+        for name, part in self.parts.items():
+            for key, parameter in part.named_parameters():
+                yield key if name == "model" else f"{name}.{key}", parameter

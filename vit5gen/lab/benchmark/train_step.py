@@ -19,9 +19,10 @@ from vit5gen.models import load_sit
 from vit5gen.models.transformer import SIZES
 from vit5gen.system import cpu
 from vit5gen.system.distributed import processes
+from vit5gen.training.data import micro_batches
 from vit5gen.training.dry_run import run_cost
+from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.process import make_accelerator
-from vit5gen.training.trainer import Trainee
 
 TOLERANCE = 1e-4  # of an output's norm, in fp32
 
@@ -65,14 +66,14 @@ class OurStep:
     """One step of the training loop a call; source: the data, by default `RandomLatents`."""
 
     def __init__(self, config: Config, source: Any = None) -> None:
-        self.trainee = Trainee(config, make_accelerator(config.training, Path()))
-        self.batches = self.trainee.batches(source or RandomLatents(config.latent_shape, config.data.num_classes))
-        self.number = 0
+        accelerator = make_accelerator(config.training, Path())
+        self.config, self.trainer = config, build_trainer(config, accelerator)
+        source = source or RandomLatents(config.latent_shape, config.data.num_classes)
+        self.batches = micro_batches(config, source, None, accelerator, 0, self.trainer.model.null_label)
 
     def __call__(self) -> None:
-        finite = self.trainee.step(self.number, self.batches).finite
+        finite = train_step(self.trainer, self.config, self.batches).finite
         assert finite
-        self.number += 1
 
 
 def published_step(folder: Path, sizes: Sizes, autocast: bool = False) -> Callable[[], None]:

@@ -16,24 +16,24 @@ from vit5gen.lab.study.report import write_report
 from vit5gen.lab.study.rows import Row, read_rows, write_rows
 from vit5gen.system.errors import UserError
 from vit5gen.training.dry_run import run_cost
-from vit5gen.training.folder import FREE, Log, differences, locked
+from vit5gen.training.folder import CHANGEABLE, RunFolder, differences
 from vit5gen.training.loop import NONFINITE, STOPPED, train
 
 
 def run_study(path: str | Path, output: str | Path) -> int:
     """Do the runs of a study that ``output`` has no row of, write rows.jsonl, table and plot; return the exit code.
 
-    Each run is a folder ``output/runs/NAME``; an interrupted one goes on. A row is written once its run is measured,
+    Each run is a folder ``output/runs/NAME``; an interrupted one is resumed. A row is written once its run is measured,
     and never changed. A run that diverges has no row, and the others go on. Raises `UserError` for a study or data that
     do not fit, a row that cannot be read or was made by other settings, or another process at work in ``output``.
     """
     study, runs = read_study(path)
     output = Path(output)
-    with locked(output, marks=("rows.jsonl", "runs/*/metrics.json")):
+    with RunFolder(output).locked(("rows.jsonl", "runs/*/metrics.json")):
         try:
             return _run_study(study, runs, output)
         except OSError as error:
-            raise UserError(f"{error}; the rows so far are kept: mend it, and the same command goes on") from error
+            raise UserError(f"{error}; the rows so far are kept: fix it, and the same command resumes") from error
 
 
 def _run_study(study: StudyConfig, runs: list[Run], output: Path) -> int:
@@ -43,7 +43,7 @@ def _run_study(study: StudyConfig, runs: list[Run], output: Path) -> int:
         if run.name in rows:
             continue
         folder = output / "runs" / run.name
-        print(f"\nrun {number} of {len(runs)}: {run.name} ({'going on ' * folder.exists()}in {folder})", flush=True)
+        print(f"\nrun {number} of {len(runs)}: {run.name} ({'resumed ' * folder.exists()}in {folder})", flush=True)
         try:
             code = _train(run, folder)
             if code == 0:
@@ -88,17 +88,17 @@ def _train(run: Run, folder: Path) -> int:
     """Train with evaluations of two images: the judge scores the run, once and for all alike."""
     few = {"num_images": 2, "num_reference": 2, "every": None}
     config = run.config.model_copy(update={"evaluation": run.config.evaluation.model_copy(update=few)})
-    begun = folder / "config.yaml"
-    if begun.exists() and (changes := differences(read_yaml(begun), config, FREE - {"training.num_steps"})):
+    begun = RunFolder(folder).config
+    if begun.exists() and (changes := differences(read_yaml(begun), config, CHANGEABLE - {"training.num_steps"})):
         raise UserError(f"{folder} was begun with other settings: {'; '.join(changes)}; delete that folder")
     return train(config, folder)
 
 
 def _row(run: Run, folder: Path, judge: Judge, revision: str) -> Row:
-    config, lines = run.config, Log(folder).read()
+    config, lines = run.config, RunFolder(folder).lines()
     steps = [0, *(line["step"] for line in lines)]
     if steps[-1] != config.training.num_steps:
-        raise UserError(f"{folder / 'log.jsonl'} ends at step {steps[-1]}; delete that folder to do the run again")
+        raise UserError(f"{RunFolder(folder).log} ends at step {steps[-1]}; delete that folder to do the run again")
     cost = run_cost(config)
     images = config.training.global_batch_size * np.diff(steps)
     return Row(

@@ -1,0 +1,95 @@
+"""The plug of objectives: what one receives, and the registry that knows them by name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from vit5gen.flow import Flow
+from vit5gen.models import SiTTransformer2DModel
+from vit5gen.registry import Registry
+from vit5gen.system.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch with its random numbers; the loop fills in t and x_t.
+
+    x1: latents (B, C, h, w) of the data.  x0: noise, alike.  labels (B,) int64, already null where dropped.
+    image (B, 3, H, W) uint8, where an objective needs it.  uniform (B,) and position (B,): what t is drawn from; first:
+    the first position, in the global batch.
+    t (B,): time in [0, 1].  x_t: the point at t between x0 and x1, which the model has seen.
+    """
+
+    x1: Tensor
+    x0: Tensor
+    labels: Tensor
+    uniform: Tensor
+    position: Tensor
+    first: int
+    image: Tensor | None = None
+    t: Tensor | None = None
+    x_t: Tensor | None = None
+
+
+class Objective(nn.Module):
+    """Base of objectives: ``forward(prediction, hidden, batch, step)`` returns the loss of every sample (B,).
+
+    prediction (B, C, h, w) is the model's; hidden holds ``{k: state (B, N, D) after k blocks}`` for k in ``taps``,
+    which the constructor sets; step is 0-based. Its parameters are optimised, averaged, checkpointed and resumed beside
+    the model's, and no part of the pipeline. Options are the keyword-only arguments of the constructor.
+    needs_image: the batch is to hold the image, for which the run needs ``data.from_images``.
+    """
+
+    needs_image: ClassVar[bool] = False
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, model: SiTTransformer2DModel, flow: Flow) -> None:
+        """Take the model that is trained and its flow, and keep neither among the parameters."""
+        super().__init__()
+
+    @staticmethod
+    def missing() -> dict[str, str]:
+        """Return what this machine lacks for it, each with how to get it."""
+        return {}
+
+    @staticmethod
+    def flops(model: SiTTransformer2DModel) -> int:
+        """Return the floating-point operations of its forward pass, an image, beyond the model's."""
+        return 0
+
+
+OBJECTIVES: Registry[type[Objective]] = Registry("objective", "vit5gen.objectives")
+register_objective = OBJECTIVES.register
+
+
+def check_objective(name: str, given: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+    """Return the weight of an objective and its own options; raise `UserError` for what does not fit.
+
+    weight: 1 by default, an option of every objective.
+    """
+    where = f"training.objectives.{name}"
+    options = dict(given)
+    weight = options.pop("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+        raise UserError(f"{where}.weight = {weight!r}; expected a finite number above 0, or leave the objective out")
+    OBJECTIVES.check(name, options, where)
+    return float(weight), options
+
+
+def build_objectives(
+    section: Mapping[str, Mapping[str, Any]], model: SiTTransformer2DModel, flow: Flow
+) -> tuple[dict[str, float], nn.ModuleDict]:
+    """Return the weights and the objectives of ``training.objectives`` by name.
+
+    Raises `UserError` for an unknown name, options that do not fit, or a tap that the model has not.
+    """
+    checked = {name: check_objective(name, given) for name, given in section.items()}
+    objectives = {name: OBJECTIVES.get(name)(model, flow, **options) for name, (_, options) in checked.items()}
+    for name, objective in objectives.items():
+        if beyond := [k for k in objective.taps if not 1 <= k <= model.config.num_layers]:
+            raise UserError(
+                f"training.objectives.{name}: tap {beyond[0]} is no block; expected 1 to {model.config.num_layers}"
+            )
+    return {name: weight for name, (weight, _) in checked.items()}, nn.ModuleDict(objectives)
