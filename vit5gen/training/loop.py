@@ -1,6 +1,5 @@
 """The training loop and its step, readable top to bottom."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -11,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from vit5gen.config import Config
 from vit5gen.flow import Flow, draw_timesteps
@@ -103,7 +101,11 @@ def train_step(
         outcome = Outcome(dict(zip(learner.objectives, means, strict=True)), grad_norm, stop > 0, save > 0)
 
         # The optimizer and the averages, unless the step is not finite.
-        trainer.update(outcome)
+        if outcome.finite:
+            trainer.optimizer.step()
+            trainer.average()
+        trainer.optimizer.zero_grad()
+        trainer.count(outcome)
     return outcome
 
 
@@ -150,19 +152,16 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
     batches = micro_batches(config, source, vae, accelerator, trainer.step, trainer.model.null_label)
     save = partial(trainer.save, config=to_yaml(config), keep_last=settings.keep_last, keep_every=settings.keep_every)
 
-    bar = tqdm(total=settings.num_steps, initial=trainer.step, unit="step", disable=not accelerator.is_main_process)
     stop, saved_step, nonfinite_in_a_row, clock = False, trainer.step, 0, process.SaveClock(settings.checkpoint_minutes)
-    with process.stop_signals() as stop_asked, closing(batches), bar:
-        monitor = Monitor(config, folder, trainer, vae, source.class_names, stop_asked)
-        tick, tick_step = time.perf_counter(), trainer.step
+    with (
+        process.stop_signals() as stop_asked,
+        closing(batches),
+        closing(Monitor(config, folder, trainer, vae, source.class_names, stop_asked)) as monitor,
+    ):
         while True:
             # Evaluate the averages, at the first and the last step too; a signal ends it.
             if not stop and monitor.due(trainer.step):
-                bar.set_description("evaluate")
                 stop = not monitor.evaluate(trainer.step)
-                bar.set_description("train")
-                bar.unpause()  # the time left is that of steps
-                tick, tick_step = time.perf_counter(), trainer.step
 
             # Stop, or end, with a checkpoint of this very step.
             last = trainer.step == settings.num_steps
@@ -181,13 +180,11 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
             outcome = train_step(trainer, config, batches, stop_asked, clock.due)
             nonfinite_in_a_row = 0 if outcome.finite else nonfinite_in_a_row + 1
             stop, last = outcome.stop, trainer.step == settings.num_steps
-            bar.update()
+            monitor.bar.update()
 
             # Log.
             if trainer.step % settings.log_every == 0 or last:
-                seconds, tick = time.perf_counter() - tick, time.perf_counter()
-                speed, tick_step = (trainer.step - tick_step) * settings.global_batch_size / seconds, trainer.step
-                bar.set_postfix(monitor.log_step(outcome, speed), refresh=False)
+                monitor.log_step(outcome)
 
             # Save by steps and by the clock.
             if trainer.step % (settings.checkpoint_every or 1) == 0 or outcome.save or last:

@@ -6,6 +6,7 @@ Pictures and distances go through the very pipeline that users call.
 import math
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import islice
@@ -19,6 +20,7 @@ from diffusers import AutoencoderKL
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from vit5gen.config import Config
 from vit5gen.data.latents import images_beside
@@ -62,10 +64,20 @@ class Monitor:
         self.accelerator.init_trackers("vit5gen")
         if self.accelerator.is_main_process:
             folder.repair_pipeline()
+        total, hidden = config.training.num_steps, not self.accelerator.is_main_process
+        self.bar = tqdm(total=total, initial=trainer.step, unit="step", disable=hidden)
+        self._since = time.perf_counter(), trainer.step
 
-    def log_step(self, outcome: Outcome, images_per_second: float) -> dict[str, str]:
-        """Add a line to the log and the trackers; return what the progress bar shows of it."""
+    def close(self) -> None:
+        """End the progress bar."""
+        self.bar.close()
+
+    def log_step(self, outcome: Outcome) -> None:
+        """Add a line on the steps since the last one to the log and the trackers, and show it beside the bar."""
         trainer, step = self.trainer, self.trainer.step
+        before, self._since = self._since, (time.perf_counter(), step)
+        num_images = (step - before[1]) * self.config.training.global_batch_size
+        images_per_second = num_images / (self._since[0] - before[0])
         line = {
             "loss": trainer.mean_loss(),
             "grad_norm": outcome.grad_norm if outcome.finite else None,
@@ -80,7 +92,8 @@ class Monitor:
         self.accelerator.log({key: value for key, value in line.items() if value is not None}, step=step)
         shown = {"loss": line["loss"], "norm": line["grad_norm"], "images/s": images_per_second}
         shown |= {"skipped": trainer.skipped} if trainer.skipped else {}
-        return {key: f"{value:.3g}" for key, value in shown.items() if value is not None}
+        shown = {key: f"{value:.3g}" for key, value in shown.items() if value is not None}
+        self.bar.set_postfix(shown, refresh=False)
 
     def due(self, step: int) -> bool:
         """Tell whether ``step`` wants an evaluation that the run does not have yet."""
@@ -93,11 +106,16 @@ class Monitor:
 
         Returns False when a signal asked to stop before all images were drawn; nothing is written then.
         """
+        self.bar.set_description("evaluate")
         try:
             with autocast(self.config.training, self.accelerator.device):
                 self._evaluate(step)
         except Interrupted:
             return False
+        finally:
+            self.bar.set_description("train")
+            self.bar.unpause()  # the time left is that of steps
+            self._since = time.perf_counter(), step
         return True
 
     def _evaluate(self, step: int) -> None:

@@ -81,16 +81,17 @@ class Trainer:
         """Return the norm of the gradient over all processes, after which it is at most ``max_norm``."""
         return whole(nn.utils.clip_grad_norm_(self.network.parameters(), max_norm or math.inf))
 
-    def update(self, outcome: Outcome) -> None:
-        """Use the gradient of a step that is finite, forget it, and count the step."""
+    def average(self) -> None:
+        """Move the averages one step towards the present weights."""
+        for ema in self.averages.values():
+            ema.update()
+
+    def count(self, outcome: Outcome) -> None:
+        """Count a step, which was skipped where its outcome is not finite."""
         if outcome.finite:
-            self.optimizer.step()
-            for ema in self.averages.values():
-                ema.update()
             self.loss_sum, self.loss_count = self.loss_sum + outcome.loss, self.loss_count + 1
         else:
             self.skipped += 1
-        self.optimizer.zero_grad()
         self.step += 1
 
     def mean_loss(self) -> float | None:
