@@ -24,9 +24,9 @@ def test_our_step_is_that_of_the_loop(tmp_path: Path) -> None:
     for _ in range(3):
         step()
     trained = weights(tmp_path / "run", 3)
-    for name, weight in step.trainee.model.named_parameters():
+    for name, weight in step.trainer.model.named_parameters():
         assert torch.equal(weight, trained[f"model/{name}"]), name
-    for name, average in step.trainee.ema.items(0.9):
+    for name, average in step.trainer.averaged(0.9):
         assert torch.equal(average, trained[f"ema_0.9/{name}"]), name
 
 

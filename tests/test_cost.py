@@ -14,7 +14,7 @@ from vit5gen.config import Config, validate
 from vit5gen.models import layers
 from vit5gen.training import cost
 from vit5gen.training.averages import EMA
-from vit5gen.training.build import build_optimizer
+from vit5gen.training.optimizers import build_optimizer
 
 SMALL = {"sample_size": 8, "hidden_size": 64, "num_layers": 3, "num_attention_heads": 4, "num_classes": 10}
 SWITCHES = [

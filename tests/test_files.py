@@ -15,7 +15,7 @@ from vit5gen.data import latents
 from vit5gen.system import files
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import atomic, locked_file, write_text
-from vit5gen.training.folder import locked
+from vit5gen.training.folder import RunFolder
 from vit5gen.training.process import signals_blocked
 
 
@@ -58,8 +58,8 @@ def test_a_lock_where_there_is_no_fcntl(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.delattr(signal, "pthread_sigmask")
     monkeypatch.setitem(sys.modules, "msvcrt", Mock(LK_NBLCK=2, locking=locking))
     monkeypatch.setattr(files, "time", Mock(sleep=lambda seconds: held.clear()))
-    with locked(tmp_path / "run"):
-        with pytest.raises(UserError, match="another process trains there"), locked(tmp_path / "run"):
+    with RunFolder(tmp_path / "run").locked():
+        with pytest.raises(UserError, match="another process trains there"), RunFolder(tmp_path / "run").locked():
             pass
         with locked_file(tmp_path / "run" / ".lock", wait=True):
             assert len(held) == 1
@@ -71,6 +71,6 @@ def test_where_nothing_locks_there_is_one_line(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(files, "fcntl", None)
     monkeypatch.setitem(sys.modules, "msvcrt", None)
     message = r"--output .*run: this Python has neither fcntl nor msvcrt; "
-    with pytest.raises(UserError, match=message) as raised, locked(tmp_path / "run"):
+    with pytest.raises(UserError, match=message) as raised, RunFolder(tmp_path / "run").locked():
         pass
     assert "\n" not in str(raised.value)

@@ -71,7 +71,7 @@ def test_a_lost_row_comes_back_the_same(done: Path, capsys: pytest.CaptureFixtur
     assert study(done / "study.yaml", done / "out") == 0
     again = {row["run"]: row for row in rows(done)}
     assert again == {row["run"]: row for row in map(json.loads, before.splitlines())}
-    assert "run 2 of 4: sit, seed 0 (going on in" in capsys.readouterr().out
+    assert "run 2 of 4: sit, seed 0 (resumed in" in capsys.readouterr().out
 
 
 def test_a_copy_without_hidden_files_goes_on(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,7 +115,7 @@ def test_a_resume_on_other_data_is_refused_until_accepted(
     assert not (tmp_path / "other").exists()
     capsys.readouterr()
     assert run(inputs, tmp_path / "run", accept=True, training__num_steps=3, **options) == 0
-    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: going on with")]
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: resuming with")]
     assert len(notes) == message.count(";") + 1
     assert run(inputs, tmp_path / "run", training__num_steps=4, **options) == 0  # it knows the new data by now
 
@@ -209,9 +209,9 @@ def test_a_row_of_the_version_before_keeps_its_defaults(inputs: Path, monkeypatc
     numbers |= dict.fromkeys(("loss", "held_out_loss", "distance", "floor", "seconds"), 1.0)
     row = Row(run="a", levels={}, commit="", metric="", settings=settings, **numbers)  # type: ignore[arg-type]
     assert row.settings.flow.stratified
-    assert not differences(row.settings.model_dump(mode="json"), load_config(inputs), free=())
+    assert not differences(row.settings.model_dump(mode="json"), load_config(inputs), changeable=())
     other = load_config(inputs, {"flow.stratified": False})
-    assert differences(row.settings.model_dump(mode="json"), other, free=()) == ["flow.stratified: True -> False"]
+    assert differences(row.settings.model_dump(mode="json"), other, changeable=()) == ["flow.stratified: True -> False"]
 
 
 @pytest.mark.parametrize(("floor", "told"), [(2.0, False), (2.0001, False), (2.1, True), (None, True)], ids=str)
@@ -226,7 +226,7 @@ def test_an_evaluation_with_another_floor_than_the_last_says_so(floor: float | N
 def test_a_run_killed_before_its_first_checkpoint_keeps_no_evaluation_of_other_data(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None] | None
 ) -> None:
-    def killed(self: Monitor, step: int, line: dict[str, Any]) -> None:
+    def killed(self: Monitor, outcome: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

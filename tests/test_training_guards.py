@@ -25,13 +25,13 @@ from vit5gen.models import SiTTransformer2DModel
 from vit5gen.system.errors import UserError
 from vit5gen.training import checkpoint, process
 from vit5gen.training.averages import EMA
-from vit5gen.training.build import build_model, build_optimizer, learning_rate
-from vit5gen.training.data import open_source
-from vit5gen.training.folder import Log, find_start, locked, to_yaml
-from vit5gen.training.loop import STOPPED
+from vit5gen.training.build import build_model
+from vit5gen.training.data import micro_batches, open_source
+from vit5gen.training.folder import RunFolder, to_yaml
+from vit5gen.training.loop import STOPPED, build_trainer, train_step
 from vit5gen.training.monitor import Monitor
+from vit5gen.training.optimizers import build_optimizer, learning_rate
 from vit5gen.training.reference import build_reference
-from vit5gen.training.trainer import Trainee
 
 
 @pytest.mark.parametrize(("number", "where"), [(signal.SIGTERM, "write"), (signal.SIGINT, "_generate")])
@@ -153,12 +153,12 @@ def test_the_main_process_alone_decides_on_a_save(config_file: Path, monkeypatch
     config = load_config(config_file)
     accelerator = process.make_accelerator(config.training, Path())
     source, vae, _ = open_source(config, accelerator)
-    trainee = Trainee(config, accelerator, vae)
-    batches = trainee.batches(source)
-    assert trainee.step(0, batches, save_due=lambda: True).save
-    assert not trainee.step(1, batches).save
+    trainer = build_trainer(config, accelerator)
+    batches = micro_batches(config, source, vae, accelerator, 0, trainer.model.null_label)
+    assert train_step(trainer, config, batches, save_due=lambda: True).save
+    assert not train_step(trainer, config, batches).save
     monkeypatch.setattr(type(accelerator), "is_main_process", False)
-    assert not trainee.step(2, batches, save_due=lambda: True).save
+    assert not train_step(trainer, config, batches, save_due=lambda: True).save
 
 
 def test_the_interval_of_checkpoints_is_settled_when_a_run_begins(
@@ -171,7 +171,9 @@ def test_the_interval_of_checkpoints_is_settled_when_a_run_begins(
     def settled(start: Path | None = None, **overrides: Any) -> tuple[int | None, float | None]:
         overrides = {f"training.{key}": value for key, value in overrides.items()}
         config = load_config(tmp_path / "run.yaml", overrides)
-        training = find_start(config, tmp_path / "run", str(start or "auto"), accept_changes=False)[1].training
+        training = (
+            RunFolder(tmp_path / "run").find_start(config, str(start or "auto"), accept_changes=False)[1].training
+        )
         return training.checkpoint_every, training.checkpoint_minutes
 
     every = {0: 1, 1: 1, 4: 1, 5: 2, 150: 38, 40_000: 10_000, 40_001: 10_000, 400_000: 10_000}
@@ -204,16 +206,16 @@ def test_a_save_that_does_not_fit_leaves_the_older_checkpoint(tmp_path: Path) ->
 
 def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
     trainer, child = socket.socketpair()
-    with locked(tmp_path / "run"):
+    with RunFolder(tmp_path / "run").locked():
         if not (number := os.fork()):
             child.send(b"started")
             child.recv(1)  # outlives the lock
             os._exit(0)
         trainer.recv(7)
-        with pytest.raises(UserError, match="another process trains"), locked(tmp_path / "run"):
+        with pytest.raises(UserError, match="another process trains"), RunFolder(tmp_path / "run").locked():
             pass
     try:
-        with locked(tmp_path / "run"):
+        with RunFolder(tmp_path / "run").locked():
             pass
     finally:
         trainer.send(b".")
@@ -421,10 +423,10 @@ def test_a_resume_that_does_not_fit_changes_nothing(config_file: Path, tmp_path:
 
 def test_damaged_lines_of_the_log_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n{"st\x00\xff\n5\n{"step": 3}\n{"step": 4')
-    assert [line["step"] for line in Log(tmp_path).read()] == [1, 3]
+    assert [line["step"] for line in RunFolder(tmp_path).lines()] == [1, 3]
 
 
 def test_a_copy_without_hidden_files_is_a_run(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    with locked(tmp_path):
+    with RunFolder(tmp_path).locked():
         pass

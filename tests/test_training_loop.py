@@ -135,13 +135,13 @@ def test_a_full_disk_keeps_the_older_checkpoint(
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
     monkeypatch.setattr(
-        "vit5gen.training.monitor.Monitor.evaluate", lambda self, step: self.log.add_evaluation({"step": step})
+        "vit5gen.training.monitor.Monitor.evaluate", lambda self, step: self.folder.add_evaluation({"step": step})
     )
     run(config_file, tmp_path / "run", training__num_steps=7)
     assert "No space left" in capsys.readouterr().out
     folder = tmp_path / "run/checkpoints"
     assert [path.name for path in folder.iterdir()] == ["step_00000005"]
-    assert checkpoint.problem(folder / "step_00000005") is None
+    assert checkpoint.find_damage(folder / "step_00000005") is None
 
 
 def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(config_file: Path, tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from vit5gen.config import Config, validate
+from vit5gen.training.data import micro_batches
+from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.process import make_accelerator
-from vit5gen.training.trainer import Trainee
 
 NUM_STEPS = 200
 
@@ -30,9 +31,11 @@ def losses(folder, backbone, **training):
     if backbone == "vit5":
         sections["model"]["backbone_kwargs"] = {"gamma_init": 1}
     config = validate(Config, sections, "test")
-    trainee = Trainee(config, make_accelerator(config.training, folder))
-    batches = trainee.batches(Waves())
-    return torch.tensor([trainee.step(number, batches).loss for number in range(NUM_STEPS)], dtype=torch.float64)
+    accelerator = make_accelerator(config.training, folder)
+    trainer = build_trainer(config, accelerator)
+    batches = micro_batches(config, Waves(), None, accelerator, 0, trainer.model.null_label)
+    losses = [train_step(trainer, config, batches).loss for _ in range(NUM_STEPS)]
+    return torch.tensor(losses, dtype=torch.float64)
 
 
 @pytest.mark.slow

@@ -184,7 +184,7 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
 
             # Log.
             if trainer.step % settings.log_every == 0 or last:
-                monitor.log_step(outcome)
+                monitor.write(outcome)
 
             # Save by steps and by the clock.
             if trainer.step % (settings.checkpoint_every or 1) == 0 or outcome.save or last:

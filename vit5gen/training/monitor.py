@@ -72,7 +72,7 @@ class Monitor:
         """End the progress bar."""
         self.bar.close()
 
-    def log_step(self, outcome: Outcome) -> None:
+    def write(self, outcome: Outcome) -> None:
         """Add a line on the steps since the last one to the log and the trackers, and show it beside the bar."""
         trainer, step = self.trainer, self.trainer.step
         before, self._since = self._since, (time.perf_counter(), step)

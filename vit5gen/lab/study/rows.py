@@ -78,7 +78,7 @@ def _changes(row: Row, run: Run) -> list[str]:
         for name, old, new in (("levels", row.levels, run.levels), ("seed", row.seed, run.seed))
         if old != new
     ]
-    return own + differences(row.settings.model_dump(mode="json"), run.config, free=())
+    return own + differences(row.settings.model_dump(mode="json"), run.config, changeable=())
 
 
 def write_rows(file: Path, rows: list[Row]) -> None:
