@@ -1,26 +1,20 @@
 """The autoencoder: its scaling, the shipped one's quality, training, and names that cannot be loaded."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
-from PIL import Image
-from tiny import tiny_autoencoder
+from diffusers import AutoencoderKL
 
-from vit5gen.config import AutoencoderTraining, DataConfig, read_yaml, validate
+from vit5gen.config import DataConfig
 from vit5gen.data.autoencoder import (
     EMOJI,
     decode,
     downsample,
     encode,
     load_autoencoder,
-    main,
     psnr,
-    scaling,
     to_uint8,
-    train_autoencoder,
 )
 from vit5gen.data.images import open_images
 from vit5gen.system.errors import UserError
@@ -102,119 +96,3 @@ def test_folders_that_are_no_autoencoder(tmp_path: Path) -> None:
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match="no autoencoder can be loaded"):
         load_autoencoder(str(tmp_path))
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> AutoencoderTraining:
-    generator = torch.Generator().manual_seed(0)
-    for split in ("train", "test"):
-        for i in range(8):
-            path = tmp_path / "images" / split / "plain" / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (8, 8), tuple(torch.randint(256, (3,), generator=generator).tolist())).save(path)
-    return AutoencoderTraining(
-        data=DataConfig(path=str(tmp_path / "images"), resolution=8),
-        block_out_channels=[8, 16],
-        num_steps=3,
-        batch_size=4,
-        precision="fp32",
-    )
-
-
-def test_training_learns_and_repeats_itself(config: AutoencoderTraining, tmp_path: Path) -> None:
-    first = train_autoencoder(config, tmp_path / "a")
-    assert train_autoencoder(config, tmp_path / "b") == first
-    files = ["config.json", "diffusion_pytorch_model.safetensors", "round_trips.png"]
-    for name in files:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    longer = config.model_copy(update={"num_steps": 100, "learning_rate": 1e-2})
-    assert train_autoencoder(longer, tmp_path / "c") > first + 3
-    images = open_images(config.data)
-    mean, std = encode(load_autoencoder(str(tmp_path / "c")), torch.stack([image for image, _ in images]))
-    assert mean.mean().item() == pytest.approx(0, abs=0.01)
-    assert (mean.square() + std.square()).mean().item() == pytest.approx(1, abs=0.02)
-
-
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    (tmp_path / "bad.yaml").write_text("data: {source: emoji}\nnum_step: 3\n")
-    with pytest.raises(SystemExit) as raised:
-        main([str(tmp_path / "bad.yaml"), "--output", str(tmp_path / "out")])
-    assert raised.value.code == 2
-    assert "num_steps" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("precision", "told"), [("bf16", True), ("fp32", False)])
-def test_command_tells_of_slow_bf16(
-    precision: str, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr("vit5gen.system.cpu.has_bf16", lambda: False)
-    (tmp_path / "none.yaml").write_text(f"data: {{path: {tmp_path / 'absent'}}}\nprecision: {precision}\n")
-    with pytest.raises(SystemExit):
-        main([str(tmp_path / "none.yaml"), "--output", str(tmp_path / "out")])
-    assert ("slower than fp32 on this CPU" in capsys.readouterr().out) is told
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("block_out_channels: [10, 20]", "expected multiples of norm_num_groups 8"),
-        ("block_out_channels: [8, 8, 8]\ndata: {resolution: 30}", "data.resolution = 30: expected a multiple of 4"),
-        ("{}", "a folder; choose another path"),
-    ],
-)
-def test_command_refuses_bad_sizes_and_outputs_before_any_work(
-    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "sizes.yaml").write_text(text if "data:" in text else f"{text.strip('{}')}\ndata: {{}}\n")
-    (tmp_path / "out" / "config.json").mkdir(parents=True)
-    with pytest.raises(SystemExit) as stopped:
-        main([str(tmp_path / "sizes.yaml"), "--output", str(tmp_path / "out")])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_committed_configuration_is_valid() -> None:
-    path = Path(__file__).parents[1] / "configs" / "vae" / "emoji.yaml"
-    config = validate(AutoencoderTraining, read_yaml(path), str(path))
-    assert config.data.split == "train"
-
-
-@pytest.mark.parametrize(
-    ("changes", "fault"),
-    [
-        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "has latents_mean and latents_std"),
-        ({"latents_std": [1.0] * 4}, "has latents_std"),
-        ({"scaling_factor": 0.0}, "scaling_factor = 0.0"),
-        ({"scaling_factor": None}, "scaling_factor = None"),
-        ({"scaling_factor": [1.0] * 4}, r"scaling_factor = \[1.0"),
-        ({"shift_factor": float("nan")}, "shift_factor = nan"),
-    ],
-)
-def test_scaling_that_is_not_read_is_refused(tmp_path: Path, changes: dict, fault: str) -> None:
-    vae = tiny_autoencoder()
-    vae.register_to_config(**changes)
-    vae.save_pretrained(tmp_path)
-    for use in (lambda: load_autoencoder(str(tmp_path)), lambda: decode(vae, torch.zeros(1, 4, 8, 8))):
-        with pytest.raises(UserError, match=f"{fault}.*choose another one") as caught:
-            use()
-        assert "\n" not in str(caught.value)
-
-
-def test_another_kind_of_autoencoder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'VQModel': its configuration has no shift_factor"):
-        scaling(VQModel(latent_channels=4))
-    assert scaling(AutoencoderTiny()) == (1.0, 0.0)  # decodes latents as they are
-    for folder, other in (("vq", VQModel(latent_channels=4)), ("tiny", AutoencoderTiny())):
-        other.save_pretrained(tmp_path / folder)
-        with pytest.raises(UserError, match=r"vae\.name .*no autoencoder can be loaded"):
-            load_autoencoder(str(tmp_path / folder))
-
-
-def test_configurations_of_old_have_no_shift(tmp_path: Path) -> None:
-    tiny_autoencoder().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    for key in ("shift_factor", "latents_mean", "latents_std", "_class_name"):
-        del config[key]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert scaling(load_autoencoder(str(tmp_path))) == (0.18215, 0.0)

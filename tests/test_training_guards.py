@@ -44,7 +44,7 @@ def test_a_signal_saves_and_the_run_goes_on(
 
     def signalled(self: Monitor, *args: Any) -> Any:
         # In the log of step 4, or while the images of step 6 are drawn.
-        if (where == "write" and args[0] == 4) or (where == "_generate" and (self.output / "log.jsonl").exists()):
+        if (where == "write" and self.trainer.step == 4) or (where == "_generate" and self.folder.log.exists()):
             os.kill(os.getpid(), number)
         return original(self, *args)
 

@@ -43,7 +43,7 @@ class Trainer:
     """A network as the processes share it, with all that a checkpoint holds of its training.
 
     network: what is called and optimised.  parts: its modules by their name in a checkpoint, "model" first; those
-    without parameters have no file.  decays: of the averages.
+    without a state have no file.  decays: of the averages.
     skipped: steps that were not finite.  loss_sum, loss_count: of the steps since the last line of the log.
     data: what is recorded of the training data, empty where an earlier version did not. Random numbers and the place in
     the data follow from ``step``.
@@ -57,14 +57,13 @@ class Trainer:
         parts: dict[str, nn.Module],
         decays: Iterable[float] = (),
     ) -> None:
-        self.accelerator, self.parts = (
-            accelerator,
-            {k: v for k, v in parts.items() if any(True for _ in v.parameters())},
-        )
+        self.accelerator = accelerator
         self.network, self.optimizer = accelerator.prepare(network, optimizer)
         self.model = parts["model"]
+        self.parts = {name: part for name, part in parts.items() if part.state_dict()}
         # The averages are of the parameters as prepared: sharded under FSDP.
-        self.averages = {name: EMA(part, decays) for name, part in self.parts.items()}
+        learning = {name: part for name, part in self.parts.items() if any(True for _ in part.parameters())}
+        self.averages = {name: EMA(part, decays) for name, part in learning.items()}
         self.step, self.skipped, self.loss_sum, self.loss_count = 0, 0, 0.0, 0
         self.data: dict[str, Any] = {}
 
@@ -161,8 +160,9 @@ class Trainer:
         """Yield the files of a checkpoint with their tensors by name, all but the optimizer's."""
         for name, part in self.parts.items():
             yield name, part.state_dict().items()
-            for decay in self.averages[name].averages:
-                yield f"{'' if name == 'model' else name + '_'}ema_{decay}", self.averages[name].items(decay)
+        for name, ema in self.averages.items():
+            for decay in ema.averages:
+                yield f"{'' if name == 'model' else name + '_'}ema_{decay}", ema.items(decay)
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield all parameters by the names that they have in the file of the optimizer."""

@@ -1,0 +1,215 @@
+"""Training of a small autoencoder: ``vit5gen autoencoder``, with the checkpoints and signals of the training loop."""
+
+import math
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from vit5gen.config import AutoencoderTraining, TrainingConfig, read_yaml
+from vit5gen.data.autoencoder import decode, encode, load_autoencoder, psnr, to_uint8
+from vit5gen.data.images import ImageSet, open_images
+from vit5gen.system.errors import UserError
+from vit5gen.system.files import check_writable, clear_weights
+from vit5gen.training import checkpoint, process
+from vit5gen.training.folder import RunFolder, to_yaml
+from vit5gen.training.loop import STOPPED
+from vit5gen.training.trainer import Outcome, Trainer
+
+_WARMUP = 100  # steps
+
+
+class RoundTrip(nn.Module):
+    """An autoencoder with the loss of what comes back from it."""
+
+    def __init__(self, config: AutoencoderTraining) -> None:
+        super().__init__()
+        self.config, levels = config, len(config.block_out_channels)
+        with torch.random.fork_rng(devices=[]):  # diffusers initialises from the global generator
+            torch.manual_seed(config.seed)
+            self.vae = AutoencoderKL(
+                down_block_types=["DownEncoderBlock2D"] * levels,
+                up_block_types=["UpDecoderBlock2D"] * levels,
+                block_out_channels=config.block_out_channels,
+                layers_per_block=config.layers_per_block,
+                latent_channels=config.latent_channels,
+                norm_num_groups=config.norm_num_groups,
+                mid_block_add_attention=False,
+                sample_size=config.data.resolution,
+                scaling_factor=1.0,
+                shift_factor=0.0,
+                force_upcast=False,
+            )
+
+    def forward(self, target: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the loss of images (B, 3, H, W) in [-1, 1], and the divergence in it.
+
+        It is squared error + absolute error + Kullback-Leibler divergence to the unit normal (arXiv 1312.6114), each a
+        mean over elements.
+        """
+        with torch.autocast(target.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            posterior = self.vae.encode(target).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(target.device)
+            reconstruction = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
+        error, mean, variance = reconstruction - target, posterior.mean.float(), posterior.var.float()
+        divergence = (mean.square() + variance - 1 - posterior.logvar.float()).mean() / 2
+        l1_weight, kl_weight = self.config.l1_weight, self.config.kl_weight
+        return error.square().mean() + l1_weight * error.abs().mean() + kl_weight * divergence, divergence
+
+
+class Shuffle(nn.Module):
+    """Batches of uint8 images (B, 3, H, W): every epoch in a new order, mirrored and shifted at random.
+
+    What is random comes from one generator; its state and the present order are buffers, so that a checkpoint resumes
+    in the middle of an epoch.
+    """
+
+    order: Tensor
+    state: Tensor
+
+    def __init__(self, images: ImageSet, config: AutoencoderTraining) -> None:
+        super().__init__()
+        self.images, self.config = images, config
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.register_buffer("order", torch.arange(len(images)))
+        self.register_buffer("state", self.generator.get_state())
+
+    def batch(self, step: int) -> Tensor:
+        """Draw the batch of ``step`` (0-based), for whose noise the generator is next."""
+        size, shift, side = self.config.batch_size, self.config.max_shift, self.config.data.resolution
+        place = step % math.ceil(len(self.order) / size)
+        if place == 0:
+            self.order = torch.randperm(len(self.order), generator=self.generator)
+        indices = self.order[place * size : (place + 1) * size]
+        batch = torch.stack([self.images.read(int(i)) for i in indices])
+        mirrored = torch.rand(len(batch), generator=self.generator) < 0.5
+        batch[mirrored] = batch[mirrored].flip(-1)
+        rows, columns = torch.randint(2 * shift + 1, (2,), generator=self.generator).tolist()
+        padded = functional.pad(batch.float(), [shift] * 4, mode="replicate")
+        return padded[:, :, rows : rows + side, columns : columns + side]
+
+
+def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
+    """Train an `AutoencoderKL`, save it with fp16 weights and a picture of round trips; return the exit code.
+
+    A signal saves a checkpoint, from which the same command resumes, bit for bit. In the end scale and shift give
+    latents of the training images mean 0 and standard deviation 1. Raises `UserError` for input that does not fit.
+    """
+    folder, begun = RunFolder(output), time.perf_counter()
+    _check_sizes(config)
+    settings = TrainingConfig(precision=config.precision, trackers=[])
+    accelerator = process.make_accelerator(settings, folder.path)
+    images, held_out = open_images(config.data), open_images(config.data, config.held_out_split)
+    with folder.locked(("checkpoints", "config.json")):
+        check_writable(folder.path / "config.json")
+        try:
+            # The network, its optimizer and its batches, resumed where there is a checkpoint.
+            network, shuffle = RoundTrip(config), Shuffle(images, config)
+            optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=0.0, fused=True)
+            trainer = Trainer(accelerator, network, optimizer, {"model": network.vae, "draws": shuffle})
+            if (start := checkpoint.newest_valid(folder.checkpoints)) is not None:
+                _resume(trainer, shuffle, start, config)
+            clock, bar = process.SaveClock(settings.checkpoint_minutes), partial(tqdm, desc="autoencoder", unit="step")
+            with process.stop_signals() as stop_asked, bar(total=config.num_steps, initial=trainer.step) as progress:
+                while trainer.step < config.num_steps:
+                    # One step.
+                    for group in trainer.optimizer.param_groups:
+                        group["lr"] = config.learning_rate * _warmup_cosine(trainer.step, config.num_steps)
+                    target = shuffle.batch(trainer.step).to(accelerator.device) / 127.5 - 1
+                    loss, divergence = trainer.network(target, shuffle.generator)
+                    loss.backward()
+                    norm = trainer.clip(1.0)
+                    trainer.optimizer.step()
+                    trainer.optimizer.zero_grad()
+                    trainer.count(Outcome({"loss": loss.item()}, norm.item()))
+                    progress.update()
+                    if trainer.step % 100 == 1:
+                        progress.set_postfix(loss=f"{loss.item():.4f}", kl=f"{divergence.item():.2f}")
+
+                    # A checkpoint, by the clock or for a signal.
+                    if stop_asked() or clock.due():
+                        shuffle.state = shuffle.generator.get_state()
+                        trainer.save(folder.checkpoints, to_yaml(config))
+                        clock.restart()
+                    if stop_asked():
+                        accelerator.print(f"\nstopped by a signal after step {trainer.step}; the same command resumes")
+                        return STOPPED
+            score = _finish(network.vae, images, held_out, folder)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{error}; fix it, and run the same command again") from error
+    accelerator.print(f"{folder}: held-out PSNR {score:.2f} dB after {time.perf_counter() - begun:.0f} s")
+    return 0
+
+
+def _check_sizes(config: AutoencoderTraining) -> None:
+    """Raise `UserError` for sizes that do not divide."""
+    groups, factor = config.norm_num_groups, 2 ** (len(config.block_out_channels) - 1)
+    if any(width % groups for width in config.block_out_channels):
+        raise UserError(
+            f"block_out_channels = {config.block_out_channels}: expected multiples of norm_num_groups {groups}"
+        )
+    if config.data.resolution % factor:
+        raise UserError(
+            f"data.resolution = {config.data.resolution}: expected a multiple of {factor}, for the "
+            f"{len(config.block_out_channels)} entries of block_out_channels"
+        )
+
+
+def _resume(trainer: Trainer, shuffle: Shuffle, start: Path, config: AutoencoderTraining) -> None:
+    """Restore a checkpoint of the same configuration and number of images; raise `UserError` for another one."""
+    recorded, now = read_yaml(start / checkpoint.CONFIG), config.model_dump(mode="json")
+    if changed := [key for key, value in now.items() if recorded.get(key) != value]:
+        raise UserError(f"{start} was made with another {', '.join(changed)}; restore it, or choose another --output")
+    trainer.restore(start)
+    shuffle.generator.set_state(shuffle.state.cpu())
+    trainer.accelerator.print(f"resuming from {start}")
+
+
+def _warmup_cosine(step: int, num_steps: int) -> float:
+    return min(1.0, (step + 1) / _WARMUP) * (1 + math.cos(math.pi * step / num_steps)) / 2
+
+
+def _finish(vae: AutoencoderKL, images: ImageSet, held_out: ImageSet, folder: RunFolder) -> float:
+    """Scale the latents, save weights and picture, delete the checkpoints; return the held-out PSNR in dB."""
+    vae.eval().requires_grad_(False)
+    mean, std = _encode_all(vae, images)
+    shift = mean.mean().item()
+    # The mean square of a draw is (mean - shift)^2 + std^2.
+    scale = ((mean - shift).square() + std.square()).mean().item() ** -0.5
+    vae.register_to_config(shift_factor=shift, scaling_factor=scale)
+    clear_weights(folder.path)
+    vae.half().save_pretrained(folder.path)
+    score = _evaluate(load_autoencoder(str(folder)), held_out, folder.path)
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    return score
+
+
+def _encode_all(vae: AutoencoderKL, images: ImageSet) -> tuple[Tensor, Tensor]:
+    chunks = torch.arange(len(images)).split(64)
+    encoded = [encode(vae, torch.stack([images.read(int(i)) for i in chunk]).to(vae.device)) for chunk in chunks]
+    mean, std = zip(*encoded, strict=True)
+    return torch.cat(mean), torch.cat(std)
+
+
+def _evaluate(vae: AutoencoderKL, images: ImageSet, output: Path) -> float:
+    """Print the PSNR of each class, save a picture of round trips; return the mean PSNR in dB."""
+    originals = torch.stack([images.read(i) for i in range(len(images))])
+    mean, _ = _encode_all(vae, images)
+    decoded = torch.cat([to_uint8(decode(vae, latents)) for latents in mean.split(64)])
+    scores = psnr(originals, decoded)
+    for label, name in enumerate(images.class_names):
+        print(f"{name:>12}: {scores[images.labels == label].mean():.2f} dB")
+    shown = torch.linspace(0, len(images) - 1, 64).long()  # odd rows of the picture: what the rows above come back as
+    pairs = [tile for row in shown.split(16) for tile in (originals[row], decoded[row])]
+    picture = make_grid(torch.cat(pairs), nrow=16)
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(output / "round_trips.png")
+    return scores.mean().item()
