@@ -36,7 +36,7 @@ class Learner(nn.Module):
     def __init__(self, model: SiTTransformer2DModel, flow: Flow, config: Config) -> None:
         super().__init__()
         self.model, self.flow = model, flow
-        self.weights, self.objectives = build_objectives(config.training.objectives, model, flow)
+        self.weights, self.objectives = build_objectives(config.training.objectives, model, flow, config.training.seed)
         self.taps = tuple(sorted({k for objective in self.objectives.values() for k in objective.taps}))
         self._no_split_modules = model._no_split_modules  # what FSDP wraps
 

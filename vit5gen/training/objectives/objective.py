@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from vit5gen.flow import Flow
@@ -79,14 +80,16 @@ def check_objective(name: str, given: Mapping[str, Any]) -> tuple[float, dict[st
 
 
 def build_objectives(
-    section: Mapping[str, Mapping[str, Any]], model: SiTTransformer2DModel, flow: Flow
+    section: Mapping[str, Mapping[str, Any]], model: SiTTransformer2DModel, flow: Flow, seed: int
 ) -> tuple[dict[str, float], nn.ModuleDict]:
-    """Return the weights and the objectives of ``training.objectives`` by name.
+    """Return the weights and the objectives of ``training.objectives`` by name, initialised from ``seed``.
 
     Raises `UserError` for an unknown name, options that do not fit, or a tap that the model has not.
     """
     checked = {name: check_objective(name, given) for name, given in section.items()}
-    objectives = {name: OBJECTIVES.get(name)(model, flow, **options) for name, (_, options) in checked.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        objectives = {name: OBJECTIVES.get(name)(model, flow, **options) for name, (_, options) in checked.items()}
     for name, objective in objectives.items():
         if beyond := [k for k in objective.taps if not 1 <= k <= model.config.num_layers]:
             raise UserError(
