@@ -1,5 +1,6 @@
 """A Gaussian mixture carried along a flow: its exact marginals, velocity, score and noise, in float64."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,3 +62,15 @@ class Mixture:
             return -(share * whitened).sum(1)
         data = (share * (self.means + (alpha * self.variances)[..., None] * whitened)).sum(1)
         return d_alpha * data + d_sigma * noise
+
+
+class CountingModel:
+    """Wrap a network and count its evaluations."""
+
+    def __init__(self, model: Callable[..., Tensor]) -> None:
+        self.model, self.calls, self.rows = model, 0, 0
+
+    def __call__(self, x: Tensor, *args: Tensor) -> Tensor:
+        self.calls += 1
+        self.rows += x.shape[0]
+        return self.model(x, *args)

@@ -16,7 +16,8 @@ from benchmark_peers import write_sit, write_vit5
 from tiny_run import make_inputs, run
 
 from vit5gen.cli import main
-from vit5gen.generation.pipeline import SiTPipeline, load_pipeline
+from vit5gen.generation.loading import load_pipeline
+from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.lab.benchmark import NAMES, evaluation, memory, sampling, scaling, train_step
 from vit5gen.lab.benchmark.costs import costs
 from vit5gen.lab.benchmark.peers import SIT, VIT5

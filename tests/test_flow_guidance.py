@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from flow_mixture import CountingModel
 from torch import Tensor
 
-from vit5gen.flow import CountingModel, Flow, guide, sample_ode
+from vit5gen.flow import Flow, GuidedModel, sample_ode
 from vit5gen.system.errors import UserError
 
 NULL = 9
@@ -27,34 +28,32 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.linspace(0, 1, 7), torch.tensor([0, 1, 2, 3, 4, 5, NULL])
 
 
-@pytest.mark.parametrize("batched", [True, False])
-def test_formula(batch: tuple[Tensor, Tensor, Tensor], batched: bool) -> None:
+def test_formula(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     x, t, y = batch
     c, u, w = model(x, t, y), model(x, t, torch.full_like(y, NULL)), weak(x, t, y)
-    cfg = guide(model, y, 2.5, NULL, batched=batched)(x, t)
+    cfg = GuidedModel(model, y, 2.5, NULL)(x, t)
     torch.testing.assert_close(cfg, u + 2.5 * (c - u))
-    auto = guide(model, y, weak_model=weak, weak_scale=1.7, batched=batched)(x, t)
+    auto = GuidedModel(model, y, weak_model=weak, weak_scale=1.7)(x, t)
     torch.testing.assert_close(auto, w + 1.7 * (c - w))
-    both = guide(model, y, 2.5, NULL, weak_model=weak, weak_scale=1.7, batched=batched)(x, t)
+    both = GuidedModel(model, y, 2.5, NULL, weak_model=weak, weak_scale=1.7)(x, t)
     torch.testing.assert_close(both, c + 1.5 * (c - u) + 0.7 * (c - w))
 
 
 def test_only_the_first_channels_are_guided_if_so_asked(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     x, t, y = batch
-    three, every = guide(model, y, 4.0, NULL, channels=3)(x, t), guide(model, y, 4.0, NULL)(x, t)
+    three, every = GuidedModel(model, y, 4.0, NULL, channels=3)(x, t), GuidedModel(model, y, 4.0, NULL)(x, t)
     assert torch.equal(three[:, :3], every[:, :3])
     assert torch.equal(three[:, 3:], model(x, t, y)[:, 3:])
 
 
-@pytest.mark.parametrize("batched", [True, False])
-def test_each_sample_is_guided_at_its_own_times(batch: tuple[Tensor, Tensor, Tensor], batched: bool) -> None:
+def test_each_sample_is_guided_at_its_own_times(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     x, t, y = batch
-    guided = guide(model, y, 3.0, NULL, interval=(0.3, 0.7), batched=batched)(x, t)
+    guided = GuidedModel(model, y, 3.0, NULL, interval=(0.3, 0.7))(x, t)
     inside = (t >= 0.3) & (t <= 0.7)
-    assert torch.equal(guided[inside], guide(model, y, 3.0, NULL)(x, t)[inside])
+    assert torch.equal(guided[inside], GuidedModel(model, y, 3.0, NULL)(x, t)[inside])
     assert torch.equal(guided[~inside], model(x, t, y)[~inside])
     for i in range(7):
-        alone = guide(model, y[i : i + 1], 3.0, NULL, interval=(0.3, 0.7), batched=batched)
+        alone = GuidedModel(model, y[i : i + 1], 3.0, NULL, interval=(0.3, 0.7))
         assert torch.equal(alone(x[i : i + 1], t[i : i + 1]), guided[i : i + 1])
 
 
@@ -62,7 +61,7 @@ def test_the_ends_of_the_interval_belong_to_it(batch: tuple[Tensor, Tensor, Tens
     x, _, y = batch
     for end in (0.1, 0.7):  # in float32 the one is above, the other below its decimal
         t = torch.full((7,), end)
-        assert not torch.equal(guide(model, y, 3.0, NULL, interval=(0.1, 0.7))(x, t), model(x, t, y))
+        assert not torch.equal(GuidedModel(model, y, 3.0, NULL, interval=(0.1, 0.7))(x, t), model(x, t, y))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +70,6 @@ def test_the_ends_of_the_interval_belong_to_it(batch: tuple[Tensor, Tensor, Tens
         ({}, 1, 7),
         ({"scale": 1}, 1, 7),
         ({"scale": 2.0}, 1, 14),
-        ({"scale": 2.0, "batched": False}, 2, 14),
         ({"scale": 2.0, "interval": (0.0, 0.4)}, 1, 7),
         ({"weak_model": weak, "weak_scale": 2.0}, 1, 7),
         ({"scale": 0.0}, 1, 14),
@@ -79,16 +77,18 @@ def test_the_ends_of_the_interval_belong_to_it(batch: tuple[Tensor, Tensor, Tens
 )
 def test_cost(batch: tuple[Tensor, Tensor, Tensor], options: dict, calls: int, rows: int) -> None:
     counted, (x, _, y) = CountingModel(model), batch
-    guide(counted, y, null_label=NULL, **options)(x, torch.full((7,), 0.5))
+    guided = GuidedModel(counted, y, null_label=NULL, **options)
+    guided(x, torch.full((7,), 0.5))
     assert (counted.calls, counted.rows) == (calls, rows)
+    assert guided.rows == rows + 7 * ("weak_model" in options)
 
 
 @pytest.mark.parametrize("method", ["heun", "dopri5"])
 def test_a_scale_of_one_is_unguided_bit_for_bit(batch: tuple[Tensor, Tensor, Tensor], method: str) -> None:
     x, _, y = batch
     plain = sample_ode(Flow(), lambda x, t: model(x, t, y), x, 5, method)
-    assert torch.equal(plain, sample_ode(Flow(), guide(model, y, 1.0, NULL), x, 5, method))
-    assert torch.equal(plain, sample_ode(Flow(), guide(model, y, 1.0, weak_model=weak), x, 5, method))
+    assert torch.equal(plain, sample_ode(Flow(), GuidedModel(model, y, 1.0, NULL), x, 5, method))
+    assert torch.equal(plain, sample_ode(Flow(), GuidedModel(model, y, 1.0, weak_model=weak), x, 5, method))
 
 
 @pytest.mark.parametrize("prediction", ["score", "noise"])
@@ -96,14 +96,14 @@ def test_guiding_a_prediction_is_guiding_its_velocity(batch: tuple[Tensor, Tenso
     x, _, y = batch
     flow = Flow("gvp", prediction)
     c, u = (flow.velocity(lambda x, t, y=y: model(x, t, y), x, 0.4) for y in (y, torch.full_like(y, NULL)))
-    torch.testing.assert_close(flow.velocity(guide(model, y, 2.5, NULL), x, 0.4), u + 2.5 * (c - u))
+    torch.testing.assert_close(flow.velocity(GuidedModel(model, y, 2.5, NULL), x, 0.4), u + 2.5 * (c - u))
 
 
 def test_the_null_label_is_the_models_own(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     x, t, y = batch
     owner = CountingModel(model)
     owner.null_label = NULL
-    assert torch.equal(guide(owner, y, 2.0)(x, t), guide(model, y, 2.0, NULL)(x, t))
+    assert torch.equal(GuidedModel(owner, y, 2.0)(x, t), GuidedModel(model, y, 2.0, NULL)(x, t))
 
 
 def test_bad_input(batch: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -120,51 +120,56 @@ def test_bad_input(batch: tuple[Tensor, Tensor, Tensor]) -> None:
         {"weak_scale": 2.0},
     ):
         with pytest.raises(UserError, match=next(reversed(options))):
-            guide(model, y, null_label=NULL, **options)
+            GuidedModel(model, y, null_label=NULL, **options)
     with pytest.raises(UserError, match="null_label"):
-        guide(model, y, 2.0)
+        GuidedModel(model, y, 2.0)
     with pytest.raises(UserError, match="only 4"):
-        guide(model, y, 2.0, NULL, channels=5)(x, t)
+        GuidedModel(model, y, 2.0, NULL, channels=5)(x, t)
     with pytest.raises(UserError, match=r"class_labels: shape \(6,\)"):
-        guide(model, y[:6], 2.0, NULL)(x, t)
+        GuidedModel(model, y[:6], 2.0, NULL)(x, t)
 
 
-@pytest.mark.parametrize("batched", [True, False])
-def test_a_model_of_the_wrong_shape_is_noticed(batch: tuple[Tensor, Tensor, Tensor], batched: bool) -> None:
+def test_a_model_of_the_wrong_shape_is_noticed(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     x, t, y = batch
-
-    def narrow(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return model(x, t, labels)[:, :1]
-
-    for guided in (
-        guide(narrow, y, 2.0, NULL, batched=batched),
-        guide(lambda x, t, y: x[:1], y, 2.0, NULL, batched=batched),
-        guide(model, y, 2.0, NULL, weak_model=narrow, weak_scale=2.0, batched=batched),
-    ):
+    for wrong in (lambda x, t, y: model(x, t, y)[:, :1], lambda x, t, y: x[:1]):
         with pytest.raises(UserError, match="model output: shape"):
-            guided(x, t)
+            Flow().velocity(GuidedModel(wrong, y, 2.0, NULL), x, t)
 
 
 def test_states_may_be_one_number_a_sample() -> None:
     x, t, y = torch.randn(3, generator=torch.Generator().manual_seed(0)), torch.rand(3), torch.tensor([0, 1, 2])
     options = {"scale": 2.0, "null_label": NULL, "interval": (0.1, 0.9), "channels": 1}
-    flat = guide(lambda x, t, y: x * (y + 1) + t, y, **options)(x, t)
-    column = guide(lambda x, t, y: x * (y + 1)[:, None] + t[:, None], y, **options)(x[:, None], t)
+    flat = GuidedModel(lambda x, t, y: x * (y + 1) + t, y, **options)(x, t)
+    column = GuidedModel(lambda x, t, y: x * (y + 1)[:, None] + t[:, None], y, **options)(x[:, None], t)
     assert torch.equal(flat, column[:, 0])
     with pytest.raises(UserError, match="guidance_channels: 2; the model has only 1"):
-        guide(lambda x, t, y: x, y, **options | {"channels": 2})(x, t)
+        GuidedModel(lambda x, t, y: x, y, **options | {"channels": 2})(x, t)
 
 
 def test_a_scale_may_change_between_evaluations(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     x, t, y = batch
     scale = 1.0
-    guided = guide(model, y, lambda: scale, NULL)
+    guided = GuidedModel(model, y, lambda: scale, NULL)
     for scale in (1.0, 3.0, 0.0, 1.0):
-        assert torch.equal(guided(x, t), guide(model, y, scale, NULL)(x, t))
+        assert torch.equal(guided(x, t), GuidedModel(model, y, scale, NULL)(x, t))
     for bad in (math.nan, math.inf, "2"):
         scale = bad
         with pytest.raises(UserError, match=r"guidance_scale: .*expected a finite number"):
             guided(x, t)
     scale = 2.0
     with pytest.raises(UserError, match="null_label: the model has none"):
-        guide(model, y, lambda: scale)
+        GuidedModel(model, y, lambda: scale)
+
+
+def test_one_time_stays_one_time() -> None:
+    times = []
+
+    def model(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        times.append(t.shape)
+        return x
+
+    x, y = torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64)
+    for method, shape in (("heun", (1,)), ("dopri5", (6,))):
+        times.clear()
+        sample_ode(Flow(), GuidedModel(model, y, 2.0, NULL), x, 2, method)
+        assert set(times) == {shape}

@@ -22,7 +22,7 @@ from vit5gen import SiTPipeline, SiTScheduler
 from vit5gen.config import SamplingConfig
 from vit5gen.generation.many import SamplingJob, draw_labels, generate, image_generator, sample_command
 from vit5gen.generation.outputs import Output
-from vit5gen.generation.pipeline import SAMPLERS
+from vit5gen.generation.scheduler import SAMPLERS
 from vit5gen.system.errors import UserError
 
 FAST = SamplingConfig(sampler="sde-euler", num_inference_steps=3, guidance_scale=1.5)

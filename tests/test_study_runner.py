@@ -14,7 +14,7 @@ from tiny_run import run as tiny_run
 
 from vit5gen.data.autoencoder import encode
 from vit5gen.data.images import open_images
-from vit5gen.generation.pipeline import load_pipeline
+from vit5gen.generation.loading import load_pipeline
 from vit5gen.lab.study import runner
 from vit5gen.lab.study.__main__ import main
 from vit5gen.lab.study.measure import held_out_loss

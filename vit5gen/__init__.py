@@ -9,7 +9,7 @@ _EXPORTS = {
     "SiTTransformer2DModel": "vit5gen.models",
     "ViT5": "vit5gen.models",
     "SiTPipeline": "vit5gen.generation.pipeline",
-    "SiTScheduler": "vit5gen.generation.pipeline",
+    "SiTScheduler": "vit5gen.generation.scheduler",
 }
 _SUBMODULES = ("config", "data", "evaluation", "flow", "generation", "models", "training")
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]

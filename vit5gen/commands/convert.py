@@ -11,7 +11,8 @@ from vit5gen.config import VaeConfig, load_recorded
 from vit5gen.data.autoencoder import load_autoencoder
 from vit5gen.data.images import imagenet_names
 from vit5gen.generation.card import TrainingFacts
-from vit5gen.generation.pipeline import SiTPipeline, SiTScheduler
+from vit5gen.generation.pipeline import SiTPipeline
+from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.models import SiTTransformer2DModel, load_sit
 from vit5gen.models.loading import check_finite, load_exactly
 from vit5gen.system.errors import UserError, choose

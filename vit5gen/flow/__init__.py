@@ -1,29 +1,31 @@
 """The flow from noise to data: paths, losses, solvers, guidance and likelihood. It knows no network."""
 
-from vit5gen.flow.flow import Flow, NonFiniteError, draw_timesteps, shift_time, to_diffusers
-from vit5gen.flow.guidance import guide
+from vit5gen.flow.flow import Flow, NonFiniteError, draw_timesteps
+from vit5gen.flow.guidance import GuidedModel
 from vit5gen.flow.likelihood import log_likelihood
 from vit5gen.flow.solvers import (
     ODE_METHODS,
     SDE_METHODS,
-    CountingModel,
+    Steps,
     ode_steps,
+    offer,
     sample_ode,
     sample_sde,
     sde_steps,
-    time_grid,
 )
+from vit5gen.flow.times import shift_time, time_grid, to_diffusers
 
 __all__ = [
     "ODE_METHODS",
     "SDE_METHODS",
-    "CountingModel",
     "Flow",
+    "GuidedModel",
     "NonFiniteError",
+    "Steps",
     "draw_timesteps",
-    "guide",
     "log_likelihood",
     "ode_steps",
+    "offer",
     "sample_ode",
     "sample_sde",
     "sde_steps",

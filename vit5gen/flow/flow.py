@@ -1,4 +1,4 @@
-"""Paths from noise to data, what a network may predict on them, the training loss and the draws of t.
+"""The flow: what a network may predict on a path, the velocity and the loss that follow, and the draws of t.
 
 Everywhere ``x0`` is noise, ``x1`` is data and t runs from 0 (noise) to 1 (data): ``x_t = alpha x1 + sigma x0`` and the
 velocity is ``d_alpha x1 + d_sigma x0`` (SiT, arXiv 2401.08740, section 2).
@@ -7,16 +7,17 @@ velocity is ``d_alpha x1 + d_sigma x0`` (SiT, arXiv 2401.08740, section 2).
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from vit5gen.flow.paths import PATHS, Coefficients
+from vit5gen.flow.times import shift_time
 from vit5gen.system.errors import UserError, choose
 
-ModelFn = Callable[[Tensor, Tensor], Tensor]
+ModelFn = Callable[[Tensor, Tensor], Any]
 Time = float | Tensor
 
 PREDICTIONS = ("velocity", "score", "noise")
@@ -31,72 +32,15 @@ class NonFiniteError(UserError, FloatingPointError):
     """A state that is infinite or not a number, or a step that cannot avoid one."""
 
 
-class Coefficients(NamedTuple):
-    """The path's coefficients and their time derivatives, float64, in the shape of t."""
-
-    alpha: Tensor
-    d_alpha: Tensor
-    sigma: Tensor
-    d_sigma: Tensor
-
-
-# Each path is written once for a float (m is `math`) and for a tensor (m is `torch`).
-def _linear(t: Any, m: ModuleType) -> tuple[Any, Any, Any, Any]:
-    return t, 1.0, 1.0 - t, -1.0
-
-
-def _gvp(t: Any, m: ModuleType) -> tuple[Any, Any, Any, Any]:
-    """Return the trigonometric, variance-preserving interpolant of SiT."""
-    angle, rate = t * (math.pi / 2), math.pi / 2
-    sine, cosine = m.sin(angle), m.cos(angle)
-    return sine, rate * cosine, cosine, -rate * sine
-
-
-def _vp(t: Any, m: ModuleType) -> tuple[Any, Any, Any, Any]:
-    """Return the VP diffusion with beta from 0.1 at data to 20 at noise (arXiv 2011.13456, eq. 33)."""
-    low, high, u = 0.1, 20.0, 1.0 - t
-    log_alpha = -0.25 * u**2 * (high - low) - 0.5 * u * low
-    half_beta = 0.5 * (low + u * (high - low))
-    alpha = m.exp(log_alpha)
-    sigma = m.sqrt(
-        abs(m.expm1(2 * log_alpha)) + 1e-300
-    )  # the offset keeps 1/sigma defined at t=1, and shows nowhere else
-    return alpha, alpha * half_beta, sigma, -(alpha**2) * half_beta / sigma
-
-
-PATHS = {"linear": _linear, "gvp": _gvp, "vp": _vp}
-
-
-def named(what: str, value: object, choices: Collection[str]) -> str:
+def lower_choice(what: str, value: object, choices: Collection[str]) -> str:
     """Return ``value`` in lower case; raise `UserError`, with the value as it was given, unless it is a choice."""
     lower = str(value).lower()
     return lower if lower in choices else choose(what, str(value), choices)
 
 
-def call(network: Callable[..., Tensor], x: Tensor, *args: Tensor) -> Tensor:
-    """Return ``network(x, *args)``; raise `UserError` unless it is a tensor in the shape of ``x`` (B, ...)."""
-    out = network(x, *args)
-    if not isinstance(out, Tensor) or out.shape != x.shape:
-        what = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-        raise UserError(f"model output: {what}; expected a tensor in the shape of its input, {tuple(x.shape)}.")
-    return out
-
-
 def rows(x: Tensor) -> Tensor:
     """Return ``x`` (B, ...) as (B, N); (B,) has one element a sample."""
     return x.unsqueeze(-1).flatten(1)
-
-
-def shift_time(u: Any, shift: float) -> Any:
-    """Warp ``u`` in [0, 1]: above 1, ``shift`` moves it towards noise (arXiv 2403.03206, eq. 23, with t for 1 - t)."""
-    if not (math.isfinite(shift) and shift > 0):
-        raise UserError(f"shift: {shift!r}; expected a finite number above 0 (1 changes nothing).")
-    return u / (u + shift * (1 - u))
-
-
-def to_diffusers(t: Any, velocity: Tensor) -> tuple[Any, Tensor]:
-    """Return diffusers' ``(sigma, model output)`` = ``(1 - t, -velocity)``; applied twice it is the identity."""
-    return 1 - t, -velocity
 
 
 @dataclass(frozen=True)
@@ -117,9 +61,9 @@ class Flow:
 
     def __post_init__(self) -> None:
         weight = "none" if self.loss_weight is None else self.loss_weight
-        object.__setattr__(self, "path", named("path", self.path, PATHS))
-        object.__setattr__(self, "prediction", named("prediction", self.prediction, PREDICTIONS))
-        object.__setattr__(self, "loss_weight", named("loss_weight", weight, LOSS_WEIGHTS))
+        object.__setattr__(self, "path", lower_choice("path", self.path, PATHS))
+        object.__setattr__(self, "prediction", lower_choice("prediction", self.prediction, PREDICTIONS))
+        object.__setattr__(self, "loss_weight", lower_choice("loss_weight", weight, LOSS_WEIGHTS))
         if not (math.isfinite(self.direction_weight) and self.direction_weight >= 0):
             raise UserError(f"direction_weight: {self.direction_weight!r}; expected a finite number of at least 0.")
 
@@ -157,7 +101,7 @@ class Flow:
         Without a last step, a velocity on linear or gvp runs to 1 as published, unless the solver evaluates its end.
         """
         start, end = self.interval()
-        if named("diffusion", diffusion, DIFFUSIONS) == "sbdm" and self.path != "vp":
+        if lower_choice("diffusion", diffusion, DIFFUSIONS) == "sbdm" and self.path != "vp":
             start = EPS
         if evaluates_end:
             end = min(end, 1 - EPS)
@@ -169,7 +113,7 @@ class Flow:
         SiT's paper writes ``w/2`` and ``sqrt(w)``: D is half of its w(t), so that form ``sigma`` is w(t) = 2 sigma_t.
         Of the forms only SBDM, equal to the diffusion of score-based models, is infinite, at t=0 on linear and gvp.
         """
-        form, t = named("diffusion", form, DIFFUSIONS), torch.as_tensor(t, dtype=torch.float64)
+        form, t = lower_choice("diffusion", form, DIFFUSIONS), torch.as_tensor(t, dtype=torch.float64)
         if not (math.isfinite(norm) and norm >= 0):
             raise UserError(f"diffusion_norm: {norm!r}; expected a finite number of at least 0.")
         if form == "constant":
@@ -200,7 +144,7 @@ class Flow:
         With x it fixes x1 and x0: ``target = p prediction + q x``, and (p, q) solves one 2x2 system (Cramer). The score
         is ``-x0/sigma``, taken out of the system so that a score or noise network is exact at sigma = 0.
         """
-        target = "noise" if target == "x0" else named("target", target, (*PREDICTIONS, "x1"))
+        target = "noise" if target == "x0" else lower_choice("target", target, (*PREDICTIONS, "x1"))
         if target == self.prediction:
             return prediction
         c = self.coefficients(t)
@@ -215,35 +159,46 @@ class Flow:
             p, q = -p / c.sigma, -q / c.sigma
         return _like(p, x) * prediction + _like(q, x) * x
 
-    def predict(self, model_fn: ModelFn, x: Tensor, t: Time) -> Tensor:
-        """Return the network's output at ``x`` (B, ...) and ``t`` (float or (B,)) in x's dtype.
+    def predict(self, model_fn: ModelFn, x: Tensor, t: Time) -> tuple[Tensor, Any]:
+        """Return the network's output at ``x`` (B, ...) and ``t`` (float or (B,)) in x's dtype, and its hidden states.
 
-        Raises `UserError` when the shape of t or of the output does not match x.
+        ``model_fn`` gets t as (B,), or one time as (1,) where it says so by ``takes_one_time``. It may return hidden
+        states beside its prediction; else they are None.
+        Raises `UserError` when the shape of t or of the prediction does not match x.
         """
         times = torch.as_tensor(t, dtype=x.dtype, device=x.device)
         if times.shape not in ((), x.shape[:1]):
             raise UserError(f"t: shape {tuple(times.shape)}; expected a number or shape ({x.shape[0]},), one a sample.")
-        return call(model_fn, x, times.expand(x.shape[0]).contiguous()).to(x.dtype)
+        one = getattr(model_fn, "takes_one_time", False)
+        out = model_fn(x, times.reshape(-1) if one else times.expand(x.shape[0]))
+        prediction, hidden = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
+        if not isinstance(prediction, Tensor) or prediction.shape != x.shape:
+            found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+            raise UserError(f"model output: {found}; expected a tensor in the shape of its input, {tuple(x.shape)}.")
+        return prediction.to(x.dtype), hidden
 
     def velocity(self, model_fn: ModelFn, x: Tensor, t: Time) -> Tensor:
         """Return dx/dt at ``x`` (B, ...) and ``t`` (float or (B,)), whatever the network predicts."""
-        return self.convert(self.predict(model_fn, x, t), x, t, "velocity")
+        return self.convert(self.predict(model_fn, x, t)[0], x, t, "velocity")
 
     def score(self, model_fn: ModelFn, x: Tensor, t: Time) -> Tensor:
         """Return the gradient of log p_t at ``x`` (B, ...) and ``t`` (float or (B,)), whatever the network predicts."""
-        return self.convert(self.predict(model_fn, x, t), x, t, "score")
+        return self.convert(self.predict(model_fn, x, t)[0], x, t, "score")
 
-    def loss(self, model_fn: ModelFn, x1: Tensor, x0: Tensor | None = None, t: Tensor | None = None) -> Tensor:
+    def loss(self, model_fn: ModelFn, x1: Tensor, x0: Tensor | None = None, t: Tensor | None = None) -> Any:
         """Return the loss of each sample, (B,): pure when noise ``x0`` and times ``t`` (B,) are given, else drawn.
 
-        Raises `UserError` when the shapes of x0, t or the model's output do not match ``x1`` (B, ...).
+        Where ``model_fn`` returns hidden states beside its prediction, as a model with taps does, they are returned
+        beside the loss. Raises `UserError` when the shapes of x0, t or the prediction do not match ``x1`` (B, ...).
         """
         if t is None:
             t = draw_timesteps(self, torch.rand(x1.shape[0], dtype=torch.float64))
         x0 = torch.randn_like(x1) if x0 is None else x0
         t = t.to(x1)
         x_t, _ = self.interpolate(x0, x1, t)
-        return self.loss_of(self.predict(model_fn, x_t, t), x_t, x0, x1, t)
+        prediction, hidden = self.predict(model_fn, x_t, t)
+        loss = self.loss_of(prediction, x_t, x0, x1, t)
+        return loss if hidden is None else (loss, hidden)
 
     def loss_of(self, prediction: Tensor, x_t: Tensor, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
         """Return the loss of each sample, (B,), of a prediction at ``x_t`` between ``x0`` and ``x1``, t (B,)."""
@@ -296,7 +251,7 @@ def draw_timesteps(
     if stratum is not None:
         positions, size = stratum
         u = (positions.to(u) + u) / size
-    if named("time_distribution", time_distribution, TIME_DISTRIBUTIONS) == "logit_normal":
+    if lower_choice("time_distribution", time_distribution, TIME_DISTRIBUTIONS) == "logit_normal":
         if not (math.isfinite(logit_mean) and math.isfinite(logit_std) and logit_std > 0):
             raise UserError(
                 f"logit_mean, logit_std: {logit_mean!r}, {logit_std!r}; expected finite numbers, std above 0."

@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from vit5gen.flow.flow import Flow, ModelFn, Time, named, rows
-from vit5gen.flow.solvers import final_state, integrate, time_grid
+from vit5gen.flow.flow import Flow, ModelFn, Time, lower_choice, rows
+from vit5gen.flow.solvers import final_state, integrate
+from vit5gen.flow.times import time_grid
 
 PROBES = ("rademacher", "exact")
 
@@ -29,7 +30,7 @@ def log_likelihood(
     ``exact`` takes one backward pass a dimension. num_steps, method, rtol, atol: as in `ode_steps`; the divergence is
     part of the state, so that dopri5 controls its error too. Raises `UserError` on bad values.
     """
-    probes = named("probes", probes, PROBES)
+    probes = lower_choice("probes", probes, PROBES)
     size = x1[0].numel()
     grid = time_grid(num_steps, *flow.reversed_interval())[::-1]
     if probes == "rademacher":

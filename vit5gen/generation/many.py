@@ -15,8 +15,10 @@ from tqdm import tqdm
 
 from vit5gen.config import MOST_BATCH, MOST_IMAGES, EvaluationConfig, SamplingConfig
 from vit5gen.generation.card import pipeline_hash, versions
+from vit5gen.generation.loading import load_pipeline, pipeline_folder
 from vit5gen.generation.outputs import Output
-from vit5gen.generation.pipeline import SAMPLERS, SiTPipeline, SiTScheduler, load_pipeline, pipeline_folder
+from vit5gen.generation.pipeline import SiTPipeline
+from vit5gen.generation.scheduler import SAMPLERS, SiTScheduler
 from vit5gen.system.cpu import warn_of_slow_bf16
 from vit5gen.system.distributed import processes, start_processes
 from vit5gen.system.errors import UserError, check_whole, choose

@@ -1,11 +1,9 @@
 """SiTPipeline, the only label -> image code there is."""
 
 import copy
-import re
 import shutil
 import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -17,7 +15,6 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from timm.layers import to_2tuple
@@ -25,24 +22,20 @@ from torch import Tensor, nn
 
 from vit5gen.config import MOST_BATCH, MOST_STEPS, SamplingConfig
 from vit5gen.data.autoencoder import decode, downsample, scaling, to_uint8
-from vit5gen.flow import CountingModel, Flow, guide
+from vit5gen.flow import Flow, GuidedModel, Steps
 from vit5gen.generation.card import TrainingFacts, model_card
-from vit5gen.generation.scheduler import SAMPLERS, Generators, ModelFn, SiTScheduler, foreign_steps
+from vit5gen.generation.labels import Labels, find_class_ids, names_by_id
+from vit5gen.generation.scheduler import Generators, ModelFn, SiTScheduler, foreign_steps
 from vit5gen.models import SiTTransformer2DModel
-from vit5gen.models.loading import align, check_finite
-from vit5gen.system.errors import UserError, check_whole, choose, composed, nearest, short
-from vit5gen.system.files import clear_weights, read_json, write_text
-
-__all__ = ["SAMPLERS", "SiTPipeline", "SiTScheduler", "find_pipeline", "load_pipeline", "pipeline_folder"]
+from vit5gen.models.loading import align
+from vit5gen.system.errors import UserError, check_whole, choose
+from vit5gen.system.files import clear_weights, write_text
 
 # Without this diffusers stores our classes under their module path, and does not find them by a hub name.
 LOADABLE_CLASSES.setdefault("vit5gen", {})
 
-PIPELINE = "pipeline"  # its folder in that of a run
 OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
 _SAMPLING = SamplingConfig()
-
-Labels = int | str | Sequence[int | str] | Tensor | np.ndarray
 
 
 @dataclass
@@ -70,7 +63,7 @@ class _Calls(threading.local):
         return self.own or self.last[0]
 
     @contextmanager
-    def begin(self) -> Iterator[_Call]:
+    def enter(self) -> Iterator[_Call]:
         outer, call = self.own if self.running else None, _Call()
         self.own, self.last[0], self.running = call, call, self.running + 1
         try:
@@ -115,7 +108,7 @@ class SiTPipeline(DiffusionPipeline):
         if vae is not None:
             scaling(vae)  # raises where it is none that `decode` knows
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, guide=guide)
-        self.register_to_config(id2label=_names(id2label))
+        self.register_to_config(id2label=names_by_id(id2label))
         self._flow = scheduler.flow if isinstance(scheduler, SiTScheduler) else Flow()
         self._calls = _Calls([_Call()])
 
@@ -159,45 +152,11 @@ class SiTPipeline(DiffusionPipeline):
 
     def class_ids(self, class_labels: Labels) -> list[int]:
         """Return the ids of an id, a name, or a list of both; raise `UserError` for a class that does not exist."""
-        if isinstance(class_labels, Tensor | np.ndarray):
-            class_labels = class_labels.tolist()
-        entries = class_labels if isinstance(class_labels, Sequence) and not isinstance(class_labels, str) else None
-        return [self._class_id(entry) for entry in ([class_labels] if entries is None else entries)]
+        return find_class_ids(class_labels, self.config.id2label, self.transformer.config.num_classes)
 
     def class_name(self, class_id: int) -> str:
         """Return the name of a class, or its id in digits where it has none."""
         return self.config.id2label.get(class_id, str(class_id))
-
-    def _class_id(self, label: object) -> int:
-        count, names = self.transformer.config.num_classes, self.config.id2label
-        if isinstance(label, str):
-            tables = _ids_by_name(names)
-            matches = next(filter(None, (ids.get(spell(composed(label)), set()) for spell, ids in tables)), set())
-            if len(matches) > 1:
-                several = ", ".join(repr(names[i]) for i in sorted(matches))
-                raise UserError(
-                    f"class {label!r} is the name of several classes; give one of the ids {sorted(matches)}, or spell"
-                    f" it as one of {several}"
-                )
-            known = {name for _, ids in tables for name in ids}
-            # Where all names are numbers, a number that is no name is a slip, not an id.
-            numbers = [name.isdecimal() for name in known]
-            is_id = re.fullmatch(r"[0-9]{1,18}", label.strip()) and not (names and all(numbers))
-            if not matches and not is_id:
-                listed = ", ".join(names.values()) if len(names) <= 12 else f"{len(names)} names"
-                an_id = "" if names and all(numbers) else f", or an id in 0..{count - 1}"
-                expected = f"one of {listed}{an_id}" if names else f"an id in 0..{count - 1} (there are no class names)"
-                raise UserError(f"class {label!r} does not exist; expected {expected}.{nearest(label, known)}")
-            if not matches and any(numbers) and int(label) < count:
-                warnings.warn(f"no class is called {label!r}: taken for the id {int(label)}", stacklevel=3)
-            label = min(matches) if matches else int(label)
-        if isinstance(label, bool) or not isinstance(label, int | np.integer):
-            raise UserError(
-                f"class_labels: {label!r} is neither an id nor a name; expected one of them, or a flat list"
-            )
-        if not 0 <= label < count:
-            raise UserError(f"class {label} does not exist; expected an id in 0..{count - 1}")
-        return int(label)
 
     @torch.no_grad()
     def __call__(
@@ -249,21 +208,18 @@ class SiTPipeline(DiffusionPipeline):
 
         generator = _generators(generator, len(ids))
         x = self._initial_latents(len(ids), height, width, generator, latents)
-        network = CountingModel(_at_one_time(self.transformer, sampler))
-        weak = None
-        if autoguidance_scale != 1:
-            weak = CountingModel(_at_one_time(self._weak_model(autoguidance_scale), sampler))
-        with self._calls.begin() as call:
+        weak = None if autoguidance_scale == 1 else self._weak_model(autoguidance_scale)
+        with self._calls.enter() as call:
             call.guidance_scale = guidance_scale
-            model_fn = guide(
-                network,
+            model_fn = GuidedModel(
+                self.transformer,
                 torch.tensor(ids, device=x.device),
                 lambda: self._guided_by(call.guidance_scale),
                 self.transformer.null_label,
                 guidance_interval,
                 guidance_channels,
-                weak_model=weak,
-                weak_scale=autoguidance_scale,
+                weak,
+                autoguidance_scale,
             )
             call.num_timesteps, steps = self._steps(sampler, model_fn, x, num_inference_steps, generator)
             with self.progress_bar(total=num_inference_steps) as bar:
@@ -272,17 +228,17 @@ class SiTPipeline(DiffusionPipeline):
                     if callback_on_step_end is not None:
                         given = dict.fromkeys(callback_on_step_end_tensor_inputs, x)
                         replaced = callback_on_step_end(self, i, t, given).get("latents", x)
+                        if replaced is not x and sampler == "ode-dopri5":
+                            raise UserError(
+                                "callback_on_step_end cannot replace the latents of ode-dopri5: its images are"
+                                " at different times; choose a solver of fixed steps"
+                            )
                         if replaced is not x:
-                            if sampler == "ode-dopri5":
-                                raise UserError(
-                                    "callback_on_step_end cannot replace the latents of ode-dopri5: its images are"
-                                    " at different times; choose a solver of fixed steps"
-                                )
-                            x.copy_(replaced)  # the solver continues from this very tensor
+                            _, _, x = steps.send(replaced)
                     bar.update(round(t * num_inference_steps) - bar.n)  # some solvers take more or fewer steps
                     if call.interrupt:
                         break
-            call.num_evaluations = (network.rows + (weak.rows if weak else 0)) // len(ids)
+            call.num_evaluations = model_fn.rows // len(ids)
             images = x if output_type == "latent" else self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -327,7 +283,7 @@ class SiTPipeline(DiffusionPipeline):
 
     def _steps(
         self, sampler: str | None, model_fn: ModelFn, x: Tensor, num_steps: int, generator: Generators
-    ) -> tuple[int, Iterator[tuple[int, float, Tensor]]]:
+    ) -> tuple[int, Steps]:
         if isinstance(self.scheduler, SiTScheduler):
             sampler = sampler or _SAMPLING.sampler
             steps = self.scheduler.steps(sampler, model_fn, x, num_steps, generator)
@@ -400,64 +356,6 @@ class SiTPipeline(DiffusionPipeline):
         write_text(folder / "README.md", card)
 
 
-def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
-    """Load the pipeline of a run (RUN or RUN/pipeline) or a pipeline folder.
-
-    Raises `UserError` if it is neither, does not load, or has weights that are not finite.
-    """
-    folder = pipeline_folder(checkpoint)
-    for name, entry in read_json(folder / "model_index.json", "pipeline").items():
-        # diffusers would import any module that stands there
-        if isinstance(entry, list) and entry[:1] not in ([None], ["vit5gen"], ["diffusers"]):
-            raise UserError(
-                f"checkpoint {folder}: {name} = {short(entry)} is not of vit5gen or diffusers; make it again"
-            )
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # of three files read
-    try:
-        pipe = SiTPipeline.from_pretrained(folder)
-        for name, kind in (
-            ("transformer", SiTTransformer2DModel),
-            ("guide", SiTTransformer2DModel),
-            ("vae", AutoencoderKL),
-        ):
-            if not isinstance(part := getattr(pipe, name), kind | None):
-                raise UserError(f"{name} is a {type(part).__name__}, expected a {kind.__name__}")
-    except Exception as error:  # what diffusers makes of files with values of other types has no end
-        reason = " ".join(str(error).split()) or repr(error)
-        raise UserError(f"checkpoint {folder} does not load: {reason}; make it again") from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    for name, component in pipe.components.items():
-        if isinstance(component, nn.Module):
-            check_finite(f"checkpoint {folder}: {name}", component.state_dict())
-    return pipe
-
-
-def pipeline_folder(checkpoint: str | Path) -> Path:
-    """Return what `find_pipeline` does; raise `UserError` where there is none."""
-    if (folder := find_pipeline(checkpoint)) is None:
-        raise UserError(
-            f"checkpoint {checkpoint} is neither a run nor a pipeline folder (no model_index.json); expected the"
-            " --output of `vit5gen train` or `vit5gen convert`"
-        )
-    return folder
-
-
-def find_pipeline(path: str | Path) -> Path | None:
-    """Return the folder that holds ``model_index.json``: the ``pipeline`` in a path, the path itself, or None."""
-    folders = (Path(path) / PIPELINE, Path(path))
-    return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
-
-
-def _at_one_time(transformer: nn.Module, sampler: str | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Hand in the time that all images share as an expanded one, which the transformer embeds once."""
-    if sampler == "ode-dopri5":  # its images are at different times
-        return transformer
-    return lambda x, t, class_labels: transformer(x, t[:1].expand(len(x)), class_labels)
-
-
 def _generators(generator: Any, batch: int) -> Generators:
     if isinstance(generator, list | tuple):
         if len(generator) != batch:
@@ -468,31 +366,3 @@ def _generators(generator: Any, batch: int) -> Generators:
         if not isinstance(one, torch.Generator):
             raise UserError(f"generator: {one!r}; expected torch.Generator().manual_seed(...), or a list of them")
     return generator
-
-
-def _ids_by_name(names: dict[int, str]) -> list[tuple[Callable[[str], str], dict[str, set[int]]]]:
-    """Return, first what counts most, how a name is spelt in a table and that table of ids: exact spelling, any case.
-
-    In both a whole name outdoes a synonym between commas.
-    """
-    tables: list[tuple[Callable[[str], str], dict[str, set[int]]]] = []
-    for spell in (str, str.casefold):
-        ids: dict[str, set[int]] = {}
-        whole: dict[str, set[int]] = {}
-        for i, name in names.items():
-            whole.setdefault(spell(composed(name)), set()).add(i)
-            for synonym in name.split(","):
-                ids.setdefault(spell(composed(synonym)), set()).add(i)
-        tables.append((spell, ids | whole))
-    return tables
-
-
-def _names(id2label: Any) -> dict[int, str]:
-    """Return names by id, which JSON has turned into strings; raise `UserError` where they are something else."""
-    given = {} if id2label is None else id2label
-    found = {str(i): name for i, name in given.items()} if isinstance(given, Mapping) else None
-    if found is None or not all(i.isdecimal() and len(i) < 10 and isinstance(name, str) for i, name in found.items()):
-        raise UserError(
-            f"id2label = {short(given)}; expected the names of classes by id, such as {{0: 'cat', 1: 'dog'}}"
-        )
-    return {int(i): name for i, name in found.items()}

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from vit5gen.config import FlowConfig
-from vit5gen.flow import ODE_METHODS, SDE_METHODS, Flow, ode_steps, sde_steps, shift_time, to_diffusers
+from vit5gen.flow import ODE_METHODS, SDE_METHODS, Flow, Steps, ode_steps, offer, sde_steps, shift_time, to_diffusers
 from vit5gen.models.layers import check_positive
 from vit5gen.system.errors import UserError, choose
 
@@ -46,9 +46,7 @@ class SiTScheduler(SchedulerMixin, ConfigMixin):
         check_positive(rtol=rtol, atol=atol, **({} if last_step_size == 0 else {"last_step_size": last_step_size}))
         self.flow = Flow(path, prediction)
 
-    def steps(
-        self, sampler: str, model_fn: ModelFn, x: Tensor, num_steps: int, noise: Generators
-    ) -> Iterator[tuple[int, float, Tensor]]:
+    def steps(self, sampler: str, model_fn: ModelFn, x: Tensor, num_steps: int, noise: Generators) -> Steps:
         """Yield (i, t, x) after each step of the solver ``ode-<method>`` or ``sde-<method>``."""
         kind, method = choose("sampler", sampler, SAMPLERS).split("-")
         config = self.config
@@ -68,7 +66,7 @@ class SiTScheduler(SchedulerMixin, ConfigMixin):
 
 def foreign_steps(
     scheduler: Any, flow: Flow, model_fn: ModelFn, x: Tensor, num_steps: int, noise: Generators
-) -> tuple[int, Iterator[tuple[int, float, Tensor]]]:
+) -> tuple[int, Steps]:
     """Return the number of steps, and (i, t, x) after each ``step``, of a flow-match scheduler of diffusers.
 
     It works in sigma = 1 - t, and on a copy of the scheduler, whose state two calls must not share.
@@ -96,11 +94,11 @@ def foreign_steps(
     # Not the timesteps: some schedulers round them.
     sigmas = scheduler.sigmas.tolist()
 
-    def steps(x: Tensor) -> Iterator[tuple[int, float, Tensor]]:
+    def steps(x: Tensor) -> Steps:
         for i, timestep in enumerate(scheduler.timesteps):
             velocity = flow.velocity(model_fn, x, to_diffusers(sigmas[i], x)[0])
             _, output = to_diffusers(sigmas[i], velocity)
             x = scheduler.step(output, timestep, x, return_dict=False, **options)[0]
-            yield i, to_diffusers(sigmas[i + 1], x)[0], x
+            x = yield from offer(i, to_diffusers(sigmas[i + 1], x)[0], x)
 
     return len(scheduler.timesteps), steps(x)

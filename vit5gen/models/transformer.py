@@ -195,9 +195,9 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         patches = rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
         dtype = self.patch_embed.weight.dtype
         tokens = self.patch_embed(patches.to(dtype)).to(dtype)  # under autocast too
-        times, labels = _one_a_sample(latents, timestep=timestep, class_labels=class_labels)
-        if times.stride(0) == 0:  # expanded: one time for the whole batch, embedded once
-            times = times[:1]
+        # One time for the whole batch is embedded once.
+        times, labels = _one_or_one_a_sample(latents, timestep=timestep, class_labels=class_labels)
+        labels = labels.expand(latents.shape[0])
         conditioning = (self.time_embed(times) + self.label_embed(labels)).to(dtype)
         hook: dict[str, Any] = {"taps": taps} if taps else {}
         if extra_tokens is not None:
@@ -209,11 +209,11 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         return (x, hidden) if taps else x
 
 
-def _one_a_sample(latents: Tensor, **values: float | Tensor) -> Iterator[Tensor]:
-    """Yield every value as a tensor (B,) beside the latents; a number, or a tensor of one, is expanded."""
+def _one_or_one_a_sample(latents: Tensor, **values: float | Tensor) -> Iterator[Tensor]:
+    """Yield every value as a tensor (1,) or (B,) beside the latents."""
     for name, value in values.items():
         tensor = torch.as_tensor(value, device=latents.device)
         if tensor.shape not in ((), (1,), latents.shape[:1]):
             wanted = f"a number or shape ({latents.shape[0]},), one a sample"
             raise UserError(f"{name}: shape {tuple(tensor.shape)}; expected {wanted}.")
-        yield tensor.expand(latents.shape[0])
+        yield tensor.reshape(-1)

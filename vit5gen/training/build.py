@@ -5,7 +5,7 @@ import torch
 from vit5gen.config import Config
 from vit5gen.evaluation.features import extractor_names
 from vit5gen.flow import Flow
-from vit5gen.generation.pipeline import SAMPLERS
+from vit5gen.generation.scheduler import SAMPLERS
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.system.errors import UserError, choose
 from vit5gen.training.objectives import OBJECTIVES, check_objective

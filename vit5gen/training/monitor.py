@@ -29,7 +29,8 @@ from vit5gen.evaluation.statistics import gather_rows
 from vit5gen.generation.card import TrainingFacts
 from vit5gen.generation.grid import save_grid
 from vit5gen.generation.many import SamplingJob, generate
-from vit5gen.generation.pipeline import SiTPipeline, SiTScheduler
+from vit5gen.generation.pipeline import SiTPipeline
+from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.system.files import atomic
 from vit5gen.training.folder import RunFolder

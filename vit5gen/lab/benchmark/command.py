@@ -12,7 +12,7 @@ from vit5gen.config import load_recorded
 from vit5gen.data.images import open_images
 from vit5gen.evaluation import load_extractor
 from vit5gen.generation.card import commit, versions
-from vit5gen.generation.pipeline import load_pipeline
+from vit5gen.generation.loading import load_pipeline
 from vit5gen.lab.benchmark import (
     NAMES,
     classifier,

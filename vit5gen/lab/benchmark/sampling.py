@@ -10,8 +10,8 @@ from vit5gen.config import SamplingConfig, load_recorded
 from vit5gen.evaluation import load_extractor
 from vit5gen.evaluation.metrics import jackknife_error
 from vit5gen.evaluation.statistics import Grouped
+from vit5gen.generation.loading import load_pipeline
 from vit5gen.generation.many import SamplingJob, generate
-from vit5gen.generation.pipeline import load_pipeline
 from vit5gen.lab.benchmark.setting import Setting
 from vit5gen.lab.benchmark.timing import Row, race, row
 from vit5gen.training.reference import build_reference

@@ -10,7 +10,8 @@ from statistics import median
 import torch
 
 from vit5gen.config import Config
-from vit5gen.generation.pipeline import SiTPipeline, SiTScheduler
+from vit5gen.generation.pipeline import SiTPipeline
+from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.lab.benchmark.processes import fresh
 from vit5gen.lab.benchmark.setting import Setting, Sizes
 from vit5gen.lab.benchmark.timing import Pairs, Row, race, ratio, row, seconds

@@ -11,8 +11,9 @@ from vit5gen.data.autoencoder import encode
 from vit5gen.data.images import open_held_out, readable
 from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
 from vit5gen.flow import draw_timesteps
+from vit5gen.generation.loading import load_pipeline
 from vit5gen.generation.many import SamplingJob, generate
-from vit5gen.generation.pipeline import SiTPipeline, load_pipeline
+from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.system.distributed import start_processes
 from vit5gen.training.process import autocast
 from vit5gen.training.reference import Reference, build_reference

@@ -1,0 +1,79 @@
+"""Classes by id and by name."""
+
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from vit5gen.system.errors import UserError, composed, nearest, short
+
+Labels = int | str | Sequence[int | str] | Tensor | np.ndarray
+
+
+def find_class_ids(class_labels: Labels, names: dict[int, str], num_classes: int) -> list[int]:
+    """Return the ids of an id, a name, or a list of both; raise `UserError` for a class that does not exist."""
+    if isinstance(class_labels, Tensor | np.ndarray):
+        class_labels = class_labels.tolist()
+    entries = class_labels if isinstance(class_labels, Sequence) and not isinstance(class_labels, str) else None
+    return [_class_id(entry, names, num_classes) for entry in ([class_labels] if entries is None else entries)]
+
+
+def _class_id(label: object, names: dict[int, str], count: int) -> int:
+    """Return the id of one class."""
+    if isinstance(label, str):
+        tables = _ids_by_name(names)
+        matches = next(filter(None, (ids.get(spell(composed(label)), set()) for spell, ids in tables)), set())
+        if len(matches) > 1:
+            several = ", ".join(repr(names[i]) for i in sorted(matches))
+            raise UserError(
+                f"class {label!r} is the name of several classes; give one of the ids {sorted(matches)}, or spell"
+                f" it as one of {several}"
+            )
+        known = {name for _, ids in tables for name in ids}
+        # Where all names are numbers, a number that is no name is a slip, not an id.
+        numbers = [name.isdecimal() for name in known]
+        is_id = re.fullmatch(r"[0-9]{1,18}", label.strip()) and not (names and all(numbers))
+        if not matches and not is_id:
+            listed = ", ".join(names.values()) if len(names) <= 12 else f"{len(names)} names"
+            an_id = "" if names and all(numbers) else f", or an id in 0..{count - 1}"
+            expected = f"one of {listed}{an_id}" if names else f"an id in 0..{count - 1} (there are no class names)"
+            raise UserError(f"class {label!r} does not exist; expected {expected}.{nearest(label, known)}")
+        if not matches and any(numbers) and int(label) < count:
+            warnings.warn(f"no class is called {label!r}: taken for the id {int(label)}", stacklevel=4)
+        label = min(matches) if matches else int(label)
+    if isinstance(label, bool) or not isinstance(label, int | np.integer):
+        raise UserError(f"class_labels: {label!r} is neither an id nor a name; expected one of them, or a flat list")
+    if not 0 <= label < count:
+        raise UserError(f"class {label} does not exist; expected an id in 0..{count - 1}")
+    return int(label)
+
+
+def _ids_by_name(names: dict[int, str]) -> list[tuple[Callable[[str], str], dict[str, set[int]]]]:
+    """Return, first what counts most, how a name is spelt in a table and that table of ids: exact spelling, any case.
+
+    In both a whole name outdoes a synonym between commas.
+    """
+    tables: list[tuple[Callable[[str], str], dict[str, set[int]]]] = []
+    for spell in (str, str.casefold):
+        ids: dict[str, set[int]] = {}
+        whole: dict[str, set[int]] = {}
+        for i, name in names.items():
+            whole.setdefault(spell(composed(name)), set()).add(i)
+            for synonym in name.split(","):
+                ids.setdefault(spell(composed(synonym)), set()).add(i)
+        tables.append((spell, ids | whole))
+    return tables
+
+
+def names_by_id(id2label: Any) -> dict[int, str]:
+    """Return names by id, which JSON has turned into strings; raise `UserError` where they are something else."""
+    given = {} if id2label is None else id2label
+    found = {str(i): name for i, name in given.items()} if isinstance(given, Mapping) else None
+    if found is None or not all(i.isdecimal() and len(i) < 10 and isinstance(name, str) for i, name in found.items()):
+        raise UserError(
+            f"id2label = {short(given)}; expected the names of classes by id, such as {{0: 'cat', 1: 'dog'}}"
+        )
+    return {int(i): name for i, name in found.items()}

@@ -1,0 +1,66 @@
+"""Pipelines from folders: which folder holds one, and what it must hold."""
+
+from pathlib import Path
+
+from diffusers import AutoencoderKL
+from diffusers.utils import logging
+from torch import nn
+
+from vit5gen.generation.pipeline import SiTPipeline
+from vit5gen.models import SiTTransformer2DModel
+from vit5gen.models.loading import check_finite
+from vit5gen.system.errors import UserError, short
+from vit5gen.system.files import read_json
+
+PIPELINE = "pipeline"  # its folder in that of a run
+
+
+def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
+    """Load the pipeline of a run (RUN or RUN/pipeline) or a pipeline folder.
+
+    Raises `UserError` if it is neither, does not load, or has weights that are not finite.
+    """
+    folder = pipeline_folder(checkpoint)
+    for name, entry in read_json(folder / "model_index.json", "pipeline").items():
+        # diffusers would import any module that stands there
+        if isinstance(entry, list) and entry[:1] not in ([None], ["vit5gen"], ["diffusers"]):
+            raise UserError(
+                f"checkpoint {folder}: {name} = {short(entry)} is not of vit5gen or diffusers; make it again"
+            )
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # of three files read
+    try:
+        pipe = SiTPipeline.from_pretrained(folder)
+        for name, kind in (
+            ("transformer", SiTTransformer2DModel),
+            ("guide", SiTTransformer2DModel),
+            ("vae", AutoencoderKL),
+        ):
+            if not isinstance(part := getattr(pipe, name), kind | None):
+                raise UserError(f"{name} is a {type(part).__name__}, expected a {kind.__name__}")
+    except Exception as error:  # what diffusers makes of files with values of other types has no end
+        reason = " ".join(str(error).split()) or repr(error)
+        raise UserError(f"checkpoint {folder} does not load: {reason}; make it again") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module):
+            check_finite(f"checkpoint {folder}: {name}", component.state_dict())
+    return pipe
+
+
+def pipeline_folder(checkpoint: str | Path) -> Path:
+    """Return what `find_pipeline` does; raise `UserError` where there is none."""
+    if (folder := find_pipeline(checkpoint)) is None:
+        raise UserError(
+            f"checkpoint {checkpoint} is neither a run nor a pipeline folder (no model_index.json); expected the"
+            " --output of `vit5gen train` or `vit5gen convert`"
+        )
+    return folder
+
+
+def find_pipeline(path: str | Path) -> Path | None:
+    """Return the folder that holds ``model_index.json``: the ``pipeline`` in a path, the path itself, or None."""
+    folders = (Path(path) / PIPELINE, Path(path))
+    return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
