@@ -21,10 +21,9 @@ from tqdm import tqdm
 from vit5gen.config import AutoencoderTraining, read_yaml, validate
 from vit5gen.data.images import ImageSet, open_images
 from vit5gen.parser import Parser, exit_on_bad_input
-from vit5gen.system.cpu import warn_of_slow_bf16
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import check_writable, clear_weights
-from vit5gen.system.precision import exact_float32
+from vit5gen.system.precision import PRECISIONS, exact_float32
 
 _HALF = (torch.bfloat16, torch.float16)
 EMOJI = Path(__file__).with_name("emoji_vae")
@@ -125,7 +124,7 @@ def train_autoencoder(config: AutoencoderTraining, output: Path) -> float:
     progress = tqdm(range(config.num_steps), desc="autoencoder", unit="step")
     for step in progress:
         target = next(batches) / 127.5 - 1
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+        with PRECISIONS[config.precision].autocast(torch.device("cpu")):
             posterior = vae.encode(target).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator)
             reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample.float()
@@ -255,7 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = validate(AutoencoderTraining, read_yaml(options.config), f"configuration {options.config}")
         _check_sizes(config)
         check_writable(options.output / "config.json")
-        warn_of_slow_bf16(config.precision, torch.device("cpu"))
+        PRECISIONS[config.precision].warn_if_slow(torch.device("cpu"))
         score = train_autoencoder(config, options.output)
     print(f"{options.output}: held-out PSNR {score:.2f} dB after {time.perf_counter() - start:.0f} s")
 

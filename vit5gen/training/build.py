@@ -11,6 +11,7 @@ from vit5gen.flow import Flow
 from vit5gen.generation.pipeline import SAMPLERS
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.system.errors import UserError, choose
+from vit5gen.system.precision import PRECISIONS
 
 
 def check_values(config: Config) -> None:
@@ -49,9 +50,9 @@ def build_model(config: Config) -> SiTTransformer2DModel:
 
 def build_trainee(config: Config) -> SiTTransformer2DModel:
     """Construct the transformer as it is trained: in its precision, checkpointed and compiled as configured."""
-    model = build_model(config)
-    if config.training.precision == "fp64":
-        model.double()
+    model, weights = build_model(config), PRECISIONS[config.training.precision].weights
+    if weights != torch.float32:
+        nn.Module.to(model, weights)
     if config.training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.training.compile:

@@ -10,13 +10,14 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from vit5gen.config import Config
+from vit5gen.system.distributed import on_main
 from vit5gen.system.errors import UserError
 from vit5gen.training import checkpoint
 from vit5gen.training import folder as run
 from vit5gen.training.build import check_values, learning_rate
 from vit5gen.training.data import nonfinite_advice, open_source
 from vit5gen.training.monitor import Monitor
-from vit5gen.training.process import SaveClock, batch_sizes, make_accelerator, on_main, stop_signals
+from vit5gen.training.process import SaveClock, batch_sizes, make_accelerator, stop_signals
 from vit5gen.training.random import data_index
 from vit5gen.training.trainer import Trainee
 
@@ -40,8 +41,8 @@ def train(config: Config, output: str | Path, resume: str = "auto", accept_chang
     batch_sizes(config.training, accelerator.num_processes)
     check_values(config)  # before hours of encoding
     with ExitStack() as stack:
-        on_main(accelerator, lambda: stack.enter_context(run.locked(output)))
-        start, config = on_main(accelerator, partial(run.find_start, config, output, resume, accept_changes))
+        on_main(lambda: stack.enter_context(run.locked(output)))
+        start, config = on_main(partial(run.find_start, config, output, resume, accept_changes))
         if run.finished(config, output, start):
             accelerator.print(f"{output} is already trained to step {config.training.num_steps}; nothing to do")
             return 0
@@ -58,7 +59,7 @@ def _train(config: Config, output: Path, accelerator: Accelerator, start: Path |
 
     # Data, model, optimizer and averages.
     source, vae, data = open_source(
-        config, accelerator, lambda data: on_main(accelerator, partial(run.check_data, start, accept_changes, data))
+        config, accelerator, lambda data: on_main(partial(run.check_data, start, accept_changes, data))
     )
     trainee = Trainee(config, accelerator, vae)
     state = checkpoint.State(trainee.model, trainee.optimizer.optimizer, trainee.ema)
@@ -67,7 +68,7 @@ def _train(config: Config, output: Path, accelerator: Accelerator, start: Path |
         unknown = "" if state.data else ", which does not record its data, so that these cannot be compared with it"
         accelerator.print(f"going on from {start}{unknown}")
     state.data |= {key: value for key, value in data.items() if value is not None}  # old latents know no digest
-    on_main(accelerator, lambda: run.begin(config, output, state.step, data))
+    on_main(lambda: run.begin(config, output, state.step, data))
     batches = trainee.batches(source, state.step)
 
     bar = tqdm(total=settings.num_steps, initial=state.step, unit="step", disable=not accelerator.is_main_process)
@@ -152,4 +153,4 @@ def save(accelerator: Accelerator, folder: Path, state: checkpoint.State, config
             return False
         return True
 
-    return on_main(accelerator, write)
+    return on_main(write)

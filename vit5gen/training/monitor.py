@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
 from matplotlib.figure import Figure
 from PIL import Image
@@ -26,16 +25,16 @@ from torch import Tensor, nn
 from vit5gen.config import Config
 from vit5gen.data.latents import images_beside
 from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
-from vit5gen.evaluation.statistics import gather_rows
 from vit5gen.generation.card import TrainingFacts
 from vit5gen.generation.grid import save_grid
 from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.generation.pipeline import SiTPipeline, SiTScheduler
 from vit5gen.models import SiTTransformer2DModel
+from vit5gen.system.distributed import gather_objects, gather_rows, on_main
 from vit5gen.system.files import atomic
+from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.averages import EMA
 from vit5gen.training.folder import Log
-from vit5gen.training.process import autocast, on_main
 from vit5gen.training.reference import Reference, build_reference
 from vit5gen.training.sharding import whole
 
@@ -80,9 +79,7 @@ class Monitor:
         """Tell whether ``step`` wants an evaluation that the run does not have yet."""
         every, last = self.config.evaluation.every, self.config.training.num_steps
         wanted = step in (0, last) or (every is not None and step % every == 0)
-        return wanted and on_main(
-            self.accelerator, lambda: step not in {entry["step"] for entry in self.log.evaluations()}
-        )
+        return wanted and on_main(lambda: step not in {entry["step"] for entry in self.log.evaluations()})
 
     def evaluate(self, step: int) -> bool:
         """Sample from the EMA: refresh ``pipeline/``, ``samples.png`` and ``loss.png``, add to ``metrics.json``.
@@ -90,7 +87,7 @@ class Monitor:
         Returns False when a signal asked to stop before all images were drawn; nothing is written then.
         """
         try:
-            with autocast(self.config.training, self.accelerator.device):
+            with PRECISIONS[self.config.training.precision].autocast(self.accelerator.device):
                 self._evaluate(step)
         except Interrupted:
             return False
@@ -159,7 +156,7 @@ class Monitor:
     def _reference(self) -> Reference | None:
         """What images are compared with; None where latents are trained on and any process lacks their images."""
         absent = images_beside(self.config.data)[1] if self.config.data.latents is not None else ""
-        if reasons := [reason for reason in gather_object([absent]) if reason]:
+        if reasons := [reason for reason in gather_objects(absent) if reason]:
             self.accelerator.print(f"\nnote: evaluations have no distance, because there are no images: {reasons[0]}")
             return None
         return build_reference(

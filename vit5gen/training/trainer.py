@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from vit5gen.config import Config
 from vit5gen.flow import Flow, draw_timesteps
 from vit5gen.system.cpu import fast_products
+from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.averages import EMA
 from vit5gen.training.build import build_flow, build_optimizer, build_trainee, learning_rate
 from vit5gen.training.data import encode_batch, micro_batches
-from vit5gen.training.process import autocast, batch_sizes, memory_hint, seeded
+from vit5gen.training.process import batch_sizes, memory_hint, seeded
 from vit5gen.training.sharding import whole
 
 
@@ -95,7 +96,7 @@ class Trainee:
 
 def losses(config: Config, flow: Flow, vae: AutoencoderKL, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Return the loss of every sample (B,) of a micro-batch, whose random numbers it brings along."""
-    settings, dtype = config.flow, torch.float64 if config.training.precision == "fp64" else torch.float32
+    settings, precision = config.flow, PRECISIONS[config.training.precision]
     x1 = batch["x1"] if "x1" in batch else encode_batch(vae, batch["image"], batch["posterior"])
     t = draw_timesteps(
         flow,
@@ -106,5 +107,6 @@ def losses(config: Config, flow: Flow, vae: AutoencoderKL, model: nn.Module, bat
         settings.time_shift,
         (batch["position"], config.training.global_batch_size) if settings.stratified else None,
     )
-    with autocast(config.training, x1.device):
-        return flow.loss(lambda x, t: model(x, t, batch["label"]), x1.to(dtype), batch["x0"].to(dtype), t)
+    x1, x0 = x1.to(precision.weights), batch["x0"].to(precision.weights)
+    with precision.autocast(x1.device):
+        return flow.loss(lambda x, t: model(x, t, batch["label"]), x1, x0, t)
