@@ -72,7 +72,8 @@ def model_cost(model: SiTTransformer2DModel, precision: str = "fp32", recomputes
     kept = PRECISIONS[precision].activation_bytes
     wide = max(kept, 4)
     model = nn.Module.to(copy.deepcopy(model), "meta")
-    model.disable_gradient_checkpointing()  # by which a second forward pass would count as backward
+    if model.is_gradient_checkpointing:
+        model.disable_gradient_checkpointing()  # or the second forward pass would be counted
     height, width = to_2tuple(model.config.sample_size)
     tokens = height * width // model.config.patch_size**2
     inside = outside = 0
