@@ -22,7 +22,7 @@ from vit5gen.generation.card import versions
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import read_json, sha256, write_json
 from vit5gen.training.averages import EMA
-from vit5gen.training.sharding import sharded_as, whole
+from vit5gen.training.sharding import gather_shards, shard_like
 
 _CHECKSUMS = "checksums.json"
 
@@ -62,7 +62,7 @@ class State:
         """Collect whole tensors on the CPU by file name: a collective, of which processes may ``keep`` nothing."""
 
         def collect(values: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-            gathered = ((name, whole(value)) for name, value in values)
+            gathered = ((name, gather_shards(value)) for name, value in values)
             return {name: value.cpu() for name, value in gathered if keep}
 
         files = {"model": collect(self.model.state_dict().items())}
@@ -92,7 +92,7 @@ class State:
             shaped = value.shape == parameter.shape
             value = value.to(parameter.dtype) if shaped else value  # which may be another one now
             # A copy: the tensors read are windows into the file, which will be deleted.
-            moments[key] = (sharded_as(value, parameter) if shaped else value.to(parameter.device)).clone()
+            moments[key] = (shard_like(value, parameter) if shaped else value.to(parameter.device)).clone()
 
     def entries(self) -> dict[str, Any]:
         """Return what stands in ``state.json``."""
@@ -107,7 +107,7 @@ def _fill(targets: Iterable[tuple[str, Tensor]], folder: Path, file: str) -> Non
             raise UserError(
                 f"checkpoint {folder}: {file} has no {name!r} of shape {list(value.shape)}; resume with the same model"
             )
-        value.copy_(sharded_as(tensor, value))
+        value.copy_(shard_like(tensor, value))
     if saved:
         raise UserError(f"checkpoint {folder}: {file} has {min(saved)!r}, this model has not; resume with the same one")
 

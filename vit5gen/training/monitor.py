@@ -36,7 +36,7 @@ from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.averages import EMA
 from vit5gen.training.folder import Log
 from vit5gen.training.reference import Reference, build_reference
-from vit5gen.training.sharding import whole
+from vit5gen.training.sharding import gather_shards
 
 
 class Interrupted(Exception):
@@ -130,7 +130,7 @@ class Monitor:
         config = self.model.config
         with torch.device("meta"):
             transformer = SiTTransformer2DModel.from_config(config)
-        weights = {name: whole(value) for name, value in self.ema.items(self.config.training.ema_decays[0])}
+        weights = {name: gather_shards(value) for name, value in self.ema.items(self.config.training.ema_decays[0])}
         transformer.load_state_dict({**self.model.state_dict(), **weights}, assign=True)
         transformer.eval().requires_grad_(False)
         scheduler = SiTScheduler(path=self.config.flow.path, prediction=self.config.flow.prediction)

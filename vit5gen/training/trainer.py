@@ -19,7 +19,7 @@ from vit5gen.training.averages import EMA
 from vit5gen.training.build import build_flow, build_optimizer, build_trainee, learning_rate
 from vit5gen.training.data import encode_batch, micro_batches
 from vit5gen.training.process import batch_sizes, memory_hint, seeded
-from vit5gen.training.sharding import whole
+from vit5gen.training.sharding import gather_shards
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Trainee:
             # The one synchronisation of a step: what is not finite must not reach the weights, and all processes
             # stop, and save, after the same step.
             asked = total.new_tensor([stop_asked(), accelerator.is_main_process and save_due()])
-            numbers = torch.cat([torch.stack([total, whole(norm).to(total)]), asked])
+            numbers = torch.cat([torch.stack([total, gather_shards(norm).to(total)]), asked])
             mean_loss, mean_norm, stop, save = accelerator.reduce(numbers, "mean").tolist()
             outcome = Outcome(mean_loss, mean_norm, stop > 0, save > 0)
             if outcome.finite:
