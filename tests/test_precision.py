@@ -34,7 +34,7 @@ def test_training_computes_with_it(name, products, product, weights, activations
     assert torch.get_float32_matmul_precision() == products
     with one.autocast(torch.device("cpu")):
         assert nn.Linear(2, 2, dtype=one.weights)(torch.ones(1, 2, dtype=one.weights)).dtype == product
-    assert (one.weight_bytes, one.activation_bytes, one.cast_bytes) == (weights, activations, cast)
+    assert (one.weights.itemsize, one.activation_bytes, one.cast_bytes) == (weights, activations, cast)
 
 
 @pytest.mark.parametrize("name", ["fp32", "tf32", "bf16"])

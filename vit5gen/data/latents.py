@@ -22,7 +22,7 @@ from tqdm import tqdm
 from vit5gen.config import DEFAULTS_BEFORE, Config, DataConfig
 from vit5gen.data.autoencoder import downsample, encode, load_autoencoder, scaling
 from vit5gen.data.images import BrokenImage, ImageSet, open_images, open_training_images
-from vit5gen.system.distributed import gather_objects, processes, start_processes
+from vit5gen.system.distributed import gather_objects, processes, rank_and_world, start_processes
 from vit5gen.system.errors import UserError, check_whole, distinct, listed, short
 from vit5gen.system.files import atomic, cache_folder, locked_file, read_json, sha256, write_json
 
@@ -192,14 +192,15 @@ class LatentDataset:
         self._check_labels(labels)
         return labels
 
-    def verify(self, process_index: int = 0, num_processes: int = 1) -> None:
+    def verify(self) -> None:
         """Compare this process's share of the shards with the manifest; raise `UserError` when one differs.
 
         Compared are checksums, shapes, and labels with the classes; all values are finite. The manifest has passed
         `check`.
         """
         views = [1 + self.manifest["horizontal_flip"], *self.manifest["latent_shape"]]
-        for shard in self.manifest["shards"][process_index::num_processes]:
+        rank, world = rank_and_world()
+        for shard in self.manifest["shards"][rank::world]:
             path, expected = self.folder / shard["file"], [shard["images"], *views]
             if sha256(path) != shard["sha256"]:
                 raise UserError(f"latents: {path} does not match its checksum; encode again to mend it")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vit5gen.models.classifier import ViT5, checkpoint_filter_fn
 from vit5gen.models.loading import Source, load_exactly, read_checkpoint
-from vit5gen.models.transformer import SIZES, SiTTransformer2DModel
+from vit5gen.models.transformer import CLASS_DROPOUT_PROB, SIZES, SiTTransformer2DModel
 from vit5gen.system.errors import UserError, listed
 
 _SIT_NAMES = {
@@ -71,7 +71,7 @@ def load_sit(source: Source, num_attention_heads: int | None = None, **overrides
         "backbone": "sit",
         "patch_size": patch,
         "in_channels": channels,
-        "num_classes": rows - (overrides.get("class_dropout_prob", 0.1) > 0),
+        "num_classes": rows - (overrides.get("class_dropout_prob", CLASS_DROPOUT_PROB) > 0),
         "hidden_size": hidden_size,
         "num_layers": _depth(state),
         "num_attention_heads": num_attention_heads,

@@ -30,10 +30,6 @@ class Precision:
     products: Literal["highest", "high"] = "highest"
 
     @property
-    def weight_bytes(self) -> int:
-        return self.weights.itemsize
-
-    @property
     def activation_bytes(self) -> int:
         """Bytes of a number that goes into a product and is kept for the backward pass."""
         return (self.rounded or self.weights).itemsize

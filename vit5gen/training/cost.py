@@ -117,7 +117,7 @@ def model_cost(model: SiTTransformer2DModel, precision: str = "fp32", recomputes
 
 
 def _weight_bytes(cost: Cost, config: Config) -> int:
-    return cost.parameters * PRECISIONS[config.training.precision].weight_bytes
+    return cost.parameters * PRECISIONS[config.training.precision].weights.itemsize
 
 
 def memory_bytes(cost: Cost, config: Config, micro_batch_size: int, num_processes: int, sharded: bool = False) -> int:

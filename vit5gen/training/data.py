@@ -54,7 +54,7 @@ def open_source(
         latents.check(config, vae)
         data = identity(latents.manifest)
         check(data)
-        latents.verify(accelerator.process_index, accelerator.num_processes)
+        latents.verify()
     else:
         images = open_for(config, vae)
         with accelerator.main_process_first():  # the others find in the cache what it has read

@@ -159,9 +159,7 @@ class Monitor:
         if reasons := [reason for reason in gather_objects(absent) if reason]:
             self.accelerator.print(f"\nnote: evaluations have no distance, because there are no images: {reasons[0]}")
             return None
-        return build_reference(
-            self.config, self._extractor, self.accelerator.process_index, self.accelerator.num_processes
-        )
+        return build_reference(self.config, self._extractor)
 
     def next_command(self) -> str:
         """Return the shell command that draws more images of the run's first class."""

@@ -47,7 +47,7 @@ class Judge:
         key = config.data.model_dump_json() + config.evaluation.model_dump_json()
         if key not in self._references:
             extractor = load_extractor(config.evaluation.extractor, device)
-            self._references[key] = extractor, build_reference(config, extractor, rank=0, world_size=1)
+            self._references[key] = extractor, build_reference(config, extractor)
         return self._references[key]
 
 
