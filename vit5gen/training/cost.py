@@ -80,13 +80,13 @@ def model_cost(model: SiTTransformer2DModel, precision: str = "fp32", recomputes
 
     def note(in_backbone: bool, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal tokens, inside, outside
-        numbers = inputs[0].numel() + output.numel()
+        numbers = sum(tensor.numel() for tensor in (*inputs[:1], output))
         if isinstance(module, Attention):  # queries and keys, where they are rotated
             activations = 2 * output.numel() * kept * any(rope is not None for rope in inputs[1:])
         else:
             activations = numbers * (wide if isinstance(module, nn.LayerNorm | nn.RMSNorm) else kept)
         if isinstance(module, nn.Linear):
-            tokens = max(tokens, inputs[0].numel() // module.in_features)
+            tokens = max(tokens, output.numel() // module.out_features)
         inside, outside = inside + activations * in_backbone, outside + activations * (not in_backbone)
 
     for name, module in model.named_modules():
@@ -101,7 +101,7 @@ def model_cost(model: SiTTransformer2DModel, precision: str = "fp32", recomputes
             output = model(latents, time, label)
             forward_flops = counter.get_total_flops()
             output.sum().backward()
-    except (NotImplementedError, RuntimeError) as error:
+    except (RuntimeError, TypeError) as error:
         reason = str(error).split("\n")[0][:200]
         raise UserError(
             f"backbone {model.config.backbone!r} cannot run on torch's meta device, by which costs are counted "
