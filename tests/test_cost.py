@@ -1,17 +1,16 @@
-"""The analytic cost against torch's own counter, against what autograd keeps, and against published sizes."""
+"""Costs against sums over the weights, against what autograd keeps, and against published sizes."""
 
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
 from vit5gen import SiTTransformer2DModel
 from vit5gen.config import Config, validate
 from vit5gen.models import layers
+from vit5gen.system.errors import UserError
 from vit5gen.training import cost
 from vit5gen.training.averages import EMA
 from vit5gen.training.optimizers import build_optimizer
@@ -46,17 +45,59 @@ def inputs(model: SiTTransformer2DModel, batch: int) -> tuple[Tensor, Tensor, Te
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_flops_agree_with_torchs_counter(name: str) -> None:
+def test_flops_are_those_of_weights_and_attention(name: str) -> None:
     with torch.device("meta"):
         model = build(**MODELS[name])
-        arguments = inputs(model, batch=2)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        output = model(*arguments)
-        forward = counter.get_total_flops()
-        output.sum().backward()
-    found = cost.model_cost(model)
-    assert 2 * found.forward_flops == pytest.approx(forward, rel=0.01)
-    assert 2 * found.training_flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+    found, config = cost.model_cost(model), model.config
+    forward, entrance = 4 * found.tokens**2 * config.hidden_size * config.num_layers, 0
+    for layer, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            once = layer.endswith("modulation") or layer.startswith("time_embed")
+            patches = found.tokens - getattr(model.backbone, "num_registers", 0)
+            rows = 1 if once else found.tokens if layer.startswith("backbone.") else patches
+            forward += 2 * rows * module.weight.numel()
+            entrance += 2 * rows * module.weight.numel() * (layer in ("patch_embed", "time_embed.fc1"))
+    assert found.forward_flops == forward
+    assert found.backward_flops == 2 * forward - entrance  # latents and times need no gradient
+
+
+class Windows(nn.Module):
+    """A backbone of none of our layers: attention within pairs of tokens."""
+
+    def __init__(self, hidden_size: int, num_layers: int, num_heads: int, mlp_ratio: float, grid: tuple[int, int]):
+        super().__init__()
+        self.project = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, tokens: Tensor, conditioning: Tensor, grid: tuple[int, int]) -> Tensor:
+        q = self.project(tokens).unflatten(1, (-1, 2))
+        return F.scaled_dot_product_attention(q, q, q).flatten(1, 2) + conditioning[:, None]
+
+
+class Undecided(Windows):
+    """A backbone that reads a value in its forward pass."""
+
+    def forward(self, tokens: Tensor, conditioning: Tensor, grid: tuple[int, int]) -> Tensor:
+        return tokens if tokens.sum().item() > 0 else -tokens
+
+
+def built_with(backbone: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> SiTTransformer2DModel:
+    monkeypatch.setattr("vit5gen.models.transformer.make_backbone", lambda _, *arguments: backbone(*arguments[:-1]))
+    with torch.device("meta"):
+        return build(backbone=backbone.__name__, **SMALL)
+
+
+def test_flops_of_a_backbone_of_other_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = built_with(Windows, monkeypatch)
+    own, found = cost.model_cost(model), 2 * 16 * 64 * 64 + 2 * 2 * 16 * 2 * 64  # a product of 16 tokens; 8 windows
+    model.backbone.forward = lambda tokens, conditioning, grid: tokens + conditioning[:, None]
+    assert own.forward_flops - cost.model_cost(model).forward_flops == found
+    assert own.tokens == 16
+
+
+def test_a_backbone_that_reads_values_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="'Undecided' cannot run on torch's meta device") as told:
+        cost.model_cost(built_with(Undecided, monkeypatch))
+    assert "\n" not in str(told.value)
 
 
 def test_published_sizes() -> None:
@@ -125,7 +166,13 @@ def test_states_are_what_a_step_leaves() -> None:
 
 def test_memory_and_traffic_by_hand() -> None:
     found = cost.Cost(
-        parameters=1000, num_blocks=10, tokens=4, forward_flops=50, activation_bytes=300, recomputes=False
+        parameters=1000,
+        num_blocks=10,
+        tokens=4,
+        forward_flops=50,
+        backward_flops=100,
+        activation_bytes=300,
+        recomputes=False,
     )
     fp32, bf16 = config(precision="fp32"), config(precision="bf16")
     assert cost.memory_bytes(found, fp32, 2, 1) == 20_000 + 600
@@ -145,7 +192,9 @@ def test_memory_and_traffic_by_hand() -> None:
 
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_time_and_utilisation_are_inverse(recomputes: bool) -> None:
-    found = cost.Cost(1000, 10, 4, forward_flops=10**9, activation_bytes=300, recomputes=recomputes)
+    found = cost.Cost(
+        1000, 10, 4, forward_flops=10**9, backward_flops=2 * 10**9, activation_bytes=300, recomputes=recomputes
+    )
     passes = 3 + recomputes
     images = 10**9
     hours = cost.gpu_hours(found, images, "A100", "bf16")

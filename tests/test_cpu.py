@@ -17,7 +17,7 @@ from vit5gen.config import TrainingConfig
 from vit5gen.models.classifier import ViT5
 from vit5gen.models.transformer import SiTTransformer2DModel
 from vit5gen.system import cpu
-from vit5gen.system.precision import exact_float32
+from vit5gen.system.precision import PRECISIONS, exact_float32
 from vit5gen.training.process import make_accelerator
 
 
@@ -139,7 +139,7 @@ def test_training_tells_of_slow_bf16(tmp_path, monkeypatch, capsys):
 def test_slow_bf16_is_told(precision, device, has, warns, monkeypatch):
     monkeypatch.setattr(cpu, "has_bf16", lambda: has)
     shown = []
-    cpu.warn_of_slow_bf16(precision, torch.device(device), shown.append)
+    PRECISIONS[precision].warn_if_slow(torch.device(device), shown.append)
     assert [("bf16" in text, "fp32" in text) for text in shown] == [(True, True)] * warns
 
 

@@ -43,13 +43,13 @@ def test_classifier_and_generator_share_one_block_class():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_identity_modulation_equals_the_classifiers_use_bit_for_bit(dtype):
     generator = torch.Generator().manual_seed(0)
-    block = ViT5Block(32, 2, modulated=True)
+    block = ViT5Block(32, 2, 4.0, modulated=True)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.normal_(0.5, 0.3, generator=generator)
         block.modulation.weight.zero_()
         block.modulation.bias.copy_(torch.tensor([0.0, 0, 1, 0, 0, 1]).repeat_interleave(32))
-    plain = ViT5Block(32, 2)
+    plain = ViT5Block(32, 2, 4.0)
     plain.load_state_dict({k: v for k, v in block.state_dict().items() if not k.startswith("modulation")})
     x, c = (torch.randn(2, *shape, generator=generator).to(dtype) for shape in ((11, 32), (32,)))
     rope = rope_table((Segment((1, 1)), Segment((3, 2), 10000.0), Segment((2, 2), 100.0)), 16, CPU)

@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from launch import ROOT, environment
 from tiny_run import make_inputs
 
+from vit5gen.system import distributed
 from vit5gen.system.distributed import find_fault, processes, start_processes
 from vit5gen.system.errors import UserError
 
@@ -145,3 +146,35 @@ def test_real_launches(given: dict[str, str], launcher: list[str], code: int, sa
     assert said in done.stdout + done.stderr
     if code == 2:
         assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_process_alone_is_the_main_one():
+    assert distributed.rank_and_world() == (0, 1)
+    assert distributed.is_main()
+    assert distributed.gather_objects("a") == ["a"]
+    assert distributed.on_main(lambda: 3) == 3
+    rows, indices = torch.tensor([[1.0], [0.0]]), torch.tensor([1, 0])
+    assert distributed.gather_rows(rows, indices).flatten().tolist() == [0.0, 1.0]
+
+
+def test_all_processes_get_what_the_main_one_returns_or_raises(monkeypatch):
+    sent = []
+    monkeypatch.setattr(distributed, "_joined", lambda: True)
+    monkeypatch.setattr(distributed, "is_main", lambda: not sent)
+
+    def broadcast(values):  # the first call is the main process's, the second another's
+        if sent:
+            values[:] = sent[-1]
+        sent.append(list(values))
+
+    monkeypatch.setattr(distributed.dist, "broadcast_object_list", broadcast)
+
+    def fail():
+        raise UserError("no room")
+
+    assert distributed.on_main(lambda: "mine") == "mine"
+    assert distributed.on_main(fail) == "mine"  # which is not called there
+    sent.clear()
+    for function in (fail, lambda: "mine"):
+        with pytest.raises(UserError, match="no room"):
+            distributed.on_main(function)

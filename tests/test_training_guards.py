@@ -376,11 +376,11 @@ def test_the_reference_passes_broken_images_over_as_training_does(
     config = config.model_copy(update={"data": data})
     extractor: Any = Mock(dim=2, side_effect=lambda images: Mock(pooled=images.double().flatten(1)[:, :2]))
     if skip:
-        reference = build_reference(config, extractor, rank=0, world_size=1)
+        reference = build_reference(config, extractor)
         assert torch.bincount(torch.tensor(reference.labels)).tolist() == [0, 4, 3]
     else:
         with pytest.raises(BrokenImage):
-            build_reference(config, extractor, rank=0, world_size=1)
+            build_reference(config, extractor)
 
 
 def test_a_signal_to_the_whole_group_spares_the_data_workers(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from vit5gen.config import DEFAULTS_BEFORE, Config, DataConfig
 from vit5gen.data.autoencoder import downsample, encode, load_autoencoder, scaling
 from vit5gen.data.images import BrokenImage, ImageSet, open_images, open_training_images
-from vit5gen.system.distributed import processes, start_processes
+from vit5gen.system.distributed import gather_objects, processes, rank_and_world, start_processes
 from vit5gen.system.errors import UserError, check_whole, distinct, listed, short
 from vit5gen.system.files import atomic, cache_folder, locked_file, read_json, sha256, write_json
 
@@ -51,7 +50,7 @@ def encode_dataset(images: ImageSet, vae: AutoencoderKL, folder: str | Path, con
     mine = range(state.process_index, len(chunks), state.num_processes)
     records = _finished(folder, settings, mine)
     ours = sum(len(chunks[k]) for k in mine if k not in records)
-    missing = sum(gather_object([ours]))  # every process has looked at the folder before any writes there
+    missing = sum(gather_objects(ours))  # every process has looked at the folder before any writes there
     if missing and state.is_main_process:
         _reserve(folder, missing, settings)
         if not _begun(folder):
@@ -64,7 +63,8 @@ def encode_dataset(images: ImageSet, vae: AutoencoderKL, folder: str | Path, con
             if k not in records:
                 tensors, broken = _encode_shard(images.select(chunks[k]), vae, config, progress)
                 records[k] = _write_shard(folder / _shard_name(k), tensors, broken)
-    shards = [record for _, record in sorted(gather_object([(k, records[k]) for k in mine]), key=lambda item: item[0])]
+    every = {k: record for part in gather_objects(records) for k, record in part.items()}
+    shards = [every[k] for k in range(len(chunks))]
     if state.is_main_process:
         _finish(folder, settings, shards)
     state.wait_for_everyone()
@@ -192,14 +192,15 @@ class LatentDataset:
         self._check_labels(labels)
         return labels
 
-    def verify(self, process_index: int = 0, num_processes: int = 1) -> None:
+    def verify(self) -> None:
         """Compare this process's share of the shards with the manifest; raise `UserError` when one differs.
 
         Compared are checksums, shapes, and labels with the classes; all values are finite. The manifest has passed
         `check`.
         """
         views = [1 + self.manifest["horizontal_flip"], *self.manifest["latent_shape"]]
-        for shard in self.manifest["shards"][process_index::num_processes]:
+        rank, world = rank_and_world()
+        for shard in self.manifest["shards"][rank::world]:
             path, expected = self.folder / shard["file"], [shard["images"], *views]
             if sha256(path) != shard["sha256"]:
                 raise UserError(f"latents: {path} does not match its checksum; encode again to mend it")

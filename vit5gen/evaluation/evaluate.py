@@ -30,13 +30,12 @@ from vit5gen.evaluation.reference import (
 )
 from vit5gen.evaluation.scores import METRICS, RELIABLE_COUNT, Score, available, scores
 from vit5gen.evaluation.sources import ImageSource, open_data, open_folder, open_npz
-from vit5gen.evaluation.statistics import place, sum_over_processes
 from vit5gen.generation.card import pipeline_hash, versions
 from vit5gen.generation.loading import find_pipeline, pipeline_folder
 from vit5gen.generation.many import SamplingJob, draw_labels, generate, load_for_images, prepare, told_of
 from vit5gen.generation.outputs import network_evaluations
 from vit5gen.generation.pipeline import SiTPipeline
-from vit5gen.system.distributed import start_processes
+from vit5gen.system.distributed import is_main, rank_and_world, start_processes, sum_over_processes
 from vit5gen.system.errors import UserError, check_whole, choose
 from vit5gen.system.files import check_writable, read_json, write_json
 from vit5gen.system.precision import precision_of
@@ -160,7 +159,7 @@ def evaluation_card(
         "skipped": skipped,
         "protocol": {"name": protocol, "differences": differences, "label": label},
         "warnings": _warnings(samples, len(models), extractor, skipped, differences),
-        "processes": place()[1],
+        "processes": rank_and_world()[1],
         "versions": versions() | {"torch-fidelity": version("torch-fidelity"), "scipy": version("scipy")},
     }
     card["markdown"] = "\n".join(markdown(card)[2:])
@@ -246,11 +245,6 @@ def evaluate_command(
             write_json(output, card)
         print("\n".join(markdown(card)))
     return 0
-
-
-def is_main() -> bool:
-    """Whether this process holds the results."""
-    return place()[0] == 0
 
 
 def _open_samples(

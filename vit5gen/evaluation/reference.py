@@ -16,8 +16,9 @@ from torch import Tensor
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.metrics import FrechetReference, ScoreSums
 from vit5gen.evaluation.sources import ImageSource, broken_npz, open_npz
-from vit5gen.evaluation.statistics import GROUPS, FeatureStatistics, Grouped, gather_rows, place, sum_over_processes
+from vit5gen.evaluation.statistics import GROUPS, FeatureStatistics, Grouped
 from vit5gen.generation.card import versions
+from vit5gen.system.distributed import gather_rows, rank_and_world, sum_over_processes
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import atomic, sha256
 
@@ -119,7 +120,7 @@ def reference_of(source: ImageSource, extractor: Extractor, batch_size: int) -> 
 
 def local_chunks(source: ImageSource, batch_size: int) -> Iterable[tuple[int, Tensor]]:
     """The chunks of ``source`` that fall to this process."""
-    return source.chunks(batch_size, *place())
+    return source.chunks(batch_size, *rank_and_world())
 
 
 def is_adm_reference(path: Path) -> bool:

@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from vit5gen.system.distributed import rank_and_world, sum_over_processes
 from vit5gen.system.errors import UserError
 
 GROUPS = 10
@@ -82,7 +81,7 @@ class FeatureStatistics:
 
     def all_reduce(self) -> "FeatureStatistics":
         """Sum over the processes of ``torch.distributed`` with their exact counts; without processes, do nothing."""
-        if place()[1] == 1:
+        if rank_and_world()[1] == 1:
             return self
         count, local_mean = self.count, self._mean
         total = sum_over_processes(torch.tensor([count], dtype=torch.float64))
@@ -183,29 +182,3 @@ class Grouped:
     def leave_one_out(self, total: FeatureStatistics) -> Iterator[FeatureStatistics]:
         """Yield the statistics without each group that is not empty."""
         return (total.without(group) for group in self.groups if group.count)
-
-
-def place() -> tuple[int, int]:
-    """Return the number of this process and that of all that ``torch.distributed`` has joined; without it (0, 1)."""
-    joined = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-
-
-def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
-    """Return the rows of all processes, sorted by sample index, on the main process; on others the local rows."""
-    rank, processes = place()
-    if processes > 1:
-        parts: list[Any] | None = None if rank else [None] * processes
-        dist.gather_object((rows, indices), parts)
-        if parts is not None:
-            rows, indices = (torch.cat(part) for part in zip(*parts, strict=True))
-    return rows if (indices.diff() > 0).all() else rows[indices.argsort()]
-
-
-def sum_over_processes(values: Tensor) -> Tensor:
-    """Return the sum of ``values`` over the processes of ``torch.distributed``, on the CPU."""
-    if place()[1] == 1:
-        return values
-    values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(values)
-    return values.cpu()

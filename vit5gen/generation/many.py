@@ -19,14 +19,13 @@ from vit5gen.generation.loading import load_pipeline, pipeline_folder
 from vit5gen.generation.outputs import Output
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SAMPLERS, SiTScheduler
-from vit5gen.system.cpu import warn_of_slow_bf16
 from vit5gen.system.distributed import processes, start_processes
 from vit5gen.system.errors import UserError, check_whole, choose
-from vit5gen.system.precision import precision_of
+from vit5gen.system.precision import PRECISIONS, precision_of
 
 _EVALUATION = EvaluationConfig()
+SAMPLING_PRECISIONS = ("fp32", "tf32", "bf16")
 LABEL_MODES = ("balanced", "random")
-PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def sample_command(
         raise UserError(
             f"autoguidance_scale = {autoguidance_scale}; expected a finite number, with a guide not 1 (off)"
         )
-    choose("precision", precision, PRECISIONS)
+    choose("precision", precision, SAMPLING_PRECISIONS)
     choose("labels", label_mode, LABEL_MODES)
     settings = settings or SamplingConfig()
     choose("sampler", settings.sampler, SAMPLERS)
@@ -167,7 +166,7 @@ def sample_command(
             target.tidy()  # a kill may have come between the card and this
         state.print(f"{target.path} is finished already; nothing to do")
         return
-    warn_of_slow_bf16(precision, state.device, state.print)
+    PRECISIONS[precision].warn_if_slow(state.device, state.print)
     try:
         if state.is_main_process:
             target.begin(card)
@@ -197,10 +196,8 @@ def sample_command(
 
 def prepare(pipe: SiTPipeline, device: torch.device, precision: str = "fp32", compile: bool = False) -> None:
     """Move a pipeline to its device and have its networks compute in ``precision``: fp32, tf32 or bf16."""
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    networks = [network for network in (pipe.transformer, pipe.guide) if network is not None]
     pipe.to(device)
-    for network in filter(None, (pipe.transformer, pipe.guide)):
-        if precision == "bf16":
-            network.bfloat16()  # `to` of diffusers warns of modules that would stay in fp32, and names none
-        if compile:
-            network.compile()
+    PRECISIONS[precision].cast_for_sampling(*networks)
+    for network in networks if compile else ():
+        network.compile()

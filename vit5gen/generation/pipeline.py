@@ -331,7 +331,7 @@ class SiTPipeline(DiffusionPipeline):
         self._write_extras(Path(save_directory), facts)
         for name, component in self.components.items():
             if component is None or isinstance(component, nn.Module):
-                clear_weights(Path(save_directory) / name, kwargs.get("variant"), whole=component is None)
+                clear_weights(Path(save_directory) / name, kwargs.get("variant"), removed=component is None)
         super().save_pretrained(str(save_directory), *args, **kwargs)
         for file in Path(save_directory).glob("*/*.safetensors"):  # which safetensors lets only their owner read
             shutil.copymode(file.with_name("config.json"), file)

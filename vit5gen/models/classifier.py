@@ -17,11 +17,9 @@ from vit5gen.models.layers import check_heads, check_positive, check_sizes, init
 from vit5gen.models.loading import read_checkpoint
 from vit5gen.models.positions import Grid, Segment, resample_positions, rope_table
 from vit5gen.models.transformer import SIZES
-from vit5gen.models.vit5 import ViT5Block, check_registers
+from vit5gen.models.vit5 import REGISTER_THETA, ROPE_THETA, ViT5Block, check_registers
 from vit5gen.system.cpu import fast_inference
 from vit5gen.system.errors import UserError, choose
-
-ROPE_THETA, REGISTER_THETA = 10000.0, 100.0
 
 
 class ViT5(Backbone):

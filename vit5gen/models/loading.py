@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from vit5gen.system.errors import UserError
+from vit5gen.system.errors import UserError, listed
 
 Source = Mapping[str, Any] | str | Path
 
@@ -51,11 +51,6 @@ def _read_file(path: Path) -> Any:
         raise UserError(f"checkpoint: {str(path)!r} cannot be read safely as tensors ({reason}); {advice}.") from error
 
 
-def some(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
-
-
 def check_fit(what: str, missing: list[str], unexpected: list[str], misshapen: list[str], total: int) -> None:
     """Raise `UserError` with at most five names of each kind, and the likely cause, unless all three are empty.
 
@@ -71,8 +66,8 @@ def check_fit(what: str, missing: list[str], unexpected: list[str], misshapen: l
         cause = "it was written by another version or variant of the model"
     else:
         cause = "it is incomplete" if missing else "it has parts that this variant lacks"
-    problems = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
-    listing = "; ".join(f"{kind}: {some(names)}" for kind, names in problems.items() if names)
+    kinds = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
+    listing = "; ".join(f"{kind}: {listed(names, 5)}" for kind, names in kinds.items() if names)
     raise UserError(f"checkpoint: does not fit {what}; {listing}. Likely cause: {cause}.")
 
 

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from vit5gen.models.classifier import ViT5, checkpoint_filter_fn
-from vit5gen.models.loading import Source, load_exactly, read_checkpoint, some
-from vit5gen.models.transformer import SIZES, SiTTransformer2DModel
-from vit5gen.system.errors import UserError
+from vit5gen.models.loading import Source, load_exactly, read_checkpoint
+from vit5gen.models.transformer import CLASS_DROPOUT_PROB, SIZES, SiTTransformer2DModel
+from vit5gen.system.errors import UserError, listed
 
 _SIT_NAMES = {
     r"^x_embedder\.proj\.": "patch_embed.",
@@ -25,7 +25,7 @@ _SIT_NAMES = {
 
 def _shape(state: Mapping[str, Tensor], key: str, layout: str) -> list[int]:
     if key not in state:
-        keys = some(list(state)) or "nothing"
+        keys = listed(state, 5) or "nothing"
         raise UserError(f"checkpoint: has no {key!r}, so it is not {layout}'s published layout; it holds {keys}.")
     return list(state[key].shape)
 
@@ -71,7 +71,7 @@ def load_sit(source: Source, num_attention_heads: int | None = None, **overrides
         "backbone": "sit",
         "patch_size": patch,
         "in_channels": channels,
-        "num_classes": rows - (overrides.get("class_dropout_prob", 0.1) > 0),
+        "num_classes": rows - (overrides.get("class_dropout_prob", CLASS_DROPOUT_PROB) > 0),
         "hidden_size": hidden_size,
         "num_layers": _depth(state),
         "num_attention_heads": num_attention_heads,

@@ -27,6 +27,7 @@ SIZES = {  # name: hidden_size, num_layers, num_attention_heads
     "L": (1024, 24, 16),
     "XL": (1152, 28, 16),
 }
+CLASS_DROPOUT_PROB = 0.1
 PRESETS = {
     f"{size}/{patch}": {"hidden_size": d, "num_layers": n, "num_attention_heads": h, "patch_size": patch}
     for size, (d, n, h) in SIZES.items()
@@ -96,7 +97,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         num_layers: int = 28,
         num_attention_heads: int = 16,
         mlp_ratio: float = 4.0,
-        class_dropout_prob: float = 0.1,
+        class_dropout_prob: float = CLASS_DROPOUT_PROB,
         learn_sigma: bool = False,
         backbone_kwargs: dict[str, Any] | None = None,
     ) -> None:

@@ -1,6 +1,7 @@
 """The ViT-5 block and the ViT-5 backbone for generation (arXiv 2602.08071), every design decision a switch."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,35 +25,32 @@ from vit5gen.system.errors import UserError, choose
 
 LAYER_SCALES = ("gate_times_gamma", "none", "gamma_only")
 
+ROPE_THETA, REGISTER_THETA = 10000.0, 100.0
+
+_PLAIN = {"norm": "layer", "qk_norm": False, "qkv_bias": True}  # what ViT-5 changes of the vision transformer's block
+_GATED = {"activation": "swiglu", "layer_scale": "none", "absolute_position": "none", "num_registers": 0}
 # Our reading of each architecture, as options of the backbone "vit5".
 VARIANTS: dict[str, dict[str, Any]] = {
     "vit5": {},
-    "deit3": {"norm": "layer", "rope": False, "num_registers": 0, "qk_norm": False, "qkv_bias": True},
-    "dinov2": {
-        "norm": "layer",
-        "gamma_init": 1e-5,
-        "rope": False,
-        "register_rope": False,
-        "qk_norm": False,
-        "qkv_bias": True,
-    },
-    "dinov3": {
-        "norm": "layer",
-        "gamma_init": 1e-5,
-        "absolute_position": "none",
-        "register_rope": False,
-        "qk_norm": False,
-        "qkv_bias": True,
-    },
-    "llama": {
-        "activation": "swiglu",
-        "layer_scale": "none",
-        "absolute_position": "none",
-        "num_registers": 0,
-        "qk_norm": False,
-    },
-    "qwen3": {"activation": "swiglu", "layer_scale": "none", "absolute_position": "none", "num_registers": 0},
+    "deit3": {**_PLAIN, "rope": False, "num_registers": 0},
+    "dinov2": {**_PLAIN, "gamma_init": 1e-5, "rope": False, "register_rope": False},
+    "dinov3": {**_PLAIN, "gamma_init": 1e-5, "absolute_position": "none", "register_rope": False},
+    "llama": {**_GATED, "qk_norm": False},
+    "qwen3": _GATED,
 }
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """The switches of a block, explained at `ViT5Backbone`; the defaults are those of the published classifier."""
+
+    norm: str = "rms"
+    affine_norms: bool = True
+    activation: str = "gelu"
+    layer_scale: str = "gate_times_gamma"
+    gamma_init: float = 1e-4
+    qk_norm: bool = True
+    qkv_bias: bool = False
 
 
 def check_registers(count: int) -> None:
@@ -80,28 +78,23 @@ class ViT5Block(nn.Module):
         self,
         hidden_size: int,
         num_heads: int,
-        mlp_ratio: float = 4.0,
-        *,
+        mlp_ratio: float,
+        options: BlockOptions = BlockOptions(),
         modulated: bool = False,
-        norm: str = "rms",
-        affine_norms: bool = True,
-        activation: str = "gelu",
-        layer_scale: str = "gate_times_gamma",
-        gamma_init: float = 1e-4,
-        qk_norm: bool = True,
-        qkv_bias: bool = False,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        mlp = {"gelu": Mlp, "swiglu": SwiGLU}[choose("activation", activation, ("gelu", "swiglu"))]
-        choose("layer_scale", layer_scale, LAYER_SCALES)
-        self.norm1 = make_norm(norm, hidden_size, affine_norms)
-        self.attn = Attention(hidden_size, num_heads, qkv_bias, qk_norm)
-        self.norm2 = make_norm(norm, hidden_size, affine_norms)
+        mlp = {"gelu": Mlp, "swiglu": SwiGLU}[choose("activation", options.activation, ("gelu", "swiglu"))]
+        layer_scale = choose("layer_scale", options.layer_scale, LAYER_SCALES)
+        self.norm1 = make_norm(options.norm, hidden_size, options.affine_norms)
+        self.attn = Attention(hidden_size, num_heads, options.qkv_bias, options.qk_norm)
+        self.norm2 = make_norm(options.norm, hidden_size, options.affine_norms)
         self.mlp = mlp(hidden_size, mlp_ratio)
         self.gated = layer_scale != "gamma_only"
         for name in ("gamma_1", "gamma_2"):
-            gamma = nn.Parameter(torch.full((hidden_size,), float(gamma_init))) if layer_scale != "none" else None
+            gamma = (
+                nn.Parameter(torch.full((hidden_size,), float(options.gamma_init))) if layer_scale != "none" else None
+            )
             self.register_parameter(name, gamma)
         self.modulation = nn.Linear(hidden_size, (6 if self.gated else 4) * hidden_size) if modulated else None
         self.drop_path = DropPath(drop_path)
@@ -154,18 +147,18 @@ class ViT5Backbone(Backbone):
         mlp_ratio: float,
         grid: Grid,
         *,
-        norm: str = "rms",
-        activation: str = "gelu",
-        layer_scale: str = "gate_times_gamma",
-        gamma_init: float = 1e-4,
+        norm: str = BlockOptions.norm,
+        activation: str = BlockOptions.activation,
+        layer_scale: str = BlockOptions.layer_scale,
+        gamma_init: float = BlockOptions.gamma_init,
         absolute_position: str = "learnable",
         rope: bool = True,
-        rope_theta: float = 10000.0,
+        rope_theta: float = ROPE_THETA,
         num_registers: int = 4,
         register_rope: bool = True,
-        register_theta: float = 100.0,
-        qk_norm: bool = True,
-        qkv_bias: bool = False,
+        register_theta: float = REGISTER_THETA,
+        qk_norm: bool = BlockOptions.qk_norm,
+        qkv_bias: bool = BlockOptions.qkv_bias,
         affine_norms: bool = False,
         weight_init: str = "xavier",
     ) -> None:
@@ -184,21 +177,9 @@ class ViT5Backbone(Backbone):
             self.register_buffer("pos_embed", table)
         else:
             self.register_parameter("pos_embed", None if table is None else nn.Parameter(table))
+        options = BlockOptions(norm, affine_norms, activation, layer_scale, gamma_init, qk_norm, qkv_bias)
         self.blocks = nn.ModuleList(
-            ViT5Block(
-                hidden_size,
-                num_attention_heads,
-                mlp_ratio,
-                modulated=True,
-                norm=norm,
-                affine_norms=affine_norms,
-                activation=activation,
-                layer_scale=layer_scale,
-                gamma_init=gamma_init,
-                qk_norm=qk_norm,
-                qkv_bias=qkv_bias,
-            )
-            for _ in range(num_layers)
+            ViT5Block(hidden_size, num_attention_heads, mlp_ratio, options, modulated=True) for _ in range(num_layers)
         )
         init_linears(self, weight_init)
         if self.reg_token is not None:

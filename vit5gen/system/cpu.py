@@ -1,4 +1,4 @@
-"""Settings of torch and of the C library with which a CPU computes the same, faster; and what it is slow at."""
+"""Settings of torch and of the C library with which a CPU computes the same, faster; and what it has."""
 
 import contextlib
 import ctypes
@@ -118,12 +118,6 @@ def has_bf16() -> bool:
     if platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported()
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def warn_of_slow_bf16(precision: str, device: torch.device, show: Callable[[str], object] = print) -> None:
-    """Show a note when bf16 is asked of a CPU without it (measured on AMD Zen 3: 20 times as long as fp32)."""
-    if precision == "bf16" and device.type == "cpu" and not has_bf16():
-        show("note: precision bf16 is many times slower than fp32 on this CPU, which has no arithmetic for it")
 
 
 def keep_freed_memory(large: bool = True) -> None:

@@ -1,13 +1,18 @@
-"""The processes that a launcher has started, on GPUs or on the CPU, and what the environment asks of them."""
+"""The processes that a launcher has started: what the environment asks of them, who each is, how results join."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from torch import Tensor
 
 from vit5gen.system.errors import UserError
+
+T = TypeVar("T")
 
 _FALSE = ("false", "0", "no", "n", "off", "f", "")
 _FLAG = ("true", "1", "yes", "y", "on", "t", *_FALSE[:-1])
@@ -114,10 +119,68 @@ def _settle() -> None:
 
     That is the LOCAL_RANK that batch systems set for one process, and MPI's numbers where torch's stand beside them.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():  # joined already, whatever is set
+    if _joined():  # already, whatever is set
         return
     if fault := find_fault(os.environ, None if torch.backends.mps.is_available() else torch.cuda.device_count()):
         raise UserError(fault)
     alone = os.environ.get("WORLD_SIZE", "1").strip() == "1" and os.environ.get("ACCELERATE_USE_FSDP") != "true"
     for name in ("LOCAL_RANK",) * alone + _MPI_SIZES * ("WORLD_SIZE" in os.environ):
         os.environ.pop(name, None)
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Return the number of this process and that of all that ``torch.distributed`` has joined; without it (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if _joined() else (0, 1)
+
+
+def is_main() -> bool:
+    """Whether this process writes files, speaks to the user and holds the results."""
+    return rank_and_world()[0] == 0
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Run ``function`` on the main process; all processes return its result or raise its `UserError`."""
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome = [function(), None]
+        except UserError as error:
+            outcome = [None, str(error)]
+    if _joined():
+        dist.broadcast_object_list(outcome)
+    result, message = outcome
+    if message is not None:
+        raise UserError(message)
+    return result
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return the value of every process, in their order, on all of them."""
+    values: list[Any] = [value] * rank_and_world()[1]
+    if _joined():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
+    """Return the rows of all processes, sorted by sample index, on the main process; on others the local rows."""
+    rank, world = rank_and_world()
+    if world > 1:
+        parts: list[Any] | None = None if rank else [None] * world
+        dist.gather_object((rows, indices), parts)
+        if parts is not None:
+            rows, indices = (torch.cat(part) for part in zip(*parts, strict=True))
+    return rows if (indices.diff() > 0).all() else rows[indices.argsort()]
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Return the sum of ``values`` over the processes, on the CPU."""
+    if rank_and_world()[1] == 1:
+        return values
+    values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(values)
+    return values.cpu()

@@ -118,10 +118,10 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
     return value
 
 
-def clear_weights(folder: str | Path, variant: str | None = None, whole: bool = False) -> None:
+def clear_weights(folder: str | Path, variant: str | None = None, removed: bool = False) -> None:
     """Delete the weights that an earlier save of this variant left: the index of shards that are gone outdoes a file.
 
-    whole: also the configuration, of a component that is no longer there, and the folder unless it holds more.
+    removed: the component is no longer there: delete also its configuration, and the folder unless it holds more.
     """
     kind = f".{re.escape(variant)}" if variant else ""
     name = "diffusion_pytorch_model"
@@ -129,9 +129,9 @@ def clear_weights(folder: str | Path, variant: str | None = None, whole: bool = 
     files = [file for file in Path(folder).glob("*") if re.fullmatch(weights, file.name)]
     for file in files:
         file.unlink(missing_ok=True)
-    if whole and files and not any(Path(folder).glob(f"{name}*")):  # another variant still needs it
+    if removed and files and not any(Path(folder).glob(f"{name}*")):  # another variant still needs it
         (Path(folder) / "config.json").unlink(missing_ok=True)
-    if whole and files and not any(Path(folder).iterdir()):
+    if removed and files and not any(Path(folder).iterdir()):
         Path(folder).rmdir()
 
 

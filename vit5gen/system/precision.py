@@ -1,18 +1,94 @@
-"""Exact fp32 for what is compared between machines, decoded images and features; in what a network computes."""
+"""What fp64, fp32, tf32 and bf16 mean in training, sampling, costs and cards; exact fp32 for what is compared."""
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
-from vit5gen.system.cpu import plain_products
+from vit5gen.system import cpu
 
 _LOCK = threading.Lock()
 _OPEN: list[list[Callable[[], object]]] = []  # for every open context, of any thread, what the last one undoes
+
+
+@dataclass(frozen=True)
+class Precision:
+    """An arithmetic. Weights, gradient and optimizer are in ``weights``, activations in ``rounded`` where that is set.
+
+    rounded: the type to which autocast rounds products in training, and to which sampling casts the weights.
+    products: torch's setting for products of fp32, where "high" lets a GPU round to TF32.
+    """
+
+    name: str
+    weights: torch.dtype = torch.float32
+    rounded: torch.dtype | None = None
+    products: Literal["highest", "high"] = "highest"
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of a number that goes into a product and is kept for the backward pass."""
+        return (self.rounded or self.weights).itemsize
+
+    @property
+    def cast_bytes(self) -> int:
+        """Bytes of each weight's copy that autocast makes."""
+        return 0 if self.rounded is None else self.rounded.itemsize
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Return the context in which a network of such weights computes with this precision."""
+        return torch.autocast(device.type, self.rounded or torch.bfloat16, enabled=self.rounded is not None)
+
+    def set_products(self) -> None:
+        """Set for the whole process how products of fp32 are computed."""
+        torch.set_float32_matmul_precision(self.products)
+
+    def cast_for_sampling(self, *networks: nn.Module) -> None:
+        """Cast the weights and set the products: beside cast weights, what is left in fp32 is exact."""
+        torch.set_float32_matmul_precision(self.products if self.rounded is None else "highest")
+        for network in networks if self.rounded is not None else ():
+            nn.Module.to(network, self.rounded)  # `to` of diffusers warns of modules that would stay in fp32
+
+    def warn_if_slow(self, device: torch.device, show: Callable[[str], object] = print) -> None:
+        """Show a note when bf16 is asked of a CPU without it (measured on AMD Zen 3: 20 times as long as fp32)."""
+        if self.rounded is not None and device.type == "cpu" and not cpu.has_bf16():
+            show("note: precision bf16 is many times slower than fp32 on this CPU, which has no arithmetic for it")
+
+
+PRECISIONS = {
+    one.name: one
+    for one in (
+        Precision("fp64", weights=torch.float64),
+        Precision("fp32"),
+        Precision("tf32", products="high"),
+        Precision("bf16", rounded=torch.bfloat16, products="high"),
+    )
+}
+
+
+def resolve(name: str, device: torch.device) -> str:
+    """Return the name of a precision; ``auto`` is bf16 where the device has arithmetic for it, else tf32 or fp32."""
+    if name != "auto":
+        return name
+    on_gpu = device.type == "cuda"
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu.has_bf16()
+    return "bf16" if has_bf16 else "tf32" if on_gpu else "fp32"
+
+
+def precision_of(network: nn.Module) -> str:
+    """Return in what a network computes: its weights' type, and for fp32 whether its products may be rounded (tf32)."""
+    dtype = next(network.parameters()).dtype
+    try:
+        rounded = torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # the user chose by torch's newer settings
+        rounded = cast(Any, torch.backends.cuda.matmul).fp32_precision == "tf32"
+    if dtype == torch.float32:
+        return "tf32" if rounded else "fp32"
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}.get(dtype, str(dtype))
 
 
 @contextmanager
@@ -27,7 +103,7 @@ def exact_float32(device: torch.device) -> Iterator[None]:
     try:
         with (
             torch.autocast(device.type, enabled=False),
-            plain_products() if device.type == "cpu" else nullcontext(),
+            cpu.plain_products() if device.type == "cpu" else nullcontext(),
         ):
             yield
     finally:
@@ -60,15 +136,3 @@ def _turn_off() -> list[Callable[[], object]]:
 
 def _attribute(owner: object, name: str, off: Any) -> tuple[Callable[[], Any], Callable[[Any], object], Any]:
     return partial(getattr, owner, name), partial(setattr, owner, name), off
-
-
-def precision_of(network: nn.Module) -> str:
-    """Return in what a network computes: its weights' type, and for fp32 whether its products may be rounded (tf32)."""
-    dtype = next(network.parameters()).dtype
-    try:
-        rounded = torch.get_float32_matmul_precision() != "highest"
-    except RuntimeError:  # the user chose by torch's newer settings
-        rounded = cast(Any, torch.backends.cuda.matmul).fp32_precision == "tf32"
-    if dtype == torch.float32:
-        return "tf32" if rounded else "fp32"
-    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}.get(dtype, str(dtype))

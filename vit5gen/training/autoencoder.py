@@ -20,6 +20,7 @@ from vit5gen.data.autoencoder import decode, encode, load_autoencoder, psnr, to_
 from vit5gen.data.images import ImageSet, open_images
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import check_writable, clear_weights
+from vit5gen.system.precision import PRECISIONS
 from vit5gen.training import checkpoint, process
 from vit5gen.training.folder import RunFolder, to_yaml
 from vit5gen.training.loop import STOPPED
@@ -56,7 +57,7 @@ class RoundTrip(nn.Module):
         It is squared error + absolute error + Kullback-Leibler divergence to the unit normal (arXiv 1312.6114), each a
         mean over elements.
         """
-        with torch.autocast(target.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with PRECISIONS[self.config.precision].autocast(target.device):
             posterior = self.vae.encode(target).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(target.device)
             reconstruction = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()

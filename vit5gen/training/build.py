@@ -1,6 +1,7 @@
 """What a configuration stands for: the model and the flow, and whether its values fit together."""
 
 import torch
+from torch import nn
 
 from vit5gen.config import Config
 from vit5gen.evaluation.features import extractor_names
@@ -8,6 +9,7 @@ from vit5gen.flow import Flow
 from vit5gen.generation.scheduler import SAMPLERS
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.system.errors import UserError, choose
+from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.objectives import OBJECTIVES, check_objective
 from vit5gen.training.optimizers import OPTIMIZERS
 
@@ -53,9 +55,9 @@ def build_model(config: Config) -> SiTTransformer2DModel:
 
 def build_model_to_train(config: Config) -> SiTTransformer2DModel:
     """Construct the transformer as it is trained: in its precision, recomputed and compiled as configured."""
-    model = build_model(config)
-    if config.training.precision == "fp64":
-        model.double()
+    model, weights = build_model(config), PRECISIONS[config.training.precision].weights
+    if weights != torch.float32:
+        nn.Module.to(model, weights)
     if config.training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.training.compile:

@@ -20,7 +20,7 @@ from torch import Tensor
 from vit5gen.generation.card import versions
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import read_json, sha256, write_json
-from vit5gen.training.sharding import sharded_as
+from vit5gen.training.sharding import shard_like
 
 CONFIG = "config.yaml"
 _CHECKSUMS = "checksums.json"
@@ -39,7 +39,7 @@ def fill(targets: Iterable[tuple[str, Tensor]], folder: Path, file: str) -> None
             raise UserError(
                 f"checkpoint {folder}: {file} has no {name!r} of shape {list(value.shape)}; resume with the same model"
             )
-        value.copy_(sharded_as(tensor, value))
+        value.copy_(shard_like(tensor, value))
     if saved:
         raise UserError(f"checkpoint {folder}: {file} has {min(saved)!r}, this model has not; resume with the same one")
 

@@ -1,18 +1,24 @@
-"""What training costs, from the shapes of a model alone: parameters, FLOPs, memory, communication, time, disk.
+"""What training costs, without data or weights: parameters, FLOPs, memory, communication, time, disk.
 
 A multiply-add counts as two FLOPs, as torch's `FlopCounterMode` and GPU makers count; the GFLOPs of the DiT and SiT
 papers (119 for XL/2) count it as one. Elementwise operations are left out.
 """
 
+import copy
 from dataclasses import dataclass
-from math import prod
+from functools import partial
 
+import torch
 from timm.layers import to_2tuple
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from vit5gen.config import Config
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.models.layers import Attention
+from vit5gen.system.errors import UserError
+from vit5gen.system.precision import PRECISIONS
 
 ASSUMED_UTILISATION = 0.22  # about that of XL/2 on an H100 (docs/benchmark.md); other sizes and GPUs are not measured
 IMAGENET_IMAGES = 1_281_167
@@ -41,14 +47,9 @@ class Cost:
     num_blocks: int
     tokens: int
     forward_flops: int
+    backward_flops: int
     activation_bytes: int
     recomputes: bool
-    entrance_flops: int = 0  # of those of the forward pass, the ones of the layers that latents and times enter
-
-    @property
-    def backward_flops(self) -> int:
-        """Gradients to inputs and to weights are a product each for every product, but none to latents and times."""
-        return 2 * self.forward_flops - self.entrance_flops
 
     @property
     def training_flops(self) -> int:
@@ -61,51 +62,62 @@ class Cost:
 
 
 def model_cost(model: SiTTransformer2DModel, precision: str = "fp32", recomputes: bool = False) -> Cost:
-    """Cost of a model, which may be on the meta device, at the latent size it was built for.
+    """Cost of a model at the latent size it was built for, from one forward and backward pass of an image.
 
-    Every weight of a linear or 1:1 convolutional layer acts once a token, those called ``modulation`` and the time
-    embedding once an image. Memory, in eager mode: a linear layer keeps input and output in the precision of products,
-    a norm both in fp32, a rotation its output. recomputes: gradient checkpointing keeps the input of each block and the
-    activations of one.
+    The model may be on the meta device, where the passes run. Memory, in eager mode: a layer with weights keeps input
+    and output in the precision of products, a norm both in fp32, a rotation its output. recomputes: gradient
+    checkpointing keeps the input of each block and the activations of one. Raises `UserError` for a backbone that
+    cannot run on the meta device.
     """
-    kept = {"bf16": 2, "fp64": 8}.get(precision, 4)
+    kept = PRECISIONS[precision].activation_bytes
     wide = max(kept, 4)
-    width, backbone = model.config.hidden_size, model.backbone
-    patches = prod(to_2tuple(model.config.sample_size)) // model.config.patch_size**2
-    tokens = patches + getattr(backbone, "num_registers", 0)
-    flops = entrance = inside = outside = 0
-    for name, module in model.named_modules():
-        in_backbone = name.startswith("backbone.")
-        rows = tokens if in_backbone else patches
-        activations = 0
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            if name.endswith("modulation") or name.startswith("time_embed"):
-                rows = 1
-            flops += 2 * rows * module.weight.numel()
-            entrance += 2 * rows * module.weight.numel() * (name in ("patch_embed", "time_embed.fc1"))
-            activations = rows * sum(_features(module)) * kept
-        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-            channels = width if name.endswith(("q_norm", "k_norm")) else prod(module.normalized_shape)
-            activations = rows * 2 * channels * wide
-        elif isinstance(module, Attention):
-            flops += 4 * tokens**2 * width
-            activations = rows * 2 * width * kept * (getattr(backbone, "rope_theta", None) is not None)
+    model = nn.Module.to(copy.deepcopy(model), "meta")
+    if model.is_gradient_checkpointing:
+        model.disable_gradient_checkpointing()  # or the second forward pass would be counted
+    height, width = to_2tuple(model.config.sample_size)
+    tokens = height * width // model.config.patch_size**2
+    inside = outside = 0
+
+    def note(in_backbone: bool, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal tokens, inside, outside
+        numbers = sum(tensor.numel() for tensor in (*inputs[:1], output))
+        if isinstance(module, Attention):  # queries and keys, where they are rotated
+            activations = 2 * output.numel() * kept * any(rope is not None for rope in inputs[1:])
+        else:
+            activations = numbers * (wide if isinstance(module, nn.LayerNorm | nn.RMSNorm) else kept)
+        if isinstance(module, nn.Linear):
+            tokens = max(tokens, output.numel() // module.out_features)
         inside, outside = inside + activations * in_backbone, outside + activations * (not in_backbone)
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.RMSNorm | Attention):
+            module.register_forward_hook(partial(note, name.startswith("backbone.")))
+
+    # Attention is counted as the two products that it is, whatever kernel computes them.
+    latents = torch.zeros(1, model.config.in_channels, height, width, device="meta")
+    time, label = torch.zeros(1, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
+    try:
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            output = model(latents, time, label)
+            forward_flops = counter.get_total_flops()
+            output.sum().backward()
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise UserError(
+            f"backbone {model.config.backbone!r} cannot run on torch's meta device, by which costs are counted "
+            f"({reason}); leave out what reads the values of tensors"
+        ) from error
+
     blocks = model.config.num_layers
     if recomputes:
-        inside = inside // blocks + blocks * tokens * width * wide
+        inside = inside // blocks + blocks * tokens * model.config.hidden_size * wide
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Cost(parameters, blocks, tokens, flops, inside + outside, recomputes, entrance)
-
-
-def _features(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    return layer.in_channels, layer.out_channels
+    backward_flops = counter.get_total_flops() - forward_flops
+    return Cost(parameters, blocks, tokens, forward_flops, backward_flops, inside + outside, recomputes)
 
 
 def _weight_bytes(cost: Cost, config: Config) -> int:
-    return cost.parameters * (8 if config.training.precision == "fp64" else 4)
+    return cost.parameters * PRECISIONS[config.training.precision].weights.itemsize
 
 
 def memory_bytes(cost: Cost, config: Config, micro_batch_size: int, num_processes: int, sharded: bool = False) -> int:
@@ -120,7 +132,7 @@ def memory_bytes(cost: Cost, config: Config, micro_batch_size: int, num_processe
         states = states // num_processes + 2 * weights // cost.num_blocks  # two blocks are whole
     elif num_processes > 1:
         states += weights
-    cast = 2 * cost.parameters if config.training.precision == "bf16" else 0
+    cast = PRECISIONS[config.training.precision].cast_bytes * cost.parameters
     return states + cast + micro_batch_size * cost.activation_bytes
 
 

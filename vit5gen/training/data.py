@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -16,6 +15,7 @@ from vit5gen.config import Config
 from vit5gen.data.autoencoder import encode, load_autoencoder
 from vit5gen.data.images import ImageSet, check_classes, drop_broken
 from vit5gen.data.latents import LatentDataset, ensure_latents, identity, open_for, settings_of
+from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.objectives import OBJECTIVES, Batch
 from vit5gen.training.process import batch_sizes, signals_blocked
 from vit5gen.training.random import MicroBatches, Source, TrainingSet, data_index
@@ -56,7 +56,7 @@ def open_source(
         latents.check(config, vae)
         data = identity(latents.manifest)
         check(data)
-        latents.verify(accelerator.process_index, accelerator.num_processes)
+        latents.verify()
     else:
         images = open_for(config, vae)
         with accelerator.main_process_first():  # the others find in the cache what it has read
@@ -112,7 +112,7 @@ def micro_batches(
         drop_prob=config.model.class_dropout_prob,
         flip=config.data.horizontal_flip,
     )
-    dtype = torch.float64 if settings.precision == "fp64" else torch.float32
+    dtype = PRECISIONS[settings.precision].weights
     keeps_image = any(OBJECTIVES.get(name).needs_image for name in settings.objectives)
     size, _ = batch_sizes(settings, accelerator.num_processes)
     rank, world = accelerator.process_index, accelerator.num_processes

@@ -15,7 +15,9 @@ from vit5gen.config import Config
 from vit5gen.flow import Flow, draw_timesteps
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.system.cpu import fast_products
+from vit5gen.system.distributed import on_main
 from vit5gen.system.errors import UserError
+from vit5gen.system.precision import PRECISIONS
 from vit5gen.training import process
 from vit5gen.training.build import build_flow, build_model_to_train, check_values
 from vit5gen.training.data import micro_batches, nonfinite_advice, open_source
@@ -23,7 +25,6 @@ from vit5gen.training.folder import RunFolder, check_data, to_yaml
 from vit5gen.training.monitor import Monitor
 from vit5gen.training.objectives import Batch, build_objectives
 from vit5gen.training.optimizers import build_optimizer, learning_rate
-from vit5gen.training.process import on_main
 from vit5gen.training.trainer import Outcome, Trainer
 
 STOPPED = 75  # exit code after SIGTERM or SIGINT: saved, the same command resumes it (EX_TEMPFAIL)
@@ -87,7 +88,7 @@ def train_step(
             # What the model makes of it, the weighted objectives, and their gradient.
             dropout = process.seeded(settings.seed, step, batch.first, accelerator.device)
             with trainer.sharing_gradients(last=micro == accumulation - 1), dropout:
-                with process.autocast(settings, accelerator.device):
+                with PRECISIONS[settings.precision].autocast(accelerator.device):
                     losses = trainer.network(replace(batch, t=t, x_t=x_t), step) / accumulation
                 losses.sum().backward()
             total += losses.detach()
@@ -125,8 +126,8 @@ def train(config: Config, output: str | Path, resume: str = "auto", accept_chang
     process.batch_sizes(config.training, accelerator.num_processes)
     check_values(config)  # before hours of encoding
     with ExitStack() as stack:
-        on_main(accelerator, lambda: stack.enter_context(folder.locked()))
-        start, config = on_main(accelerator, partial(folder.find_start, config, resume, accept_changes))
+        on_main(lambda: stack.enter_context(folder.locked()))
+        start, config = on_main(partial(folder.find_start, config, resume, accept_changes))
         if folder.finished(config, start):
             accelerator.print(f"{folder} is already trained to step {config.training.num_steps}; nothing to do")
             return 0
@@ -141,14 +142,14 @@ def train(config: Config, output: str | Path, resume: str = "auto", accept_chang
 def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: Path | None, accept: bool) -> int:
     # What is trained, on which data, and from where.
     settings, trainer = config.training, build_trainer(config, accelerator)
-    check = lambda data: on_main(accelerator, partial(check_data, start, accept, data))  # noqa: E731
+    check = lambda data: on_main(partial(check_data, start, accept, data))  # noqa: E731
     source, vae, data = open_source(config, accelerator, check)
     if start is not None:
         trainer.restore(start)
         unknown = "" if trainer.data else ", which does not record its data, so that these cannot be compared with it"
         accelerator.print(f"resuming from {start}{unknown}")
     trainer.data |= {key: value for key, value in data.items() if value is not None}  # old latents know no digest
-    on_main(accelerator, lambda: folder.record(config, trainer.step, data))
+    on_main(lambda: folder.record(config, trainer.step, data))
     batches = micro_batches(config, source, vae, accelerator, trainer.step, trainer.model.null_label)
     save = partial(trainer.save, config=to_yaml(config), keep_last=settings.keep_last, keep_every=settings.keep_every)
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
 from matplotlib.figure import Figure
 from PIL import Image
@@ -25,19 +24,19 @@ from tqdm.auto import tqdm
 from vit5gen.config import Config
 from vit5gen.data.latents import images_beside
 from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
-from vit5gen.evaluation.statistics import gather_rows
 from vit5gen.generation.card import TrainingFacts
 from vit5gen.generation.grid import save_grid
 from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.models import SiTTransformer2DModel
+from vit5gen.system.distributed import gather_objects, gather_rows, on_main
 from vit5gen.system.files import atomic
+from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.folder import RunFolder
 from vit5gen.training.optimizers import learning_rate
-from vit5gen.training.process import autocast, on_main
 from vit5gen.training.reference import Reference, build_reference
-from vit5gen.training.sharding import whole
+from vit5gen.training.sharding import gather_shards
 from vit5gen.training.trainer import Outcome, Trainer
 
 
@@ -100,7 +99,7 @@ class Monitor:
         """Tell whether ``step`` wants an evaluation that the run does not have yet."""
         every, last = self.config.evaluation.every, self.config.training.num_steps
         wanted = step in (0, last) or (every is not None and step % every == 0)
-        return wanted and on_main(self.accelerator, lambda: not self.folder.evaluated(step))
+        return wanted and on_main(lambda: not self.folder.evaluated(step))
 
     def evaluate(self, step: int) -> bool:
         """Sample from the EMA: refresh ``pipeline/``, ``samples.png`` and ``loss.png``, add to ``metrics.json``.
@@ -109,7 +108,7 @@ class Monitor:
         """
         self.bar.set_description("evaluate")
         try:
-            with autocast(self.config.training, self.accelerator.device):
+            with PRECISIONS[self.config.training.precision].autocast(self.accelerator.device):
                 self._evaluate(step)
         except Interrupted:
             return False
@@ -156,7 +155,9 @@ class Monitor:
         model, config = self.trainer.model, self.trainer.model.config
         with torch.device("meta"):
             transformer = SiTTransformer2DModel.from_config(config)
-        weights = {name: whole(value) for name, value in self.trainer.averaged(self.config.training.ema_decays[0])}
+        weights = {
+            name: gather_shards(value) for name, value in self.trainer.averaged(self.config.training.ema_decays[0])
+        }
         transformer.load_state_dict({**model.state_dict(), **weights}, assign=True)
         transformer.eval().requires_grad_(False)
         scheduler = SiTScheduler(path=self.config.flow.path, prediction=self.config.flow.prediction)
@@ -182,12 +183,10 @@ class Monitor:
     def _reference(self) -> Reference | None:
         """What images are compared with; None where latents are trained on and any process lacks their images."""
         absent = images_beside(self.config.data)[1] if self.config.data.latents is not None else ""
-        if reasons := [reason for reason in gather_object([absent]) if reason]:
+        if reasons := [reason for reason in gather_objects(absent) if reason]:
             self.accelerator.print(f"\nnote: evaluations have no distance, because there are no images: {reasons[0]}")
             return None
-        return build_reference(
-            self.config, self._extractor, self.accelerator.process_index, self.accelerator.num_processes
-        )
+        return build_reference(self.config, self._extractor)
 
     def next_command(self) -> str:
         """Return the shell command that draws more images of the run's first class."""

@@ -8,19 +8,17 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from vit5gen.config import TrainingConfig
-from vit5gen.system.cpu import keep_freed_memory, warn_of_slow_bf16
+from vit5gen.system.cpu import keep_freed_memory
 from vit5gen.system.distributed import start_processes
 from vit5gen.system.errors import UserError
-
-T = TypeVar("T")
+from vit5gen.system.precision import PRECISIONS
 
 _MOMENT = 5.0  # seconds
 
@@ -28,7 +26,7 @@ _MOMENT = 5.0  # seconds
 def make_accelerator(settings: TrainingConfig, output: Path) -> Accelerator:
     """Start accelerate; raise `UserError` for a tracker that is not installed (accelerate would drop it silently).
 
-    Mixed precision is left to `autocast`, which computes the same under DDP, FSDP2 and alone. FSDP2's own policy would
+    Mixed precision is left to `Precision.autocast`, which computes the same under DDP, FSDP2 and alone. FSDP2's own policy would
     round the time and sum gradients in bfloat16.
     """
     for tracker in settings.trackers:
@@ -36,7 +34,7 @@ def make_accelerator(settings: TrainingConfig, output: Path) -> Accelerator:
             raise UserError(f"training.trackers: {tracker} is not installed; `pip install {tracker}`, or leave it out")
     start_processes()
     keep_freed_memory(large=not settings.gradient_checkpointing)
-    torch.set_float32_matmul_precision("highest" if settings.precision in ("fp32", "fp64") else "high")
+    PRECISIONS[settings.precision].set_products()
     # A part of an objective need not have a gradient in every step.
     parts_unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(
@@ -45,13 +43,8 @@ def make_accelerator(settings: TrainingConfig, output: Path) -> Accelerator:
         log_with=list(settings.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
     )
-    warn_of_slow_bf16(settings.precision, accelerator.device, accelerator.print)
+    PRECISIONS[settings.precision].warn_if_slow(accelerator.device, accelerator.print)
     return accelerator
-
-
-def autocast(settings: TrainingConfig, device: torch.device) -> torch.autocast:
-    """Return the context in which networks compute with the precision that is asked for."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
 
 def batch_sizes(settings: TrainingConfig, num_processes: int) -> tuple[int, int]:
@@ -69,21 +62,6 @@ def batch_sizes(settings: TrainingConfig, num_processes: int) -> tuple[int, int]
             f"(global_batch_size {total} over {num_processes} processes); choose a divisor"
         )
     return micro, local // micro
-
-
-def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """Run ``function`` on the main process; all processes return its result or raise its `UserError`."""
-    outcome: list[tuple[T | None, str | None]] = [(None, None)]
-    if accelerator.is_main_process:
-        try:
-            outcome = [(function(), None)]
-        except UserError as error:
-            outcome = [(None, str(error))]
-    broadcast_object_list(outcome)
-    result, message = outcome[0]
-    if message is not None:
-        raise UserError(message)
-    return result  # type: ignore[return-value]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor
 from vit5gen.config import Config
 from vit5gen.data.images import ImageSet, open_held_out, open_images, readable
 from vit5gen.evaluation import Extractor, FeatureStatistics, FrechetReference, frechet_of
+from vit5gen.system.distributed import is_main, rank_and_world
 from vit5gen.system.errors import UserError
 
 
@@ -25,7 +26,7 @@ class Reference:
     floor: float | None
 
 
-def build_reference(config: Config, extractor: Extractor, rank: int, world_size: int) -> Reference:
+def build_reference(config: Config, extractor: Extractor) -> Reference:
     """Score the real images, shared over the processes.
 
     Raises:
@@ -38,7 +39,7 @@ def build_reference(config: Config, extractor: Extractor, rank: int, world_size:
         return readable(images.select(torch.from_numpy(order.permutation(len(images))[:most])), config.data)
 
     def statistics(images: ImageSet) -> FeatureStatistics:
-        return frechet_of(_batches(images, evaluation.batch_size, rank, world_size), extractor).all_reduce()
+        return frechet_of(_batches(images, evaluation.batch_size), extractor).all_reduce()
 
     training = choose(open_images(config.data), evaluation.num_reference)
     distance = FrechetReference.of(statistics(training))
@@ -48,13 +49,14 @@ def build_reference(config: Config, extractor: Extractor, rank: int, world_size:
         if len(held_out) < 2:
             raise UserError(f"data: split {split!r} has {len(held_out)} images; expected at least 2")
     except UserError as error:
-        if rank == 0:
+        if is_main():
             print(f"\nnote: no floor beside the distance, for want of held-out images: {error}", flush=True)
         return Reference(distance, training.labels[: evaluation.num_images].tolist(), floor=None)
     real = statistics(held_out)
     return Reference(distance, held_out.labels.tolist(), distance.distance(real.mean, real.covariance))
 
 
-def _batches(images: ImageSet, size: int, rank: int, world_size: int) -> Iterator[Tensor]:
+def _batches(images: ImageSet, size: int) -> Iterator[Tensor]:
+    rank, world_size = rank_and_world()
     for start in range(rank * size, len(images), world_size * size):
         yield torch.stack([images.read(i) for i in range(start, min(start + size, len(images)))])

@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from vit5gen.system.distributed import on_main
 from vit5gen.training import checkpoint
 from vit5gen.training.averages import EMA
-from vit5gen.training.process import on_main
-from vit5gen.training.sharding import sharded_as, whole
+from vit5gen.training.sharding import gather_shards, shard_like
 
 _COUNTERS = ("step", "skipped", "loss_sum", "loss_count", "data")
 
@@ -78,7 +78,7 @@ class Trainer:
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Return the norm of the gradient over all processes, after which it is at most ``max_norm``."""
-        return whole(nn.utils.clip_grad_norm_(self.network.parameters(), max_norm or math.inf))
+        return gather_shards(nn.utils.clip_grad_norm_(self.network.parameters(), max_norm or math.inf))
 
     def average(self) -> None:
         """Move the averages one step towards the present weights."""
@@ -120,14 +120,14 @@ class Trainer:
                 return False
             return True
 
-        return on_main(self.accelerator, write)
+        return on_main(write)
 
     def _gather(self) -> dict[str, dict[str, Tensor]]:
         """Collect whole tensors on the CPU by file name: a collective, of which the main process keeps the result."""
         keep = self.accelerator.is_main_process
 
         def collect(values: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-            gathered = ((name, whole(value)) for name, value in values)
+            gathered = ((name, gather_shards(value)) for name, value in values)
             return {name: value.cpu() for name, value in gathered if keep}
 
         files = {file: collect(values) for file, values in self._files()}
@@ -154,7 +154,7 @@ class Trainer:
             shaped = value.shape == parameter.shape
             value = value.to(parameter.dtype) if shaped else value  # which may be another one now
             # A copy: the tensors read are windows into the file, which will be deleted.
-            moments[key] = (sharded_as(value, parameter) if shaped else value.to(parameter.device)).clone()
+            moments[key] = (shard_like(value, parameter) if shaped else value.to(parameter.device)).clone()
 
     def _files(self) -> Iterator[tuple[str, Iterable[tuple[str, Tensor]]]]:
         """Yield the files of a checkpoint with their tensors by name, all but the optimizer's."""

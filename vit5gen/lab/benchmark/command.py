@@ -13,17 +13,7 @@ from vit5gen.data.images import open_images
 from vit5gen.evaluation import load_extractor
 from vit5gen.generation.card import commit, versions
 from vit5gen.generation.loading import load_pipeline
-from vit5gen.lab.benchmark import (
-    NAMES,
-    classifier,
-    evaluation,
-    gpu,
-    memory,
-    sampling,
-    scaling,
-    start_up,
-    train_step,
-)
+from vit5gen.lab.benchmark import NAMES, classifier, evaluation, gpu, memory, sampling, scaling, start_up, train_step
 from vit5gen.lab.benchmark.costs import costs
 from vit5gen.lab.benchmark.peers import SIT, VIT5
 from vit5gen.lab.benchmark.setting import FULL, QUICK, Setting
@@ -118,20 +108,9 @@ def _write(output: Path, result: dict[str, Any]) -> None:
 
 def _head(result: dict[str, Any]) -> list[str]:
     facts = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-    columns = (
-        "benchmark",
-        "mode",
-        "ours",
-        "peer",
-        "ratio",
-        "95 % interval",
-        "our median",
-        "peer's median",
-        "unit",
-        "more",
-    )
+    columns = "benchmark, mode, ours, peer, ratio, 95 % interval, our median, peer's median, unit, more"
     notes = [f"Note: {note}." for note in result["notes"]]
-    return [f"Ratio: the peer's median over ours. {facts}.", *notes, "", *_table(columns)]
+    return [f"Ratio: the peer's median over ours. {facts}.", *notes, "", *_table(columns.split(", "))]
 
 
 def _line(found: Row) -> str:

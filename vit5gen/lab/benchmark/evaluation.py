@@ -28,8 +28,8 @@ def rows(setting: Setting) -> Iterator[Row]:
     images = torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
     for name, extractor in ((PRETRAINED, load_extractor(PRETRAINED)), ("inception", random_inception())):
         features = torch.randn(2 * extractor.dim, extractor.dim, generator=generator)
-        whole = FeatureStatistics(extractor.dim).update(features)
-        mean, covariance = whole.mean, whole.covariance
+        statistics = FeatureStatistics(extractor.dim).update(features)
+        mean, covariance = statistics.mean, statistics.covariance
         tasks: dict[str, tuple[float, Callable[[], object]]] = {
             "moments": (BATCHES, partial(_add, Grouped(extractor.dim, groups=1), features, count)),
             "grouped moments": (BATCHES, partial(_add, Grouped(extractor.dim), features, count)),

@@ -13,7 +13,7 @@ from vit5gen.lab.benchmark.timing import Row
 from vit5gen.lab.benchmark.train_step import against_published, against_sit
 from vit5gen.system.errors import UserError
 
-PRECISIONS = {"tf32": "tf32", "bf16": "bf16", "fastest": "bf16"}  # of ours; the published code sets TF32
+MODES = {"tf32": "tf32", "bf16": "bf16", "fastest": "bf16"}  # of ours; the published code sets TF32
 
 
 class SmallGpuError(UserError):
@@ -32,9 +32,9 @@ def rows(setting: Setting) -> Iterator[Row]:
     sizes = replace(sizes, preset=sizes.gpu_preset, batch=sizes.gpu_batch)
     try:
         if setting.sit is not None:
-            for mode, precision in PRECISIONS.items():
+            for mode, precision in MODES.items():
                 yield fresh(_row, against_published, "gpu", mode, setting.sit, sizes, precision)
-        yield fresh(_row, against_sit, "gpu", sizes, PRECISIONS["fastest"])
+        yield fresh(_row, against_sit, "gpu", sizes, MODES["fastest"])
     except SmallGpuError as error:
         setting.note(str(error))
 

@@ -32,21 +32,15 @@ def fresh(function: Callable[..., T], *arguments: Any, count: int = 1) -> T:
         try:
             results = [call.result() for call in calls]
         except BrokenProcessPool as error:
-            raise UserError("a measuring process was killed, perhaps for want of memory; make room") from error
+            raise UserError("a measuring process was killed, perhaps because memory was short; make room") from error
     return results[0]
 
 
 def _call(rank: int, count: int, port: int, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if count > 1:
-        joined = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": count,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        os.environ.update({name: str(value) for name, value in joined.items()})
+        joined = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in joined.items()}, MASTER_ADDR="127.0.0.1")
     try:
         return function(*arguments)
     finally:

@@ -50,7 +50,7 @@ def rows(setting: Setting) -> Iterator[Row]:
         return
     sizes, config, pipe = setting.sizes, load_recorded(setting.run / "config.yaml"), load_pipeline(setting.run)
     extractor = load_extractor(config.evaluation.extractor)
-    reference = build_reference(config, extractor, rank=0, world_size=1)
+    reference = build_reference(config, extractor)
     labels = reference.labels[: sizes.drawn_images]
     if len(labels) < FEWEST_IMAGES:
         setting.note(

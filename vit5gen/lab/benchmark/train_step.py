@@ -17,8 +17,9 @@ from vit5gen.lab.benchmark.setting import QUICK, Setting, Sizes
 from vit5gen.lab.benchmark.timing import Pairs, Row, race, row, seconds
 from vit5gen.models import load_sit
 from vit5gen.models.transformer import SIZES
-from vit5gen.system import cpu
+from vit5gen.system.cpu import fast_products
 from vit5gen.system.distributed import processes
+from vit5gen.system.precision import PRECISIONS, resolve
 from vit5gen.training.data import micro_batches
 from vit5gen.training.dry_run import run_cost
 from vit5gen.training.loop import build_trainer, train_step
@@ -32,9 +33,8 @@ def modes() -> dict[str, str]:
 
     The published code has fp32 alone; in "bf16" it is put under autocast, in "fastest" it stays as it is.
     """
-    if cpu.has_bf16():
-        return {"fp32": "fp32", "bf16": "bf16", "fastest": "bf16"}
-    return {"fp32": "fp32", "fastest": "fp32"}
+    fastest = resolve("auto", torch.device("cpu"))
+    return {"fp32": "fp32", fastest: fastest, "fastest": fastest}
 
 
 def step_config(sizes: Sizes, backbone: str = "sit", **training: Any) -> Config:
@@ -107,7 +107,7 @@ def _published_model(peer: SimpleNamespace, sizes: Sizes) -> nn.Module:
 
 
 def check_published(folder: Path) -> None:
-    """Take a step of a tiny size, and hold the model against ours, which is given its weights.
+    """Take a step of a tiny size, and compare the model with ours, which is given its weights.
 
     They are drawn at random, for its initial ones give zeros. Raises `PeerError` for code that fails and other models.
     """
@@ -164,11 +164,10 @@ def _utilisation(config: Config, pairs: Pairs) -> dict[str, float]:
     cost, batch, device = run_cost(config), config.training.global_batch_size, processes().device
     speed = cost.training_flops * batch / median(ours for ours, _ in pairs)
     assert config.model.preset is not None
-    width, dtype = SIZES[config.model.preset.partition("/")[0]][0], torch.float32
-    if config.training.precision == "bf16":
-        dtype = torch.bfloat16
+    width, precision = SIZES[config.model.preset.partition("/")[0]][0], PRECISIONS[config.training.precision]
+    dtype = precision.rounded or precision.weights
     a = torch.ones(batch * cost.tokens, width, dtype=dtype, device=device)
     b = torch.ones(width, 4 * width, dtype=dtype, device=device)
-    with cpu.fast_products():
+    with fast_products():
         product = 2 * a.numel() * 4 * width / min(seconds(lambda: a @ b) for _ in range(20))
     return {"GFLOP/s": speed / 1e9, "share of a product's speed": speed / product}

@@ -15,7 +15,7 @@ from vit5gen.generation.loading import load_pipeline
 from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.system.distributed import start_processes
-from vit5gen.training.process import autocast
+from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.reference import Reference, build_reference
 
 NUM_HELD_OUT = 2048  # images of the held-out loss, where there are as many
@@ -33,7 +33,7 @@ class Judge:
         pipe = load_pipeline(folder).to(device)
         extractor, reference = self._reference(config, device)
         job = SamplingJob(reference.labels, config.evaluation.seed, config.evaluation.batch_size, config.sampling)
-        with autocast(config.training, device):
+        with PRECISIONS[config.training.precision].autocast(device):
             images = (images for _, images in generate(pipe, job))
             report = frechet_report(frechet_of(images, extractor), reference.distance, reference.floor)
         return {
@@ -48,7 +48,7 @@ class Judge:
         key = config.data.model_dump_json() + config.evaluation.model_dump_json()
         if key not in self._references:
             extractor = load_extractor(config.evaluation.extractor, device)
-            self._references[key] = extractor, build_reference(config, extractor, rank=0, world_size=1)
+            self._references[key] = extractor, build_reference(config, extractor)
         return self._references[key]
 
 
