@@ -1,4 +1,4 @@
-"""The plug: registration, entry points, and the package that docs/backbones.md writes down."""
+"""The plug: registration, entry points, and the package that docs/extending.md writes down."""
 
 import re
 import tomllib
@@ -9,15 +9,16 @@ import torch
 from test_models_transformer import batch, make
 from torch import nn
 
-from vit5gen.models import Backbone, SiTTransformer2DModel, ViT5Block, backbone, backbone_names, register_backbone
+from vit5gen.models import Backbone, SiTTransformer2DModel, ViT5Block, backbone_names, register_backbone
+from vit5gen.models.backbone import BACKBONES
 from vit5gen.system.errors import UserError
 
-PAGE = (Path(__file__).parents[1] / "docs" / "backbones.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
-    monkeypatch.setattr(backbone, "_REGISTRY", dict(backbone._REGISTRY))
+    monkeypatch.setattr(BACKBONES, "_known", dict(BACKBONES._known))
 
 
 @pytest.fixture
