@@ -68,9 +68,9 @@ class Registry(Generic[T]):
     def check(self, name: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Return the options as the plug gets them, "1e-4" as a number.
 
-        Raises a `UserError` that begins with ``where`` for an option that the plug lacks, or of the wrong kind. Kinds and
-        ranges are those of the annotations, such as ``Annotated[int, Field(ge=1)]`` or ``Literal["a", "b"]``; without
-        one, that of the default.
+        Raises a `UserError` that begins with ``where`` for an option that the plug lacks, or of the wrong kind. Kinds
+        and ranges are those of the annotations, such as ``Annotated[int, Field(ge=1)]`` or ``Literal["a", "b"]``;
+        without one, that of the default.
         """
         if not isinstance(options, Mapping):
             raise UserError(f"{where}: {short(options)} holds no options; expected e.g. {{}}")

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from vit5gen.config import Config, TrainingConfig
+from vit5gen.data.images import make_source
 from vit5gen.evaluation.features import extractor_names
 from vit5gen.flow import Flow
 from vit5gen.generation.pipeline import SAMPLERS
@@ -30,8 +31,9 @@ def check_values(config: Config) -> None:
             "model.class_dropout_prob = 0 does not train; set it above 0, or the scale to 1"
         )
     choose("evaluation.extractor", config.evaluation.extractor, extractor_names())
-    if config.data.source in ("emoji", "fashion-mnist"):
-        choose("data.split", config.data.split, ["train", "test"])
+    source = make_source(config.data)
+    if source.splits is not None:
+        choose("data.split", config.data.split, source.splits)
 
 
 def build_model(config: Config) -> SiTTransformer2DModel:

