@@ -42,7 +42,7 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """Return all names, registered here or offered by installed packages; none of these is imported."""
-        offered = importlib.metadata.entry_points(group=self.group).names if self.group else set()
+        offered = importlib.metadata.entry_points(group=self.group or "").names
         return sorted(self._known.keys() | offered)
 
     def get(self, name: str) -> T:
@@ -50,7 +50,7 @@ class Registry(Generic[T]):
         if name in self._known:
             return self._known[name]
         choose(self.kind, name, self.names())
-        entry, *others = importlib.metadata.entry_points(group=self.group, name=name)
+        entry, *others = importlib.metadata.entry_points(group=self.group or "", name=name)
         packages = sorted({one.dist.name if one.dist else one.module for one in (entry, *others)})
         if any(other.value != entry.value for other in others):
             raise UserError(

@@ -3,6 +3,7 @@
 The metrics are here; whole evaluations, which need the pipeline, are in `vit5gen.evaluation.evaluate`.
 """
 
+from vit5gen.evaluation import extractors  # noqa: F401 (registers the feature networks)
 from vit5gen.evaluation.features import Extractor, Features, frechet_of, load_extractor, register_extractor
 from vit5gen.evaluation.metrics import (
     FrechetReference,

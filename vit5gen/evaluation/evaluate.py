@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vit5gen.config import MOST_BATCH, MOST_IMAGES, SamplingConfig, load_config
+from vit5gen.evaluation.extractors.inception import INCEPTION_SHA256
 from vit5gen.evaluation.features import Extractor, load_extractor
-from vit5gen.evaluation.inception import INCEPTION_SHA256
 from vit5gen.evaluation.reference import (
     REFERENCE_ROWS,
     Reference,

