@@ -40,10 +40,14 @@ class Registry(Generic[T]):
 
         return add
 
+    def registered(self) -> list[str]:
+        """Return the names that modules imported so far have registered, in that order."""
+        return list(self._known)
+
     def names(self) -> list[str]:
-        """Return all names, registered here or offered by installed packages; none of these is imported."""
+        """Return all names: those registered here, in that order, and those that packages offer; none is imported."""
         offered = importlib.metadata.entry_points(group=self.group or "").names
-        return sorted(self._known.keys() | offered)
+        return [*self._known, *sorted(offered - self._known.keys())]
 
     def get(self, name: str) -> T:
         """Return the plug called ``name``; `UserError` for an unknown name, a broken package, or two that offer it."""

@@ -7,8 +7,8 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor, nn
 
+from vit5gen.evaluation.distances import spatial_features
 from vit5gen.evaluation.features import Extractor, Features, load_weights, register_extractor
-from vit5gen.evaluation.metrics import spatial_features
 from vit5gen.registry import needs
 from vit5gen.system.errors import UserError
 
