@@ -1,6 +1,7 @@
 """The autoencoder: its scaling, the shipped one's quality, training, and names that cannot be loaded."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -10,20 +11,19 @@ from PIL import Image
 from tiny import tiny_autoencoder
 
 from vit5gen.config import AutoencoderTraining, DataConfig, read_yaml, validate
-from vit5gen.data.autoencoder import (
+from vit5gen.data.autoencoders.kl import (
     EMOJI,
     decode,
     downsample,
     encode,
     load_autoencoder,
-    main,
     psnr,
     scaling,
     to_uint8,
-    train_autoencoder,
 )
 from vit5gen.data.images import open_images
 from vit5gen.system.errors import UserError
+from vit5gen.training.autoencoder import main, train_autoencoder
 
 
 def test_quantisation_gives_every_level_its_share() -> None:
@@ -89,7 +89,7 @@ def test_names_that_cannot_be_loaded(name: str, monkeypatch: pytest.MonkeyPatch)
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("no\nnetwork")
 
-    monkeypatch.setattr("vit5gen.data.autoencoder.model_info", unreachable)
+    monkeypatch.setattr("vit5gen.data.autoencoders.kl.model_info", unreachable)
     with pytest.raises(UserError, match=r"vae\.name .*expected 'emoji'") as raised:
         load_autoencoder(name)
     assert "\n" not in str(raised.value)
@@ -218,3 +218,10 @@ def test_configurations_of_old_have_no_shift(tmp_path: Path) -> None:
         del config[key]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert scaling(load_autoencoder(str(tmp_path))) == (0.18215, 0.0)
+
+
+def test_the_old_spelling_names_the_new_command(capsys) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("vit5gen.data.autoencoder", run_name="__main__")
+    assert ended.value.code == 2
+    assert "`vit5gen autoencoder CONFIG --output FOLDER`" in capsys.readouterr().err

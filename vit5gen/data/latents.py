@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vit5gen.config import DEFAULTS_BEFORE, Config, DataConfig
-from vit5gen.data.autoencoder import downsample, encode, load_autoencoder, scaling
+from vit5gen.data.autoencoders.kl import downsample, encode, load_autoencoder, scaling
 from vit5gen.data.images import BrokenImage, ImageSet, make_source, open_images, open_training_images
 from vit5gen.system.distributed import processes, start_processes
 from vit5gen.system.errors import UserError, check_whole, distinct, listed, short

@@ -24,7 +24,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from vit5gen.config import MOST_BATCH, MOST_STEPS, SamplingConfig
-from vit5gen.data.autoencoder import decode, downsample, scaling, to_uint8
+from vit5gen.data.autoencoders.kl import decode, downsample, scaling, to_uint8
 from vit5gen.flow import CountingModel, Flow, guide
 from vit5gen.generation.card import TrainingFacts, model_card
 from vit5gen.generation.scheduler import SAMPLERS, Generators, ModelFn, SiTScheduler, foreign_steps

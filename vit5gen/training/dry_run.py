@@ -9,7 +9,8 @@ from accelerate import Accelerator
 
 from vit5gen import registry
 from vit5gen.config import Config, DataConfig
-from vit5gen.data import autoencoder, latents
+from vit5gen.data import latents
+from vit5gen.data.autoencoders import kl
 from vit5gen.data.images import make_source, open_training_images
 from vit5gen.data.latents import MANIFEST, check_autoencoder
 from vit5gen.evaluation.features import EXTRACTORS
@@ -40,7 +41,7 @@ def plan(config: Config) -> int:
     without_images = next(iter(make_source(config.data).missing()), None) if _latents_suffice(config.data) else None
     if without_images is not None:
         accelerator.print(f"images:   not here ({without_images}): evaluations of the latents' model have no distance")
-    vae = None if config.vae.name in absent else autoencoder.load_autoencoder(config.vae.name)
+    vae = None if config.vae.name in absent else kl.load_autoencoder(config.vae.name)
     if vae is not None:
         check_autoencoder(config, vae)
     if config.data.path is not None and not make_source(config.data).missing():
@@ -130,12 +131,7 @@ def missing(config: Config) -> dict[str, str]:
     absent = {} if unneeded else images
     if data.latents is not None and not (Path(data.latents).expanduser() / MANIFEST).is_file():
         absent[data.latents] = f"vit5gen encode CONFIG --output {data.latents}"
-    name = config.vae.name
-    if name != "emoji" and not Path(name).expanduser().is_dir() and not autoencoder.is_cached(name):
-        absent[name] = (
-            "autoencoder of the Hugging Face hub: the first command fetches it; or a folder, e.g. made by "
-            "`python -m vit5gen.data.autoencoder`"
-        )
+    absent |= kl.missing(config.vae.name)
     extractor = None if unneeded and images else config.evaluation.extractor  # without images there is no distance
     if extractor is not None:
         absent |= registry.missing(EXTRACTORS.get(extractor))
