@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from vit5gen.config import DataConfig
-from vit5gen.data.autoencoder import (
+from vit5gen.data.autoencoders.kl import (
     EMOJI,
     decode,
     downsample,

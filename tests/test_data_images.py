@@ -18,10 +18,10 @@ from vit5gen.data.images import (
     ImageSet,
     centre_crop,
     drop_broken,
-    imagenet_names,
     open_held_out,
     open_images,
 )
+from vit5gen.data.sources.folder import imagenet_names
 from vit5gen.system.errors import UserError, composed
 
 

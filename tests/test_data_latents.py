@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from vit5gen.config import Config, DataConfig, ModelConfig, VaeConfig
 from vit5gen.data import latents
-from vit5gen.data.autoencoder import encode
+from vit5gen.data.autoencoders.kl import encode
 from vit5gen.data.latents import LatentDataset, encode_command, encode_dataset, ensure_latents, identity, open_for
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256

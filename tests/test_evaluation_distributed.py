@@ -10,9 +10,9 @@ import torch.distributed as dist
 from test_evaluation_evaluate import pictures, write_npz
 
 from vit5gen.evaluation import FrechetReference, load_extractor
+from vit5gen.evaluation.distances import ScoreSums, kernel_distance, precision_recall
 from vit5gen.evaluation.evaluate import evaluation_card, open_reference, open_source, samples_of
-from vit5gen.evaluation.metrics import ScoreSums, kernel_distance, precision_recall
-from vit5gen.evaluation.scores import frechet_with_error
+from vit5gen.evaluation.frechet_errors import frechet_with_error
 from vit5gen.evaluation.statistics import Grouped
 from vit5gen.system.distributed import gather_rows, sum_over_processes
 

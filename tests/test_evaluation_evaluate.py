@@ -25,8 +25,8 @@ from vit5gen.evaluation.evaluate import (
     samples_from_pipeline,
     samples_of,
 )
+from vit5gen.evaluation.extractors.inception import INCEPTION_SHA256
 from vit5gen.evaluation.features import Extractor, Features
-from vit5gen.evaluation.inception import INCEPTION_SHA256
 from vit5gen.evaluation.sources import open_folder
 from vit5gen.generation.many import SamplingJob, draw_labels, generate
 from vit5gen.system.errors import UserError

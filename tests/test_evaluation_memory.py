@@ -8,7 +8,7 @@ SCRIPT = """
 import torch
 from pathlib import Path
 from vit5gen.evaluation.features import Extractor, Features
-from vit5gen.evaluation.metrics import FrechetReference
+from vit5gen.evaluation.distances import FrechetReference
 from vit5gen.evaluation.reference import Reference, scan
 from vit5gen.evaluation.scores import scores
 

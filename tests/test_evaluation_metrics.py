@@ -13,15 +13,15 @@ from torch_fidelity.metric_prc import calculate_precision_recall_full
 from vit5gen.evaluation import (
     FeatureStatistics,
     FrechetReference,
+    distances,
     frechet_distance,
     inception_score,
     kernel_distance,
-    metrics,
     precision_recall,
     spatial_features,
 )
-from vit5gen.evaluation.metrics import ScoreSums
-from vit5gen.evaluation.scores import frechet_with_error
+from vit5gen.evaluation.distances import ScoreSums
+from vit5gen.evaluation.frechet_errors import frechet_with_error
 from vit5gen.evaluation.statistics import Grouped
 from vit5gen.system.errors import UserError
 
@@ -144,7 +144,7 @@ def test_precision_and_recall_have_their_sides() -> None:
 
 @pytest.mark.parametrize("block_bytes", [2**27, 4 * 130 * 7])
 def test_precision_and_recall_equal_torch_fidelity_in_any_blocks(monkeypatch, block_bytes: int) -> None:
-    monkeypatch.setattr(metrics, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(distances, "_BLOCK_BYTES", block_bytes)
     real, generated = normal(150, 16).float(), normal(130, 16, seed=1).float() * 0.9 + 0.3
     theirs = calculate_precision_recall_full(generated, real)
     assert precision_recall(real, generated) == pytest.approx(theirs, abs=1e-7)

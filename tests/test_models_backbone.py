@@ -1,4 +1,4 @@
-"""The plug: registration, entry points, and the package that docs/backbones.md writes down."""
+"""The plug: registration, entry points, and the package that docs/extending.md writes down."""
 
 import re
 import tomllib
@@ -9,15 +9,16 @@ import torch
 from test_models_transformer import batch, make
 from torch import nn
 
-from vit5gen.models import Backbone, SiTTransformer2DModel, backbone, backbone_names, register_backbone
+from vit5gen.models import Backbone, SiTTransformer2DModel, ViT5Block, backbone_names, register_backbone
+from vit5gen.models.backbone import BACKBONES
 from vit5gen.system.errors import UserError
 
-PAGE = (Path(__file__).parents[1] / "docs" / "backbones.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text().split("## Backbone", 1)[1]
 
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
-    monkeypatch.setattr(backbone, "_REGISTRY", dict(backbone._REGISTRY))
+    monkeypatch.setattr(BACKBONES, "_known", dict(BACKBONES._known))
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_the_page_names_every_switch():
     options = [p.name for p in inspect.signature(ViT5Backbone).parameters.values() if p.kind is p.KEYWORD_ONLY]
     table = PAGE.split("the switches")[1].split("\n\n")[1]
     assert re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in table.splitlines())) == options
-    assert inspect.signature(ViT5Backbone).parameters["gamma_init"].default == 1e-4
+    assert inspect.signature(ViT5Block).parameters["gamma_init"].default == 1e-4
 
 
 def test_the_first_example_runs():

@@ -1,7 +1,6 @@
 """The generator: sizes, shapes, modes of running, saving and bad input, for every registered backbone."""
 
 import copy
-import inspect
 import math
 import pickle
 import re
@@ -17,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 
 from vit5gen.models import VARIANTS, SiTTransformer2DModel
-from vit5gen.models.backbone import _check_kind
 from vit5gen.models.positions import sincos_table
 from vit5gen.models.transformer import TimeEmbedding
 from vit5gen.system.errors import UserError
@@ -363,11 +361,11 @@ def test_any_configuration_builds_runs_and_round_trips(tmp_path, config):
         ({"mlp_ratio": math.nan}, "mlp_ratio: nan"),
         ({"backbone_kwargs": {"rope_theta": 0.0}}, "rope_theta: 0.0"),
         ({"backbone_kwargs": {"register_theta": -1.0}}, "register_theta: -1.0"),
-        ({"backbone_kwargs": {"qk_norm": "off"}}, "qk_norm = 'off' is not a switch; expected true or false"),
-        ({"backbone_kwargs": {"rope_theta": math.nan}}, "rope_theta = nan is not a finite number; expected one such"),
-        ({"backbone_kwargs": {"gamma_init": "1"}}, "gamma_init = '1' is not a finite number"),
-        ({"backbone_kwargs": {"gamma_init": True}}, "gamma_init = True is not a finite number"),
-        ({"backbone_kwargs": {"num_registers": 4.0}}, "num_registers = 4.0 is not a whole number; expected one"),
+        ({"backbone_kwargs": {"qk_norm": "off"}}, "backbone_kwargs: qk_norm = 'off': input should be a valid boolean"),
+        ({"backbone_kwargs": {"rope_theta": math.nan}}, "rope_theta = nan: input should be a finite number"),
+        ({"backbone_kwargs": {"gamma_init": "low"}}, "gamma_init = 'low': could not convert"),
+        ({"backbone_kwargs": {"gamma_init": True}}, "gamma_init = True: input should be a valid number"),
+        ({"backbone_kwargs": {"num_registers": 4.0}}, "num_registers = 4.0: input should be a valid integer"),
         ({"backbone_kwargs": {"num_registers": 5}}, "num_registers: 5 is not a square"),
         ({"backbone_kwargs": {"num_registers": -1}}, "num_registers: -1 is not a square"),
         ({"backbone_kwargs": {"norm": "batch"}}, "norm: 'batch' is not known; expected one of rms, layer"),
@@ -383,14 +381,6 @@ def test_bad_arguments_are_one_line(overrides, message):
     with pytest.raises(UserError, match=message) as error:
         make(**overrides)
     assert "\n" not in str(error.value)
-
-
-def test_a_number_with_a_whole_default_may_be_a_fraction():
-    """`dropout: float = 0` of a user's backbone; `int` alone means whole numbers."""
-    option = inspect.Parameter("dropout", inspect.Parameter.KEYWORD_ONLY, default=0, annotation=float)
-    _check_kind("dropout", 0.1, option)
-    with pytest.raises(UserError, match=r"dropout = 0\.1 is not a whole number"):
-        _check_kind("dropout", 0.1, option.replace(annotation=int))
 
 
 def test_unknown_preset_suggests_the_nearest():

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from vit5gen.config import AutoencoderTraining, DataConfig
-from vit5gen.data.autoencoder import encode, load_autoencoder
+from vit5gen.data.autoencoders.kl import encode, load_autoencoder
 from vit5gen.data.images import open_images
 from vit5gen.system.errors import UserError
 from vit5gen.training.autoencoder import Shuffle, train_autoencoder

@@ -51,6 +51,17 @@ _MOST_VALUES = 10**5  # of one file
 T = TypeVar("T", bound=BaseModel)
 
 
+def _read_numbers(value: Any) -> Any:
+    """Read 1e-4 in the options of a plug, as `Float` does where the type is known."""
+    exponent = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+    if not isinstance(value, dict):
+        return value
+    return {k: float(v) if isinstance(v, str) and exponent.fullmatch(v) else v for k, v in value.items()}
+
+
+Options = Annotated[dict[str, Any], BeforeValidator(_read_numbers)]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
@@ -59,7 +70,7 @@ class ModelConfig(Section):
     """The transformer. Latent size, channels and classes follow from the data."""
 
     backbone: str = Field("vit5", description="registered backbone: vit5, sit or your own")
-    backbone_kwargs: dict[str, Any] = Field({}, description="switches of the backbone, e.g. {gamma_init: 1}")
+    backbone_kwargs: Options = Field({}, description="switches of the backbone, e.g. {gamma_init: 1}")
     preset: str | None = Field(None, description="S/2 ... XL/8: sets the four sizes below")
     hidden_size: Width | None = Field(None, description="width of a token; default: the preset's")
     num_layers: Layers | None = Field(None, description="number of blocks; default: the preset's")
@@ -68,15 +79,6 @@ class ModelConfig(Section):
     mlp_ratio: Ratio = Field(4.0, description="hidden width of the MLP over the width of a token")
     class_dropout_prob: Unit = Field(0.1, description="probability that training replaces a label by the null label")
     learn_sigma: bool = Field(False, description="twice the output channels, of which the second half is discarded")
-
-    @field_validator("backbone_kwargs", mode="before")
-    @classmethod
-    def _numbers(cls, value: Any) -> Any:
-        """Read 1e-4, as `Float` does where the type is known."""
-        exponent = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-        if not isinstance(value, dict):
-            return value
-        return {k: float(v) if isinstance(v, str) and exponent.fullmatch(v) else v for k, v in value.items()}
 
     @model_validator(mode="after")
     def _sizes(self) -> "ModelConfig":
@@ -112,7 +114,8 @@ class VaeConfig(Section):
 class DataConfig(Section):
     """Labelled images, or latents that were encoded from them."""
 
-    source: Literal["emoji", "fashion-mnist", "folder", "huggingface"] = Field("folder", description="kind of data set")
+    source: str = Field("folder", description="kind of data set: emoji, fashion-mnist, folder, huggingface or your own")
+    source_kwargs: Options = Field({}, description="options of a kind of your own")
     path: str | None = Field(None, description="folder of class folders, idx files, or data set name")
     split: str = Field("train", description="split to train on")
     resolution: Side = Field(256, description="side of the square images, in pixels")

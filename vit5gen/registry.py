@@ -1,14 +1,15 @@
 """One class for every plug: what is known under a name, here or in an installed package, and which options it takes."""
 
 import importlib.metadata
+import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import ConfigDict, Field, create_model
 
-from vit5gen.config import validate
-from vit5gen.system.errors import UserError, choose
+from vit5gen.config import Float, validate
+from vit5gen.system.errors import UserError, choose, nearest, short
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -17,11 +18,12 @@ class Registry(Generic[T]):
     """Plugs of one kind by name: classes or functions whose options are their keyword-only arguments.
 
     kind: what messages call them.  group: the entry-point group in which installed packages offer theirs, by name; a
-    package is imported when its plug is asked for, so that a broken one hinders nobody else.
+    package is imported when its plug is asked for, so that a broken one hinders nobody else.  most: where whole numbers
+    end whose annotation has no range of its own.
     """
 
-    def __init__(self, kind: str, group: str | None = None) -> None:
-        self.kind, self.group = kind, group
+    def __init__(self, kind: str, group: str | None = None, most: int = 2**63 - 1) -> None:
+        self.kind, self.group, self.most = kind, group, most
         self._known: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -38,17 +40,21 @@ class Registry(Generic[T]):
 
         return add
 
+    def registered(self) -> list[str]:
+        """Return the names that modules imported so far have registered, in that order."""
+        return list(self._known)
+
     def names(self) -> list[str]:
-        """Return all names, registered here or offered by installed packages; none of these is imported."""
-        offered = importlib.metadata.entry_points(group=self.group).names if self.group else set()
-        return sorted(self._known.keys() | offered)
+        """Return all names: those registered here, in that order, and those that packages offer; none is imported."""
+        offered = importlib.metadata.entry_points(group=self.group or "").names
+        return [*self._known, *sorted(offered - self._known.keys())]
 
     def get(self, name: str) -> T:
         """Return the plug called ``name``; `UserError` for an unknown name, a broken package, or two that offer it."""
         if name in self._known:
             return self._known[name]
         choose(self.kind, name, self.names())
-        entry, *others = importlib.metadata.entry_points(group=self.group, name=name)
+        entry, *others = importlib.metadata.entry_points(group=self.group or "", name=name)
         packages = sorted({one.dist.name if one.dist else one.module for one in (entry, *others)})
         if any(other.value != entry.value for other in others):
             raise UserError(
@@ -63,31 +69,63 @@ class Registry(Generic[T]):
             ) from error
         return self.register(name)(plug)
 
-    def check(self, name: str, options: Mapping[str, Any], where: str) -> None:
-        """Raise a `UserError` that begins with ``where`` for an option that the plug lacks, or of the wrong kind.
+    def check(self, name: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Return the options as the plug gets them, "1e-4" as a number.
 
-        Kinds and ranges are those of the annotations, such as ``Annotated[int, Field(ge=1)]`` or ``Literal["a", "b"]``;
+        Raises a `UserError` that begins with ``where`` for an option that the plug lacks, or of the wrong kind. Kinds
+        and ranges are those of the annotations, such as ``Annotated[int, Field(ge=1)]`` or ``Literal["a", "b"]``;
         without one, that of the default.
         """
-        validate(self._model(name), dict(options), where)
+        if not isinstance(options, Mapping):
+            raise UserError(f"{where}: {short(options)} holds no options; expected e.g. {{}}")
+        known = self.options(name)
+        for key in options:
+            if key not in known:
+                expected = f"expected {', '.join(known)}" if known else "it has none: give {}"
+                raise UserError(f"{where}: {key!r} is not an option of {name!r}; {expected}.{nearest(key, known)}")
+        fields: dict[str, Any] = {
+            key: (self._kind_of(one), ... if one.default is one.empty else one.default) for key, one in known.items()
+        }
+        config = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True, protected_namespaces=())
+        checked = validate(create_model(name, __config__=config, **fields), dict(options), where)
+        return {key: getattr(checked, key) for key in options}
 
     def build(self, name: str, options: Mapping[str, Any], where: str, *arguments: Any) -> Any:
         """Call the plug called ``name`` with ``arguments`` and the checked ``options``."""
-        self.check(name, options, where)
-        return self.get(name)(*arguments, **options)
+        return self.get(name)(*arguments, **self.check(name, options, where))
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
         """Return the keyword-only arguments of the plug called ``name``."""
         parameters = inspect.signature(self.get(name), eval_str=True).parameters
         return {key: one for key, one in parameters.items() if one.kind is one.KEYWORD_ONLY}
 
-    def _model(self, name: str) -> type[BaseModel]:
-        """Build the pydantic model that checks the plug's options."""
-        fields: dict[str, Any] = {}
-        for key, one in self.options(name).items():
-            annotation = one.annotation
-            if annotation is one.empty:
-                annotation = Any if one.default in (None, one.empty) else type(one.default)
-            fields[key] = (annotation, ... if one.default is one.empty else one.default)
-        config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
-        return create_model(name, __config__=config, **fields)
+    def _kind_of(self, option: inspect.Parameter) -> Any:
+        """Return what pydantic checks a value of the option by."""
+        number = Annotated[Float, Field(gt=-1e38, lt=1e38)]  # which fp32 holds
+        kind = option.annotation
+        if kind is option.empty:
+            default = option.default
+            whole_or_not = isinstance(default, int) and not isinstance(default, bool)
+            kind = int | number if whole_or_not else Any if default in (None, option.empty) else type(default)
+        return {int: Annotated[int, Field(ge=-self.most, le=self.most)], float: number}.get(kind, kind)
+
+
+def needs(missing: Callable[..., dict[str, str]]) -> Callable[[T], T]:
+    """Decorate a function that is a plug: ``missing()`` tells what it lacks on this machine, and how to get it."""
+
+    def add(plug: T) -> T:
+        plug.missing = missing  # type: ignore[attr-defined]
+        return plug
+
+    return add
+
+
+def missing(plug: object, *arguments: Any) -> dict[str, str]:
+    """Return what a plug says that it lacks on this machine, ``{path or package: how to get it}``; else nothing."""
+    return getattr(plug, "missing", dict)(*arguments)
+
+
+def missing_packages(packages: Iterable[str], remedy: str = "pip install {}") -> dict[str, str]:
+    """Return those packages that are not installed, each with how to get it; none is imported."""
+    absent = (name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None)
+    return {name: remedy.format(name) for name in absent}

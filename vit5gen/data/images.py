@@ -1,48 +1,21 @@
-"""Labelled images from folders, Hugging Face data sets and the embedded sets, all as uint8 RGB squares."""
+"""Labelled images, and what all sources of them share: uint8 RGB squares that are read one at a time."""
 
-import gzip
-import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
-from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn import functional
 
 from vit5gen.config import DataConfig, Exif, Rules
-from vit5gen.data.emoji import CLASSES, load_emoji
-from vit5gen.data.pictures import (
-    UNREADABLE,
-    content_digest,
-    cut_strip,
-    find_classes,
-    folder_names,
-    listing_digest,
-    to_rgb,
-)
+from vit5gen.data.pictures import UNREADABLE, cut_strip, to_rgb
+from vit5gen.registry import Registry
 from vit5gen.system.errors import UserError, choose, composed, distinct, listed
-
-_FASHION_CLASSES = [
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle-boot",
-]
-# Names of folders that are taken for splits without being named in a configuration.
-_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "held_out", "holdout")
-FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"  # of Debian's package dataset-fashion-mnist
 
 
 class BrokenImage(UserError):
@@ -73,20 +46,95 @@ class ImageSet:
         return replace(self, labels=self.labels[chosen], read=read, name=name)
 
 
+def digest_pixels(pixels: torch.Tensor) -> str:
+    """Return the SHA-256 of images that are at hand."""
+    return sha256(pixels.numpy().tobytes()).hexdigest()
+
+
+def need_folder(data: DataConfig, path: str | None, hint: str = "; check the path") -> Path:
+    """Return the folder of a source; raise `UserError` when none is given or it is not there."""
+    if path is None:
+        raise UserError(f"data.path: source {data.source!r} needs a folder of class folders; set data.path")
+    if not (folder := Path(path).expanduser()).is_dir():
+        raise UserError(f"data.path {folder}: no such folder{hint}")
+    return folder
+
+
+def missing_folder(path: str | None, remedy: str) -> dict[str, str]:
+    """Return ``path`` with the remedy unless it is a folder; what to set when none is given."""
+    if path is None:
+        return {"data.path": "set it to a folder of class folders, or the name of a Hugging Face data set"}
+    return {} if Path(path).expanduser().is_dir() else {path: remedy}
+
+
+class Source:
+    """A kind of data set, known by a name that `data.source` gives; its options are keyword-only arguments.
+
+    ``open(split)`` returns its images, ``missing()`` what this machine lacks for that, each with how to get it.
+    """
+
+    splits: tuple[str, ...] | None = None  # None: whatever is there
+    reads_files = True  # whether `data.exif` and `data.rules` have a say in the pixels
+
+    def __init__(self, data: DataConfig) -> None:
+        self.data = data
+
+    def open(self, split: str) -> ImageSet:
+        """Open the images of a split without decoding any; raise `UserError` when they are absent."""
+        raise NotImplementedError
+
+    def missing(self) -> dict[str, str]:
+        """Return each absent path or package with how to get it."""
+        return {}
+
+    def preparation(self) -> str:
+        """Return what opening does first that takes long, such as "the pictures are drawn"; empty when it is done."""
+        return ""
+
+
+SOURCES: Registry[type[Source]] = Registry("data.source", "vit5gen.sources")
+register_source = SOURCES.register
+
+
+def make_source(data: DataConfig) -> Source:
+    """Return the source of a configuration; raise `UserError` for an unknown one or option."""
+    return SOURCES.build(data.source, data.source_kwargs, "data.source_kwargs", data)
+
+
+@contextmanager
+def decoding(name: str) -> Iterator[None]:
+    """Turn what Pillow raises for a damaged image into a `BrokenImage` that names it."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise BrokenImage(
+            f"{name} does not decode ({error}); replace or remove it, or set data.on_broken_image to skip"
+        ) from error
+
+
+def read_image(file: str | Path | IO[bytes], data: DataConfig, name: str) -> torch.Tensor:
+    """Decode and crop a file as a configuration says; return uint8 (3, H, W), or raise `BrokenImage` with ``name``."""
+    with decoding(name), Image.open(file) as image:
+        return centre_crop(image, data.resolution, data.exif, data.rules)
+
+
 def open_images(data: DataConfig, split: str | None = None) -> ImageSet:
     """Open the images of a configuration without decoding any; ``split`` replaces ``data.split``.
 
     Raises `UserError` when the data are absent, hold no classes or not `data.classes`, or a class has no images; in
     another split than the one to train on, only when a class folder is there.
     """
-    opened = _SOURCES[data.source](data, split or data.split)
+    source, wanted = make_source(data), split or data.split
+    if source.splits is not None:
+        choose("data.split", wanted, source.splits)
+    opened = source.open(wanted)
     names = distinct(f"data.path {data.path}, classes", opened.class_names)
     instead = {composed(name): why for name, why in opened.instead.items()}
     opened = replace(opened, class_names=names, instead=instead)
     if data.classes is not None:
         opened = _keep_classes(opened, data.classes)
     if not len(opened):
-        raise UserError(f"data: {data.source} {data.path or ''} split {split or data.split!r} holds no images")
+        raise UserError(f"data: {data.source} {data.path or ''} split {wanted!r} holds no images")
     check_classes(opened, data, opened.class_names if split in (None, data.split) else opened.instead)
     return opened
 
@@ -173,168 +221,6 @@ def centre_crop(image: Image.Image, resolution: int, exif: Exif = "apply", rules
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
-def imagenet_names(wnids: list[str]) -> list[str]:
-    """Return the English names of ImageNet-1k's 1000 sorted WordNet ids; any other list is a `UserError`."""
-    from timm.data import ImageNetInfo
-
-    info = ImageNetInfo()
-    known = info.label_names()
-    if wnids != known:
-        missing, extra = sorted(set(known) - set(wnids)), sorted(set(wnids) - set(known))
-        raise UserError(
-            f"data.path: not the 1000 classes of ImageNet-1k: {len(missing)} missing {missing[:3]}, {len(extra)} extra"
-            f" {extra[:3]}; complete the folders, or name them otherwise for a data set of your own"
-        )
-    names = [info.index_to_description(index).split(",")[0] for index in range(len(known))]
-    # Two names stand for two classes each (crane, maillot): the later one gets its number, so that names identify.
-    return [name if names.index(name) == index else f"{name} ({index})" for index, name in enumerate(names)]
-
-
-def _open_folder(data: DataConfig, split: str) -> ImageSet:
-    root = _split_folder(_path(data), data, split)
-    found, instead = find_classes(root, data.rules)
-    if not found:
-        raise UserError(f"data.path {root}: no class folders; expected one folder of images for each class")
-    names = list(found)
-    # Anything close to ImageNet's thousand ids is meant to be ImageNet; ten of them are a set of one's own.
-    if sum(bool(re.fullmatch(r"n\d{8}", name)) for name in found) >= 900:
-        names = imagenet_names(list(found))
-        instead = {name: instead[wnid] for name, wnid in zip(names, found, strict=True) if wnid in instead}
-    files = [file for of_class in found.values() for file in of_class]
-    labels = torch.repeat_interleave(torch.tensor([len(of_class) for of_class in found.values()]))
-    read, digest = partial(_read_file, files, data), listing_digest if data.rules == 1 else content_digest
-    return ImageSet(names, labels, read, partial(digest, root, files), partial(_file_name, files), instead)
-
-
-def _split_folder(root: Path, data: DataConfig, split: str) -> Path:
-    """Return the folder of a split, or ``root`` where its folders are the classes of the one split that there is.
-
-    A folder with the name of a split is one when all folders beside it are, else a class; under a name of the user's
-    own it is one in any case. Raises `UserError` where the split is absent, or holds folders as splits do while what
-    stands beside it are none.
-    """
-    inside, asked = root / split, data.rules == 1 or split not in _SPLITS
-    folders, _ = folder_names(root)
-    others = [name for name in folders if name.lower() not in _SPLITS and name not in (data.split, split)]
-    if inside.is_dir() and (asked or not others):
-        return inside
-    if split in folders:
-        classes, images_beside = folder_names(inside)
-        if classes and not images_beside:
-            raise UserError(
-                f"data.path {root}: {split!r} holds folders as a split does, but beside it stand {listed(others)}, "
-                "which are none; move those away, or the classes out of the splits"
-            )
-    # Images of the whole folder are no second split.
-    if split != data.split or (not asked and folders and not others):
-        raise UserError(
-            f"data.path {root}: no folder {split!r} (it has {listed(folders) or 'none'}); expected the images of that "
-            "split there"
-        )
-    return root
-
-
-def _open_huggingface(data: DataConfig, split: str) -> ImageSet:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError("data.source 'huggingface' needs the package datasets; run: pip install datasets") from error
-    if data.path is None:
-        raise UserError("data.path: needs the name of a Hugging Face data set or a folder saved by datasets")
-    try:
-        if (folder := Path(data.path).expanduser()).is_dir():
-            table = datasets.load_from_disk(folder)
-            if isinstance(table, datasets.DatasetDict):
-                table = table[choose(f"data.split of {data.path}", split, table)]
-            elif split != data.split:
-                raise UserError(f"data.path {data.path}: has no splits; expected one called {split!r}")
-        else:
-            table = datasets.load_dataset(data.path, split=split)
-    except UserError:
-        raise
-    except Exception as error:  # the library raises its own, requests' and pyarrow's errors
-        empty = isinstance(error, IndexError)  # of the list of its files
-        detail = "it holds no images" if empty else " ".join(str(error).split())
-        raise UserError(
-            f"data.path {data.path}: no data set can be opened: {detail}; check name and network"
-        ) from error
-    image = _column(data, "image_column", table.features, datasets.Image, "images")
-    label = _column(data, "label_column", table.features, datasets.ClassLabel, "class labels")
-    names, values = table.features[label].names, table[label][:]
-    if not all(value is not None and 0 <= value < len(names) for value in values):
-        raise UserError(f"data.path {data.path}: split {split!r} has images without a label; choose another data.split")
-    pictures = _undecoded(table, image, data)
-    read = partial(_read_row, pictures, image, data)
-    kinds = [type(feature) for feature in table.features.values()]
-    chosen = kinds.count(datasets.Image) > 1 or kinds.count(datasets.ClassLabel) > 1
-    digest = partial(" ".join, [table._fingerprint, image, label] if chosen else [table._fingerprint])
-    return ImageSet(names, torch.tensor(values, dtype=torch.int64), read, digest)
-
-
-def _undecoded(table: Any, column: str, data: DataConfig) -> Any:
-    """Return the table with files in its column: the library would turn the images, and cut 16 bits off at 255."""
-    feature = table.features[column]
-    # Under the rules of an earlier version, and where the data set's author asks for grey, say, the library decodes.
-    decode = data.rules == 1 or feature.mode not in (None, "RGB")
-    return table.cast_column(column, type(feature)(mode=feature.mode, decode=decode))
-
-
-def _column(data: DataConfig, key: str, features: dict[str, Any], kind: type, what: str) -> str:
-    """Return the column that is asked for, or else the only one of its kind."""
-    found, asked = [name for name, feature in features.items() if isinstance(feature, kind)], getattr(data, key)
-    if found and asked is not None:
-        return choose(f"data.{key}: of the columns of {what} in {data.path}", asked, found)
-    if len(found) != 1:
-        several = f"several columns of {what}: {', '.join(found)}; choose one as data.{key}"
-        none = f"no column of {what}; it has {', '.join(features)}"
-        raise UserError(f"data.path {data.path}: {several if found else none}")
-    return found[0]
-
-
-def _open_emoji(data: DataConfig, split: str) -> ImageSet:
-    images, labels = load_emoji(data.resolution, choose("data.split", split, ["train", "test"]))
-    return ImageSet(CLASSES, labels, images.__getitem__, partial(_digest, images))
-
-
-def _open_fashion_mnist(data: DataConfig, split: str) -> ImageSet:
-    prefix = {"train": "train", "test": "t10k"}[choose("data.split", split, ["train", "test"])]
-    root = _path(data, FASHION_FOLDER, "; install Debian's dataset-fashion-mnist or set data.path to the idx files")
-    pixels = torch.from_numpy(_read_idx(root, f"{prefix}-images-idx3-ubyte"))
-    labels = torch.from_numpy(_read_idx(root, f"{prefix}-labels-idx1-ubyte").astype(np.int64))
-    if len(pixels) != len(labels) or labels.max() >= len(_FASHION_CLASSES):
-        raise UserError(f"data.path {root}: images and labels do not belong together; fetch the files again")
-    read = partial(_read_grey, pixels, data.resolution)
-    return ImageSet(_FASHION_CLASSES, labels, read, partial(_digest, pixels))
-
-
-def _digest(pixels: torch.Tensor) -> str:
-    return sha256(pixels.numpy().tobytes()).hexdigest()
-
-
-def _read_idx(root: Path, name: str) -> np.ndarray:
-    for folder in (root, root / "FashionMNIST" / "raw"):
-        for path in (folder / name, folder / f"{name}.gz"):
-            if not path.is_file():
-                continue
-            try:
-                content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-                dimensions = content[3]
-                shape = np.frombuffer(content, ">i4", dimensions, offset=4)
-                return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
-            except (OSError, EOFError, ValueError, IndexError) as error:
-                raise UserError(f"data.path: {path} is not an idx file ({error}); fetch it again") from error
-    raise UserError(f"data.path {root}: no file {name} or {name}.gz; expected the four idx files of Fashion-MNIST")
-
-
-def _path(data: DataConfig, default: str | None = None, hint: str = "; check the path") -> Path:
-    if data.path is None and default is None:
-        raise UserError(f"data.path: source {data.source!r} needs a folder of class folders; set data.path")
-    path = Path(data.path or default or "").expanduser()
-    if not path.is_dir():
-        raise UserError(f"data.path {path}: no such folder{hint}")
-    return path
-
-
 def _keep_classes(images: ImageSet, classes: list[str]) -> ImageSet:
     classes = distinct("data.classes", classes)
     wanted = [images.class_names.index(choose("data.classes", name, images.class_names)) for name in classes]
@@ -347,45 +233,3 @@ def _keep_classes(images: ImageSet, classes: list[str]) -> ImageSet:
 
 def _of_selected(function: Callable[[int], Any], chosen: torch.Tensor, index: int) -> Any:
     return function(int(chosen[index]))
-
-
-def _file_name(files: list[Path], index: int) -> str:
-    return f"image {files[index]}"
-
-
-def _read_file(files: list[Path], data: DataConfig, index: int) -> torch.Tensor:
-    try:
-        with Image.open(files[index]) as image:
-            return centre_crop(image, data.resolution, data.exif, data.rules)
-    except UNREADABLE as error:
-        raise BrokenImage(
-            f"image {files[index]} does not decode ({error}); replace or remove it{_SKIP_HINT}"
-        ) from error
-
-
-def _read_row(table: Any, column: str, data: DataConfig, index: int) -> torch.Tensor:
-    """Read a row, in whose column is a file as bytes or by its path, or what the library has decoded."""
-    try:
-        image = table[index][column]
-        if image is None:
-            raise ValueError("there is none")
-        if isinstance(image, dict):
-            image = Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"]))
-        return centre_crop(image, data.resolution, data.exif, data.rules)
-    except UNREADABLE as error:
-        raise BrokenImage(f"image {index} of {data.path} does not decode ({error}); replace it{_SKIP_HINT}") from error
-
-
-def _read_grey(pixels: torch.Tensor, resolution: int, index: int) -> torch.Tensor:
-    """28x28 grey, padded to 32 with the black of the background, scaled only when another size is asked for."""
-    image = functional.pad(pixels[index], (2, 2, 2, 2)).expand(3, 32, 32)
-    return image if resolution == 32 else centre_crop(Image.fromarray(image.permute(1, 2, 0).numpy()), resolution)
-
-
-_SKIP_HINT = ", or set data.on_broken_image to skip"
-_SOURCES: dict[str, Callable[[DataConfig, str], ImageSet]] = {
-    "emoji": _open_emoji,
-    "fashion-mnist": _open_fashion_mnist,
-    "folder": _open_folder,
-    "huggingface": _open_huggingface,
-}

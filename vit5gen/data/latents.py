@@ -20,15 +20,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vit5gen.config import DEFAULTS_BEFORE, Config, DataConfig
-from vit5gen.data.autoencoder import downsample, encode, load_autoencoder, scaling
-from vit5gen.data.images import BrokenImage, ImageSet, open_images, open_training_images
+from vit5gen.data.autoencoders.kl import downsample, encode, load_autoencoder, scaling
+from vit5gen.data.images import BrokenImage, ImageSet, make_source, open_images, open_training_images
 from vit5gen.system.distributed import gather_objects, processes, rank_and_world, start_processes
 from vit5gen.system.errors import UserError, check_whole, distinct, listed, short
 from vit5gen.system.files import atomic, cache_folder, locked_file, read_json, sha256, write_json
 
 MANIFEST = "manifest.json"
 SHARD_SIZE = 4096  # images
-_OF_FILES = ("folder", "huggingface")
 # How pixels of files were read, of which manifests of earlier versions do not tell.
 _BEFORE = {key: DEFAULTS_BEFORE[f"data.{key}"] for key in ("exif", "rules")}
 _FIXED_BY_VAE = ("vae_sha256", "resolution", "latent_shape", "scaling_factor", "shift_factor")
@@ -287,18 +286,20 @@ def _latent_settings(vae: AutoencoderKL, config: Config) -> dict[str, Any]:
 
 def _reading(config: Config) -> dict[str, Any]:
     """How the pixels of files are read."""
-    return config.data.model_dump(include=set(_BEFORE)) if config.data.source in _OF_FILES else {}
+    return config.data.model_dump(include=set(_BEFORE)) if make_source(config.data).reads_files else {}
 
 
 def settings_of(images: ImageSet, vae: AutoencoderKL, config: Config) -> dict[str, Any]:
     """Return what a manifest of these images' latents tells of how they were made."""
-    of_images = {
+    of_images: dict[str, Any] = {
         "source": config.data.source,
         "split": config.data.split,
         "images": len(images),
         "images_sha256": images.digest(),
         "id2label": {str(label): name for label, name in enumerate(images.class_names)},
     }
+    if config.data.source_kwargs:
+        of_images["source_kwargs"] = config.data.source_kwargs
     return _latent_settings(vae, config) | _reading(config) | of_images
 
 

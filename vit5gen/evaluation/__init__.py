@@ -3,8 +3,8 @@
 The metrics are here; whole evaluations, which need the pipeline, are in `vit5gen.evaluation.evaluate`.
 """
 
-from vit5gen.evaluation.features import Extractor, Features, frechet_of, load_extractor, register_extractor
-from vit5gen.evaluation.metrics import (
+from vit5gen.evaluation import extractors, metrics  # noqa: F401 (registers them)
+from vit5gen.evaluation.distances import (
     FrechetReference,
     frechet_distance,
     inception_score,
@@ -12,7 +12,9 @@ from vit5gen.evaluation.metrics import (
     precision_recall,
     spatial_features,
 )
-from vit5gen.evaluation.scores import frechet_report
+from vit5gen.evaluation.features import Extractor, Features, frechet_of, load_extractor, register_extractor
+from vit5gen.evaluation.frechet_errors import frechet_report
+from vit5gen.evaluation.metric import Metric, register_metric
 from vit5gen.evaluation.statistics import FeatureStatistics
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "FeatureStatistics",
     "Features",
     "FrechetReference",
+    "Metric",
     "frechet_distance",
     "frechet_of",
     "frechet_report",
@@ -28,5 +31,6 @@ __all__ = [
     "load_extractor",
     "precision_recall",
     "register_extractor",
+    "register_metric",
     "spatial_features",
 ]

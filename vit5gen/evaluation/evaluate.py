@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from vit5gen.config import MOST_BATCH, MOST_IMAGES, SamplingConfig, load_config
+from vit5gen.evaluation.extractors.inception import INCEPTION_SHA256
 from vit5gen.evaluation.features import Extractor, load_extractor
-from vit5gen.evaluation.inception import INCEPTION_SHA256
+from vit5gen.evaluation.metric import METRICS, Score
 from vit5gen.evaluation.reference import (
     REFERENCE_ROWS,
     Reference,
@@ -28,7 +29,7 @@ from vit5gen.evaluation.reference import (
     save_statistics,
     scan,
 )
-from vit5gen.evaluation.scores import METRICS, RELIABLE_COUNT, Score, available, scores
+from vit5gen.evaluation.scores import RELIABLE_COUNT, available, need_rows, scores
 from vit5gen.evaluation.sources import ImageSource, open_data, open_folder, open_npz
 from vit5gen.generation.card import pipeline_hash, versions
 from vit5gen.generation.loading import find_pipeline, pipeline_folder
@@ -41,6 +42,7 @@ from vit5gen.system.files import check_writable, read_json, write_json
 from vit5gen.system.precision import precision_of
 
 ADM_METRICS = ("fid", "sfid", "is", "pr")
+ADM_OPTIONS = {"pr": {"adm_fp16": True}}
 PROTOCOLS = ("adm",)
 _OF_A_SEED = ("seed", "labels_sha256", "batch_size", "network_evaluations")  # differ between sets of one model
 
@@ -135,12 +137,12 @@ def evaluation_card(
     if adm and metrics is not None and set(metrics) != set(ADM_METRICS):
         raise UserError(f"--protocol adm fixes the metrics {', '.join(ADM_METRICS)}; leave --metrics out")
     wanted, skipped = available(ADM_METRICS if adm else metrics, reference, extractor)
-    needs_rows = bool({"pr", "kid"} & set(wanted))
+    needs_rows = need_rows(wanted)
     runs: list[dict[str, Score]] = []
     for one in samples:
         found = scan(one.chunks(), one.count, extractor, rows=one.count if needs_rows else 0)
         if is_main():
-            runs.append(scores(found, reference, extractor, wanted, adm_fp16=adm))
+            runs.append(scores(found, reference, extractor, wanted, ADM_OPTIONS if adm else None))
     if not is_main():
         return {}
     differences = _differences_from_adm(samples, reference, extractor) if adm else []
@@ -206,7 +208,7 @@ def evaluate_command(
         raise UserError("evaluate: expected either --reference REF or --save-statistics FILE; give one of them")
     check_whole("--batch-size =", batch_size, 1, MOST_BATCH)
     for metric in metrics or ():
-        choose("--metrics", metric, METRICS)
+        choose("--metrics", metric, METRICS.names())
     if protocol is not None:
         choose("--protocol", protocol, PROTOCOLS)
     if sampling is not None and sampling.model_fields_set and not any(map(find_pipeline, samples)):

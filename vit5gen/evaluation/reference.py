@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vit5gen.evaluation.distances import FrechetReference, ScoreSums
 from vit5gen.evaluation.features import Extractor
-from vit5gen.evaluation.metrics import FrechetReference, ScoreSums
 from vit5gen.evaluation.sources import ImageSource, broken_npz, open_npz
 from vit5gen.evaluation.statistics import GROUPS, FeatureStatistics, Grouped
 from vit5gen.generation.card import versions

@@ -131,6 +131,8 @@ def open_data(data: DataConfig) -> ImageSource:
         return torch.stack([images[index][0] for index in range(start, stop)])
 
     identity = {"kind": "data", "path": data.path or data.source, **data.model_dump(include=_DECIDING)}
+    if data.source_kwargs:
+        identity["source_kwargs"] = data.source_kwargs
     return ImageSource(len(images), read, images.labels, identity)
 
 

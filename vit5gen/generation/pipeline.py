@@ -21,7 +21,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from vit5gen.config import MOST_BATCH, MOST_STEPS, SamplingConfig
-from vit5gen.data.autoencoder import decode, downsample, scaling, to_uint8
+from vit5gen.data.autoencoders.kl import decode, downsample, scaling, to_uint8
 from vit5gen.flow import Flow, GuidedModel, Steps
 from vit5gen.generation.card import TrainingFacts, model_card
 from vit5gen.generation.labels import Labels, find_class_ids, names_by_id

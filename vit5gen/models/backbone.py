@@ -1,91 +1,20 @@
-"""The plug: the registry of backbones, and what a backbone inherits. docs/backbones.md is its contract in prose."""
+"""The plug: the registry of backbones, and what a backbone inherits. docs/extending.md is its contract in prose."""
 
 import functools
-import importlib.metadata
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vit5gen.config import MOST_WIDTH
-from vit5gen.models.positions import Grid
-from vit5gen.system.errors import UserError, choose, nearest, short
+from vit5gen.registry import Registry
+from vit5gen.system.errors import UserError
 
-ENTRY_POINTS = "vit5gen.backbones"
-_REGISTRY: dict[str, type[nn.Module]] = {}
-T = TypeVar("T", bound=type[nn.Module])
-
-
-def register_backbone(name: str) -> Callable[[T], T]:
-    """Class decorator: make a backbone known as `name`; registering a second class under a name is an error."""
-
-    def register(cls: T) -> T:
-        known = _REGISTRY.setdefault(name, cls)
-        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise UserError(f"backbone: {name!r} is already registered by {known.__module__}; choose another name.")
-        _REGISTRY[name] = cls  # a reloaded module replaces its own class
-        return cls
-
-    return register
-
-
-def backbone_names() -> list[str]:
-    """Names of all backbones: those registered here and those that installed packages offer."""
-    return sorted(_REGISTRY.keys() | importlib.metadata.entry_points(group=ENTRY_POINTS).names)
-
-
-def get_backbone(name: str) -> type[nn.Module]:
-    """Return the class registered as `name`, loading the entry point of that name if there is one.
-
-    Raises `UserError` for a name that is not known, or that several packages offer.
-    """
-    choose("backbone", name, backbone_names())
-    if name not in _REGISTRY:
-        (entry, *others) = importlib.metadata.entry_points(group=ENTRY_POINTS, name=name)
-        if any(other.value != entry.value for other in others):
-            raise UserError(f"backbone: {name!r} is offered by several packages; uninstall all but one.")
-        register_backbone(name)(entry.load())
-    return _REGISTRY[name]
-
-
-def make_backbone(
-    name: str,
-    hidden_size: int,
-    num_layers: int,
-    num_attention_heads: int,
-    mlp_ratio: float,
-    grid: Grid,
-    options: dict[str, Any],
-) -> nn.Module:
-    """Build the backbone called `name`; `options` are its keyword-only arguments, anything else is a `UserError`."""
-    cls = get_backbone(name)
-    allowed = {p.name: p for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    for key, value in options.items():
-        if key not in allowed:
-            known = f"expected {', '.join(allowed)}" if allowed else "it has none: give {}"
-            raise UserError(f"backbone_kwargs: {key!r} is not an option of {name!r}; {known}.{nearest(key, allowed)}")
-        _check_kind(key, value, allowed[key])
-    return cls(hidden_size, num_layers, num_attention_heads, mlp_ratio, grid, **options)
-
-
-def _check_kind(key: str, value: Any, option: inspect.Parameter) -> None:
-    """Raise `UserError` unless the value is, as the default is, a switch ("off" would count as true) or a number."""
-    switch, default = isinstance(value, bool), option.default
-    if isinstance(default, bool):
-        fits, kind = switch, "a switch; expected true or false"
-    elif option.annotation in (int, "int"):
-        fits = isinstance(value, int) and not switch and abs(value) <= MOST_WIDTH
-        kind = f"a whole number; expected one such as {default}, at most {MOST_WIDTH}"
-    elif isinstance(default, int | float):
-        fits = isinstance(value, int | float) and not switch and abs(value) < 1e38
-        kind = f"a finite number; expected one such as {default}"
-    else:
-        return
-    if not fits:
-        raise UserError(f"backbone_kwargs: {key} = {short(value)} is not {kind}.")
+BACKBONES: Registry[type[nn.Module]] = Registry("backbone", "vit5gen.backbones", most=MOST_WIDTH)
+register_backbone = BACKBONES.register
+backbone_names = BACKBONES.names
 
 
 class Backbone(nn.Module):

@@ -14,7 +14,7 @@ from einops import rearrange
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from vit5gen.models.backbone import Backbone, make_backbone
+from vit5gen.models.backbone import BACKBONES, Backbone
 from vit5gen.models.layers import Float32Linear, check_positive, check_sizes, init_linears, make_norm, modulate
 from vit5gen.models.loading import align, check_fit
 from vit5gen.system.cpu import fast_inference
@@ -75,7 +75,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
 
     The forward pass never drops labels: the training loop draws the mask with `class_dropout_prob`, reproducibly, and
     hands in `null_label`. With `learn_sigma` the head has 2C channels, of which the second half is discarded (the
-    published checkpoints). `backbone_kwargs` go to the backbone; see docs/backbones.md.
+    published checkpoints). `backbone_kwargs` go to the backbone; see docs/extending.md.
     Raises `UserError` for values that do not fit together.
     """
 
@@ -116,14 +116,15 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         self.label_embed = nn.Embedding(num_classes + (class_dropout_prob > 0), hidden_size)
         self.head = Head(hidden_size, patch_size**2 * in_channels * (2 if learn_sigma else 1))
         self._init_weights()
-        self.backbone = plug = make_backbone(
+        self.backbone = plug = BACKBONES.build(
             backbone,
+            backbone_kwargs or {},
+            "backbone_kwargs",
             hidden_size,
             num_layers,
             num_attention_heads,
             mlp_ratio,
             self._grid(*to_2tuple(sample_size)),
-            backbone_kwargs or {},
         )
         if isinstance(plug, Backbone):
             self._no_split_modules = self._repeated_blocks = sorted({type(block).__name__ for block in plug.blocks})

@@ -16,7 +16,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from vit5gen.config import AutoencoderTraining, TrainingConfig, read_yaml
-from vit5gen.data.autoencoder import decode, encode, load_autoencoder, psnr, to_uint8
+from vit5gen.data.autoencoders.kl import decode, encode, load_autoencoder, psnr, to_uint8
 from vit5gen.data.images import ImageSet, open_images
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import check_writable, clear_weights

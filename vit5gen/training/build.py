@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from vit5gen.config import Config
+from vit5gen.data.images import make_source
 from vit5gen.evaluation.features import extractor_names
 from vit5gen.flow import Flow
 from vit5gen.generation.scheduler import SAMPLERS
@@ -36,8 +37,9 @@ def check_values(config: Config) -> None:
         check_objective(name, options)
         if OBJECTIVES.get(name).needs_image and not config.data.from_images:
             raise UserError(f"training.objectives.{name}: needs the images; set data.from_images to true")
-    if config.data.source in ("emoji", "fashion-mnist"):
-        choose("data.split", config.data.split, ["train", "test"])
+    source = make_source(config.data)
+    if source.splits is not None:
+        choose("data.split", config.data.split, source.splits)
 
 
 def build_model(config: Config) -> SiTTransformer2DModel:

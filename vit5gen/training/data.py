@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vit5gen.config import Config
-from vit5gen.data.autoencoder import encode, load_autoencoder
+from vit5gen.data.autoencoders.kl import encode, load_autoencoder
 from vit5gen.data.images import ImageSet, check_classes, drop_broken
 from vit5gen.data.latents import LatentDataset, ensure_latents, identity, open_for, settings_of
 from vit5gen.system.precision import PRECISIONS

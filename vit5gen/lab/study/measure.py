@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vit5gen.config import Config
-from vit5gen.data.autoencoder import encode
+from vit5gen.data.autoencoders.kl import encode
 from vit5gen.data.images import open_held_out, readable
 from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
 from vit5gen.flow import draw_timesteps

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from vit5gen.config import read_yaml
-from vit5gen.data.autoencoder import load_autoencoder
+from vit5gen.data.autoencoders.kl import load_autoencoder
 from vit5gen.data.images import open_held_out
 from vit5gen.data.latents import open_for
 from vit5gen.flow import NonFiniteError

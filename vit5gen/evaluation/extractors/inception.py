@@ -7,8 +7,9 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor, nn
 
+from vit5gen.evaluation.distances import spatial_features
 from vit5gen.evaluation.features import Extractor, Features, load_weights, register_extractor
-from vit5gen.evaluation.metrics import spatial_features
+from vit5gen.registry import needs
 from vit5gen.system.errors import UserError
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -16,7 +17,24 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 _ALIAS = "pt_inception-2015-12-05-6726825d.pth"
 
 
+def weights_paths() -> tuple[Path, Path]:
+    """Return where the weights may lie in torch's cache; a download goes to the first."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    return folder / Path(urlsplit(URL_INCEPTION_V3).path).name, folder / _ALIAS
+
+
+def missing_weights() -> dict[str, str]:
+    """Return where the weights belong, unless they lie there."""
+    paths = weights_paths()
+    if any(path.is_file() for path in paths):
+        return {}
+    return {str(paths[0]): "weights of Inception: the first evaluation fetches them"}
+
+
 @register_extractor("inception")
+@needs(missing_weights)
 def inception(device: torch.device, weights: Path | None, weights_sha256: str | None) -> Extractor:
     """Inception-v3 (2015): ``pool_3`` (2048), 7 channels of ``mixed_6`` (2023), logits without bias (1008).
 
@@ -55,14 +73,6 @@ def _inception_features(network: nn.Module, images: Tensor) -> Features:
     finally:
         handle.remove()
     return Features(pooled, spatial_features(maps[0]), logits)
-
-
-def weights_paths() -> tuple[Path, Path]:
-    """Return where the weights may lie in torch's cache; a download goes to the first."""
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    return folder / Path(urlsplit(URL_INCEPTION_V3).path).name, folder / _ALIAS
 
 
 def _find_weights() -> Path:

@@ -1,0 +1,1 @@
+"""The autoencoders between images and latents, one file each."""

@@ -1,0 +1,132 @@
+"""The autoencoder between images and latents: load any AutoencoderKL, encode, decode."""
+
+import math
+from contextlib import nullcontext
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from huggingface_hub import model_info, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from torch.overrides import TorchFunctionMode
+
+from vit5gen.system.errors import UserError
+from vit5gen.system.precision import exact_float32
+
+_HALF = (torch.bfloat16, torch.float16)
+EMOJI = Path(__file__).parents[1] / "emoji_vae"
+
+
+def load_autoencoder(name: str) -> AutoencoderKL:
+    """Load a frozen fp32 autoencoder: ``"emoji"`` (shipped, 32 px), a folder, or a name on the Hugging Face hub.
+
+    Raises `UserError` when there is no such autoencoder or it cannot be fetched.
+    """
+    source = EMOJI if name == "emoji" else Path(name).expanduser()
+    try:
+        options: dict[str, Any] = {"output_loading_info": True}
+        if not source.is_dir():
+            options["local_files_only"] = is_cached(name)
+            if not options["local_files_only"]:
+                model_info(name, timeout=10)  # without a network this says so; the download would retry for long
+        vae, found = AutoencoderKL.from_pretrained(source if source.is_dir() else name, **options)
+        if missing := found["missing_keys"]:  # diffusers would draw them at random
+            raise ValueError(f"it lacks {len(missing)} weights of an AutoencoderKL")
+    except Exception as error:  # file, hub and http errors are those of many libraries
+        detail = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"vae.name {name!r}: no autoencoder can be loaded ({detail}); expected 'emoji', the folder of one"
+            f" (config.json, safetensors), or a hub name and a network"
+        ) from error
+    vae.register_to_config(_name_or_path=name)  # as it was asked for: pipelines tell it, not this machine's folder
+    scaling(vae)  # raises where it is none that `encode` and `decode` know
+    return vae.float().eval().requires_grad_(False)
+
+
+def is_cached(name: str) -> bool:
+    """Whether the hub's autoencoder of that name has been fetched."""
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return False
+
+
+def missing(name: str) -> dict[str, str]:
+    """Return an autoencoder that is neither a folder here nor fetched yet, with how to get it."""
+    if name == "emoji" or Path(name).expanduser().is_dir() or is_cached(name):
+        return {}
+    fetched = "autoencoder of the Hugging Face hub: the first command fetches it"
+    return {name: f"{fetched}; or a folder, e.g. made by `python -m vit5gen.data.autoencoder`"}
+
+
+def downsample(vae: AutoencoderKL) -> int:
+    """Return how many image pixels lie along a side of one latent pixel."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation (B, C, h, w) of the scaled latents of uint8 images (B, 3, H, W)."""
+    with torch.autocast(images.device.type, enabled=False), torch.no_grad():
+        posterior = vae.encode(images.to(vae.dtype) / 127.5 - 1).latent_dist
+    scale, shift = scaling(vae)
+    return (posterior.mean - shift) * scale, posterior.std * scale
+
+
+def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Return images (B, 3, H, W) in [-1, 1] of scaled latents (B, C, h, w)."""
+    scale, shift = scaling(vae)
+    wide = torch.promote_types(vae.dtype, torch.float32)  # in bf16 two values in five would move by a grey level
+    with exact_float32(latents.device), torch.no_grad(), nullcontext() if vae.dtype == wide else _Widening():
+        return vae.decode(latents.to(wide) / scale + shift).sample.clamp(-1, 1)
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Quantise images in [-1, 1] to uint8, each level with an equal share of the range, as SiT and ADM do."""
+    return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
+
+
+def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return the peak signal-to-noise ratio (B,) in dB between uint8 images (B, 3, H, W)."""
+    error = (images.double() - others.double()).square().flatten(1).mean(1)
+    return 10 * torch.log10(255**2 / error)
+
+
+def scaling(vae: AutoencoderKL) -> tuple[float, float]:
+    """Return scale and shift of the latents, ``(z - shift) * scale``; refuse an autoencoder that tells others."""
+    config, name = vae.config, vae.config.get("_name_or_path") or type(vae).__name__
+    scale, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
+    others = [key for key in ("latents_mean", "latents_std") if config.get(key) is not None]
+    if "shift_factor" not in config or others:
+        found = " and ".join(others) or "no shift_factor"
+        fault = f"its configuration has {found}"
+    elif not isinstance(scale, Real) or not (scale and math.isfinite(scale) and math.isfinite(shift)):
+        fault = f"scaling_factor = {scale!r}, shift_factor = {shift!r}"
+    else:
+        return float(scale), float(shift)
+    raise UserError(
+        f"autoencoder {name!r}: {fault}; expected an AutoencoderKL whose latents are scaled by finite numbers,"
+        " scaling_factor (not 0) and shift_factor, alone: choose another one"
+    )
+
+
+class _Widening(TorchFunctionMode):
+    """In this thread, whatever meets fp32 is cast to it where it is used, and nothing is cast from it.
+
+    So an autoencoder of bf16 or fp16 decodes exactly, while it stays as it is for other threads, and for offloading.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        values = [*args, *(kwargs or {}).values()]
+        if any(isinstance(value, torch.Tensor) and value.dtype == torch.float32 for value in values):
+            args = tuple(map(_widen, args))
+            kwargs = {name: _widen(value) for name, value in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
+def _widen(value: Any) -> Any:
+    """Return a tensor of half precision, or the name of such a type, as fp32."""
+    if isinstance(value, torch.Tensor) and value.dtype in _HALF:
+        return value.float()
+    return torch.float32 if isinstance(value, torch.dtype) and value in _HALF else value

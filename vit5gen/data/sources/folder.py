@@ -1,0 +1,93 @@
+"""A folder with one folder of images for each class."""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from vit5gen.config import DataConfig
+from vit5gen.data.images import ImageSet, Source, missing_folder, need_folder, read_image, register_source
+from vit5gen.data.pictures import content_digest, find_classes, folder_names, listing_digest
+from vit5gen.system.errors import UserError, listed
+
+# Names of folders that are taken for splits without being named in a configuration.
+_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "held_out", "holdout")
+
+
+@register_source("folder")
+class FolderSource(Source):
+    """Files of images; the folders of classes may lie below folders of splits. ImageNet's ids get English names."""
+
+    def open(self, split: str) -> ImageSet:
+        data = self.data
+        root = _split_folder(need_folder(data, data.path), data, split)
+        found, instead = find_classes(root, data.rules)
+        if not found:
+            raise UserError(f"data.path {root}: no class folders; expected one folder of images for each class")
+        names = list(found)
+        # Anything close to ImageNet's thousand ids is meant to be ImageNet; ten of them are a set of one's own.
+        if sum(bool(re.fullmatch(r"n\d{8}", name)) for name in found) >= 900:
+            names = imagenet_names(list(found))
+            instead = {name: instead[wnid] for name, wnid in zip(names, found, strict=True) if wnid in instead}
+        files = [file for of_class in found.values() for file in of_class]
+        labels = torch.repeat_interleave(torch.tensor([len(of_class) for of_class in found.values()]))
+        read, digest = partial(_read_file, files, data), listing_digest if data.rules == 1 else content_digest
+        return ImageSet(names, labels, read, partial(digest, root, files), partial(_file_name, files), instead)
+
+    def missing(self) -> dict[str, str]:
+        remedy = "a folder with one folder of images for each class, perhaps below train/ and val/"
+        return missing_folder(self.data.path, remedy)
+
+
+def imagenet_names(wnids: list[str]) -> list[str]:
+    """Return the English names of ImageNet-1k's 1000 sorted WordNet ids; any other list is a `UserError`."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    known = info.label_names()
+    if wnids != known:
+        missing, extra = sorted(set(known) - set(wnids)), sorted(set(wnids) - set(known))
+        raise UserError(
+            f"data.path: not the 1000 classes of ImageNet-1k: {len(missing)} missing {missing[:3]}, {len(extra)} extra"
+            f" {extra[:3]}; complete the folders, or name them otherwise for a data set of your own"
+        )
+    names = [info.index_to_description(index).split(",")[0] for index in range(len(known))]
+    # Two names stand for two classes each (crane, maillot): the later one gets its number, so that names identify.
+    return [name if names.index(name) == index else f"{name} ({index})" for index, name in enumerate(names)]
+
+
+def _split_folder(root: Path, data: DataConfig, split: str) -> Path:
+    """Return the folder of a split, or ``root`` where its folders are the classes of the one split that there is.
+
+    A folder with the name of a split is one when all folders beside it are, else a class; under a name of the user's
+    own it is one in any case. Raises `UserError` where the split is absent, or holds folders as splits do while what
+    stands beside it are none.
+    """
+    inside, asked = root / split, data.rules == 1 or split not in _SPLITS
+    folders, _ = folder_names(root)
+    others = [name for name in folders if name.lower() not in _SPLITS and name not in (data.split, split)]
+    if inside.is_dir() and (asked or not others):
+        return inside
+    if split in folders:
+        classes, images_beside = folder_names(inside)
+        if classes and not images_beside:
+            raise UserError(
+                f"data.path {root}: {split!r} holds folders as a split does, but beside it stand {listed(others)}, "
+                "which are none; move those away, or the classes out of the splits"
+            )
+    # Images of the whole folder are no second split.
+    if split != data.split or (not asked and folders and not others):
+        raise UserError(
+            f"data.path {root}: no folder {split!r} (it has {listed(folders) or 'none'}); expected the images of that "
+            "split there"
+        )
+    return root
+
+
+def _file_name(files: list[Path], index: int) -> str:
+    return f"image {files[index]}"
+
+
+def _read_file(files: list[Path], data: DataConfig, index: int) -> torch.Tensor:
+    return read_image(files[index], data, _file_name(files, index))

@@ -1,0 +1,15 @@
+"""The Frechet distance of pooled features."""
+
+from vit5gen.evaluation.features import Extractor
+from vit5gen.evaluation.frechet_errors import frechet_with_error
+from vit5gen.evaluation.metric import Metric, Score, register_metric
+from vit5gen.evaluation.reference import Reference, Scan
+
+
+@register_metric("fid")
+class Frechet(Metric):
+    """FID with Inception, else the distance that the extractor names."""
+
+    def compute(self, scan: Scan, reference: Reference, extractor: Extractor) -> dict[str, Score]:
+        score = frechet_with_error(scan.pooled, reference.pooled)
+        return {extractor.metric: score | {"floor": reference.floor(scan.count)}}

@@ -1,0 +1,17 @@
+"""The Inception Score."""
+
+from vit5gen.evaluation.features import Extractor
+from vit5gen.evaluation.metric import Metric, Score, register_metric
+from vit5gen.evaluation.reference import Reference, Scan
+
+
+@register_metric("is")
+class InceptionScore(Metric):
+    """ADM's Inception Score, in splits of consecutive samples."""
+
+    needs = ("logits",)
+    least = 1
+
+    def compute(self, scan: Scan, reference: Reference, extractor: Extractor) -> dict[str, Score]:
+        assert scan.score is not None
+        return {"IS": {"value": scan.score.value(), "n": scan.count, "split_size": scan.score.split_size}}

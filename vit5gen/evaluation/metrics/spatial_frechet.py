@@ -1,0 +1,18 @@
+"""The Frechet distance of spatial features."""
+
+from vit5gen.evaluation.features import Extractor
+from vit5gen.evaluation.frechet_errors import frechet_with_error
+from vit5gen.evaluation.metric import Metric, Score, register_metric
+from vit5gen.evaluation.reference import Reference, Scan
+
+
+@register_metric("sfid")
+class SpatialFrechet(Metric):
+    """sFID: of 7 channels of Inception's mixed_6 at every place."""
+
+    needs = ("spatial",)
+
+    def compute(self, scan: Scan, reference: Reference, extractor: Extractor) -> dict[str, Score]:
+        assert scan.spatial is not None
+        assert reference.spatial is not None
+        return {"sFID": frechet_with_error(scan.spatial, reference.spatial)}
