@@ -11,7 +11,7 @@ import yaml
 from tiny_run import make_inputs
 
 from vit5gen.cli import main
-from vit5gen.parser import exit_on_bad_input
+from vit5gen.cli import exit_on_bad_input
 from vit5gen.system.errors import UserError
 
 ROOT = Path(__file__).parents[1]

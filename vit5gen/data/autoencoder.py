@@ -1,7 +1,7 @@
 """The autoencoder between images and latents: load any AutoencoderKL, encode, decode; and train a small one."""
 
 import math
-import time
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from numbers import Real
@@ -18,12 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from vit5gen.config import AutoencoderTraining, read_yaml, validate
+from vit5gen.config import AutoencoderTraining
 from vit5gen.data.images import ImageSet, open_images
-from vit5gen.parser import Parser, exit_on_bad_input
-from vit5gen.system.cpu import warn_of_slow_bf16
 from vit5gen.system.errors import UserError
-from vit5gen.system.files import check_writable, clear_weights
+from vit5gen.system.files import clear_weights
 from vit5gen.system.precision import exact_float32
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -151,7 +149,7 @@ def train_autoencoder(config: AutoencoderTraining, output: Path) -> float:
     return _evaluate(load_autoencoder(str(output)), held_out, output)
 
 
-def _check_sizes(config: AutoencoderTraining) -> None:
+def check_sizes(config: AutoencoderTraining) -> None:
     """Raise `UserError` for sizes that do not divide."""
     groups, factor = config.norm_num_groups, 2 ** (len(config.block_out_channels) - 1)
     if any(width % groups for width in config.block_out_channels):
@@ -244,21 +242,6 @@ def _widen(value: Any) -> Any:
     return torch.float32 if isinstance(value, torch.dtype) and value in _HALF else value
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Train an autoencoder from the command line: ``python -m vit5gen.data.autoencoder CONFIG --output FOLDER``."""
-    parser = Parser(prog="python -m vit5gen.data.autoencoder", description=main.__doc__)
-    parser.add_argument("config", help="YAML of AutoencoderTraining, e.g. configs/vae/emoji.yaml")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the trained AutoencoderKL")
-    start = time.perf_counter()
-    with exit_on_bad_input():
-        options = parser.parse_args(arguments)
-        config = validate(AutoencoderTraining, read_yaml(options.config), f"configuration {options.config}")
-        _check_sizes(config)
-        check_writable(options.output / "config.json")
-        warn_of_slow_bf16(config.precision, torch.device("cpu"))
-        score = train_autoencoder(config, options.output)
-    print(f"{options.output}: held-out PSNR {score:.2f} dB after {time.perf_counter() - start:.0f} s")
-
-
 if __name__ == "__main__":
-    main()
+    print("error: the command is now `vit5gen autoencoder CONFIG --output FOLDER`", file=sys.stderr)
+    sys.exit(2)

@@ -133,7 +133,7 @@ def missing(config: Config) -> dict[str, str]:
     if name != "emoji" and not Path(name).expanduser().is_dir() and not autoencoder.is_cached(name):
         absent[name] = (
             "autoencoder of the Hugging Face hub: the first command fetches it; or a folder, e.g. made by "
-            "`python -m vit5gen.data.autoencoder`"
+            "`vit5gen autoencoder`"
         )
     extractor = None if unneeded and images else config.evaluation.extractor  # without images there is no distance
     if extractor == "effnet-lite0" and not _installed(features.EFFNET_PACKAGE):
