@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from PIL import Image
 from tiny import tiny_autoencoder
 
+from vit5gen.cli import main
 from vit5gen.config import AutoencoderTraining, DataConfig, read_yaml, validate
 from vit5gen.data.autoencoder import (
     EMOJI,
@@ -16,7 +17,6 @@ from vit5gen.data.autoencoder import (
     downsample,
     encode,
     load_autoencoder,
-    main,
     psnr,
     scaling,
     to_uint8,
@@ -138,7 +138,7 @@ def test_training_learns_and_repeats_itself(config: AutoencoderTraining, tmp_pat
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "bad.yaml").write_text("data: {source: emoji}\nnum_step: 3\n")
     with pytest.raises(SystemExit) as raised:
-        main([str(tmp_path / "bad.yaml"), "--output", str(tmp_path / "out")])
+        main(["autoencoder", str(tmp_path / "bad.yaml"), "--output", str(tmp_path / "out")])
     assert raised.value.code == 2
     assert "num_steps" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -151,7 +151,7 @@ def test_command_tells_of_slow_bf16(
     monkeypatch.setattr("vit5gen.system.cpu.has_bf16", lambda: False)
     (tmp_path / "none.yaml").write_text(f"data: {{path: {tmp_path / 'absent'}}}\nprecision: {precision}\n")
     with pytest.raises(SystemExit):
-        main([str(tmp_path / "none.yaml"), "--output", str(tmp_path / "out")])
+        main(["autoencoder", str(tmp_path / "none.yaml"), "--output", str(tmp_path / "out")])
     assert ("slower than fp32 on this CPU" in capsys.readouterr().out) is told
 
 
@@ -169,7 +169,7 @@ def test_command_refuses_bad_sizes_and_outputs_before_any_work(
     (tmp_path / "sizes.yaml").write_text(text if "data:" in text else f"{text.strip('{}')}\ndata: {{}}\n")
     (tmp_path / "out" / "config.json").mkdir(parents=True)
     with pytest.raises(SystemExit) as stopped:
-        main([str(tmp_path / "sizes.yaml"), "--output", str(tmp_path / "out")])
+        main(["autoencoder", str(tmp_path / "sizes.yaml"), "--output", str(tmp_path / "out")])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 

@@ -32,7 +32,7 @@ from vit5gen.evaluation.scores import METRICS, RELIABLE_COUNT, Score, available,
 from vit5gen.evaluation.sources import ImageSource, open_data, open_folder, open_npz
 from vit5gen.evaluation.statistics import place, sum_over_processes
 from vit5gen.generation.card import pipeline_hash, versions
-from vit5gen.generation.many import SamplingJob, draw_labels, generate, load_for_images, prepare, describe_sampling
+from vit5gen.generation.many import SamplingJob, describe_sampling, draw_labels, generate, load_for_images, prepare
 from vit5gen.generation.outputs import network_evaluations
 from vit5gen.generation.pipeline import SiTPipeline, find_pipeline, pipeline_folder
 from vit5gen.system.distributed import start_processes

@@ -139,7 +139,13 @@ def sample_command(
     labels = draw_labels(num_images, ids, seed, label_mode)
     job = SamplingJob(labels, seed, batch_size, settings, autoguidance_scale)
     target = Output(Path(output), (num_images, *pipe.image_size, 3))
-    decided = {"num_images": num_images, "seed": seed, "labels": label_mode, "classes": ids, **describe_sampling(pipe, settings)}
+    decided = {
+        "num_images": num_images,
+        "seed": seed,
+        "labels": label_mode,
+        "classes": ids,
+        **describe_sampling(pipe, settings),
+    }
     if guide is not None:
         decided["guide_sha256"] = pipeline_hash(pipeline_folder(guide))
     decided["autoguidance_scale"] = autoguidance_scale
