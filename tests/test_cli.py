@@ -334,4 +334,6 @@ def test_old_spelling_names_the_new_command(module: str, name: str, capsys: pyte
     with pytest.raises(SystemExit) as caught:
         runpy.run_module(f"vit5gen.{module}", run_name="__main__", alter_sys=True)
     error = capsys.readouterr().err
-    assert caught.value.code == 2 and error.count("\n") == 1 and f"`vit5gen {name} CONFIG --output FOLDER`" in error
+    assert caught.value.code == 2
+    assert error.count("\n") == 1
+    assert f"`vit5gen {name} CONFIG --output FOLDER`" in error
