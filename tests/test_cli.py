@@ -1,6 +1,7 @@
 """The command line: bad input ends as one clear line and exit code 2, and leaves nothing behind."""
 
 import io
+import runpy
 import subprocess
 import sys
 import time
@@ -10,8 +11,7 @@ import pytest
 import yaml
 from tiny_run import make_inputs
 
-from vit5gen.cli import main
-from vit5gen.parser import exit_on_bad_input
+from vit5gen.cli import exit_on_bad_input, main
 from vit5gen.system.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -327,3 +327,13 @@ def test_ctrl_c_is_one_word(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         main(["benchmark", "--output", "r.json"])
     assert stop.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(("module", "name"), [("study", "study"), ("data.autoencoder", "autoencoder")])
+def test_old_spelling_names_the_new_command(module: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module(f"vit5gen.{module}", run_name="__main__", alter_sys=True)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert error.count("\n") == 1
+    assert f"`vit5gen {name} CONFIG --output FOLDER`" in error

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "vit5gen"
 # A module imports from its own layer or a lower one, and only within its own package on the same layer.
 LAYERS = [
     {"system"},
-    {"config", "parser", "registry"},
+    {"config", "registry"},
     {"models", "flow", "data"},
     {"generation"},
     {"evaluation"},

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ from test_study_plan import write_study
 from tiny_run import forget_processes
 from tiny_run import run as tiny_run
 
+from vit5gen.cli import main
 from vit5gen.data.autoencoders.kl import encode
 from vit5gen.data.images import open_images
 from vit5gen.generation.loading import load_pipeline
 from vit5gen.lab.study import runner
-from vit5gen.lab.study.__main__ import main
 from vit5gen.lab.study.measure import held_out_loss
 from vit5gen.lab.study.plan import read_study
 from vit5gen.lab.study.rows import read_rows
@@ -190,13 +189,10 @@ def test_the_held_out_loss_is_that_of_all_images(done: Path) -> None:
     assert held_out_loss(pipe, config, 6) != loss
 
 
-def test_bad_input_ends_with_code_2(
-    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["study"])
+def test_bad_input_ends_with_code_2(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([str(done / "absent.yaml"), "--output", str(done / "new")], [], ["--outptu", "x"]):
         with pytest.raises(SystemExit) as caught:
-            main(arguments)
+            main(["study", *arguments])
         assert caught.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert not (done / "new").exists()

@@ -1,12 +1,15 @@
-"""The command line: ``vit5gen train | encode | sample | evaluate | convert | classify | benchmark``.
+"""The command line: ``vit5gen train | encode | sample | evaluate | convert | classify | ...``.
 
 Parsing only: a command imports its module when it runs, so that ``--help`` answers at once.
 Bad input ends as one line on standard error and exit code 2.
 """
 
 import argparse
+import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import yaml
@@ -14,7 +17,6 @@ from pydantic import BaseModel
 
 from vit5gen.config import Config, EvaluationConfig, SamplingConfig, load_config, parse_yaml, validate
 from vit5gen.lab.benchmark import NAMES as BENCHMARKS
-from vit5gen.parser import Parser, exit_on_bad_input, utf8_path
 from vit5gen.system.errors import UserError, nearest, short
 
 _CLASSIFY_HELP = """\
@@ -23,6 +25,51 @@ Published preprocessing: shorter side to the model's size (bicubic), centre crop
 std; bf16 on a GPU. Expected top-1 on the ImageNet-1k validation set, with the files of
 huggingface.co/FengWang3211/ViT-5: S (vit5_small) 82.2, B (vit5_base) 84.2, B-384 85.4, L (vit5_large) 84.9, L-384 86.0.
 """
+
+
+class Parser(argparse.ArgumentParser):
+    """An `argparse.ArgumentParser` that raises `UserError` where that one prints its usage and exits."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; `{self.prog} --help` lists the options")
+
+
+def utf8_path(text: str) -> str:
+    """Return the path of an output; safetensors can write one that is no UTF-8, but cannot read it again."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8, which weights need; choose another path") from None
+    return text
+
+
+@contextmanager
+def exit_on_bad_input() -> Iterator[None]:
+    """Print a `UserError` as one line on standard error and exit with code 2; likewise what the machine refuses.
+
+    Names that the terminal cannot show are printed as escapes: they must not end a command that has done its work.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except UserError as error:
+        _exit(str(error))
+    except OSError as error:
+        _exit(f"{error.filename or 'this machine'}: {error.strerror or error}; check the path, its rights and the disk")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        _exit("out of memory; choose smaller sizes or batches, see `vit5gen train CONFIG --dry-run`")
+
+
+def _exit(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _sections() -> dict[str, type[BaseModel]]:
@@ -160,6 +207,18 @@ def classify(args: argparse.Namespace) -> None:
     print(f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, {result['num_images']:.0f} images")
 
 
+def study(args: argparse.Namespace) -> int:
+    from vit5gen.commands.study import run_until_stopped
+
+    return run_until_stopped(args.config, args.output)
+
+
+def autoencoder(args: argparse.Namespace) -> None:
+    from vit5gen.commands.autoencoder import train_from_file
+
+    train_from_file(args.config, args.output)
+
+
 def benchmark(args: argparse.Namespace) -> None:
     from vit5gen.lab.benchmark.command import benchmark_command
 
@@ -246,6 +305,14 @@ def build_parser() -> Parser:
     sub.add_argument("--checkpoint", metavar="FILE", required=True, help="published .pth file")
     sub.add_argument("--batch-size", type=int, default=64, help="[64]")
     sub.add_argument("--num-workers", type=int, default=0, help="[0]")
+
+    sub = command(study, "train and score every run of a study, one at a time; run again, it resumes where it stopped")
+    sub.add_argument("config", metavar="CONFIG", help="YAML file, e.g. configs/studies/backbones.yaml")
+    sub.add_argument("--output", metavar="FOLDER", required=True, help="folder of rows.jsonl, table, plot and runs")
+
+    sub = command(autoencoder, "train a small autoencoder of images")
+    sub.add_argument("config", metavar="CONFIG", help="YAML of AutoencoderTraining, e.g. configs/vae/emoji.yaml")
+    sub.add_argument("--output", type=Path, metavar="FOLDER", required=True, help="folder of the trained AutoencoderKL")
 
     sub = command(benchmark, "measure against published code, side by side, and write ratios")
     sub.add_argument("--sit", metavar="PATH", help="checkout of willisma/SiT, whose code is then run")

@@ -33,7 +33,7 @@ from vit5gen.evaluation.scores import RELIABLE_COUNT, available, need_rows, scor
 from vit5gen.evaluation.sources import ImageSource, open_data, open_folder, open_npz
 from vit5gen.generation.card import pipeline_hash, versions
 from vit5gen.generation.loading import find_pipeline, pipeline_folder
-from vit5gen.generation.many import SamplingJob, draw_labels, generate, load_for_images, prepare, told_of
+from vit5gen.generation.many import SamplingJob, describe_sampling, draw_labels, generate, load_for_images, prepare
 from vit5gen.generation.outputs import network_evaluations
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.system.distributed import is_main, rank_and_world, start_processes, sum_over_processes
@@ -97,7 +97,7 @@ def samples_of(source: ImageSource, batch_size: int) -> Samples:
 
 def samples_from_pipeline(pipe: SiTPipeline, path: str | Path, job: SamplingJob, label_mode: str) -> Samples:
     """Samples that a pipeline draws while they are scored; no image is written. ``label_mode`` is for the card."""
-    sampling: dict[str, Any] = told_of(pipe, job.settings) | {
+    sampling: dict[str, Any] = describe_sampling(pipe, job.settings) | {
         "seed": job.seed,
         "labels": label_mode,
         "labels_sha256": sha256(json.dumps(list(job.labels)).encode()).hexdigest(),

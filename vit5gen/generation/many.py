@@ -90,7 +90,7 @@ def load_for_images(checkpoint: str | Path) -> SiTPipeline:
     return pipe
 
 
-def told_of(pipe: SiTPipeline, settings: SamplingConfig) -> dict[str, Any]:
+def describe_sampling(pipe: SiTPipeline, settings: SamplingConfig) -> dict[str, Any]:
     """Return what a card tells of the sampling: the settings and the scheduler, which if foreign is the sampler."""
     scheduler = json.loads(pipe.scheduler.to_json_string())
     told = {name: value for name, value in scheduler.items() if name == "_class_name" or name[0] != "_"}
@@ -140,7 +140,13 @@ def sample_command(
     labels = draw_labels(num_images, ids, seed, label_mode)
     job = SamplingJob(labels, seed, batch_size, settings, autoguidance_scale)
     target = Output(Path(output), (num_images, *pipe.image_size, 3))
-    decided = {"num_images": num_images, "seed": seed, "labels": label_mode, "classes": ids, **told_of(pipe, settings)}
+    decided = {
+        "num_images": num_images,
+        "seed": seed,
+        "labels": label_mode,
+        "classes": ids,
+        **describe_sampling(pipe, settings),
+    }
     if guide is not None:
         decided["guide_sha256"] = pipeline_hash(pipeline_folder(guide))
     decided["autoguidance_scale"] = autoguidance_scale

@@ -26,8 +26,8 @@ _MOMENT = 5.0  # seconds
 def make_accelerator(settings: TrainingConfig, output: Path) -> Accelerator:
     """Start accelerate; raise `UserError` for a tracker that is not installed (accelerate would drop it silently).
 
-    Mixed precision is left to `Precision.autocast`, which computes the same under DDP, FSDP2 and alone. FSDP2's own policy would
-    round the time and sum gradients in bfloat16.
+    Mixed precision is left to `Precision.autocast`, which computes the same under DDP, FSDP2 and alone. FSDP2's own
+    policy would round the time and sum gradients in bfloat16.
     """
     for tracker in settings.trackers:
         if importlib.util.find_spec(tracker) is None:

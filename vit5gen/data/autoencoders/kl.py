@@ -58,7 +58,7 @@ def missing(name: str) -> dict[str, str]:
     if name == "emoji" or Path(name).expanduser().is_dir() or is_cached(name):
         return {}
     fetched = "autoencoder of the Hugging Face hub: the first command fetches it"
-    return {name: f"{fetched}; or a folder, e.g. made by `python -m vit5gen.data.autoencoder`"}
+    return {name: f"{fetched}; or a folder, e.g. made by `vit5gen autoencoder`"}
 
 
 def downsample(vae: AutoencoderKL) -> int:
