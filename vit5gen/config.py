@@ -190,6 +190,25 @@ class SamplingConfig(Section):
         return interval
 
 
+class DrawConfig(SamplingConfig):
+    """How a command draws images of a run or a pipeline folder."""
+
+    classes: list[str] | None = Field(
+        None, description="names or ids of classes; default: all", json_schema_extra={"option": "--class"}
+    )
+    labels: Literal["balanced", "random"] = Field("balanced", description="both fixed by the seed")
+    precision: Literal["fp32", "tf32", "bf16"] = Field("fp32", description="arithmetic of the network alone")
+    compile: bool = Field(False, description="compile the network")
+    guide: str | None = Field(None, description="run or pipeline folder of autoguidance's weaker model")
+    autoguidance_scale: Float = Field(1.0, description="1 = off")
+
+    @model_validator(mode="after")
+    def _guided(self) -> "DrawConfig":
+        if self.guide is not None and self.autoguidance_scale == 1:
+            raise ValueError("guide: has no effect at autoguidance_scale 1 (off); give another scale")
+        return self
+
+
 class EvaluationConfig(Section):
     """Frechet distance and grids while training."""
 

@@ -1,11 +1,19 @@
-"""`vit5gen autoencoder`: train a small autoencoder of images."""
+"""`vit5gen autoencoder`."""
 
-from pathlib import Path
-
+from vit5gen.commands.options import Options, Utf8Path, argument
 from vit5gen.config import AutoencoderTraining, read_yaml, validate
-from vit5gen.training.autoencoder import train_autoencoder
 
 
-def train_from_file(file: str, output: Path) -> int:
-    """Train the autoencoder that the YAML ``file`` describes; return the exit code."""
-    return train_autoencoder(validate(AutoencoderTraining, read_yaml(file), f"configuration {file}"), output)
+class AutoencoderOptions(Options):
+    """Train a small autoencoder of images; run again, it resumes from its newest checkpoint."""
+
+    config: str = argument(..., "CONFIG", "YAML of AutoencoderTraining, e.g. configs/vae/emoji.yaml", option="")
+    output: Utf8Path = argument(..., "FOLDER", "folder of the trained AutoencoderKL")
+
+
+def run(options: AutoencoderOptions) -> int:
+    """Train the autoencoder; return the exit code."""
+    config = validate(AutoencoderTraining, read_yaml(options.config), f"configuration {options.config}")
+    from vit5gen.training.autoencoder import train_autoencoder
+
+    return train_autoencoder(config, options.output)

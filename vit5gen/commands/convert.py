@@ -1,96 +1,25 @@
-"""`vit5gen convert`: a published SiT checkpoint, or one of a training run, becomes a pipeline folder."""
+"""`vit5gen convert`."""
 
-import os
-import shutil
-from pathlib import Path
+from typing import ClassVar
 
-from safetensors import SafetensorError
-from timm.data import ImageNetInfo
-
-from vit5gen.config import VaeConfig, load_recorded
-from vit5gen.data.autoencoders.kl import load_autoencoder
-from vit5gen.data.sources.folder import imagenet_names
-from vit5gen.generation.card import TrainingFacts
-from vit5gen.generation.pipeline import SiTPipeline
-from vit5gen.generation.scheduler import SiTScheduler
-from vit5gen.models import SiTTransformer2DModel, load_sit
-from vit5gen.models.loading import check_finite, load_exactly
-from vit5gen.system.errors import UserError, choose
-from vit5gen.system.files import read_json
-from vit5gen.training.build import build_model
-from vit5gen.training.checkpoint import find_damage, load_tensors, newest_valid
+from vit5gen.commands.options import Options, Utf8Path, argument
+from vit5gen.config import Width
 
 
-def convert_command(
-    checkpoint: str | Path,
-    output: str | Path,
-    vae: str | None = None,
-    weights: str | None = None,
-    num_attention_heads: int | None = None,
-) -> None:
-    """Write the pipeline folder ``output``, whole or not at all.
+class ConvertOptions(Options):
+    """Turn a published SiT file, or a run's checkpoint, into a pipeline folder."""
 
-    checkpoint: a file in SiT's published layout, or RUN or RUN/checkpoints/step_XXXXXXXX of the trainer.
-    vae: name or folder of the autoencoder, default SiT's or the run's; "none" leaves it out (latents only).
-    weights: of a run, ``ema_<decay>`` or ``model``, default its first average.
-    num_attention_heads: of a SiT whose width is no preset's.
-    Raises `UserError` for anything that is not such a checkpoint, and for an output that exists.
-    """
-    source, target = Path(checkpoint), Path(output).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"output {target} exists; choose another --output or delete it")
-    if source.is_dir():
-        if num_attention_heads is not None:
-            raise UserError("--num-attention-heads goes with a published SiT file; a run knows its own")
-        pipe, origin = _from_run(source, vae, weights)
-    else:
-        if weights is not None:
-            raise UserError(f"--weights = {weights!r} goes with a checkpoint folder of a run; a SiT file holds one set")
-        model = load_sit(source, num_attention_heads)
-        classes = model.config.num_classes
-        names = imagenet_names(ImageNetInfo().label_names()) if classes == 1000 else []
-        pipe = _assemble(model, SiTScheduler(), vae or VaeConfig().name, dict(enumerate(names)))
-        origin = source.name
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        pipe.save_pretrained(temporary, facts=TrainingFacts(command=f"converted from {origin}"))
-        os.replace(temporary, target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"output {target}: {error}; nothing was written") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    advice = f"try `vit5gen sample --checkpoint {output} --num-images 8 --seed 0 --output samples.png`"
-    print(f"{output}: {'without an autoencoder it draws latents alone' if pipe.vae is None else advice}")
+    excludes: ClassVar = {"num_attention_heads": ("weights",)}
+
+    checkpoint: str = argument(..., "CHECKPOINT", "e.g. SiT-XL-2-256x256.pt, RUN, or a folder in it", option="")
+    output: Utf8Path = argument(..., "FOLDER", "new pipeline folder")
+    vae: str | None = argument(None, "VAE", "name or folder of the autoencoder, or none; default: SiT's, or the run's")
+    weights: str | None = argument(None, "NAME", "of a run: ema_<decay> or model; default: its first average")
+    num_attention_heads: Width | None = argument(None, "N", "of a SiT file whose width is no preset's")
 
 
-def _from_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPipeline, str]:
-    """Return the pipeline, and in words which weights of which checkpoint it holds."""
-    folder = newest_valid(source / "checkpoints") if (source / "checkpoints").is_dir() else source
-    if folder is None or not (folder / "config.yaml").is_file():
-        raise UserError(
-            f"checkpoint {source} is no run and no checkpoint folder; expected RUN or RUN/checkpoints/step_..."
-        )
-    if (fault := find_damage(folder)) is not None:
-        raise UserError(f"checkpoint {folder}: {fault}; take another one of the run")
-    config = load_recorded(folder / "config.yaml")
-    model = build_model(config)
-    averages = [f"ema_{decay}" for decay in config.training.ema_decays]
-    chosen = choose("weights", weights or averages[0], [*averages, "model"])
-    # An average holds parameters only; buffers come from the model.
-    load_exactly(model, {**load_tensors(folder, "model"), **load_tensors(folder, chosen)})
-    index = folder.parent.parent / "pipeline" / "model_index.json"
-    names = read_json(index, "pipeline").get("id2label", {}) if index.is_file() else {}
-    scheduler = SiTScheduler(config.flow.path, config.flow.prediction)
-    return _assemble(model, scheduler, vae or config.vae.name, names), f"{chosen} of {folder}"
+def run(options: ConvertOptions) -> None:
+    """Write the pipeline folder."""
+    from vit5gen.training.export import export_pipeline
 
-
-def _assemble(model: SiTTransformer2DModel, scheduler: SiTScheduler, vae: str, names: dict[int, str]) -> SiTPipeline:
-    autoencoder = None if vae == "none" else load_autoencoder(vae)
-    if autoencoder is not None and autoencoder.config.latent_channels != model.config.in_channels:
-        raise UserError(
-            f"vae {vae!r} has latents of {autoencoder.config.latent_channels} channels, the model takes"
-            f" {model.config.in_channels}; give the --vae that it was trained with, or 'none'"
-        )
-    if autoencoder is not None:
-        check_finite(f"vae {vae!r}", autoencoder.state_dict())
-    return SiTPipeline(model.eval(), scheduler, autoencoder, id2label=names)
+    export_pipeline(options.checkpoint, options.output, options.vae, options.weights, options.num_attention_heads)

@@ -1,16 +1,26 @@
-"""`vit5gen study`: train and score every run of a study."""
+"""`vit5gen study`."""
 
 import signal
 import sys
 
-from vit5gen.lab.study.runner import run_study
+from vit5gen.commands.options import Options, argument
 
 
-def run_until_stopped(file: str, output: str) -> int:
-    """Train and score every run of a study, one at a time; return the exit code, 75 when a signal stopped it."""
+class StudyOptions(Options):
+    """Train and score every run of a study, one at a time; run again, it resumes where it stopped."""
+
+    config: str = argument(..., "CONFIG", "YAML file, e.g. configs/studies/backbones.yaml", option="")
+    output: str = argument(..., "FOLDER", "folder of rows.jsonl, table, plot and runs")
+
+
+def run(options: StudyOptions) -> int:
+    """Do the runs that have no row yet; return the exit code, 75 when a signal stopped it."""
+    from vit5gen.lab.study.runner import run_study
+    from vit5gen.training.loop import STOPPED
+
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # while measuring; the trainer has its own
     try:
-        return run_study(file, output)
+        return run_study(options.config, options.output)
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)
-        return 75
+        return STOPPED

@@ -118,8 +118,8 @@ def images_beside(data: DataConfig) -> tuple[ImageSet | None, str]:
         return None, str(error)
 
 
-def encode_command(config: Config, output: str | Path) -> None:
-    """Encode the images of a configuration into ``output``: the command ``vit5gen encode``."""
+def encode_images(config: Config, output: str | Path) -> None:
+    """Encode the images of a configuration into ``output``, and say how to go on with them."""
     state, vae = start_processes(), load_autoencoder(config.vae.name)
     encode_dataset(open_for(config, vae), vae, output, config)
     if state.is_main_process:

@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit5gen.config import MOST_BATCH, MOST_IMAGES, SamplingConfig, load_config
+from vit5gen.config import DrawConfig, load_config
 from vit5gen.evaluation.extractors.inception import INCEPTION_SHA256
-from vit5gen.evaluation.features import Extractor, load_extractor
-from vit5gen.evaluation.metric import METRICS, Score
+from vit5gen.evaluation.features import Extractor
+from vit5gen.evaluation.metric import Score
 from vit5gen.evaluation.reference import (
     REFERENCE_ROWS,
     Reference,
@@ -26,20 +25,18 @@ from vit5gen.evaluation.reference import (
     read_adm_reference,
     read_statistics,
     reference_of,
-    save_statistics,
     scan,
 )
 from vit5gen.evaluation.scores import RELIABLE_COUNT, available, need_rows, scores
 from vit5gen.evaluation.sources import ImageSource, open_data, open_folder, open_npz
 from vit5gen.generation.card import pipeline_hash, versions
 from vit5gen.generation.loading import find_pipeline, pipeline_folder
-from vit5gen.generation.many import SamplingJob, describe_sampling, draw_labels, generate, load_for_images, prepare
+from vit5gen.generation.many import SamplingJob, describe_job, generate, make_job, open_pipeline
 from vit5gen.generation.outputs import network_evaluations
 from vit5gen.generation.pipeline import SiTPipeline
-from vit5gen.system.distributed import is_main, rank_and_world, start_processes, sum_over_processes
-from vit5gen.system.errors import UserError, check_whole, choose
-from vit5gen.system.files import check_writable, read_json, write_json
-from vit5gen.system.precision import precision_of
+from vit5gen.system.distributed import is_main, processes, rank_and_world, sum_over_processes
+from vit5gen.system.errors import UserError, choose
+from vit5gen.system.files import read_json
 
 ADM_METRICS = ("fid", "sfid", "is", "pr")
 ADM_OPTIONS = {"pr": {"adm_fp16": True}}
@@ -95,14 +92,11 @@ def samples_of(source: ImageSource, batch_size: int) -> Samples:
     return Samples(source.count, lambda: local_chunks(source, batch_size), identity, source.sorted_by_class)
 
 
-def samples_from_pipeline(pipe: SiTPipeline, path: str | Path, job: SamplingJob, label_mode: str) -> Samples:
-    """Samples that a pipeline draws while they are scored; no image is written. ``label_mode`` is for the card."""
-    sampling: dict[str, Any] = describe_sampling(pipe, job.settings) | {
-        "seed": job.seed,
-        "labels": label_mode,
+def samples_from_pipeline(pipe: SiTPipeline, path: str | Path, job: SamplingJob, draw: DrawConfig) -> Samples:
+    """Samples that a pipeline draws while they are scored; no image is written."""
+    sampling: dict[str, Any] = describe_job(pipe, job, draw) | {
         "labels_sha256": sha256(json.dumps(list(job.labels)).encode()).hexdigest(),
         "batch_size": job.batch_size,
-        "precision": precision_of(pipe.transformer),
         "device": pipe.device.type,
         "vae": None if pipe.vae is None else pipe.vae.config.get("_name_or_path"),
     }
@@ -187,89 +181,15 @@ def markdown(card: dict[str, Any]) -> list[str]:
     return [f"| {' | '.join(map(str, row))} |" for row in table]
 
 
-def evaluate_command(
-    samples: Sequence[str],
-    reference: str | None = None,
-    output: str | None = None,
-    save_statistics_to: str | None = None,
-    extractor: str = "inception",
-    weights: str | None = None,
-    weights_sha256: str | None = None,
-    metrics: Sequence[str] | None = None,
-    protocol: str | None = None,
-    batch_size: int = 50,
-    num_images: int = RELIABLE_COUNT,
-    seeds: Sequence[int] = (0,),
-    label_mode: str = "balanced",
-    sampling: SamplingConfig | None = None,
-) -> int:
-    """Score samples and write the card, or build a reference from images; print the result. Return the exit code."""
-    if (reference is None) == (save_statistics_to is None):
-        raise UserError("evaluate: expected either --reference REF or --save-statistics FILE; give one of them")
-    check_whole("--batch-size =", batch_size, 1, MOST_BATCH)
-    for metric in metrics or ():
-        choose("--metrics", metric, METRICS.names())
-    if protocol is not None:
-        choose("--protocol", protocol, PROTOCOLS)
-    if sampling is not None and sampling.model_fields_set and not any(map(find_pipeline, samples)):
-        option = "--" + min(sampling.model_fields_set).replace("_", "-")
-        raise UserError(
-            f"{option}: {samples[0]} holds images already; it is for runs and pipeline folders: leave it out"
-        )
-    for seed in seeds:
-        check_whole("--seed =", seed, 0)
-    if save_statistics_to is not None and output is not None:
-        raise UserError(f"--output {output}: --save-statistics writes no card; leave --output out")
-    if (file := output or save_statistics_to) is not None:
-        check_writable(file)
-    state = start_processes()
-    network = load_extractor(extractor, state.device, weights, weights_sha256)
-    if save_statistics_to is not None:
-        if len(samples) != 1:
-            raise UserError(f"--save-statistics: {len(samples)} sets of images; expected one")
-        made = reference_of(open_source(samples[0], protocol), network, batch_size)
-        if is_main():
-            save_statistics(made, network, Path(save_statistics_to))
-            print(f"{save_statistics_to}: {made.count} images, {network.name}")
-        return 0
-    assert reference is not None
-    opened = [
-        one
-        for path in dict.fromkeys(samples)  # what is given twice counts once
-        for one in _open_samples(path, batch_size, num_images, seeds, label_mode, sampling, state.device, protocol)
-    ]
-    real = open_reference(reference, network, batch_size, protocol)
-    card = evaluation_card(opened, real, network, metrics, protocol)
-    if is_main():
-        for warning in card["warnings"]:
-            print(f"warning: {warning}", file=sys.stderr)
-        if output is not None:
-            write_json(output, card)
-        print("\n".join(markdown(card)))
-    return 0
-
-
-def _open_samples(
-    path: str,
-    batch_size: int,
-    num_images: int,
-    seeds: Sequence[int],
-    label_mode: str,
-    sampling: SamplingConfig | None,
-    device: torch.device,
-    protocol: str | None,
+def open_samples(
+    path: str, draw: DrawConfig, num_images: int, seeds: Sequence[int], batch_size: int, protocol: str | None = None
 ) -> list[Samples]:
+    """Open images, or a run or pipeline folder that draws as many of each seed as are asked for."""
     if find_pipeline(path) is None:
         return [samples_of(open_source(path, protocol), batch_size)]
-    check_whole("--num-images =", num_images, 1, MOST_IMAGES)
-    pipe = load_for_images(path)
-    prepare(pipe, device)
-    classes, settings = range(pipe.transformer.config.num_classes), sampling or SamplingConfig()
-    jobs = [
-        SamplingJob(draw_labels(num_images, classes, seed, label_mode), seed, batch_size, settings)
-        for seed in dict.fromkeys(seeds)
-    ]
-    return [samples_from_pipeline(pipe, path, job, label_mode) for job in jobs]
+    pipe = open_pipeline(path, draw, processes().device)
+    jobs = [make_job(pipe, draw, num_images, seed, batch_size) for seed in dict.fromkeys(seeds)]
+    return [samples_from_pipeline(pipe, path, job, draw) for job in jobs]
 
 
 def _by_model(samples: Sequence[Samples]) -> list[list[int]]:

@@ -94,7 +94,7 @@ class Output:
                 f"output {self.path} needs {need / 1e9:.2g} GB, {free / 1e9:.2g} GB are free; make room first"
             )
 
-    def begin(self, card: dict[str, Any]) -> None:
+    def start(self, card: dict[str, Any]) -> None:
         """Make the hidden folder, unless a killed run has left it; one process calls this."""
         evaluations = self.part / "evaluations"
         if not evaluations.exists():

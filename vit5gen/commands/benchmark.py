@@ -1,0 +1,25 @@
+"""`vit5gen benchmark`."""
+
+from typing import Literal
+
+from vit5gen.commands.options import Options, argument
+
+Name = Literal["train-step", "classifier", "sampling", "evaluation", "memory", "start-up", "scaling", "gpu"]
+
+
+class BenchmarkOptions(Options):
+    """Measure against published code, side by side, and write ratios."""
+
+    sit: str | None = argument(None, "PATH", "checkout of willisma/SiT, whose code is then run")
+    vit5: str | None = argument(None, "PATH", "checkout of wangf3014/ViT-5, whose code is then run")
+    run: str | None = argument(None, "RUN", "folder of a run, for the benchmark sampling")
+    only: Name | None = argument(None, "NAME", "this one alone")
+    quick: bool = argument(False, "", "tiny sizes: shows that it runs, its figures mean nothing")
+    output: str = argument(..., "FILE.json", "result; a table FILE.md is put beside it")
+
+
+def run(options: BenchmarkOptions) -> None:
+    """Run all benchmarks or one."""
+    from vit5gen.lab.benchmark.command import run_benchmarks
+
+    run_benchmarks(options.output, options.sit, options.vit5, options.run, options.only, options.quick)

@@ -1,0 +1,16 @@
+"""`vit5gen encode`."""
+
+from vit5gen.commands.options import ConfigOptions, Utf8Path, argument
+
+
+class EncodeOptions(ConfigOptions):
+    """Encode images once to latent shards."""
+
+    output: Utf8Path = argument(..., "FOLDER", "folder of the shards and their manifest")
+
+
+def run(options: EncodeOptions) -> None:
+    """Encode the images of a configuration."""
+    from vit5gen.data.latents import encode_images
+
+    encode_images(options.load(), options.output)

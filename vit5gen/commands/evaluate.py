@@ -1,0 +1,90 @@
+"""`vit5gen evaluate`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from vit5gen.commands.options import Images, Options, argument, dashed
+from vit5gen.config import Batch, DrawConfig, Natural
+from vit5gen.system.errors import UserError, choose
+from vit5gen.system.files import check_writable, write_json
+
+_OF_PIPELINES = (*DrawConfig.model_fields, "num_images", "seed")
+
+
+class EvaluateOptions(DrawConfig, Options):
+    """Score images against a reference, or build a reference.
+
+    Options of sampling are for runs and pipeline folders, whose images are drawn while they are scored.
+    """
+
+    excludes: ClassVar = {"save_statistics": ("reference", "output", "metrics", *_OF_PIPELINES)}
+
+    samples: Annotated[list[str], Field(min_length=1)] = argument(
+        ..., "SAMPLES", "ADM npz, folder of images, run or pipeline folder; several: mean and std", option=""
+    )
+    reference: str | None = argument(None, "REF", "ADM npz, statistics file, folder of images, or configuration")
+    output: str | None = argument(None, "CARD.json", "card with every setting and number")
+    save_statistics: str | None = argument(None, "FILE", "build a reference from SAMPLES instead")
+    extractor: str = argument("inception", "NAME", "inception, effnet-lite0 or your own")
+    weights: str | None = argument(None, "FILE", "weights of the extractor; default: its cache, or a download")
+    weights_sha256: str | None = argument(None, "HASH", "expected hash of --weights, if not the published file")
+    metrics: list[str] | None = argument(None, "NAME", "default: all that the inputs allow")
+    protocol: Literal["adm"] | None = argument(
+        None, "adm", "ADM's metrics and settings; printed as FID-50K only if all is met"
+    )
+    batch_size: Batch = argument(50, "N", "images at once, per process")
+    num_images: Images = argument(50_000, "N", "of a run or pipeline folder")
+    seed: list[Natural] = argument([0], "N", "of a run; several give mean and deviation")
+
+
+def run(options: EvaluateOptions) -> int:
+    """Score samples and write the card, or build a reference from images; print the result. Return the exit code."""
+    if options.reference is None and options.save_statistics is None:
+        raise UserError("evaluate: expected either --reference REF or --save-statistics FILE; give one of them")
+    from vit5gen.evaluation import evaluate, load_extractor
+    from vit5gen.evaluation.metric import METRICS
+    from vit5gen.evaluation.reference import reference_of, save_statistics
+    from vit5gen.generation.loading import find_pipeline
+    from vit5gen.system.distributed import start_processes
+
+    # What can be told to be wrong before anything is loaded.
+    for metric in options.metrics or ():
+        choose("--metrics", metric, METRICS.names())
+    idle = sorted(set(_OF_PIPELINES) & options.model_fields_set)
+    if idle and not any(map(find_pipeline, options.samples)):
+        raise UserError(
+            f"--{dashed(idle[0])}: {options.samples[0]} holds images already; it is for runs and pipeline folders: "
+            "leave it out"
+        )
+    if options.save_statistics is not None and len(options.samples) != 1:
+        raise UserError(f"--save-statistics: {len(options.samples)} sets of images; expected one")
+    if (file := options.output or options.save_statistics) is not None:
+        check_writable(file)
+    state, batch_size, protocol = start_processes(), options.batch_size, options.protocol
+    network = load_extractor(options.extractor, state.device, options.weights, options.weights_sha256)
+
+    # A reference alone.
+    if options.save_statistics is not None:
+        made = reference_of(evaluate.open_source(options.samples[0], protocol), network, batch_size)
+        if state.is_main_process:
+            save_statistics(made, network, Path(options.save_statistics))
+            print(f"{options.save_statistics}: {made.count} images, {network.name}")
+        return 0
+
+    # The samples, the reference, and the card of their scores.
+    draw, opened = options.part(DrawConfig), []
+    for path in dict.fromkeys(options.samples):  # what is given twice counts once
+        opened += evaluate.open_samples(path, draw, options.num_images, options.seed, batch_size, protocol)
+    assert options.reference is not None
+    real = evaluate.open_reference(options.reference, network, batch_size, protocol)
+    card = evaluate.evaluation_card(opened, real, network, options.metrics, protocol)
+    if state.is_main_process:
+        for warning in card["warnings"]:
+            print(f"warning: {warning}", file=sys.stderr)
+        if options.output is not None:
+            write_json(options.output, card)
+        print("\n".join(evaluate.markdown(card)))
+    return 0

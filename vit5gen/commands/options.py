@@ -1,0 +1,61 @@
+"""What the sections of commands share: how a field becomes an option, and options that go with others only."""
+
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import AfterValidator, Field, model_validator
+
+from vit5gen.config import MOST_IMAGES, Config, Section, load_config
+
+S = TypeVar("S", bound=Section)
+Images = Annotated[int, Field(ge=1, le=MOST_IMAGES)]
+
+
+def _check_utf8(path: str) -> str:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ValueError("expected a path in UTF-8, which weights need; choose another one") from None
+    return path
+
+
+# Of an output that holds weights: safetensors can write a path that is no UTF-8, but cannot read it again.
+Utf8Path = Annotated[str, AfterValidator(_check_utf8)]
+
+
+def argument(default: Any, metavar: str, description: str, **more: Any) -> Any:
+    """Describe a field whose value is shown as ``metavar``; option="" makes it positional, else names its option."""
+    return Field(default, description=description, json_schema_extra={"metavar": metavar, **more})
+
+
+class Options(Section):
+    """The options of a command. ``excludes`` tells which ones do not go with one that is given."""
+
+    excludes: ClassVar[dict[str, tuple[str, ...]]] = {}
+
+    @model_validator(mode="after")
+    def _no_idle_options(self) -> "Options":
+        given = {name for name in self.model_fields_set if getattr(self, name) is not None}
+        for name, others in self.excludes.items():
+            if name in given and (idle := sorted(given & set(others))):
+                raise ValueError(f"--{dashed(idle[0])} has no effect beside --{dashed(name)}; leave it out")
+        return self
+
+    def part(self, section: type[S]) -> S:
+        """Return the options that are those of ``section``."""
+        return section.model_validate(self.model_dump(include=set(section.model_fields), exclude_unset=True))
+
+
+class ConfigOptions(Options):
+    """The options of a command that takes a run's configuration, every key of which is an option too."""
+
+    config: str = argument(..., "CONFIG", "YAML file, e.g. configs/quickstart.yaml", option="")
+    overrides: dict[str, Any] = Field({}, exclude=True)
+
+    def load(self) -> Config:
+        """Return the configuration, with the keys that were given as options."""
+        return load_config(self.config, self.overrides)
+
+
+def dashed(name: str) -> str:
+    """Return the spelling of a field as an option."""
+    return name.replace("_", "-")

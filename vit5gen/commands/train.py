@@ -1,0 +1,30 @@
+"""`vit5gen train`."""
+
+from typing import ClassVar
+
+from vit5gen.commands.options import ConfigOptions, Utf8Path, argument
+from vit5gen.system.errors import UserError
+
+
+class TrainOptions(ConfigOptions):
+    """Train a model; run again, it resumes from its newest checkpoint."""
+
+    excludes: ClassVar = {"dry_run": ("output", "resume", "accept_changes")}
+
+    output: Utf8Path | None = argument(None, "RUN", "folder of the run; only --dry-run does without")
+    resume: str = argument("auto", "WHERE", "auto | never | a checkpoint folder")
+    accept_changes: bool = argument(False, "", "resume although the configuration differs")
+    dry_run: bool = argument(False, "", "write nothing: check, estimate, list what is missing")
+
+
+def run(options: TrainOptions) -> int:
+    """Train, or tell what training would cost; return the exit code."""
+    if options.dry_run:
+        from vit5gen.training.dry_run import plan
+
+        return plan(options.load())
+    if options.output is None:
+        raise UserError("vit5gen train: the following arguments are required: --output")
+    from vit5gen.training.loop import train
+
+    return train(options.load(), options.output, options.resume, options.accept_changes)

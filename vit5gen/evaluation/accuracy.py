@@ -1,0 +1,90 @@
+"""Top-1 and top-5 of a published ViT-5 on a folder of images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+
+from vit5gen.data.pictures import UNREADABLE, cut_strip, eight_bits, find_classes
+from vit5gen.models import load_vit5
+from vit5gen.models.classifier import default_cfgs
+from vit5gen.system.distributed import start_processes
+from vit5gen.system.errors import UserError, choose, listed
+
+
+def classify(
+    folder: str | Path, model: str, checkpoint: str | Path, batch_size: int = 64, num_workers: int = 0
+) -> dict[str, float]:
+    """Return ``{"top1": percent, "top5": percent, "num_images": n}``; the image size is the checkpoint's.
+
+    Raises `UserError` when the model is not known, the checkpoint is of another model, the folder's classes are not as
+    many as the checkpoint's, or an image cannot be read.
+    """
+    choose("--model", model, sorted({name.split(".")[0] for name in default_cfgs}))
+    where = start_processes().device
+    net = load_vit5(checkpoint).eval().to(where)
+    with torch.device("meta"):
+        named = timm.create_model(model)
+    if (net.embed_dim, len(net.blocks)) != (named.embed_dim, len(named.blocks)):
+        raise UserError(
+            f"--checkpoint: {len(net.blocks)} blocks of width {net.embed_dim}, but {model} has {len(named.blocks)} of "
+            f"{named.embed_dim}; give the --model that the file belongs to."
+        )
+    images = _image_folder(folder, net.patch_embed.img_size[0], named.pretrained_cfg)
+    if len(images.classes) != net.num_classes:
+        raise UserError(
+            f"FOLDER: {str(folder)!r} holds {len(images.classes)} classes, the checkpoint {net.num_classes} "
+            f"({listed(images.classes)}); a folder's place in the order is its label, so all must be there."
+        )
+    hits = torch.zeros(2, dtype=torch.int64)
+    with torch.inference_mode():
+        for pixels, labels in DataLoader(images, batch_size, num_workers=num_workers):
+            with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
+                logits = net(pixels.to(where))
+            best = logits.topk(min(5, net.num_classes)).indices.cpu() == labels[:, None]
+            hits += torch.stack([best[:, 0].sum(), best.sum()])
+    top1, top5 = (100 * hits / len(images)).tolist()
+    return {"top1": top1, "top5": top5, "num_images": len(images)}
+
+
+@dataclass(frozen=True)
+class _ClassFolders(Dataset):
+    """Images as a network takes them, with the place of their folder as label; workers get it pickled."""
+
+    classes: list[str]
+    files: list[tuple[Path, int]]
+    transform: Compose
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        path, label = self.files[index]
+        try:
+            with Image.open(path) as image:
+                return self.transform(cut_strip(eight_bits(image).convert("RGB"))), label
+        except UNREADABLE as error:
+            raise UserError(
+                f"FOLDER: {str(path)!r} cannot be read as an image ({error}); replace or remove it."
+            ) from error
+
+
+def _image_folder(folder: str | Path, size: int, config: Any) -> _ClassFolders:
+    """Open the folder with the evaluation transform that `config`, timm's pretrained configuration, describes.
+
+    EXIF orientation is ignored, as where the published figures come from.
+    """
+    resize = Resize(int(size / config["crop_pct"]), InterpolationMode(config["interpolation"]))
+    transform = Compose([resize, CenterCrop(size), ToTensor(), Normalize(config["mean"], config["std"])])
+    found, instead = find_classes(Path(folder)) if Path(folder).is_dir() else ({}, {})
+    if not found or instead:
+        reason = "; ".join(f"class {name!r} holds no images, {why}" for name, why in list(instead.items())[:3])
+        reason = reason or ("no class folders" if Path(folder).is_dir() else "no such folder")
+        raise UserError(f"FOLDER: {str(folder)!r} is not a folder with one folder a class ({reason}).")
+    files = [(file, label) for label, of_class in enumerate(found.values()) for file in of_class]
+    return _ClassFolders(list(found), files, transform)
