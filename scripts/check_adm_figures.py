@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vit5gen.evaluation.evaluate import evaluate_command
+from vit5gen.commands import evaluate
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import read_json
 
@@ -46,7 +46,8 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         card = Path(temporary) / "card.json"
         try:
-            evaluate_command([str(folder / SAMPLES)], str(folder / REFERENCE), str(card), protocol="adm")
+            files = {"samples": [str(folder / SAMPLES)], "reference": str(folder / REFERENCE), "output": str(card)}
+            evaluate.run(evaluate.EvaluateOptions(**files, protocol="adm"))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

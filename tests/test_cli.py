@@ -322,7 +322,7 @@ def test_ctrl_c_is_one_word(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vit5gen.lab.benchmark.command.benchmark_command", interrupted)
+    monkeypatch.setattr("vit5gen.lab.benchmark.command.run_benchmarks", interrupted)
     with pytest.raises(SystemExit) as stop:
         main(["benchmark", "--output", "r.json"])
     assert stop.value.code == 130

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from called import call_convert
 from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import tiny_autoencoder
 
 from vit5gen import SiTPipeline
-from vit5gen.commands.convert import convert_command
 from vit5gen.config import Config
 from vit5gen.models import load_sit
 from vit5gen.system.errors import UserError
@@ -42,7 +42,7 @@ def published(name: str, folder: Path) -> tuple[Path, int]:
 @pytest.mark.parametrize("name", ["sit_tiny", "sit_tiny_learn_sigma"])
 def test_published_sit_equals_an_euler_loop(name: str, tmp_path: Path, vae: str) -> None:
     file, heads = published(name, tmp_path)
-    convert_command(file, tmp_path / "pipeline", vae=vae, num_attention_heads=heads)
+    call_convert(file, tmp_path / "pipeline", vae=vae, num_attention_heads=heads)
     pipe = SiTPipeline.from_pretrained(tmp_path / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     model = load_sit(file, num_attention_heads=heads)
@@ -67,7 +67,7 @@ def test_a_thousand_classes_get_imagenets_names(tmp_path: Path) -> None:
     table = state["y_embedder.embedding_table.weight"]
     state["y_embedder.embedding_table.weight"] = torch.zeros(1001, table.shape[1])
     torch.save(state, file)
-    convert_command(file, tmp_path / "pipeline", vae="none", num_attention_heads=heads)
+    call_convert(file, tmp_path / "pipeline", vae="none", num_attention_heads=heads)
     pipe = SiTPipeline.from_pretrained(tmp_path / "pipeline")
     assert pipe.class_ids(["golden retriever", 207]) == [207, 207]
     assert pipe.vae is None
@@ -98,7 +98,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, vae: str) -> Path:
 
 @pytest.mark.parametrize(("weights", "value"), [(None, 2), ("ema_0.9", 2), ("ema_0.99", 3), ("model", 1)])
 def test_any_average_of_a_training_checkpoint(run: Path, tmp_path: Path, weights: str | None, value: int) -> None:
-    convert_command(run / "checkpoints" / "step_00000010", tmp_path / "out", weights=weights)
+    call_convert(run / "checkpoints" / "step_00000010", tmp_path / "out", weights=weights)
     pipe = SiTPipeline.from_pretrained(tmp_path / "out")
     assert all((parameter == value).all() for parameter in pipe.transformer.parameters())
     assert (pipe.flow.path, pipe.flow.prediction) == ("gvp", "noise")
@@ -112,7 +112,7 @@ def test_a_run_gives_its_newest_checkpoint(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "checkpoints" / "step_00000020")
-    convert_command(copy, tmp_path / "out")
+    call_convert(copy, tmp_path / "out")
     assert load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
@@ -131,7 +131,11 @@ def test_bad_checkpoints_leave_nothing_behind(run: Path, tmp_path: Path, vae: st
         (tmp_path / "empty", {}, "no run and no checkpoint folder"),
         (broken, {}, "ema_0.9.safetensors is damaged"),
         (file, {"vae": vae}, "give num_attention_heads"),
-        (file, {"num_attention_heads": heads, "weights": "model"}, "--weights = 'model' goes with"),
+        (
+            file,
+            {"num_attention_heads": heads, "weights": "model"},
+            "--weights has no effect beside --num-attention-heads|--weights = 'model' goes with",
+        ),
         (file, {"num_attention_heads": heads, "vae": str(tmp_path / "empty")}, "no autoencoder can be loaded"),
         (run, {"weights": "ema_0.5"}, "weights: 'ema_0.5' is not known; expected one of ema_0.9, ema_0.99, model"),
         (run, {"weights": "optimizer"}, "weights: 'optimizer' is not known"),
@@ -141,19 +145,19 @@ def test_bad_checkpoints_leave_nothing_behind(run: Path, tmp_path: Path, vae: st
     before = set(tmp_path.iterdir())
     for checkpoint, options, message in cases:
         with pytest.raises(UserError, match=message) as caught:
-            convert_command(checkpoint, tmp_path / "out", **options)
+            call_convert(checkpoint, tmp_path / "out", **options)
         assert "\n" not in str(caught.value)
         assert set(tmp_path.iterdir()) == before
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(UserError, match="exists; choose another --output"):
-        convert_command(file, tmp_path / "out")
+        call_convert(file, tmp_path / "out")
 
 
 def test_what_is_missing_is_no_error(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "pipeline" / "model_index.json").write_text("{}")
-    convert_command(tmp_path / "run", tmp_path / "out", vae="none")
+    call_convert(tmp_path / "run", tmp_path / "out", vae="none")
     assert "try" not in capsys.readouterr().out
     assert SiTPipeline.from_pretrained(tmp_path / "out").config.id2label == {}
 
@@ -167,7 +171,7 @@ def test_published_weights_that_are_not_finite_are_refused(tmp_path: Path, value
     with pytest.raises(
         UserError, match=r"1 of the \d+ values of backbone\.blocks\.0\.mlp\.fc1\.bias are not"
     ) as caught:
-        convert_command(file, tmp_path / "pipeline", "none", num_attention_heads=heads)
+        call_convert(file, tmp_path / "pipeline", vae="none", num_attention_heads=heads)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "pipeline").exists()
 
@@ -185,9 +189,9 @@ def test_an_average_that_is_not_finite_is_refused(run: Path, tmp_path: Path) -> 
         (broken / "config.yaml").read_text(),
     )
     with pytest.raises(UserError, match=rf"2 of the \d+ values of {name} are not finite.* take an earlier checkpoint"):
-        convert_command(tmp_path, tmp_path / "out")
+        call_convert(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    convert_command(broken, tmp_path / "out")
+    call_convert(broken, tmp_path / "out")
 
 
 def test_an_autoencoder_that_is_not_finite_is_refused(tmp_path: Path) -> None:
@@ -196,4 +200,4 @@ def test_an_autoencoder_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     vae.decoder.conv_in.bias.data[0] = torch.nan
     vae.save_pretrained(tmp_path / "vae")
     with pytest.raises(UserError, match=r"vae .*values of decoder\.conv_in\.bias are not finite"):
-        convert_command(file, tmp_path / "pipeline", str(tmp_path / "vae"), num_attention_heads=heads)
+        call_convert(file, tmp_path / "pipeline", str(tmp_path / "vae"), num_attention_heads=heads)

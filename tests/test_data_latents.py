@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from vit5gen.config import Config, DataConfig, ModelConfig, VaeConfig
 from vit5gen.data import latents
 from vit5gen.data.autoencoders.kl import encode
-from vit5gen.data.latents import LatentDataset, encode_command, encode_dataset, ensure_latents, identity, open_for
+from vit5gen.data.latents import LatentDataset, encode_dataset, encode_images, ensure_latents, identity, open_for
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256
 
@@ -72,7 +72,7 @@ def test_shards_hold_scaled_mean_and_std_of_both_mirror_images(
     config: Config, tmp_path: Path, dtype: str, tolerance: float
 ) -> None:
     config = change(config, "data", shard_dtype=dtype)
-    encode_command(config, tmp_path / "out")
+    encode_images(config, tmp_path / "out")
     dataset, vae = LatentDataset(tmp_path / "out"), tiny_vae()
     images = open_for(config, vae)
     dataset.check(config, vae)
@@ -98,8 +98,8 @@ def test_shards_hold_scaled_mean_and_std_of_both_mirror_images(
 
 def test_without_flips(config: Config, tmp_path: Path) -> None:
     plain = change(config, "data", horizontal_flip=False)
-    encode_command(plain, tmp_path / "out")
-    encode_command(config, tmp_path / "both")
+    encode_images(plain, tmp_path / "out")
+    encode_images(config, tmp_path / "both")
     dataset = LatentDataset(tmp_path / "out")
     assert torch.equal(dataset.get(4)[0], LatentDataset(tmp_path / "both").get(4)[0])
     with pytest.raises(UserError, match="horizontal_flip False, the run has True"):
@@ -107,7 +107,7 @@ def test_without_flips(config: Config, tmp_path: Path) -> None:
 
 
 def test_size_is_printed_before_the_start(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    encode_command(config, tmp_path / "out")
+    encode_images(config, tmp_path / "out")
     # images x mirror images x (mean, std) x 4x4x4 numbers x 2 bytes, and labels
     assert f"11 images -> {(11 * 2 * 2 * 64 * 2 + 11 * 8) / 1e9:.3f} GB" in capsys.readouterr().out
     assert latents.shard_bytes(
@@ -121,12 +121,12 @@ def test_refuses_when_the_disk_is_short(config: Config, tmp_path: Path, monkeypa
     usage = type("Usage", (), {"free": 5000})
     monkeypatch.setattr(latents.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"needs 0\.000 GB, the disk has 0\.000 GB"):
-        encode_command(config, tmp_path / "out")
+        encode_images(config, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_goes_on_after_a_kill(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode_command(config, tmp_path / "undisturbed")
+    encode_images(config, tmp_path / "undisturbed")
     write, written = latents._write_shard, []
 
     def killed_at_the_third(path: Path, *arguments: object) -> dict:
@@ -137,14 +137,14 @@ def test_goes_on_after_a_kill(config: Config, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(latents, "_write_shard", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        encode_command(config, tmp_path / "out")
+        encode_images(config, tmp_path / "out")
     with pytest.raises(UserError, match="interrupted; run the same"):
         LatentDataset(tmp_path / "out")
     (tmp_path / "out" / ".shard_00002.safetensors.1.tmp").write_bytes(b"half")
     written[1].write_bytes(b"damaged")
     kept = written[0].stat().st_mtime_ns
     monkeypatch.setattr(latents, "_write_shard", write)
-    encode_command(config, tmp_path / "out")
+    encode_images(config, tmp_path / "out")
     assert written[0].stat().st_mtime_ns == kept
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
@@ -158,8 +158,8 @@ def test_goes_on_after_a_kill_before_the_manifest(
     with monkeypatch.context() as patch:
         patch.setattr(latents, "_finish", killed)
         with pytest.raises(KeyboardInterrupt):
-            encode_command(config, tmp_path / "out")
-    encode_command(config, tmp_path / "out")
+            encode_images(config, tmp_path / "out")
+    encode_images(config, tmp_path / "out")
     assert len(LatentDataset(tmp_path / "out")) == 11
     assert not list((tmp_path / "out").glob("shard_*.json"))
 
@@ -176,8 +176,8 @@ def test_two_processes_share_the_work_and_write_the_same_bytes(
     AcceleratorState._reset_state(reset_partial_state=True)  # the two are forked from here
     with monkeypatch.context() as patch:
         patch.setattr(latents, "_write_shard", noted)
-        debug_launcher(encode_command, (config, tmp_path / "two"), num_processes=2)
-    encode_command(config, tmp_path / "one")
+        debug_launcher(encode_images, (config, tmp_path / "two"), num_processes=2)
+    encode_images(config, tmp_path / "one")
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     notes = [note.name.split(".") for note in tmp_path.glob("*.note")]
     assert (len(notes), len({process for _, process, _ in notes})) == (4, 2)
@@ -199,9 +199,9 @@ def test_a_broken_image_that_is_removed_stands_in_no_ones_way(config: Config, tm
     broken = tmp_path / "images" / "cat" / "00.png"
     broken.write_bytes(b"no image")
     with pytest.raises(UserError, match=r"00\.png does not decode"):
-        encode_command(config, tmp_path / "out")
+        encode_images(config, tmp_path / "out")
     broken.unlink()
-    encode_command(config, tmp_path / "out")
+    encode_images(config, tmp_path / "out")
     assert len(LatentDataset(tmp_path / "out")) == 10
 
 
@@ -223,7 +223,7 @@ def test_a_run_waits_while_another_fills_its_cache(config: Config, tmp_path: Pat
 @pytest.mark.parametrize("damage", ["flip a bit", "truncate", "delete"])
 def test_damage_is_found_and_mended(config: Config, tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "out"
-    encode_command(config, folder)
+    encode_images(config, folder)
     whole, shard = contents(folder), folder / "shard_00001.safetensors"
     if damage == "flip a bit":
         content = bytearray(shard.read_bytes())
@@ -235,15 +235,15 @@ def test_damage_is_found_and_mended(config: Config, tmp_path: Path, damage: str)
         shard.unlink()
     with pytest.raises(UserError, match=r"shard_00001.*(checksum|manifest says)"):
         LatentDataset(folder).verify()
-    encode_command(config, folder)
+    encode_images(config, folder)
     assert contents(folder) == whole
 
 
 def test_broken_images_are_fatal_or_listed(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "images" / "cat" / "02.png").write_bytes(b"no png")
     with pytest.raises(UserError, match=r"02\.png does not decode"):
-        encode_command(config, tmp_path / "out")
-    encode_command(change(config, "data", on_broken_image="skip"), tmp_path / "out")
+        encode_images(config, tmp_path / "out")
+    encode_images(change(config, "data", on_broken_image="skip"), tmp_path / "out")
     dataset = LatentDataset(tmp_path / "out")
     assert (len(dataset), dataset.manifest["counts"]) == (10, [5, 5])
     assert "02.png" in dataset.manifest["shards"][0]["broken"][0]
@@ -282,11 +282,11 @@ def test_latents_that_are_not_finite_in_their_shard_are_not_written(
     config = change(config, "data", shard_dtype=dtype)
     spoil(config, **spoilt)
     if message is None:
-        encode_command(config, tmp_path / "out")
+        encode_images(config, tmp_path / "out")
         LatentDataset(tmp_path / "out").verify()
         return
     with pytest.raises(UserError, match=rf"image .*cat.00\.png: {message}") as raised:
-        encode_command(config, tmp_path / "out")
+        encode_images(config, tmp_path / "out")
     assert "\n" not in str(raised.value)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
     with pytest.raises(UserError, match="encoding was interrupted"):
@@ -308,12 +308,12 @@ def test_the_image_that_is_not_finite_is_named_behind_a_broken_one(
     monkeypatch.setattr(latents, "encode", encode_badly)
     config = change(change(config, "data", on_broken_image="skip"), "vae", batch_size=3)
     with pytest.raises(UserError, match=r"image .*cat.08\.png: the autoencoder makes"):
-        encode_command(config, tmp_path / "out")
+        encode_images(config, tmp_path / "out")
 
 
 def test_shards_of_earlier_versions_that_are_not_finite_are_made_again(config: Config, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    encode_command(config, folder)
+    encode_images(config, folder)
     whole, shard = contents(folder), folder / "shard_00001.safetensors"
     with safe_open(shard, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -324,7 +324,7 @@ def test_shards_of_earlier_versions_that_are_not_finite_are_made_again(config: C
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"shard_00001\.safetensors has values that are not finite; encode again"):
         LatentDataset(folder).verify()
-    encode_command(config, folder)
+    encode_images(config, folder)
     assert contents(folder) == whole
 
 
@@ -332,25 +332,25 @@ def test_shards_are_kept_for_the_images_they_were_made_of(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, manifest = tmp_path / "out", tmp_path / "out" / "manifest.json"
-    encode_command(config, folder)
+    encode_images(config, folder)
     content = json.loads(manifest.read_text())
     assert content["images_sha256"] == open_for(config, tiny_vae()).digest()
     Image.new("RGB", (9, 9)).save(tmp_path / "images" / "dog" / "09.png")
     with pytest.raises(UserError, match="holds latents made with images_sha256"):
-        encode_command(config, folder)
+        encode_images(config, folder)
     # A manifest of the version before says nothing, and is neither refused nor given what is not known.
     del content["images_sha256"]
     manifest.write_text(json.dumps(content, indent=2) + "\n")
     before = contents(folder)
-    encode_command(config, folder)
+    encode_images(config, folder)
     assert contents(folder) == before
     assert identity(LatentDataset(folder).manifest)["digest"] is None
     # A broken image may be repaired on the way.
     (tmp_path / "images" / "dog" / "09.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"09\.png does not decode"):
-        encode_command(config, tmp_path / "again")
+        encode_images(config, tmp_path / "again")
     Image.new("RGB", (9, 9)).save(tmp_path / "images" / "dog" / "09.png")
-    encode_command(config, tmp_path / "again")
+    encode_images(config, tmp_path / "again")
     assert "note: " in capsys.readouterr().out
     assert LatentDataset(tmp_path / "again").manifest["images_sha256"] == open_for(config, tiny_vae()).digest()
 
@@ -363,20 +363,20 @@ def test_a_class_of_broken_images_alone_ends_no_encoding(
     skip = change(config, "data", on_broken_image="skip")
     monkeypatch.setattr(latents, "SHARD_SIZE", 11)  # in smaller shards none would decode
     with pytest.raises(UserError, match="all images of class 'dog' are broken") as raised:
-        encode_command(skip, tmp_path / "out")
+        encode_images(skip, tmp_path / "out")
     assert "\n" not in str(raised.value)
     with pytest.raises(UserError, match="interrupted"):
         LatentDataset(tmp_path / "out")
 
 
 def test_manifest_says_how_files_are_read(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    encode_command(config, tmp_path / "out")
+    encode_images(config, tmp_path / "out")
     manifest = LatentDataset(tmp_path / "out").manifest
     assert (manifest["exif"], manifest["rules"]) == ("apply", 2)
     LatentDataset(tmp_path / "out").check(config, tiny_vae())
     assert "note:" not in capsys.readouterr().out
     with pytest.raises(UserError, match="exif 'apply', not 'ignore'"):
-        encode_command(change(config, "data", exif="ignore"), tmp_path / "out")
+        encode_images(change(config, "data", exif="ignore"), tmp_path / "out")
     del manifest["exif"], manifest["rules"]  # as the earlier version wrote it
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
     LatentDataset(tmp_path / "out").check(change(config, "data", exif="ignore", rules=1), tiny_vae())
@@ -397,17 +397,17 @@ def test_manifest_says_how_files_are_read(config: Config, tmp_path: Path, capsys
 def test_latents_of_another_run_are_refused(
     config: Config, tmp_path: Path, wanted: dict, seed: int, message: str
 ) -> None:
-    encode_command(config, tmp_path / "out")
+    encode_images(config, tmp_path / "out")
     with pytest.raises(UserError, match=message) as raised:
         LatentDataset(tmp_path / "out").check(change(config, "data", **wanted), tiny_vae(seed))
     assert "\n" not in str(raised.value)
 
 
 def test_never_overwrites_other_latents(config: Config, tmp_path: Path) -> None:
-    encode_command(config, tmp_path / "out")
+    encode_images(config, tmp_path / "out")
     before = contents(tmp_path / "out")
     with pytest.raises(UserError, match="dtype 'float16', not 'float32'"):
-        encode_command(change(config, "data", shard_dtype="float32"), tmp_path / "out")
+        encode_images(change(config, "data", shard_dtype="float32"), tmp_path / "out")
     assert contents(tmp_path / "out") == before
 
 
@@ -446,7 +446,7 @@ def test_settings_that_do_not_fit(config: Config, section: str, values: dict, me
     ],
 )
 def test_bad_manifests(config: Config, tmp_path: Path, spoil: Callable[[str], str], message: str) -> None:
-    encode_command(config, tmp_path / "out")
+    encode_images(config, tmp_path / "out")
     manifest = tmp_path / "out" / "manifest.json"
     manifest.write_text(spoil(manifest.read_text()))
     with pytest.raises(UserError, match=message):
@@ -454,7 +454,7 @@ def test_bad_manifests(config: Config, tmp_path: Path, spoil: Callable[[str], st
 
 
 def test_labels_out_of_range_and_no_folder(config: Config, tmp_path: Path) -> None:
-    encode_command(config, tmp_path / "out")
+    encode_images(config, tmp_path / "out")
     manifest = tmp_path / "out" / "manifest.json"
     manifest.write_text(manifest.read_text().replace(',\n    "1": "dog"', ""))
     with pytest.raises(UserError, match="labels from 0 to 1, expected 0 to 0"):

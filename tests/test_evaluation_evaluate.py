@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from called import call_evaluate
 from PIL import Image
 from random_inception import write_random_inception
 from tiny import tiny_pipeline
@@ -14,10 +15,9 @@ from torch import nn
 from torch.nn import functional
 
 from vit5gen import cli
-from vit5gen.config import SamplingConfig
+from vit5gen.config import DrawConfig, SamplingConfig
 from vit5gen.evaluation import evaluate, frechet_distance, load_extractor, register_extractor
 from vit5gen.evaluation.evaluate import (
-    evaluate_command,
     evaluation_card,
     markdown,
     open_reference,
@@ -253,8 +253,8 @@ def test_statistics_file_scores_as_its_images_and_knows_its_extractor(tmp_path, 
         write_folder(tmp_path / "samples", pictures(20, seed=0)),
     )
     file, output = tmp_path / "real.statistics", tmp_path / "card.json"
-    assert evaluate_command([str(real)], save_statistics_to=str(file), extractor="colours") == 0
-    evaluate_command([str(samples)], reference=str(file), output=str(output), extractor="colours")
+    assert call_evaluate(str(real), save_statistics=str(file), extractor="colours") == 0
+    call_evaluate(str(samples), reference=str(file), output=str(output), extractor="colours")
     card, direct = json.loads(output.read_text()), card_of(samples, real, colour_extractor, 50)
     assert card["metrics"] == direct["metrics"]
     assert card["reference"]["count"] == 50
@@ -262,7 +262,7 @@ def test_statistics_file_scores_as_its_images_and_knows_its_extractor(tmp_path, 
     with pytest.raises(
         UserError, match=r"real.statistics: from another extractor \(name 'Colours', now 'EffNetLite0@96'"
     ):
-        evaluate_command([str(samples)], reference=str(file), extractor="effnet-lite0")
+        call_evaluate(str(samples), reference=str(file), extractor="effnet-lite0")
 
 
 def test_floor_is_the_distance_of_real_images_held_out_of_the_reference(tmp_path, colour_extractor) -> None:
@@ -331,7 +331,7 @@ def test_models_are_rows_and_never_averaged(tmp_path, colour_extractor) -> None:
 def test_names_that_two_models_share_are_shown_as_paths(tmp_path, colour_extractor, capsys) -> None:
     reference = write_npz(tmp_path / "real.npz", pictures(30, seed=1))
     folders = [str(write_folder(tmp_path / name / "pipeline", pictures(20, seed=2))) for name in "ab"]
-    evaluate_command([*folders, folders[0]], reference=str(reference), extractor="colours", metrics=["fid"])
+    call_evaluate(*folders, folders[0], reference=str(reference), extractor="colours", metrics=["fid"])
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == [f"| {folder}" for folder in folders]
 
@@ -351,7 +351,7 @@ def test_a_card_tells_the_precision_that_was_set(tmp_path, dtype, matmul: str, p
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul)
     try:
-        samples = samples_from_pipeline(pipe.to(dtype), tmp_path, SamplingJob([0]), "balanced")
+        samples = samples_from_pipeline(pipe.to(dtype), tmp_path, SamplingJob([0], 0, 1), DrawConfig())
     finally:
         torch.set_float32_matmul_precision(before)
     assert samples.identity["sampling"]["precision"] == precision
@@ -363,14 +363,14 @@ def test_a_pipeline_is_sampled_and_scored_in_one_pass(tmp_path) -> None:
     pipe.save_pretrained(tmp_path / "run" / "pipeline")
     reference = write_npz(tmp_path / "real.npz", pictures(30, seed=1, side=16))
     options = {"reference": str(reference), "extractor": "colours", "batch_size": 5}
-    drawn = {"num_images": 12, "seeds": [3, 4, 3], "label_mode": "random", "sampling": settings}
-    evaluate_command([str(tmp_path / "run")], output=str(tmp_path / "together.json"), **options, **drawn)
+    drawn = {"num_images": 12, "seed": [3, 4, 3], "labels": "random", "settings": settings}
+    call_evaluate(str(tmp_path / "run"), output=str(tmp_path / "together.json"), **options, **drawn)
     files = []
     for seed in (3, 4):
         labels = draw_labels(12, range(5), seed, "random")
         chunks = [images for _, images in generate(pipe, SamplingJob(labels, seed, 5, settings))]
         files.append(str(write_npz(tmp_path / f"{seed}.npz", torch.cat(chunks))))
-    evaluate_command(files, output=str(tmp_path / "files.json"), **options)
+    call_evaluate(*files, output=str(tmp_path / "files.json"), **options)
     together, apart = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("together", "files"))
     apart_by_name = [model["metrics"] for model in apart["models"]]
     assert {name: score["runs"] for name, score in together["metrics"].items()} == {
@@ -453,11 +453,11 @@ def test_too_few_samples_and_bad_options_are_errors_of_one_line(tmp_path, colour
     with pytest.raises(UserError, match="metric pr: 3 samples; needs at least 4"):
         card_of(three, three, colour_extractor)
     with pytest.raises(UserError, match=f"{three}/card.json: cannot be written"):
-        evaluate_command([str(three)], reference=str(three), output=f"{three}/card.json")
+        call_evaluate(str(three), reference=str(three), output=f"{three}/card.json")
     with pytest.raises(UserError, match="Did you mean 'fid'"):
         card_of(three, three, colour_extractor, metrics=["fidd"])
     with pytest.raises(UserError, match="either --reference REF or --save-statistics"):
-        evaluate_command([str(three)])
+        call_evaluate(str(three))
     with pytest.raises(UserError, match="its mu and sigma are of Inception features"):
         card_of(
             three,
@@ -517,8 +517,8 @@ def test_the_protocol_reaches_samples_reference_and_statistics(tmp_path, monkeyp
 
     monkeypatch.setattr("vit5gen.evaluation.evaluate.open_folder", opened)
     protocol = {"extractor": "colours", "protocol": "adm"}
-    evaluate_command([str(folder)], save_statistics_to=str(tmp_path / "real.safetensors"), **protocol)
-    evaluate_command([str(folder)], reference=str(folder), **protocol)
+    call_evaluate(str(folder), save_statistics=str(tmp_path / "real.safetensors"), **protocol)
+    call_evaluate(str(folder), reference=str(folder), **protocol)
     assert set(seen) == {"ignore"}
     assert len(seen) == 3
 

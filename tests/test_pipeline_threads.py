@@ -131,7 +131,7 @@ def test_many_images_leave_the_progress_bar_as_it_was() -> None:
     pipe = tiny_pipeline()
     pipe.set_progress_bar_config(disable=False, leave=True)
     settings = SamplingConfig(sampler="ode-euler", num_inference_steps=2)
-    for _, _ in generate(pipe, SamplingJob([0, 1], batch_size=1, settings=settings)):
+    for _, _ in generate(pipe, SamplingJob([0, 1], 0, batch_size=1, settings=settings)):
         assert pipe._progress_bar_config == {"disable": False, "leave": True}
         assert pipe.num_evaluations == 2
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import yaml
+from called import call_convert
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_run import assert_identical, forget_processes, make_inputs, run, weights
 
-from vit5gen.commands.convert import convert_command
 from vit5gen.config import DEFAULTS_BEFORE, load_config, load_recorded, read_yaml
-from vit5gen.data.latents import encode_command
+from vit5gen.data.latents import encode_images
 from vit5gen.lab.study.rows import Row
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256
@@ -97,7 +97,7 @@ def test_a_resume_on_other_data_is_refused_until_accepted(
     run(inputs, tmp_path / "run", training__num_steps=2, **options)
     change(tmp_path)
     if source == "latents":
-        encode_command(load_config(inputs), tmp_path / "latents")
+        encode_images(load_config(inputs), tmp_path / "latents")
         options["data__latents"] = str(tmp_path / "latents")
     passing = (".lock", ".txt")  # the cache remembers digests
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -135,7 +135,7 @@ def test_images_that_break_on_the_way_are_noticed(inputs: Path, tmp_path: Path) 
 def test_latents_of_the_same_images_take_over(inputs: Path, tmp_path: Path, images: bool) -> None:
     run(inputs, tmp_path / "whole", training__num_steps=4)
     run(inputs, tmp_path / "parts", training__num_steps=2)
-    encode_command(load_config(inputs), tmp_path / "latents")
+    encode_images(load_config(inputs), tmp_path / "latents")
     if not images:
         shutil.rmtree(tmp_path / "data")
     latents = {"data__latents": str(tmp_path / "latents")}
@@ -175,7 +175,7 @@ def test_a_run_of_the_version_before_is_resumed_with_its_defaults(
     del content["images_sha256"]
     manifest.write_text(json.dumps(content, indent=2) + "\n")
     before = manifest.stat().st_mtime_ns
-    convert_command(tmp_path / "old", tmp_path / "pipeline")
+    call_convert(tmp_path / "old", tmp_path / "pipeline")
     assert load_recorded(tmp_path / "old/config.yaml").training.checkpoint_minutes is None
     # A key whose default has changed, and which counts; the table knows others that this version may lack.
     monkeypatch.setitem(DEFAULTS_BEFORE, "flow.stratified", False)
@@ -246,7 +246,7 @@ def test_latents_train_without_the_images(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = load_config(inputs, {"data.latents": str(tmp_path / "latents")})
-    encode_command(config, tmp_path / "latents")
+    encode_images(config, tmp_path / "latents")
     shutil.rmtree(tmp_path / "data")
     monkeypatch.undo()
     latents = {"data__latents": str(tmp_path / "latents")}
@@ -277,7 +277,7 @@ def test_latents_train_without_the_images(
 def test_images_that_are_not_those_of_the_latents_are_told(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    encode_command(load_config(inputs), tmp_path / "latents")
+    encode_images(load_config(inputs), tmp_path / "latents")
     add(tmp_path)
     assert run(inputs, tmp_path / "run", training__num_steps=1, data__latents=str(tmp_path / "latents")) == 0
     assert "are of 21 images, but the data have 22" in capsys.readouterr().out

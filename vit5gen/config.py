@@ -397,7 +397,7 @@ def _first_problem(kind: type[BaseModel], error: ValidationError) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     value = "" if isinstance(problem["input"], dict) else f" = {short(problem['input'])}"
-    return f"{where}{value}: {message}{more}"
+    return f"{where}{value}: {message}{more}" if where else message + more
 
 
 def _keys(kind: type[BaseModel], path: list[str]) -> list[str]:

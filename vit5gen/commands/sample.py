@@ -30,7 +30,7 @@ def run(options: SampleOptions) -> None:
     from vit5gen.generation.card import pipeline_hash, versions
     from vit5gen.generation.loading import pipeline_folder
     from vit5gen.generation.many import describe_job, generate, make_job, open_pipeline
-    from vit5gen.generation.outputs import Output
+    from vit5gen.generation.outputs import open_output
     from vit5gen.system.distributed import start_processes
     from vit5gen.system.precision import PRECISIONS
 
@@ -38,7 +38,7 @@ def run(options: SampleOptions) -> None:
     state, draw, num_images = start_processes(), options.part(DrawConfig), options.num_images
     pipe = open_pipeline(options.checkpoint, draw, state.device)
     job = make_job(pipe, draw, num_images, options.seed, options.batch_size)
-    target = Output(Path(options.output), (num_images, *pipe.image_size, 3))
+    target = open_output(Path(options.output), (num_images, *pipe.image_size, 3))
     folder = pipeline_folder(options.checkpoint)
     card = {
         "settings": describe_job(pipe, job, draw) | {"num_images": num_images},
@@ -64,7 +64,7 @@ def run(options: SampleOptions) -> None:
     PRECISIONS[draw.precision].warn_if_slow(state.device, state.print)
     try:
         if state.is_main_process:
-            target.start(card)
+            target.create_part(card)
         state.wait_for_everyone()
         done = target.evaluations() > 0
         state.wait_for_everyone()

@@ -4,6 +4,7 @@ While it grows, an output lies in a hidden folder: the card, the pixels, and how
 took (0: not there yet). An output is finished when its card lies beside it; then the hidden folder goes.
 """
 
+import math
 import os
 import shutil
 import zipfile
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,35 +30,27 @@ _BLOCK = 2**24  # bytes read at once
 
 @dataclass(frozen=True)
 class Output:
-    """FILE.npz, FILE.png (a grid) or a folder of PNGs, for images of ``shape`` (N, H, W, 3) uint8."""
+    """A file of images, ``shape`` (N, H, W, 3) uint8, made at the end of the pixels kept in the hidden folder."""
 
     path: Path
     shape: tuple[int, int, int, int]
-
-    def __post_init__(self) -> None:
-        if self.path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".npy", ".zip"):
-            raise UserError(f"output {self.path}: cannot write that; expected FILE.npz, FILE.png or a folder")
-        if self.kind == ".png" and self.shape[0] > _MAX_GRID:
-            raise UserError(
-                f"output {self.path}: {self.shape[0]} images are too many for a grid; use FILE.npz or a folder"
-            )
-
-    @property
-    def kind(self) -> str:
-        suffix = self.path.suffix.lower()
-        return suffix if suffix in (".npz", ".png") else "folder"
+    card_suffix: ClassVar[str] = ".card.json"
 
     @property
     def card_file(self) -> Path:
         """FOLDER/card.json, FILE.card.json of FILE.npz, FILE.png.card.json of FILE.png."""
-        if self.kind == "folder":
-            return self.path / "card.json"
-        return self.path.with_suffix(".card.json" if self.kind == ".npz" else ".png.card.json")
+        return self.path.with_suffix(self.card_suffix)
 
     @property
     def part(self) -> Path:
         """The hidden folder of an output that is not finished."""
-        return self.path / ".part" if self.kind == "folder" else self.path.with_name(f".{self.path.name}.part")
+        return self.path.with_name(f".{self.path.name}.part")
+
+    @property
+    def missing_bytes(self) -> int:
+        """The room on the disk that is still needed: a single file is assembled beside the pixels, which then go."""
+        pixels = self.part / "pixels"
+        return 2 * math.prod(self.shape) - (pixels.stat().st_blocks * 512 if pixels.exists() else 0)
 
     @property
     def finished(self) -> bool:
@@ -71,8 +64,8 @@ class Output:
                 raise UserError(
                     f"output {self.path} holds images of another run: {differing}; choose another --output or delete it"
                 )
-        for file in [self.card_file] + [self.path] * (self.kind != "folder"):
-            if file.is_dir():
+        for file in (self.card_file, self.path):
+            if file.is_dir() and file not in self.part.parents:  # a folder of images holds its part
                 raise UserError(f"output {file} is a folder; choose another --output or delete it")
         # A kill may have left a hidden folder without a card.
         inside = self.path.iterdir() if self.path.is_dir() else [self.path] if self.path.exists() else []
@@ -85,16 +78,13 @@ class Output:
         folder = self.path.absolute()
         while not folder.exists():
             folder = folder.parent
-        # The npz is assembled beside the pixels, which go afterwards; of a folder only PNGs, which are smaller.
-        size = int(np.prod(self.shape))
-        pixels = self.part / "pixels"
-        need = size if self.kind == "folder" else 2 * size - (pixels.stat().st_blocks * 512 if pixels.exists() else 0)
-        if (free := shutil.disk_usage(folder).free) < need:
+        need, free = self.missing_bytes, shutil.disk_usage(folder).free
+        if free < need:
             raise UserError(
                 f"output {self.path} needs {need / 1e9:.2g} GB, {free / 1e9:.2g} GB are free; make room first"
             )
 
-    def start(self, card: dict[str, Any]) -> None:
+    def create_part(self, card: dict[str, Any]) -> None:
         """Make the hidden folder, unless a killed run has left it; one process calls this."""
         evaluations = self.part / "evaluations"
         if not evaluations.exists():
@@ -110,31 +100,19 @@ class Output:
 
     def write(self, indices: range, images: Tensor, labels: Sequence[int], evaluations: int) -> None:
         """Keep images (B, 3, H, W) uint8 of consecutive indices, and note them as drawn once they are on the disk."""
-        pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
-        if self.kind == "folder":
-            for index, label, image in zip(indices, labels, pixels, strict=True):
-                with self._whole(self.path / f"{index:06d}_{label}.png") as temporary:
-                    Image.fromarray(image).save(temporary, format="PNG")
-        else:
-            _write_at(self.part / "pixels", indices.start * pixels[0].nbytes, pixels.tobytes())
+        self._keep(indices, images.permute(0, 2, 3, 1).contiguous().numpy(), labels)
         counts = np.full(len(indices), evaluations, dtype="<u4")
         _write_at(self.part / "evaluations", 4 * indices.start, counts.tobytes())
 
     def finish(self, card: dict[str, Any], labels: Sequence[int], titles: Sequence[str]) -> None:
         """Assemble the output of all images and, last, write its card; one process calls this."""
-        if self.kind == ".npz":
-            self._save_npz(np.asarray(labels, dtype=np.int64))
-        elif self.kind == ".png":
-            pixels = torch.from_numpy(np.fromfile(self.part / "pixels", dtype=np.uint8).reshape(self.shape))
-            order = np.argsort(labels, kind="stable")
-            with self._whole(self.path) as temporary:
-                save_grid(temporary, pixels[order].permute(0, 3, 1, 2), [titles[i] for i in order])
+        self._assemble(labels, titles)
         counts = network_evaluations(int(self.evaluations().sum()), self.shape[0])
-        with self._whole(self.card_file) as temporary:
+        with self._new_file(self.card_file) as temporary:
             write_json(temporary, {**card, "network_evaluations": counts})
 
     @contextmanager
-    def _whole(self, path: Path) -> Iterator[Path]:
+    def _new_file(self, path: Path) -> Iterator[Path]:
         """Write ``path`` atomically, so that what a kill leaves of it lies in the hidden folder and goes with it."""
         with atomic(self.part / f"new_{path.name}") as temporary:
             yield temporary
@@ -147,11 +125,22 @@ class Output:
             if self.path.is_dir() and not any(self.path.iterdir()):
                 self.path.rmdir()
 
-    def _save_npz(self, labels: np.ndarray) -> None:
-        """Stream ``arr_0`` (N, H, W, 3) uint8 and ``arr_1``, the labels (N,) int64; equal images give equal bytes."""
+    def _keep(self, indices: range, pixels: np.ndarray, labels: Sequence[int]) -> None:
+        """Put pixels (B, H, W, 3) of consecutive indices on the disk."""
+        _write_at(self.part / "pixels", indices.start * pixels[0].nbytes, pixels.tobytes())
+
+    def _assemble(self, labels: Sequence[int], titles: Sequence[str]) -> None:
+        """Make the output of what was kept."""
+        raise NotImplementedError
+
+
+class NpzOutput(Output):
+    """FILE.npz: ``arr_0`` (N, H, W, 3) uint8 and ``arr_1``, the labels (N,) int64; equal images give equal bytes."""
+
+    def _assemble(self, labels: Sequence[int], titles: Sequence[str]) -> None:
         header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
-        with self._whole(self.path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-            # ZipInfo's time is 1980 unless it is told another.
+        with self._new_file(self.path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            # ZipInfo's time is 1980 unless it is given another.
             with (
                 archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array,
                 (self.part / "pixels").open("rb") as pixels,
@@ -159,7 +148,53 @@ class Output:
                 np.lib.format.write_array_header_1_0(array, header)
                 shutil.copyfileobj(pixels, array, _BLOCK)
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as array:
-                np.lib.format.write_array(array, labels)
+                np.lib.format.write_array(array, np.asarray(labels, dtype=np.int64))
+
+
+class GridOutput(Output):
+    """FILE.png: a grid with a row for each class."""
+
+    card_suffix = ".png.card.json"
+
+    def _assemble(self, labels: Sequence[int], titles: Sequence[str]) -> None:
+        pixels = torch.from_numpy(np.fromfile(self.part / "pixels", dtype=np.uint8).reshape(self.shape))
+        order = np.argsort(labels, kind="stable")
+        with self._new_file(self.path) as temporary:
+            save_grid(temporary, pixels[order].permute(0, 3, 1, 2), [titles[i] for i in order])
+
+
+class FolderOutput(Output):
+    """FOLDER with ``INDEX_LABEL.png``; the images need no assembly."""
+
+    @property
+    def card_file(self) -> Path:
+        return self.path / "card.json"
+
+    @property
+    def part(self) -> Path:
+        return self.path / ".part"
+
+    @property
+    def missing_bytes(self) -> int:
+        return math.prod(self.shape)  # of PNGs, which are smaller
+
+    def _keep(self, indices: range, pixels: np.ndarray, labels: Sequence[int]) -> None:
+        for index, label, image in zip(indices, labels, pixels, strict=True):
+            with self._new_file(self.path / f"{index:06d}_{label}.png") as temporary:
+                Image.fromarray(image).save(temporary, format="PNG")
+
+    def _assemble(self, labels: Sequence[int], titles: Sequence[str]) -> None:
+        pass
+
+
+def open_output(path: Path, shape: tuple[int, int, int, int]) -> Output:
+    """Return the output at FILE.npz, FILE.png or a folder; raise `UserError` for another suffix or too large a grid."""
+    suffix = path.suffix.lower()
+    if suffix in (".jpg", ".jpeg", ".webp", ".npy", ".zip"):
+        raise UserError(f"output {path}: cannot write that; expected FILE.npz, FILE.png or a folder")
+    if suffix == ".png" and shape[0] > _MAX_GRID:
+        raise UserError(f"output {path}: {shape[0]} images are too many for a grid; use FILE.npz or a folder")
+    return {".npz": NpzOutput, ".png": GridOutput}.get(suffix, FolderOutput)(path, shape)
 
 
 def network_evaluations(total: int, num_images: int) -> dict[str, float]:

@@ -244,7 +244,7 @@ class SiTPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _guided_by(self, guidance_scale: float) -> float:
-        if guidance_scale != 1 and self.transformer.config.class_dropout_prob == 0:
+        if guidance_scale != 1 and not self.transformer.has_null_label:
             raise UserError(
                 f"guidance_scale = {guidance_scale}: trained without label dropout, this model has no null label;"
                 " use 1, or autoguidance"

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +62,8 @@ def _remembered(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @_remembered
 def rope_table(segments: tuple[Segment, ...], head_dim: int, device: torch.device) -> Tensor:
     """Build one fp32 table (N, head_dim/2, 2) of cos and sin for the tokens of all segments, in order."""
+    if device.type == "meta":  # where nothing but the shape counts
+        return torch.empty(sum(prod(segment.grid) for segment in segments), head_dim // 2, 2, device=device)
     angles = torch.cat([axial_angles(segment, head_dim) for segment in segments])
     return torch.stack([angles.cos(), angles.sin()], dim=-1).to(device)
 

@@ -71,7 +71,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
 
     ``model(latents (B, C, H, W), timestep (B,) in [0, 1], class_labels (B,))`` returns the prediction (B, C, H, W).
     H and W may differ and may differ from `sample_size` (int or (H, W)); absolute positions are then resampled and
-    rotary ones rescaled. `null_label` is the label of "no class"; its row exists when `class_dropout_prob` > 0.
+    rotary ones rescaled. `null_label` is the label of "no class"; see `has_null_label`.
 
     The forward pass never drops labels: the training loop draws the mask with `class_dropout_prob`, reproducibly, and
     hands in `null_label`. With `learn_sigma` the head has 2C channels, of which the second half is discarded (the
@@ -113,7 +113,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         self.null_label = num_classes
         self.patch_embed = nn.Linear(in_channels * patch_size**2, hidden_size)
         self.time_embed = TimeEmbedding(hidden_size)
-        self.label_embed = nn.Embedding(num_classes + (class_dropout_prob > 0), hidden_size)
+        self.label_embed = nn.Embedding(num_classes + self.has_null_label, hidden_size)
         self.head = Head(hidden_size, patch_size**2 * in_channels * (2 if learn_sigma else 1))
         self._init_weights()
         self.backbone = plug = BACKBONES.build(
@@ -128,6 +128,11 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         )
         if isinstance(plug, Backbone):
             self._no_split_modules = self._repeated_blocks = sorted({type(block).__name__ for block in plug.blocks})
+
+    @property
+    def has_null_label(self) -> bool:
+        """Whether `null_label` has a row of its own: the model was trained with label dropout."""
+        return self.config.class_dropout_prob > 0
 
     @classmethod
     def from_preset(cls, name: str, backbone: str = "vit5", **overrides: Any) -> "SiTTransformer2DModel":
