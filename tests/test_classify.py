@@ -12,8 +12,8 @@ from PIL import Image
 from torchvision.transforms import functional as T
 
 import vit5gen.models  # noqa: F401 (registers vit5_small with timm)
-from vit5gen.commands import classify as module
 from vit5gen.commands.classify import ClassifyOptions
+from vit5gen.evaluation import accuracy
 from vit5gen.evaluation.accuracy import classify
 from vit5gen.system.errors import UserError
 
@@ -40,7 +40,7 @@ def data(tmp_path_factory):
 
 def test_accuracy_equals_one_image_at_a_time(data):
     root, model = data
-    images = module._image_folder(root / "images", 32, model.pretrained_cfg)
+    images = accuracy._image_folder(root / "images", 32, model.pretrained_cfg)
     ranks, place = [], 0
     for label in range(NUM_CLASSES):
         for path in sorted((root / "images" / f"class{label}").iterdir()):
@@ -93,8 +93,6 @@ def test_bad_input(data, tmp_path, monkeypatch):
     Image.new("RGB", (9, 9)).save(tmp_path / "images" / "only" / "broken.png")
     with pytest.raises(UserError, match=r"broken.png' cannot be read as an image \(Image size"):
         classify(tmp_path / "images", "vit5_small", checkpoint)
-    with pytest.raises(UserError, match="--batch-size 0"):
-        classify(images, "vit5_small", checkpoint, batch_size=0)
 
 
 def test_hidden_folders_and_copies_are_not_scored(data, tmp_path):
@@ -113,7 +111,7 @@ def test_hidden_folders_and_copies_are_not_scored(data, tmp_path):
 
 def test_images_can_be_handed_to_workers(data):
     root, model = data
-    images = module._image_folder(root / "images", 32, model.pretrained_cfg)
+    images = accuracy._image_folder(root / "images", 32, model.pretrained_cfg)
     pixels, label = pickle.loads(pickle.dumps(images))[11]  # noqa: S301
     assert label == images[11][1] == 6
     assert torch.equal(pixels, images[11][0])
@@ -123,8 +121,8 @@ def test_images_can_be_handed_to_workers(data):
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_workers_start_by_every_method(data, method, monkeypatch):
     root, _ = data
-    with_method = functools.partial(module.DataLoader, multiprocessing_context=method)
-    monkeypatch.setattr(module, "DataLoader", with_method)
+    with_method = functools.partial(accuracy.DataLoader, multiprocessing_context=method)
+    monkeypatch.setattr(accuracy, "DataLoader", with_method)
     scored = classify(root / "images", "vit5_small", root / "model.pth", num_workers=2)
     monkeypatch.undo()
     assert scored == classify(root / "images", "vit5_small", root / "model.pth")

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from vit5gen.commands.classify import _ClassFolders
 from vit5gen.config import DataConfig
 from vit5gen.data.images import centre_crop, check_classes, open_images, open_training_images
 from vit5gen.data.pictures import SUFFIXES, cut_strip, eight_bits, find_images, listing_digest, to_rgb
+from vit5gen.evaluation.accuracy import _ClassFolders
 from vit5gen.evaluation.sources import open_data, open_folder
 from vit5gen.system.errors import UserError
 
@@ -111,7 +111,7 @@ def test_every_reader_takes_the_same_suffixes(tmp_path: Path, suffix: str) -> No
 
 
 def _class_folders(root: Path) -> _ClassFolders:
-    from vit5gen.commands.classify import _image_folder
+    from vit5gen.evaluation.accuracy import _image_folder
 
     config = {"crop_pct": 1.0, "interpolation": "bicubic", "mean": (0, 0, 0), "std": (1, 1, 1)}
     return _image_folder(root, 16, config)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_run import losses, run
 
-from vit5gen.data import emoji, images
+from vit5gen.data import emoji
 from vit5gen.generation.loading import load_pipeline
 from vit5gen.system.cpu import fast_products
 
@@ -25,7 +25,7 @@ def test_nano_equals_the_package_bit_for_bit(tmp_path: Path, monkeypatch: pytest
     def load_few(resolution: int, split: str) -> tuple[torch.Tensor, torch.Tensor]:
         return pictures[few], labels[few]
 
-    monkeypatch.setattr(images, "load_emoji", load_few)
+    monkeypatch.setattr("vit5gen.data.sources.emoji.load_emoji", load_few)
     monkeypatch.setenv("VIT5GEN_CACHE", str(tmp_path / "cache"))
     changes: dict[str, Any] = {"training__num_steps": STEPS, "training__warmup_steps": 7, "training__log_every": 1}
     changes |= {"training__global_batch_size": 8, "sampling__num_inference_steps": 1}

@@ -9,7 +9,7 @@ import torch
 from test_models_transformer import batch, make
 from torch import nn
 
-from vit5gen.models import Backbone, SiTTransformer2DModel, ViT5Block, backbone_names, register_backbone
+from vit5gen.models import Backbone, SiTTransformer2DModel, backbone_names, register_backbone
 from vit5gen.models.backbone import BACKBONES
 from vit5gen.system.errors import UserError
 
@@ -93,7 +93,7 @@ def test_the_page_names_every_switch():
     options = [p.name for p in inspect.signature(ViT5Backbone).parameters.values() if p.kind is p.KEYWORD_ONLY]
     table = PAGE.split("the switches")[1].split("\n\n")[1]
     assert re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in table.splitlines())) == options
-    assert inspect.signature(ViT5Block).parameters["gamma_init"].default == 1e-4
+    assert inspect.signature(ViT5Backbone).parameters["gamma_init"].default == 1e-4
 
 
 def test_the_first_example_runs():

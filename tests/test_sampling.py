@@ -61,7 +61,7 @@ def test_labels_are_fixed_by_the_seed_balanced_and_shuffled() -> None:
     counts = np.bincount(random_labels, minlength=10)
     assert len(set(counts)) > 1
     assert abs(counts - 1000).max() < 150
-    with pytest.raises(UserError, match="labels = 'ordered'"):
+    with pytest.raises(UserError, match="labels: 'ordered'"):
         draw_labels(1, [0], 0, "ordered")
 
 

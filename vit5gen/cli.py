@@ -89,12 +89,20 @@ def _add_field(group: Any, section: type[BaseModel], key: str, option: str) -> N
 
 def _value(section: type[BaseModel], key: str, option: str, text: Any) -> Any:
     """Read an option's text as YAML, unless its key takes a string."""
+    kinds = _kinds(section.model_fields[key].annotation)
+    if isinstance(text, bool) or (text == "null" and type(None) in kinds):
+        return text if isinstance(text, bool) else None
     if isinstance(text, list):
-        return [one if "str" in str(section.model_fields[key].annotation) else _parse(option, one) for one in text]
-    kind = section.model_fields[key].annotation
-    if isinstance(text, bool) or kind is str or (kind == str | None and text != "null"):
-        return text
-    return text if get_origin(kind) is Literal and isinstance(get_args(kind)[0], str) else _parse(option, text)
+        return [one if str in kinds else _parse(option, one) for one in text]
+    return text if str in kinds and not kinds & {dict, list} else _parse(option, text)
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """Return the types that an annotation is made of; a choice among strings counts as one."""
+    if get_origin(annotation) is Literal:
+        return {type(one) for one in get_args(annotation)}
+    inner = set().union(*(_kinds(one) for one in get_args(annotation)))
+    return {get_origin(annotation) or annotation} | inner
 
 
 def _parse(option: str, text: str) -> Any:

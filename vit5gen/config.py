@@ -65,6 +65,11 @@ Options = Annotated[dict[str, Any], BeforeValidator(_read_numbers)]
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
+    @classmethod
+    def spell(cls, path: list[str]) -> str:
+        """Return how messages name a key."""
+        return ".".join(path)
+
 
 class ModelConfig(Section):
     """The transformer. Latent size, channels and classes follow from the data."""
@@ -384,7 +389,7 @@ def _first_problem(kind: type[BaseModel], error: ValidationError) -> str:
     # A mistyped key explains the one that is missing.
     problem = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
     path = [str(part) for part in problem["loc"]]
-    where = ".".join(path)
+    where = kind.spell(path) if issubclass(kind, Section) else ".".join(path)
     more = f" ({error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
     if problem["type"] == "extra_forbidden":
         known = _keys(kind, path[:-1])

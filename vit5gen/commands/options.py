@@ -32,6 +32,11 @@ class Options(Section):
 
     excludes: ClassVar[dict[str, tuple[str, ...]]] = {}
 
+    @classmethod
+    def spell(cls, path: list[str]) -> str:
+        """Return how messages name an option, whose place in a list does not matter."""
+        return f"--{dashed(path[0])}" if path else ""
+
     @model_validator(mode="after")
     def _no_idle_options(self) -> "Options":
         given = {name for name in self.model_fields_set if getattr(self, name) is not None}

@@ -1,15 +1,11 @@
 """`vit5gen train`."""
 
-from typing import ClassVar
-
 from vit5gen.commands.options import ConfigOptions, Utf8Path, argument
 from vit5gen.system.errors import UserError
 
 
 class TrainOptions(ConfigOptions):
     """Train a model; run again, it resumes from its newest checkpoint."""
-
-    excludes: ClassVar = {"dry_run": ("output", "resume", "accept_changes")}
 
     output: Utf8Path | None = argument(None, "RUN", "folder of the run; only --dry-run does without")
     resume: str = argument("auto", "WHERE", "auto | never | a checkpoint folder")

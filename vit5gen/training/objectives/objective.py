@@ -75,8 +75,7 @@ def check_objective(name: str, given: Mapping[str, Any]) -> tuple[float, dict[st
     weight = options.pop("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
         raise UserError(f"{where}.weight = {weight!r}; expected a finite number above 0, or leave the objective out")
-    OBJECTIVES.check(name, options, where)
-    return float(weight), options
+    return float(weight), OBJECTIVES.check(name, options, where)
 
 
 def build_objectives(
