@@ -200,4 +200,4 @@ def test_an_autoencoder_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     vae.decoder.conv_in.bias.data[0] = torch.nan
     vae.save_pretrained(tmp_path / "vae")
     with pytest.raises(UserError, match=r"vae .*values of decoder\.conv_in\.bias are not finite"):
-        call_convert(file, tmp_path / "pipeline", str(tmp_path / "vae"), num_attention_heads=heads)
+        call_convert(file, tmp_path / "pipeline", vae=str(tmp_path / "vae"), num_attention_heads=heads)

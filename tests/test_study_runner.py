@@ -20,7 +20,7 @@ from vit5gen.lab.study.measure import held_out_loss
 from vit5gen.lab.study.plan import read_study
 from vit5gen.lab.study.rows import read_rows
 from vit5gen.system.errors import UserError
-from vit5gen.training.loop import STOPPED
+from vit5gen.training.process import STOPPED
 
 
 def study(path: Path, output: Path) -> int:

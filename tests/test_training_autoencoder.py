@@ -13,7 +13,7 @@ from vit5gen.data.autoencoders.kl import encode, load_autoencoder
 from vit5gen.data.images import open_images
 from vit5gen.system.errors import UserError
 from vit5gen.training.autoencoder import Shuffle, train_autoencoder
-from vit5gen.training.loop import STOPPED
+from vit5gen.training.process import STOPPED
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors", "round_trips.png")
 

@@ -21,8 +21,8 @@ from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256
 from vit5gen.training.dry_run import missing, plan
 from vit5gen.training.folder import differences
-from vit5gen.training.loop import NONFINITE
 from vit5gen.training.monitor import Monitor, floor_note
+from vit5gen.training.process import NONFINITE
 
 
 @pytest.fixture

@@ -28,9 +28,10 @@ from vit5gen.training.averages import EMA
 from vit5gen.training.build import build_model
 from vit5gen.training.data import micro_batches, open_source
 from vit5gen.training.folder import RunFolder, to_yaml
-from vit5gen.training.loop import STOPPED, build_trainer, train_step
+from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.monitor import Monitor
 from vit5gen.training.optimizers import build_optimizer, learning_rate
+from vit5gen.training.process import STOPPED
 from vit5gen.training.reference import build_reference
 
 
@@ -154,7 +155,7 @@ def test_the_main_process_alone_decides_on_a_save(config_file: Path, monkeypatch
     accelerator = process.make_accelerator(config.training, Path())
     source, vae, _ = open_source(config, accelerator)
     trainer = build_trainer(config, accelerator)
-    batches = micro_batches(config, source, vae, accelerator, 0, trainer.model.null_label)
+    batches = micro_batches(config, source, vae, accelerator)
     assert train_step(trainer, config, batches, save_due=lambda: True).save
     assert not train_step(trainer, config, batches).save
     monkeypatch.setattr(type(accelerator), "is_main_process", False)

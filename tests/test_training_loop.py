@@ -13,7 +13,7 @@ from tiny_run import assert_identical, run, weights
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.system.errors import UserError
 from vit5gen.training import checkpoint
-from vit5gen.training.loop import NONFINITE
+from vit5gen.training.process import NONFINITE
 
 
 def test_a_run_leaves_what_the_contract_lists_and_repeats_itself(config_file: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def losses(folder, backbone, **training):
     config = validate(Config, sections, "test")
     accelerator = make_accelerator(config.training, folder)
     trainer = build_trainer(config, accelerator)
-    batches = micro_batches(config, Waves(), None, accelerator, 0, trainer.model.null_label)
+    batches = micro_batches(config, Waves(), None, accelerator)
     losses = [train_step(trainer, config, batches).loss for _ in range(NUM_STEPS)]
     return torch.tensor(losses, dtype=torch.float64)
 

@@ -22,8 +22,7 @@ from vit5gen.config import TrainingConfig
 from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError
 from vit5gen.training import checkpoint
-from vit5gen.training.loop import STOPPED
-from vit5gen.training.process import make_accelerator
+from vit5gen.training.process import STOPPED, make_accelerator
 
 ACCUMULATED = {"training__micro_batch_size": 1}
 IMAGES = {"data__from_images": True}

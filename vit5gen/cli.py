@@ -135,9 +135,10 @@ def build_parser() -> Parser:
         if issubclass(section, ConfigOptions):
             sub.usage = "%(prog)s CONFIG --output PATH [--section.key VALUE ...] [other options]"
             for part, field in Config.model_fields.items():
-                group = sub.add_argument_group(part, field.annotation.__doc__)  # type: ignore[union-attr]
-                for key in field.annotation.model_fields:  # type: ignore[union-attr]
-                    _add_field(group, field.annotation, key, f"--{part}.{key}")  # type: ignore[arg-type]
+                kind: Any = field.annotation
+                group = sub.add_argument_group(part, kind.__doc__)
+                for key in kind.model_fields:
+                    _add_field(group, kind, key, f"--{part}.{key}")
     return parser
 
 

@@ -16,7 +16,7 @@ class StudyOptions(Options):
 def run(options: StudyOptions) -> int:
     """Do the runs that have no row yet; return the exit code, 75 when a signal stopped it."""
     from vit5gen.lab.study.runner import run_study
-    from vit5gen.training.loop import STOPPED
+    from vit5gen.training.process import STOPPED
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # while measuring; the trainer has its own
     try:

@@ -1,7 +1,7 @@
 """Dormand and Prince's Runge-Kutta pair of order 5(4), with an own time and step size for every sample."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def _first_step(
 
 def dopri5_steps(
     field: Callable[[Tensor, Tensor], Tensor], x: Tensor, start: float, end: float, rtol: float, atol: float
-) -> Iterator[tuple[int, float, Tensor]]:
+) -> Generator[tuple[int, float, Tensor], Tensor | None]:
     """Yield ``(i, t, x)`` after every round of attempted steps, t being the time of the sample that is furthest behind.
 
     Every round evaluates the whole batch ``x`` (B, ...) at its own times (B,) (a network may hold a label for each

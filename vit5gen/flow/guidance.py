@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class GuidedModel:
         if weak_model is None and weak_scale != 1:
             raise UserError(f"weak_scale: {weak_scale!r} without a weak_model; give one, or leave the scale at 1.")
         self.model, self.labels, self.ask_scale = model, class_labels, scale if callable(scale) else lambda: scale
-        self.null_label = getattr(model, "null_label", None) if null_label is None else null_label
+        self.null_label: Any = getattr(model, "null_label", None) if null_label is None else null_label
         self.interval, self.channels = tuple(interval), channels
         self.weak_model, self.weak_scale, self.rows = weak_model, weak_scale, 0
         _ = self.scale  # raises before the first step

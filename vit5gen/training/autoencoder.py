@@ -23,7 +23,7 @@ from vit5gen.system.files import check_writable, clear_weights
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.training import checkpoint, process
 from vit5gen.training.folder import RunFolder, to_yaml
-from vit5gen.training.loop import STOPPED
+from vit5gen.training.process import STOPPED
 from vit5gen.training.trainer import Outcome, Trainer
 
 _WARMUP = 100  # steps
@@ -119,6 +119,7 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
             trainer = Trainer(accelerator, network, optimizer, {"model": network.vae, "draws": shuffle})
             if (start := checkpoint.newest_valid(folder.checkpoints)) is not None:
                 _resume(trainer, shuffle, start, config)
+            trainer.data = {"images": len(images)}
             clock, bar = process.SaveClock(settings.checkpoint_minutes), partial(tqdm, desc="autoencoder", unit="step")
             with process.stop_signals() as stop_asked, bar(total=config.num_steps, initial=trainer.step) as progress:
                 while trainer.step < config.num_steps:
@@ -172,7 +173,6 @@ def _resume(trainer: Trainer, shuffle: Shuffle, start: Path, config: Autoencoder
         raise UserError(f"{start} was made with another {', '.join(changed)}; restore it, or choose another --output")
     trainer.restore(start)
     shuffle.generator.set_state(shuffle.state.cpu())
-    trainer.accelerator.print(f"resuming from {start}")
 
 
 def _warmup_cosine(step: int, num_steps: int) -> float:

@@ -98,8 +98,7 @@ def micro_batches(
     source: Source,
     vae: AutoencoderKL | None,
     accelerator: Accelerator,
-    first_step: int,
-    null_label: int,
+    first_step: int = 0,
 ) -> Generator[Batch]:
     """Yield this process's micro-batches (see `TrainingSet`) from ``first_step`` to the last, images encoded."""
     settings = config.training
@@ -108,7 +107,7 @@ def micro_batches(
         config.latent_shape,
         settings.seed,
         settings.global_batch_size,
-        null_label,
+        null_label=config.data.num_classes,
         drop_prob=config.model.class_dropout_prob,
         flip=config.data.horizontal_flip,
     )
@@ -135,7 +134,8 @@ def micro_batches(
             x1 = sample["x1"] if image is None else encode_batch(vae, image, sample["posterior"])
             x1, x0 = x1.to(dtype), sample["x0"].to(dtype)
             image = image if keeps_image else None
-            yield Batch(x1, x0, sample["label"], sample["uniform"], sample["position"], first, image)
+            empty = x1.new_empty(0)
+            yield Batch(x1, x0, sample["label"], sample["uniform"], sample["position"], first, image, empty, empty)
     finally:
         if config.data.num_workers:
             # Left to garbage collection, workers that SIGTERM does not reach would keep a failed trainer from exiting.

@@ -149,7 +149,7 @@ def _trial(config: Config, accelerator: Accelerator) -> str:
     settings, device = short.training, accelerator.device
     source, vae, _ = open_source(short, accelerator)
     trainer = build_trainer(short, accelerator)
-    batches, start = micro_batches(short, source, vae, accelerator, 0, trainer.model.null_label), 0.0
+    batches, start = micro_batches(short, source, vae, accelerator), 0.0
     for _ in range(TRIAL_STEPS):
         train_step(trainer, short, batches)
         start = start or time.perf_counter()  # after the first step, which compiles and allocates

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from vit5gen.config import Config, as_recorded, read_yaml, recorded_values, validate
+from vit5gen.config import Config, Section, as_recorded, read_yaml, recorded_values, validate
 from vit5gen.generation.loading import PIPELINE
 from vit5gen.system.errors import UserError, short
 from vit5gen.system.files import locked_file, read_json, write_json, write_text
@@ -37,7 +37,7 @@ CHANGEABLE = {
 }
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Section) -> str:
     """Return the resolved configuration as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vit5gen.config import Config
-from vit5gen.flow import Flow, draw_timesteps
+from vit5gen.flow import draw_timesteps
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.system.cpu import fast_products
 from vit5gen.system.distributed import on_main
@@ -27,19 +27,19 @@ from vit5gen.training.objectives import Batch, build_objectives
 from vit5gen.training.optimizers import build_optimizer, learning_rate
 from vit5gen.training.trainer import Outcome, Trainer
 
-STOPPED = 75  # exit code after SIGTERM or SIGINT: saved, the same command resumes it (EX_TEMPFAIL)
-NONFINITE = 70  # exit code after too many non-finite steps in a row (EX_SOFTWARE)
-
 
 class Learner(nn.Module):
     """The model and its objectives as one module, so that DDP and FSDP share out the parameters of both."""
 
-    def __init__(self, model: SiTTransformer2DModel, flow: Flow, config: Config) -> None:
+    model: SiTTransformer2DModel
+    objectives: nn.ModuleDict
+
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.model, self.flow = model, flow
-        self.weights, self.objectives = build_objectives(config.training.objectives, model, flow, config.training.seed)
-        self.taps = tuple(sorted({k for objective in self.objectives.values() for k in objective.taps}))
-        self._no_split_modules = model._no_split_modules  # what FSDP wraps
+        self.model, self.flow, settings = build_model_to_train(config), build_flow(config), config.training
+        built = build_objectives(settings.objectives, self.model, self.flow, settings.seed)
+        self.weights, self.objectives, self.taps = built
+        self._no_split_modules = self.model._no_split_modules  # what FSDP wraps
 
     def forward(self, batch: Batch, step: int) -> Tensor:
         """Return the weighted mean loss of every objective, (K,)."""
@@ -51,9 +51,9 @@ class Learner(nn.Module):
 
 def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     """Construct what a run trains, shared out over the processes."""
-    learner = Learner(build_model_to_train(config), build_flow(config), config)
-    parts, decays = {"model": learner.model, "objectives": learner.objectives}, config.training.ema_decays
-    return Trainer(accelerator, learner, build_optimizer(learner, config.training), parts, decays)
+    learner, settings = Learner(config), config.training
+    parts: dict[str, nn.Module] = {"model": learner.model, "objectives": learner.objectives}
+    return Trainer(accelerator, learner, build_optimizer(learner, settings), parts, settings.ema_decays)
 
 
 def train_step(
@@ -65,8 +65,7 @@ def train_step(
 ) -> Outcome:
     """Make the next step: the gradient of the objectives over the global batch, the optimizer, the averages.
 
-    stop_asked: tells whether a signal has come to this process; save_due: whether the main process's clock wants a
-    checkpoint. Raises `UserError` when memory runs out.
+    stop_asked, save_due: whether a signal has come to this process, and whether the main process's clock wants a save.
     """
     settings, section, accelerator, step = config.training, config.flow, trainer.accelerator, trainer.step
     learner = accelerator.unwrap_model(trainer.network)
@@ -146,11 +145,9 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
     source, vae, data = open_source(config, accelerator, check)
     if start is not None:
         trainer.restore(start)
-        unknown = "" if trainer.data else ", which does not record its data, so that these cannot be compared with it"
-        accelerator.print(f"resuming from {start}{unknown}")
     trainer.data |= {key: value for key, value in data.items() if value is not None}  # old latents know no digest
     on_main(lambda: folder.record(config, trainer.step, data))
-    batches = micro_batches(config, source, vae, accelerator, trainer.step, trainer.model.null_label)
+    batches = micro_batches(config, source, vae, accelerator, trainer.step)
     save = partial(trainer.save, config=to_yaml(config), keep_last=settings.keep_last, keep_every=settings.keep_every)
 
     stop, saved_step, nonfinite_in_a_row, clock = False, trainer.step, 0, process.SaveClock(settings.checkpoint_minutes)
@@ -171,9 +168,7 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
             if stop:
                 there = "there" if saved_step == trainer.step else "its newest checkpoint"
                 accelerator.print(f"\nstopped by a signal after step {trainer.step}; the same command resumes {there}")
-                return STOPPED
-            if last and saved_step < trainer.step:
-                raise UserError(f"{folder.checkpoints}: the last step is not saved; make room, and run it again")
+                return process.STOPPED
             if last:
                 break
 
@@ -195,11 +190,11 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
             # Give up where nothing is learnt any more.
             if nonfinite_in_a_row == min(settings.max_nonfinite_steps, settings.num_steps):
                 save(folder.nonfinite)
-                accelerator.print(
-                    f"\nerror: loss or gradient was not finite in {nonfinite_in_a_row} steps in a row, the last one "
-                    f"step {trainer.step}; state saved in {folder.nonfinite}; "
-                    f"{nonfinite_advice(config, source, vae, trainer.step - 1)}"
-                )
-                return NONFINITE
+                what = f"loss or gradient was not finite in {nonfinite_in_a_row} steps in a row, the last one step"
+                advice = nonfinite_advice(config, source, vae, trainer.step - 1)
+                accelerator.print(f"\nerror: {what} {trainer.step}; state saved in {folder.nonfinite}; {advice}")
+                return process.NONFINITE
+    if saved_step < settings.num_steps:
+        raise UserError(f"{folder.checkpoints}: the last step is not saved; make room, and run it again")
     accelerator.print(f"{folder}: samples.png, loss.png, metrics.json, pipeline/. Try next:\n{monitor.next_command()}")
     return 0

@@ -92,8 +92,7 @@ class Monitor:
         self.accelerator.log({key: value for key, value in line.items() if value is not None}, step=step)
         shown = {"loss": line["loss"], "norm": line["grad_norm"], "images/s": images_per_second}
         shown |= {"skipped": trainer.skipped} if trainer.skipped else {}
-        shown = {key: f"{value:.3g}" for key, value in shown.items() if value is not None}
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix({k: f"{value:.3g}" for k, value in shown.items() if value is not None}, refresh=False)
 
     def due(self, step: int) -> bool:
         """Tell whether ``step`` wants an evaluation that the run does not have yet."""

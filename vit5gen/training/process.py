@@ -20,6 +20,8 @@ from vit5gen.system.distributed import start_processes
 from vit5gen.system.errors import UserError
 from vit5gen.system.precision import PRECISIONS
 
+STOPPED = 75  # exit code after SIGTERM or SIGINT: saved, the same command resumes (EX_TEMPFAIL)
+NONFINITE = 70  # exit code after too many non-finite steps in a row (EX_SOFTWARE)
 _MOMENT = 5.0  # seconds
 
 

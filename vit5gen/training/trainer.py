@@ -155,6 +155,8 @@ class Trainer:
             value = value.to(parameter.dtype) if shaped else value  # which may be another one now
             # A copy: the tensors read are windows into the file, which will be deleted.
             moments[key] = (shard_like(value, parameter) if shaped else value.to(parameter.device)).clone()
+        unknown = "" if self.data else ", which does not record its data, so that these cannot be compared with it"
+        self.accelerator.print(f"resuming from {folder}{unknown}")
 
     def _files(self) -> Iterator[tuple[str, Iterable[tuple[str, Tensor]]]]:
         """Yield the files of a checkpoint with their tensors by name, all but the optimizer's."""

@@ -69,7 +69,7 @@ class OurStep:
         accelerator = make_accelerator(config.training, Path())
         self.config, self.trainer = config, build_trainer(config, accelerator)
         source = source or RandomLatents(config.latent_shape, config.data.num_classes)
-        self.batches = micro_batches(config, source, None, accelerator, 0, self.trainer.model.null_label)
+        self.batches = micro_batches(config, source, None, accelerator)
 
     def __call__(self) -> None:
         finite = train_step(self.trainer, self.config, self.batches).finite

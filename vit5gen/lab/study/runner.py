@@ -17,7 +17,8 @@ from vit5gen.lab.study.rows import Row, read_rows, write_rows
 from vit5gen.system.errors import UserError
 from vit5gen.training.dry_run import run_cost
 from vit5gen.training.folder import CHANGEABLE, RunFolder, differences
-from vit5gen.training.loop import NONFINITE, STOPPED, train
+from vit5gen.training.loop import train
+from vit5gen.training.process import NONFINITE, STOPPED
 
 
 def run_study(path: str | Path, output: str | Path) -> int:

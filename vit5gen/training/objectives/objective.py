@@ -15,7 +15,7 @@ from vit5gen.system.errors import UserError
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch with its random numbers; the loop fills in t and x_t.
+    """A micro-batch with its random numbers; the loop draws t and x_t, before which they are empty.
 
     x1: latents (B, C, h, w) of the data.  x0: noise, alike.  labels (B,) int64, already null where dropped.
     image (B, 3, H, W) uint8, where an objective needs it.  uniform (B,) and position (B,): what t is drawn from; first:
@@ -29,9 +29,9 @@ class Batch:
     uniform: Tensor
     position: Tensor
     first: int
-    image: Tensor | None = None
-    t: Tensor | None = None
-    x_t: Tensor | None = None
+    image: Tensor | None
+    t: Tensor
+    x_t: Tensor
 
 
 class Objective(nn.Module):
@@ -80,8 +80,8 @@ def check_objective(name: str, given: Mapping[str, Any]) -> tuple[float, dict[st
 
 def build_objectives(
     section: Mapping[str, Mapping[str, Any]], model: SiTTransformer2DModel, flow: Flow, seed: int
-) -> tuple[dict[str, float], nn.ModuleDict]:
-    """Return the weights and the objectives of ``training.objectives`` by name, initialised from ``seed``.
+) -> tuple[dict[str, float], nn.ModuleDict, tuple[int, ...]]:
+    """Return weights and objectives of ``training.objectives`` by name, initialised from ``seed``, and their taps.
 
     Raises `UserError` for an unknown name, options that do not fit, or a tap that the model has not.
     """
@@ -94,4 +94,5 @@ def build_objectives(
             raise UserError(
                 f"training.objectives.{name}: tap {beyond[0]} is no block; expected 1 to {model.config.num_layers}"
             )
-    return {name: weight for name, (weight, _) in checked.items()}, nn.ModuleDict(objectives)
+    taps = sorted({k for objective in objectives.values() for k in objective.taps})
+    return {name: weight for name, (weight, _) in checked.items()}, nn.ModuleDict(objectives), tuple(taps)
