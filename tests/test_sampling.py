@@ -324,13 +324,13 @@ def test_files_without_a_card_are_not_overwritten(checkpoint: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_images": 0}, "num_images = 0"),
-        ({"batch_size": 0}, "batch_size = 0"),
+        ({"num_images": 0}, "num-images = 0"),
+        ({"batch_size": 0}, "batch-size = 0"),
         ({"seed": -1}, "seed = -1"),
         ({"classes": ["retreiver"]}, "Did you mean"),
         ({"labels": "ordered"}, "labels = 'ordered'"),
         ({"precision": "fp8"}, "precision = 'fp8'"),
-        ({"autoguidance_scale": float("nan")}, "autoguidance_scale = nan"),
+        ({"autoguidance_scale": float("nan")}, "autoguidance-scale = nan"),
         ({"guide": "weak"}, r"guide: has no effect at autoguidance_scale 1"),
         ({"guide": "weak", "autoguidance_scale": 2.0}, "weak is neither a run nor a pipeline folder"),
         ({"settings": SamplingConfig(sampler="ode-hen")}, "Did you mean 'ode-heun'"),
