@@ -1,14 +1,21 @@
 """The plugs that docs/extending.md writes down, and packages that offer plugs."""
 
 import importlib.metadata
+import json
+import os
 import pickle
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
+from safetensors.torch import load_file
+from tiny_run import make_inputs
 
 from vit5gen.config import DataConfig
 from vit5gen.data.images import SOURCES, open_images
@@ -16,7 +23,8 @@ from vit5gen.evaluation.metric import METRICS
 from vit5gen.registry import Registry
 from vit5gen.system.errors import UserError
 
-PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "extending.md").read_text()
 
 
 def load(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,3 +81,71 @@ def test_a_broken_package_is_named_and_hinders_nobody_else(monkeypatch: pytest.M
         registry.get("broken")
     with pytest.raises(UserError, match=r"'twice' is offered by the packages"):
         registry.get("twice")
+
+
+PACKAGE = {
+    "Source": ("vit5gen.sources", "csv", "CsvSource"),
+    "Extractor": ("vit5gen.extractors", "random-conv", "random_conv"),
+    "Metric": ("vit5gen.metrics", "mean-shift", "MeanShift"),
+    "Objective": ("vit5gen.objectives", "look-ahead", "LookAhead"),
+    "A backbone of your own": ("vit5gen.backbones", "conv", "ConvBackbone"),
+}
+
+
+@pytest.mark.slow
+def test_a_package_with_one_of_each_plug_trains_resumes_samples_and_evaluates(tmp_path: Path) -> None:
+    # The page is the package, plug by plug; no decorator registers anything, the entry points do.
+    source, tables = tmp_path / "package", ""
+    source.mkdir()
+    for number, (section, (group, name, plug)) in enumerate(PACKAGE.items()):
+        code = re.findall(r"```python\n(.*?)```", re.split(rf"\n##+ {section}\n", PAGE)[1], re.S)[0]
+        (source / f"plug_{number}.py").write_text(re.sub(r"^@register_.*\n", "", code, flags=re.M))
+        tables += f'[project.entry-points."{group}"]\n{name} = "plug_{number}:{plug}"\n'
+    modules = [f"plug_{number}.py" for number in range(len(PACKAGE))]
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
+        f'[project]\nname = "plugs"\nversion = "1"\n{tables}'
+        f"[tool.hatch.build.targets.wheel]\nonly-include = {modules}\n"
+    )
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site")]
+    subprocess.run([*pip, str(source)], check=True)
+
+    # Pictures in a CSV, and a run that uses everything.
+    config = yaml.safe_load(make_inputs(tmp_path).read_text())
+    lines = ["file,label,split"]
+    for file in sorted((tmp_path / "data").rglob("*.png")):
+        split, label, _ = file.relative_to(tmp_path / "data").parts
+        lines.append(f"{file.relative_to(tmp_path)},{label},{split}")
+    (tmp_path / "set.csv").write_text("\n".join(lines))
+    config["data"] |= {"source": "csv", "path": str(tmp_path / "set.csv")}
+    config["model"] |= {"backbone": "conv", "backbone_kwargs": {"kernel_size": 5}}
+    config["training"] |= {"num_steps": 12, "checkpoint_every": 3, "ema_decays": [0.9]}
+    config["training"]["objectives"] = {"flow": {}, "look-ahead": {"weight": 0.5, "early": 1, "late": 2}}
+    config["evaluation"]["extractor"] = "random-conv"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+
+    def command(*words: object, until: Path | None = None) -> None:
+        variables = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "VIT5GEN_CACHE": str(tmp_path / "cache")}
+        argv = [sys.executable, "-c", "from vit5gen.cli import main; main()", *map(str, words)]
+        process = subprocess.Popen(argv, env=os.environ | variables)
+        while until is not None and process.poll() is None and not until.exists():
+            time.sleep(0.01)
+        if until is not None:
+            process.kill()
+        assert (process.wait() == 0) or until is not None
+
+    run, killed = tmp_path / "whole", tmp_path / "killed"
+    command("train", tmp_path / "run.yaml", "--dry-run")
+    command("train", tmp_path / "run.yaml", "--output", run)
+    command("train", tmp_path / "run.yaml", "--output", killed, until=killed / "checkpoints/step_00000006")
+    command("train", tmp_path / "run.yaml", "--output", killed)
+    for name in ("model", "objectives", "objectives_ema_0.9", "optimizer"):
+        one, other = (load_file(of / f"checkpoints/step_00000012/{name}.safetensors") for of in (run, killed))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[key]) for key, value in one.items()), name
+    command("sample", "--checkpoint", run, "--num-images", 6, "--output", tmp_path / "six.npz")
+    words = ["--reference", tmp_path / "run.yaml", "--extractor", "random-conv", "--metrics", "fid", "mean-shift"]
+    command("evaluate", tmp_path / "six.npz", *words, "--output", tmp_path / "card.json")
+    metrics = json.loads((tmp_path / "card.json").read_text())["metrics"]
+    assert set(metrics) == {"FD-RandomConv", "shift-RandomConv"}
+    assert "FD-RandomConv" in (run / "metrics.json").read_text()
