@@ -95,13 +95,13 @@ class Attempt:
 
 def _run(argv: list[str], log: Path, variables: dict[str, str]) -> None:
     from vit5gen.cli import main
-    from vit5gen.data import latents
+    from vit5gen.data import encoding
 
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ |= variables
-    latents.SHARD_SIZE = IMAGES_IN_A_SHARD
+    encoding.SHARD_SIZE = IMAGES_IN_A_SHARD
     main(argv)
 
 

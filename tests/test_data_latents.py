@@ -20,9 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vit5gen.config import Config, DataConfig, ModelConfig, VaeConfig
-from vit5gen.data import latents
+from vit5gen.data import encoding
 from vit5gen.data.autoencoders.kl import encode
-from vit5gen.data.latents import LatentDataset, encode_dataset, encode_images, ensure_latents, identity, open_for
+from vit5gen.data.encoding import encode_dataset, encode_images, ensure_latents
+from vit5gen.data.latents import LatentDataset, identity, open_for
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256
 
@@ -44,7 +45,7 @@ def tiny_vae(seed: int = 0) -> AutoencoderKL:
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """Eleven noisy images of two classes and a tiny autoencoder on disk; three images make a shard."""
-    monkeypatch.setattr(latents, "SHARD_SIZE", 3)
+    monkeypatch.setattr(encoding, "SHARD_SIZE", 3)
     monkeypatch.setenv("VIT5GEN_CACHE", str(tmp_path / "cache"))
     generator = torch.Generator().manual_seed(0)
     for i in range(11):
@@ -110,7 +111,7 @@ def test_size_is_printed_before_the_start(config: Config, tmp_path: Path, capsys
     encode_images(config, tmp_path / "out")
     # images x mirror images x (mean, std) x 4x4x4 numbers x 2 bytes, and labels
     assert f"11 images -> {(11 * 2 * 2 * 64 * 2 + 11 * 8) / 1e9:.3f} GB" in capsys.readouterr().out
-    assert latents.shard_bytes(
+    assert encoding.shard_bytes(
         1_281_167, {"horizontal_flip": True, "latent_shape": [4, 32, 32], "dtype": "float16"}
     ) / 1e9 == (
         pytest.approx(42, abs=0.1)  # ImageNet-256
@@ -119,7 +120,7 @@ def test_size_is_printed_before_the_start(config: Config, tmp_path: Path, capsys
 
 def test_refuses_when_the_disk_is_short(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 5000})
-    monkeypatch.setattr(latents.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(encoding.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"needs 0\.000 GB, the disk has 0\.000 GB"):
         encode_images(config, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
@@ -127,7 +128,7 @@ def test_refuses_when_the_disk_is_short(config: Config, tmp_path: Path, monkeypa
 
 def test_goes_on_after_a_kill(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode_images(config, tmp_path / "undisturbed")
-    write, written = latents._write_shard, []
+    write, written = encoding._write_shard, []
 
     def killed_at_the_third(path: Path, *arguments: object) -> dict:
         if len(written) == 2:
@@ -135,7 +136,7 @@ def test_goes_on_after_a_kill(config: Config, tmp_path: Path, monkeypatch: pytes
         written.append(path)
         return write(path, *arguments)
 
-    monkeypatch.setattr(latents, "_write_shard", killed_at_the_third)
+    monkeypatch.setattr(encoding, "_write_shard", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         encode_images(config, tmp_path / "out")
     with pytest.raises(UserError, match="interrupted; run the same"):
@@ -143,7 +144,7 @@ def test_goes_on_after_a_kill(config: Config, tmp_path: Path, monkeypatch: pytes
     (tmp_path / "out" / ".shard_00002.safetensors.1.tmp").write_bytes(b"half")
     written[1].write_bytes(b"damaged")
     kept = written[0].stat().st_mtime_ns
-    monkeypatch.setattr(latents, "_write_shard", write)
+    monkeypatch.setattr(encoding, "_write_shard", write)
     encode_images(config, tmp_path / "out")
     assert written[0].stat().st_mtime_ns == kept
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
@@ -156,7 +157,7 @@ def test_goes_on_after_a_kill_before_the_manifest(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(latents, "_finish", killed)
+        patch.setattr(encoding, "_finish", killed)
         with pytest.raises(KeyboardInterrupt):
             encode_images(config, tmp_path / "out")
     encode_images(config, tmp_path / "out")
@@ -167,7 +168,7 @@ def test_goes_on_after_a_kill_before_the_manifest(
 def test_two_processes_share_the_work_and_write_the_same_bytes(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = latents._write_shard
+    write = encoding._write_shard
 
     def noted(path: Path, *arguments: Any) -> dict[str, Any]:
         (tmp_path / f"{path.stem}.{os.getpid()}.note").touch()
@@ -175,7 +176,7 @@ def test_two_processes_share_the_work_and_write_the_same_bytes(
 
     AcceleratorState._reset_state(reset_partial_state=True)  # the two are forked from here
     with monkeypatch.context() as patch:
-        patch.setattr(latents, "_write_shard", noted)
+        patch.setattr(encoding, "_write_shard", noted)
         debug_launcher(encode_images, (config, tmp_path / "two"), num_processes=2)
     encode_images(config, tmp_path / "one")
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
@@ -209,10 +210,10 @@ def test_a_run_waits_while_another_fills_its_cache(config: Config, tmp_path: Pat
     file, entered = tmp_path / "cache" / "latents-x.lock", threading.Event()
 
     def other() -> None:
-        with latents._alone(file):
+        with encoding._alone(file):
             entered.set()
 
-    with latents._alone(file):
+    with encoding._alone(file):
         waiting = threading.Thread(target=other)
         waiting.start()
         assert not entered.wait(0.2)
@@ -305,7 +306,7 @@ def test_the_image_that_is_not_finite_is_named_behind_a_broken_one(
         std[[bool((image == pixels.flip(-1)).all()) for image in images]] = float("nan")
         return mean, std
 
-    monkeypatch.setattr(latents, "encode", encode_badly)
+    monkeypatch.setattr(encoding, "encode", encode_badly)
     config = change(change(config, "data", on_broken_image="skip"), "vae", batch_size=3)
     with pytest.raises(UserError, match=r"image .*cat.08\.png: the autoencoder makes"):
         encode_images(config, tmp_path / "out")
@@ -361,7 +362,7 @@ def test_a_class_of_broken_images_alone_ends_no_encoding(
     for file in (tmp_path / "images" / "dog").iterdir():
         file.write_bytes(b"no png")
     skip = change(config, "data", on_broken_image="skip")
-    monkeypatch.setattr(latents, "SHARD_SIZE", 11)  # in smaller shards none would decode
+    monkeypatch.setattr(encoding, "SHARD_SIZE", 11)  # in smaller shards none would decode
     with pytest.raises(UserError, match="all images of class 'dog' are broken") as raised:
         encode_images(skip, tmp_path / "out")
     assert "\n" not in str(raised.value)
@@ -480,7 +481,7 @@ def synthetic(tmp_path: Path) -> Callable[[int], Path]:
         folder.mkdir()
         shards = []
         for number in range(-(-samples // 4096)):
-            name = latents._shard_name(number)
+            name = encoding._shard_name(number)
             os.link(shard, folder / name)
             shards.append({"file": name, "images": 4096, "bytes": shard.stat().st_size, "sha256": "", "broken": []})
         (folder / "manifest.json").write_text(json.dumps({"id2label": {"0": "a"}, "shards": shards}))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vit5gen.data import latents
+from vit5gen.data import encoding
 from vit5gen.system import files
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import atomic, locked_file, write_text
@@ -63,7 +63,7 @@ def test_a_lock_where_there_is_no_fcntl(tmp_path: Path, monkeypatch: pytest.Monk
             pass
         with locked_file(tmp_path / "run" / ".lock", wait=True):
             assert len(held) == 1
-    with latents._alone(tmp_path / "cache" / "a.lock"), signals_blocked():
+    with encoding._alone(tmp_path / "cache" / "a.lock"), signals_blocked():
         assert len(held) == 2
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import assert_identical, forget_processes, make_inputs, run, weights
 
 from vit5gen.config import DEFAULTS_BEFORE, load_config, load_recorded, read_yaml
-from vit5gen.data.latents import encode_images
+from vit5gen.data.encoding import encode_images
 from vit5gen.lab.study.rows import Row
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256

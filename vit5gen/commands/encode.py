@@ -11,6 +11,6 @@ class EncodeOptions(ConfigOptions):
 
 def run(options: EncodeOptions) -> None:
     """Encode the images of a configuration."""
-    from vit5gen.data.latents import encode_images
+    from vit5gen.data.encoding import encode_images
 
     encode_images(options.load(), options.output)

@@ -190,7 +190,7 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
         if made_with.get(key) != value:
             raise UserError(
                 f"reference {path}: from another extractor ({key} {made_with.get(key)!r}, now {value!r}); "
-                "write it anew with --save-statistics and this extractor"
+                "write it again with --save-statistics and this extractor"
             )
     content = json.loads(metadata["content"])
     pooled, spatial = FrechetReference(tensors["mean"], tensors["covariance"]), None

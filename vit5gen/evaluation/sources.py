@@ -70,7 +70,7 @@ def open_npz(path: Path) -> ImageSource:
             if classes.size == shape[0]:
                 labels = torch.from_numpy(np.unique(classes.ravel(), return_inverse=True)[1])
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]:
-        raise UserError(f"npz {path}: arr_0 is {dtype} {shape}; expected uint8 (N, H, W, 3); write it anew")
+        raise UserError(f"npz {path}: arr_0 is {dtype} {shape}; expected uint8 (N, H, W, 3); write it again")
     return ImageSource(shape[0], _NpzReader(path, shape), labels, {"kind": "npz", "path": str(path)})
 
 
@@ -94,7 +94,7 @@ class _NpzReader:
             content = self._member.read((stop - start) * row)
         self._next = stop
         if len(content) != (stop - start) * row:
-            raise UserError(f"npz {self.path}: ends within image {start + len(content) // row}; write it anew")
+            raise UserError(f"npz {self.path}: ends within image {start + len(content) // row}; write it again")
         rows = np.frombuffer(content, np.uint8).reshape(stop - start, *self.shape[1:])
         return torch.from_numpy(rows.transpose(0, 3, 1, 2).copy())
 
@@ -144,7 +144,7 @@ def broken_npz(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise UserError(f"npz {path} cannot be read ({error}); check the path or write it anew") from error
+        raise UserError(f"npz {path} cannot be read ({error}); check the path or write it again") from error
 
 
 def _read_image(file: Path, exif: Exif) -> Tensor:

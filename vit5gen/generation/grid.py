@@ -17,7 +17,7 @@ _COLUMNS = 16
 def save_grid(path: str | Path, images: torch.Tensor, labels: Sequence[str]) -> None:
     """Write a PNG with a row for each distinct label, in order of first appearance, titled at its left.
 
-    images (N, 3, H, W) uint8, labels one for each image; more than 16 of a label go on in the next row. The same input
+    images (N, 3, H, W) uint8, labels one for each image; more than 16 of a label take further rows. The same input
     gives the same bytes.
     """
     if len(labels) != len(images):

@@ -43,7 +43,7 @@ def axial_angles(segment: Segment, head_dim: int) -> Tensor:
 
 
 def _remembered(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Remember constant tensors by their arguments; trace them anew while compiling.
+    """Remember constant tensors by their arguments; trace them again while compiling.
 
     Such tables are not buffers, because ``model.to(torch.bfloat16)`` would round them.
     """

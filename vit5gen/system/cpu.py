@@ -121,7 +121,7 @@ def has_bf16() -> bool:
 
 
 def keep_freed_memory(large: bool = True) -> None:
-    """Have glibc keep what is freed for the next step: to get it zeroed anew takes up to 10 % of a step.
+    """Have glibc keep what is freed for the next step: to get it zeroed again takes up to 10 % of a step.
 
     large: False has blocks of 8 MiB or more given back, for the gaps that they leave add to the peak. Measured under
     gradient checkpointing, SiT-S/2 and batch 16: 1.2 GB in place of 1.5, for 4 % of the time; 1 MiB: 0.9 GB, 34 %.

@@ -11,7 +11,7 @@ from vit5gen.generation.scheduler import SAMPLERS
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.precision import PRECISIONS
-from vit5gen.training.objectives import OBJECTIVES, check_objective
+from vit5gen.training.objectives import OBJECTIVES, build_objectives
 from vit5gen.training.optimizers import OPTIMIZERS
 
 
@@ -19,7 +19,8 @@ def check_values(config: Config) -> None:
     """Raise `UserError` for values that the types of the configuration cannot tell to be wrong."""
     channels, _, _ = config.latent_shape
     with torch.device("meta"):
-        build_model(config)
+        model = build_model(config)
+        build_objectives(config.training.objectives, model, build_flow(config), config.training.seed)
     choose("sampling.sampler", config.sampling.sampler, SAMPLERS)
     if (config.sampling.guidance_channels or 0) > channels:
         raise UserError(
@@ -33,8 +34,7 @@ def check_values(config: Config) -> None:
         )
     choose("evaluation.extractor", config.evaluation.extractor, extractor_names())
     choose("training.optimizer", config.training.optimizer, OPTIMIZERS.names())
-    for name, options in config.training.objectives.items():
-        check_objective(name, options)
+    for name in config.training.objectives:
         if OBJECTIVES.get(name).needs_image and not config.data.from_images:
             raise UserError(f"training.objectives.{name}: needs the images; set data.from_images to true")
     source = make_source(config.data)

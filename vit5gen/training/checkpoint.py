@@ -72,7 +72,7 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
             shutil.copymode(temporary / CONFIG, file)  # safetensors writes for the owner alone
         for file in [*files, temporary]:
             _fsync(file)
-        # What stands there is broken, or later than the checkpoint that the user chose to go on from.
+        # What stands there is broken, or later than the checkpoint that the user chose to resume.
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         _fsync(folder)

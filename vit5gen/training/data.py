@@ -1,4 +1,4 @@
-"""Where training samples come from: latent shards, or images that are encoded anew in every step."""
+"""Where training samples come from: latent shards, or images that are encoded again in every step."""
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 
 from vit5gen.config import Config
 from vit5gen.data.autoencoders.kl import encode, load_autoencoder
+from vit5gen.data.encoding import ensure_latents
 from vit5gen.data.images import ImageSet, check_classes, drop_broken
-from vit5gen.data.latents import LatentDataset, ensure_latents, identity, open_for, settings_of
+from vit5gen.data.latents import LatentDataset, identity, open_for, settings_of
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.objectives import OBJECTIVES, Batch
 from vit5gen.training.process import batch_sizes, signals_blocked

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from vit5gen import registry
 from vit5gen.config import Config, DataConfig
-from vit5gen.data import latents
+from vit5gen.data import encoding
 from vit5gen.data.autoencoders import kl
 from vit5gen.data.images import make_source, open_training_images
 from vit5gen.data.latents import MANIFEST, check_autoencoder
@@ -113,7 +113,7 @@ def disk_line(config: Config, found: Cost) -> str:
     data = config.data
     count = cost.IMAGENET_IMAGES if data.num_classes == 1000 else 1000
     shard = {"dtype": data.shard_dtype, "horizontal_flip": data.horizontal_flip, "latent_shape": config.latent_shape}
-    sizes = (latents.shard_bytes(count, shard), cost.checkpoint_bytes(found, config), cost.run_bytes(found, config))
+    sizes = (encoding.shard_bytes(count, shard), cost.checkpoint_bytes(found, config), cost.run_bytes(found, config))
     first, each, run = (_short(size / 1e9) for size in sizes)
     steps = f"{config.training.num_steps:,} steps"
     return f"disk:     {first} GB latents of {count:,} images; {each} GB a checkpoint, {run} GB the run of {steps}"

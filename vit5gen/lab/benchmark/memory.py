@@ -56,7 +56,7 @@ def _published(folder: Path, sizes: Sizes) -> Peak:
 def _peak(build: Callable[[], Callable[[], None]]) -> Peak:
     """Return (growth over the present, absolute) peak memory of this process after some steps, in MB."""
     ctypes.CDLL(None).malloc_trim(0)  # what imports freed would hide a part of the growth
-    Path("/proc/self/clear_refs").write_text("5")  # begin the peak anew
+    Path("/proc/self/clear_refs").write_text("5")  # start the peak again
     before = _status("VmRSS")
     step = build()
     for _ in range(STEPS):

@@ -22,7 +22,7 @@ NUM_HELD_OUT = 2048  # images of the held-out loss, where there are as many
 
 
 class Judge:
-    """Measures runs, all with the same images, noise, times and labels; what they are held against is made once."""
+    """Measures runs, all with the same images, noise, times and labels; what they are compared with is made once."""
 
     def __init__(self) -> None:
         self._references: dict[str, tuple[Extractor, Reference]] = {}

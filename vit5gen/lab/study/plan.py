@@ -20,7 +20,7 @@ class StudyConfig(Section):
     overrides: dict[str, Any] = Field({}, description="section.key: value, for all runs")
     seeds: list[Natural] = Field([0, 1, 2], min_length=1, description="training seeds of every cell")
     grid: dict[str, dict[str, dict[str, Any]]] = Field(description="axis: {level: {section.key: value}}")
-    baseline: dict[str, str] = Field({}, description="axis: the level that its other levels are held against")
+    baseline: dict[str, str] = Field({}, description="axis: the level that its other levels are compared with")
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ from vit5gen.training.objectives.objective import (
     Batch,
     Objective,
     build_objectives,
-    check_objective,
     register_objective,
 )
 
-__all__ = ["OBJECTIVES", "Batch", "Objective", "build_objectives", "check_objective", "register_objective"]
+__all__ = ["OBJECTIVES", "Batch", "Objective", "build_objectives", "register_objective"]

@@ -65,7 +65,7 @@ OBJECTIVES: Registry[type[Objective]] = Registry("objective", "vit5gen.objective
 register_objective = OBJECTIVES.register
 
 
-def check_objective(name: str, given: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+def _check_objective(name: str, given: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
     """Return the weight of an objective and its own options; raise `UserError` for what does not fit.
 
     weight: 1 by default, an option of every objective.
@@ -85,7 +85,7 @@ def build_objectives(
 
     Raises `UserError` for an unknown name, options that do not fit, or a tap that the model has not.
     """
-    checked = {name: check_objective(name, given) for name, given in section.items()}
+    checked = {name: _check_objective(name, given) for name, given in section.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         objectives = {name: OBJECTIVES.get(name)(model, flow, **options) for name, (_, options) in checked.items()}

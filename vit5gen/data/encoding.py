@@ -1,0 +1,260 @@
+"""Images encoded once: shards of latent means and deviations, and their manifest."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from vit5gen.config import Config
+from vit5gen.data.autoencoders.kl import encode, load_autoencoder
+from vit5gen.data.images import BrokenImage, ImageSet
+from vit5gen.data.latents import (
+    MANIFEST,
+    READ_BEFORE,
+    LatentDataset,
+    all_finite,
+    is_finite,
+    open_for,
+    read_labels,
+    settings_of,
+)
+from vit5gen.system.distributed import gather_objects, processes, start_processes
+from vit5gen.system.errors import UserError, short
+from vit5gen.system.files import atomic, cache_folder, locked_file, read_json, sha256, write_json
+
+SHARD_SIZE = 4096  # images
+
+
+def encode_dataset(images: ImageSet, vae: AutoencoderKL, folder: str | Path, config: Config) -> None:
+    """Encode images and, with `data.horizontal_flip`, their mirror images into shards with a manifest.
+
+    A shard holds ``mean`` and ``std`` (n, F, C, h, w) in `data.shard_dtype`, scaled as the transformer sees them, with
+    F = 2 (original, mirrored) or 1, and ``labels`` (n,) int64. Process i of n writes shards i, i + n, ...; each appears
+    whole or not at all. A second call keeps shards whose checksum is right, makes the others and ends the manifest.
+    Raises `UserError` when the folder holds other latents, the disk is short, an image is broken and
+    `data.on_broken_image` is ``"fail"``, or has latents that are not finite in the shard's type.
+    """
+    state, folder = processes(), Path(folder)
+    vae = vae.to(state.device)
+    settings = settings_of(images, vae, config)
+    chunks = torch.arange(len(images)).split(SHARD_SIZE)
+    mine = range(state.process_index, len(chunks), state.num_processes)
+    records = _finished(folder, settings, mine)
+    ours = sum(len(chunks[k]) for k in mine if k not in records)
+    missing = sum(gather_objects(ours))  # every process has looked at the folder before any writes there
+    if missing and state.is_main_process:
+        _reserve(folder, missing, settings)
+        if not _begun(folder):
+            write_json(folder / MANIFEST, settings | {"shards": None})
+    state.wait_for_everyone()
+    with tqdm(
+        desc="encode", unit="image", total=ours, disable=not (ours and state.is_main_process), delay=1
+    ) as progress:
+        for k in mine:
+            if k not in records:
+                tensors, broken = _encode_shard(images.select(chunks[k]), vae, config, progress)
+                records[k] = _write_shard(folder / _shard_name(k), tensors, broken)
+    every = {k: record for part in gather_objects(records) for k, record in part.items()}
+    shards = [every[k] for k in range(len(chunks))]
+    if state.is_main_process:
+        _finish(folder, settings, shards)
+    state.wait_for_everyone()
+
+
+def ensure_latents(images: ImageSet, vae: AutoencoderKL, config: Config) -> Path:
+    """Return a folder in the cache that holds the latents of these images of `data`, encoding them if need be."""
+    path = None if config.data.path is None else str(Path(config.data.path).expanduser().resolve())
+    settings = settings_of(images, vae, config)
+    # What earlier versions did without saying so has no part in the name: their latents are found.
+    told = {key: value for key, value in settings.items() if READ_BEFORE.get(key, ...) != value}
+    key = json.dumps(told | {"path": path}, sort_keys=True)
+    folder = cache_folder() / f"latents-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    with _alone(folder.with_suffix(".lock")):
+        encode_dataset(images, vae, folder, config)
+    return folder
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Wait until no other run fills this part of the cache: it would remove what is half written."""
+    state = processes()
+    with ExitStack() as stack:
+        if state.is_main_process:
+            with suppress(OSError):  # what cannot be written may be complete; if not, the encoding says so
+                file.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked_file(file, wait=True))
+        state.wait_for_everyone()
+        yield
+
+
+def encode_images(config: Config, output: str | Path) -> None:
+    """Encode the images of a configuration into ``output``, and say what to do next."""
+    state, vae = start_processes(), load_autoencoder(config.vae.name)
+    encode_dataset(open_for(config, vae), vae, output, config)
+    if state.is_main_process:
+        print(f"{output}: {len(LatentDataset(output))} images. Next: train with --data.latents {output}")
+
+
+def _finished(folder: Path, settings: dict[str, Any], numbers: range) -> dict[int, dict[str, Any]]:
+    """Return the records of those shards, by number, that exist and match their checksum."""
+    if not _begun(folder):
+        return {}
+    manifest = read_json(folder / MANIFEST, "latents")
+    for key, value in settings.items():
+        found = manifest.get(key, READ_BEFORE.get(key))
+        if key == "vae" or found == value:
+            continue
+        if key == "images_sha256" and (found is None or manifest.get("shards") is None):
+            if found is not None:  # a broken image was repaired, say
+                processes().print(f"note: {folder}: images have changed since its shards were begun; whole ones stay")
+            continue
+        raise UserError(
+            f"output {folder}: holds latents made with {key} {short(found)}, not {short(value)};"
+            f" choose another folder or remove this one"
+        )
+    records = (manifest.get("shards") or []) + [read_json(path, "record") for path in folder.glob("shard_*.json")]
+    by_file = {record.get("file"): record for record in records}
+    found = {k: by_file[_shard_name(k)] for k in numbers if _shard_name(k) in by_file}
+    return {
+        k: record
+        for k, record in found.items()
+        if (path := folder / record["file"]).is_file() and sha256(path) == record.get("sha256") and is_finite(path)
+    }
+
+
+def _begun(folder: Path) -> bool:
+    """Whether the folder has a manifest, and any shard that it speaks of."""
+    return (folder / MANIFEST).exists() and any(folder.glob("shard_*"))
+
+
+def _finish(folder: Path, settings: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+    """Write the manifest unless it is there already, remove what interrupted calls left, and report broken images."""
+    labels = torch.cat([read_labels(folder / shard["file"]) for shard in shards])
+    counts = torch.bincount(labels, minlength=len(settings["id2label"])).tolist()
+    if settings.get("rules", 1) > 1 and 0 in counts:
+        name = settings["id2label"][str(counts.index(0))]
+        raise UserError(
+            f"output {folder}: all images of class {name!r} are broken; replace them, or leave it out of data.classes, "
+            "and encode into a new folder"
+        )
+    there = read_json(folder / MANIFEST, "latents")
+    # Of which images the shards of an earlier version were made, and how they were read, is not known.
+    unknown = {"images_sha256", *READ_BEFORE} - there.keys()
+    manifest = {k: v for k, v in settings.items() if k not in unknown} | {"counts": counts, "shards": shards}
+    if there != manifest:
+        write_json(folder / MANIFEST, manifest)
+    for leftover in [*folder.glob("shard_*.json"), *folder.glob(".*.tmp")]:
+        leftover.unlink(missing_ok=True)
+    if broken := [problem for shard in shards for problem in shard["broken"]]:
+        print(f"{folder}: left out {len(broken)} broken images, listed in {MANIFEST}; the first: {broken[0]}")
+
+
+def _shard_name(number: int) -> str:
+    return f"shard_{number:05d}.safetensors"
+
+
+def _reserve(folder: Path, count: int, settings: dict[str, Any]) -> None:
+    """Print how much the shards of ``count`` images will take; raise `UserError` unless the disk has as much."""
+    needed = shard_bytes(count, settings)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output {folder}: {error.strerror}; choose a folder that can be written") from error
+    free = shutil.disk_usage(folder).free
+    print(f"encode: {count} images -> {needed / 1e9:.3f} GB in {folder} ({free / 1e9:.1f} GB free)")
+    if needed > free:
+        raise UserError(
+            f"output {folder}: needs {needed / 1e9:.3f} GB, the disk has {free / 1e9:.3f} GB; free some or go elsewhere"
+        )
+
+
+def shard_bytes(count: int, settings: dict[str, Any]) -> int:
+    """Return the size of ``count`` images' means, deviations and labels, with or without mirror images."""
+    width = getattr(torch, settings["dtype"]).itemsize
+    return count * (2 * (1 + settings["horizontal_flip"]) * prod(settings["latent_shape"]) * width + 8)
+
+
+class _Decoded(Dataset):
+    """Images with labels; a broken one becomes its error message, so that a worker can hand it over."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | str:
+        try:
+            return self.images[index]
+        except BrokenImage as error:
+            return str(error)
+
+
+def _encode_shard(
+    images: ImageSet, vae: AutoencoderKL, config: Config, progress: tqdm
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return the tensors of one shard and what is wrong with the images that it leaves out."""
+    data, dtype = config.data, getattr(torch, config.data.shard_dtype)
+    tensors: dict[str, list[torch.Tensor]] = {"mean": [], "std": [], "labels": []}
+    broken: list[str] = []
+    loader = DataLoader(_Decoded(images), config.vae.batch_size, num_workers=data.num_workers, collate_fn=list)
+    for start, batch in zip(range(0, len(images), config.vae.batch_size), loader, strict=True):
+        good = [item for item in batch if not isinstance(item, str)]
+        broken += [item for item in batch if isinstance(item, str)]
+        if broken and data.on_broken_image == "fail":
+            raise BrokenImage(broken[0])
+        if good:
+            pixels = torch.stack([image for image, _ in good]).to(vae.device)
+            views = [encode(vae, pixels)] + ([encode(vae, pixels.flip(-1))] if data.horizontal_flip else [])
+            for name, values in zip(("mean", "std"), zip(*views, strict=True), strict=True):
+                exact = torch.stack(values, 1).to("cpu")
+                tensors[name].append(exact.to(dtype))
+                if not all_finite(tensors[name][-1]):
+                    numbers = [start + k for k, item in enumerate(batch) if not isinstance(item, str)]
+                    spoilt = next(k for k in range(len(good)) if not all_finite(tensors[name][-1][k]))
+                    raise UserError(f"{images.name(numbers[spoilt])}: {_why(exact[spoilt], dtype)}")
+            tensors["labels"].append(torch.tensor([label for _, label in good]))
+        progress.update(len(batch))
+    if not tensors["labels"]:
+        raise UserError(f"data: none of {len(broken)} images decodes; {broken[0]}")
+    return {name: torch.cat(parts) for name, parts in tensors.items()}, broken
+
+
+def _why(latents: torch.Tensor, dtype: torch.dtype) -> str:
+    """Return why latents (F, C, h, w) are not finite in ``dtype``, and what to do."""
+    if not all_finite(latents):
+        return "the autoencoder makes latents of it that are not finite; check vae.name and its weights"
+    name, most = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+    return (
+        f"a latent of {latents.abs().max():.4g} overflows {name}, which ends at {most:g}; "
+        "set data.shard_dtype to bfloat16 or float32"
+    )
+
+
+def _write_shard(path: Path, tensors: dict[str, torch.Tensor], broken: list[str]) -> dict[str, Any]:
+    """Write a shard and, beside it, the record that lets an interrupted encoding resume; return the record."""
+    try:
+        with atomic(path) as temporary:
+            save_file(tensors, temporary)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"shard {path} cannot be written ({error}); make room or choose another folder") from error
+    record = {
+        "file": path.name,
+        "images": len(tensors["labels"]),
+        "bytes": path.stat().st_size,
+        "sha256": sha256(path),
+        "broken": broken,
+    }
+    write_json(path.with_suffix(".json"), record)
+    return record
