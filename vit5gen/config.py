@@ -152,7 +152,7 @@ class TrainingConfig(Section):
     )
     seed: Natural = Field(0, description="fixes initialisation, data order and every draw")
     precision: Literal["fp64", "fp32", "tf32", "bf16"] = Field("tf32", description="arithmetic of matrix products")
-    objectives: dict[str, dict[str, Any]] = Field(
+    objectives: dict[str, Options] = Field(
         {"flow": {}}, min_length=1, description="what is minimised: objectives by name, with weight and own options"
     )
     optimizer: str = Field("adamw", description="name of the optimizer")

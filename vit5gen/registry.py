@@ -4,7 +4,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin
 
 from pydantic import ConfigDict, Field, create_model
 
@@ -51,20 +51,23 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> T:
         """Return the plug called ``name``; `UserError` for an unknown name, a broken package, or two that offer it."""
-        if name in self._known:
-            return self._known[name]
+        entries = list(importlib.metadata.entry_points(group=self.group or "", name=name))
+        known = self._known.get(name)
+        own = {f"{known.__module__}:{known.__qualname__}": known.__module__.split(".")[0]} if known is not None else {}
+        offers = own | {one.value: one.dist.name if one.dist else one.module for one in entries}
+        if len(offers) > 1:
+            packages = " and ".join(sorted(set(offers.values())))
+            raise UserError(f"{self.kind}: {name!r} is offered by the packages {packages}; uninstall all but one.")
+        if known is not None:
+            return known
         choose(self.kind, name, self.names())
-        entry, *others = importlib.metadata.entry_points(group=self.group or "", name=name)
-        packages = sorted({one.dist.name if one.dist else one.module for one in (entry, *others)})
-        if any(other.value != entry.value for other in others):
-            raise UserError(
-                f"{self.kind}: {name!r} is offered by the packages {' and '.join(packages)}; uninstall all but one."
-            )
         try:
-            plug = entry.load()
-        except Exception as error:  # what a stranger's module raises when it is imported can be anything
+            plug = entries[0].load()
+            if not callable(plug):
+                raise TypeError("it is no class or function")
+        except (Exception, SystemExit) as error:  # what a stranger's module raises when it is imported can be anything
             raise UserError(
-                f"{self.kind}: {name!r} of the package {packages[0]} cannot be imported "
+                f"{self.kind}: {name!r} of the package {next(iter(offers.values()))} cannot be imported "
                 f"({type(error).__name__}: {error}); repair or uninstall that package."
             ) from error
         return self.register(name)(plug)
@@ -96,14 +99,19 @@ class Registry(Generic[T]):
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
         """Return the keyword-only arguments of the plug called ``name``."""
-        parameters = inspect.signature(self.get(name), eval_str=True).parameters
+        try:
+            parameters = inspect.signature(self.get(name), eval_str=True).parameters
+        except NameError:  # of a type that is imported for type checkers alone: the defaults tell the kinds
+            parameters = inspect.signature(self.get(name)).parameters
         return {key: one for key, one in parameters.items() if one.kind is one.KEYWORD_ONLY}
 
     def _kind_of(self, option: inspect.Parameter) -> Any:
         """Return what pydantic checks a value of the option by."""
         number = Annotated[Float, Field(gt=-1e38, lt=1e38)]  # which fp32 holds
         kind = option.annotation
-        if kind is option.empty:
+        if get_origin(kind) is Annotated and get_args(kind)[0] is float:
+            return Annotated[(Float, *get_args(kind)[1:])]
+        if kind is option.empty or isinstance(kind, str):
             default = option.default
             whole_or_not = isinstance(default, int) and not isinstance(default, bool)
             kind = int | number if whole_or_not else Any if default in (None, option.empty) else type(default)

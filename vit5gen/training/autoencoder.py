@@ -166,17 +166,19 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
                     norm = trainer.clip(1.0)
                     trainer.optimizer.step()
                     trainer.optimizer.zero_grad()
-                    trainer.count(Outcome({"loss": loss.item()}, norm.item()))
+                    trainer.count(outcome := Outcome({"loss": loss.item()}, norm.item(), stop_asked(), clock.due()))
+                    if not outcome.finite:
+                        raise UserError(f"the loss of step {trainer.step} is not finite; lower learning_rate")
                     progress.update()
                     if trainer.step % 100 == 1:
                         progress.set_postfix(loss=f"{loss.item():.4f}", kl=f"{divergence.item():.2f}")
 
                     # A checkpoint, by the clock or for a signal.
-                    if stop_asked() or clock.due():
+                    if outcome.stop or outcome.save:
                         shuffle.state = shuffle.generator.get_state()
                         trainer.save(folder.checkpoints, to_yaml(config))
                         clock.restart()
-                    if stop_asked():
+                    if outcome.stop:
                         accelerator.print(f"\nstopped by a signal after step {trainer.step}; the same command resumes")
                         return STOPPED
             score = _finish(network.vae, images, held_out, folder)

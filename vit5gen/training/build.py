@@ -20,7 +20,7 @@ def check_values(config: Config) -> None:
     channels, _, _ = config.latent_shape
     with torch.device("meta"):
         model = build_model(config)
-        build_objectives(config.training.objectives, model, build_flow(config), config.training.seed)
+        build_objectives(config.training, model, build_flow(config))
     choose("sampling.sampler", config.sampling.sampler, SAMPLERS)
     if (config.sampling.guidance_channels or 0) > channels:
         raise UserError(

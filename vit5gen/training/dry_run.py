@@ -20,6 +20,7 @@ from vit5gen.training.build import build_model, check_values
 from vit5gen.training.cost import GPUS, Cost, gpu_hours, largest_micro_batch, memory_bytes
 from vit5gen.training.data import micro_batches, open_source
 from vit5gen.training.loop import build_trainer, train_step
+from vit5gen.training.objectives import OBJECTIVES
 from vit5gen.training.process import batch_sizes, make_accelerator
 
 TRIAL_STEPS = 3
@@ -135,6 +136,8 @@ def missing(config: Config) -> dict[str, str]:
     extractor = None if unneeded and images else config.evaluation.extractor  # without images there is no distance
     if extractor is not None:
         absent |= registry.missing(EXTRACTORS.get(extractor))
+    for name in config.training.objectives:
+        absent |= OBJECTIVES.get(name).missing()
     return absent | registry.missing(BACKBONES.get(config.model.backbone))
 
 

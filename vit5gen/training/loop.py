@@ -36,23 +36,26 @@ class Learner(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.model, self.flow, settings = build_model_to_train(config), build_flow(config), config.training
-        built = build_objectives(settings.objectives, self.model, self.flow, settings.seed)
-        self.weights, self.objectives, self.taps = built
+        self.model, self.flow = build_model_to_train(config), build_flow(config)
+        self.weights, self.objectives, self.asked = build_objectives(config.training, self.model, self.flow)
+        self.taps = tuple(sorted({k for taps in self.asked.values() for k in taps}))
         self._no_split_modules = self.model._no_split_modules  # what FSDP wraps
 
     def forward(self, batch: Batch, step: int) -> Tensor:
         """Return the weighted mean loss of every objective, (K,)."""
         output = self.model(batch.x_t, batch.t, batch.labels, taps=self.taps)
         prediction, hidden = output if self.taps else (output, {})
-        found = {name: objective(prediction, hidden, batch, step) for name, objective in self.objectives.items()}
-        return torch.stack([self.weights[name] * loss.mean() for name, loss in found.items()])
+        losses = []
+        for name, objective in self.objectives.items():
+            asked = {k: hidden[k] for k in self.asked[name]}
+            losses.append(self.weights[name] * objective(prediction, asked, batch, step).mean())
+        return torch.stack(losses)
 
 
 def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     """Construct what a run trains, shared out over the processes."""
     learner, settings = Learner(config), config.training
-    parts: dict[str, nn.Module] = {"model": learner.model, "objectives": learner.objectives}
+    parts = {"model": learner.model, "objectives": learner.objectives}
     return Trainer(accelerator, learner, build_optimizer(learner, settings), parts, settings.ema_decays)
 
 
@@ -67,8 +70,8 @@ def train_step(
 
     stop_asked, save_due: whether a signal has come to this process, and whether the main process's clock wants a save.
     """
-    settings, section, accelerator, step = config.training, config.flow, trainer.accelerator, trainer.step
-    learner = accelerator.unwrap_model(trainer.network)
+    settings, section, accelerator = config.training, config.flow, trainer.accelerator
+    learner, step = accelerator.unwrap_model(trainer.network), trainer.step
     micro_batch_size, accumulation = process.batch_sizes(settings, accelerator.num_processes)
     for group in trainer.optimizer.param_groups:
         group["lr"] = learning_rate(step, settings)
@@ -151,11 +154,8 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
     save = partial(trainer.save, config=to_yaml(config), keep_last=settings.keep_last, keep_every=settings.keep_every)
 
     stop, saved_step, nonfinite_in_a_row, clock = False, trainer.step, 0, process.SaveClock(settings.checkpoint_minutes)
-    with (
-        process.stop_signals() as stop_asked,
-        closing(batches),
-        closing(Monitor(config, folder, trainer, vae, source.class_names, stop_asked)) as monitor,
-    ):
+    with process.stop_signals() as stop_asked, closing(batches), ExitStack() as stack:
+        monitor = stack.enter_context(closing(Monitor(config, folder, trainer, vae, source.class_names, stop_asked)))
         while True:
             # Evaluate the averages, at the first and the last step too; a signal ends it.
             if not stop and monitor.due(trainer.step):
@@ -171,7 +171,6 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
                 return process.STOPPED
             if last:
                 break
-
             # Learn.
             outcome = train_step(trainer, config, batches, stop_asked, clock.due)
             nonfinite_in_a_row = 0 if outcome.finite else nonfinite_in_a_row + 1

@@ -41,7 +41,7 @@ def make_accelerator(settings: TrainingConfig, output: Path) -> Accelerator:
     parts_unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(
         mixed_precision="no",
-        kwargs_handlers=[parts_unused] if len(settings.objectives) > 1 else None,
+        kwargs_handlers=[parts_unused] if list(settings.objectives) != ["flow"] else None,
         log_with=list(settings.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
     )

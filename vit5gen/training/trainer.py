@@ -1,7 +1,7 @@
 """What a training carries from step to step: network, optimizer, averages and counters."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vit5gen.system.distributed import on_main
+from vit5gen.system.errors import UserError
 from vit5gen.training import checkpoint
 from vit5gen.training.averages import EMA
 from vit5gen.training.sharding import gather_shards, shard_like
@@ -54,7 +55,7 @@ class Trainer:
         accelerator: Accelerator,
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
-        parts: dict[str, nn.Module],
+        parts: Mapping[str, nn.Module],
         decays: Iterable[float] = (),
     ) -> None:
         self.accelerator = accelerator
@@ -149,6 +150,8 @@ class Trainer:
         parameters = dict(self._parameters())
         for entry, value in checkpoint.load_tensors(folder, "optimizer").items():
             name, key = entry.split("/")
+            if name not in parameters:
+                raise UserError(f"checkpoint {folder}: optimizer has {name!r}, this run has not; resume with the same")
             parameter = parameters[name]
             moments = self.optimizer.optimizer.state.setdefault(parameter, {})
             shaped = value.shape == parameter.shape

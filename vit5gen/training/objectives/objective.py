@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vit5gen.config import TrainingConfig
 from vit5gen.flow import Flow
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.registry import Registry
@@ -71,28 +72,32 @@ def _check_objective(name: str, given: Mapping[str, Any]) -> tuple[float, dict[s
     weight: 1 by default, an option of every objective.
     """
     where = f"training.objectives.{name}"
+    if "." in name or hasattr(nn.ModuleDict, name):
+        raise UserError(f"{where}: no name that a module can have; choose another one")
     options = dict(given)
     weight = options.pop("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-        raise UserError(f"{where}.weight = {weight!r}; expected a finite number above 0, or leave the objective out")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= 1e6:
+        raise UserError(f"{where}.weight = {weight!r}; expected a number above 0, at most 1e6, or leave it out")
     return float(weight), OBJECTIVES.check(name, options, where)
 
 
 def build_objectives(
-    section: Mapping[str, Mapping[str, Any]], model: SiTTransformer2DModel, flow: Flow, seed: int
-) -> tuple[dict[str, float], nn.ModuleDict, tuple[int, ...]]:
-    """Return weights and objectives of ``training.objectives`` by name, initialised from ``seed``, and their taps.
+    training: TrainingConfig, model: SiTTransformer2DModel, flow: Flow
+) -> tuple[dict[str, float], nn.ModuleDict, dict[str, tuple[int, ...]]]:
+    """Return weights, objectives and the taps that each asks for, by name, as ``training.objectives`` lists them.
 
-    Raises `UserError` for an unknown name, options that do not fit, or a tap that the model has not.
+    Parameters start from ``training.seed``, in the model's type. Raises `UserError` for an unknown name, options that
+    do not fit, or a tap that the model has not.
     """
-    checked = {name: _check_objective(name, given) for name, given in section.items()}
+    checked = {name: _check_objective(name, given) for name, given in training.objectives.items()}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(training.seed)
         objectives = {name: OBJECTIVES.get(name)(model, flow, **options) for name, (_, options) in checked.items()}
     for name, objective in objectives.items():
+        objective.to(next(model.parameters()).dtype)
         if beyond := [k for k in objective.taps if not 1 <= k <= model.config.num_layers]:
             raise UserError(
                 f"training.objectives.{name}: tap {beyond[0]} is no block; expected 1 to {model.config.num_layers}"
             )
-    taps = sorted({k for objective in objectives.values() for k in objective.taps})
-    return {name: weight for name, (weight, _) in checked.items()}, nn.ModuleDict(objectives), tuple(taps)
+    weights = {name: weight for name, (weight, _) in checked.items()}
+    return weights, nn.ModuleDict(objectives), {name: tuple(one.taps) for name, one in objectives.items()}
