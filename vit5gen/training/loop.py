@@ -55,7 +55,7 @@ class Learner(nn.Module):
 def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     """Construct what a run trains, shared out over the processes."""
     learner, settings = Learner(config), config.training
-    parts = {"model": learner.model, "objectives": learner.objectives}
+    parts: dict[str, nn.Module] = {"model": learner.model, "objectives": learner.objectives}
     return Trainer(accelerator, learner, build_optimizer(learner, settings), parts, settings.ema_decays)
 
 
