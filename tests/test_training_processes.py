@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,9 @@ def test_a_launcher_that_starts_one_process_for_two_is_noticed(config_file: Path
 
 def kill_test(arguments: list[str]) -> int:
     """Run the script in a fresh interpreter: torch does not compute gradients in a fork of one that has done so."""
-    return subprocess.run([sys.executable, ROOT / "tests/kill_test.py", *arguments], env=environment()).returncode
+    with tempfile.TemporaryDirectory() as cache:  # its shards hold an image each, which others must not find
+        command = [sys.executable, ROOT / "tests/kill_test.py", *arguments]
+        return subprocess.run(command, env=environment() | {"VIT5GEN_CACHE": cache}).returncode
 
 
 def test_killed_runs_equal_an_undisturbed_one(config_file: Path, tmp_path: Path) -> None:
