@@ -147,3 +147,13 @@ def test_the_default_objective_is_the_loss_of_the_flow(config_file: Path) -> Non
     expected = flow.loss(lambda x, t: model(x, t, labels), x1, x0, t)
     assert torch.equal(objective(prediction, {}, batch, 0), expected)
     assert load_config(config_file).training.objectives == {"flow": {}}
+
+
+def test_an_objective_follows_the_models_type_and_its_leaving_is_told(config_file: Path, tmp_path: Path) -> None:
+    both: dict[str, Any] = {"flow": {}, "test-look-ahead": {"weight": "1e-1"}}
+    options: dict[str, Any] = {"training__precision": "fp64", "training__objectives": both}
+    assert run(config_file, tmp_path / "run", training__num_steps=2, **options) == 0
+    saved = safetensors.torch.load_file(tmp_path / "run/checkpoints/step_00000002/objectives.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float64}
+    with pytest.raises(UserError, match="this run has not; resume with the same"):
+        run(config_file, tmp_path / "run", accept=True, training__num_steps=3, training__precision="fp64")
