@@ -62,9 +62,12 @@ def test_the_metric_of_the_page_is_known(tmp_path: Path, monkeypatch: pytest.Mon
     assert METRICS.build("mean-shift", {"scale": "1e-2"}, "metric").scale == 0.01
 
 
-def test_a_broken_package_is_named_and_hinders_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_package_is_named_and_hinders_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = [
         importlib.metadata.EntryPoint("broken", "no_such_module:Plug", "group"),
+        importlib.metadata.EntryPoint("exits", "antigravity_that_exits:Plug", "group"),
+        importlib.metadata.EntryPoint("number", "math:pi", "group"),
+        importlib.metadata.EntryPoint("own too", "math:floor", "group"),
         importlib.metadata.EntryPoint("twice", "torch:nn", "group"),
         importlib.metadata.EntryPoint("twice", "torch:optim", "group"),
     ]
@@ -75,12 +78,32 @@ def test_a_broken_package_is_named_and_hinders_nobody_else(monkeypatch: pytest.M
     monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
     registry: Registry = Registry("plug", "group")
     registry.register("own")(torch.add)
-    assert registry.names() == ["own", "broken", "twice"]
+    registry.register("own too")(torch.add)
+    assert registry.names() == ["own", "own too", "broken", "exits", "number", "twice"]
     assert registry.get("own") is torch.add
     with pytest.raises(UserError, match=r"'broken' of the package no_such_module cannot be imported .*ModuleNotFound"):
         registry.get("broken")
     with pytest.raises(UserError, match=r"'twice' is offered by the packages"):
         registry.get("twice")
+    with pytest.raises(UserError, match=r"'own too' is offered by the packages math and torch"):
+        registry.get("own too")
+    with pytest.raises(UserError, match=r"'number' of the package math cannot be imported \(TypeError: it is no class"):
+        registry.get("number")
+    (tmp_path / "antigravity_that_exits.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"'exits' of the package .* cannot be imported \(SystemExit: 0\)"):
+        registry.get("exits")
+
+
+def test_the_kinds_of_options_that_a_checker_alone_can_read_are_those_of_the_defaults() -> None:
+    registry: Registry = Registry("plug")
+    code = "from __future__ import annotations\ndef plug(*, size: Unknown = 3, alpha: Unknown = 0.5): pass\n"
+    names: dict = {"__name__": "plugs"}
+    exec(compile(code, "plugs", "exec"), names)
+    registry.register("plug")(names["plug"])
+    assert registry.check("plug", {"alpha": "1e-4"}, "where") == {"alpha": 1e-4}
+    with pytest.raises(UserError, match=r"where: size.* = 'x'"):
+        registry.check("plug", {"size": "x"}, "where")
 
 
 PACKAGE = {

@@ -140,10 +140,10 @@ def test_the_default_objective_is_the_loss_of_the_flow(config_file: Path) -> Non
     x1, x0 = torch.stack([d.posterior for d in draws]), torch.stack([d.noise for d in draws])
     t, labels = torch.tensor([0.3, 0.7]), torch.tensor([0, 1])
     nn.init.normal_(model.head.linear.weight)
-    x_t, _ = flow.interpolate(x0, x1, t)
+    x_t, velocity = flow.interpolate(x0, x1, t)
     prediction = model(x_t, t, labels)
     objective = OBJECTIVES.get("flow")(model, flow)
-    batch = Batch(x1, x0, labels, t, t, 0, None, t, x_t)
+    batch = Batch(x1, x0, labels, t, t, 0, None, t, x_t, velocity)
     expected = flow.loss(lambda x, t: model(x, t, labels), x1, x0, t)
     assert torch.equal(objective(prediction, {}, batch, 0), expected)
     assert load_config(config_file).training.objectives == {"flow": {}}

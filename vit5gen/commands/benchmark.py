@@ -1,10 +1,7 @@
 """`vit5gen benchmark`."""
 
-from typing import Literal
-
 from vit5gen.commands.options import Options, argument
-
-Name = Literal["train-step", "classifier", "sampling", "evaluation", "memory", "start-up", "scaling", "gpu"]
+from vit5gen.lab.benchmark import NAMES
 
 
 class BenchmarkOptions(Options):
@@ -13,7 +10,7 @@ class BenchmarkOptions(Options):
     sit: str | None = argument(None, "PATH", "checkout of willisma/SiT, whose code is then run")
     vit5: str | None = argument(None, "PATH", "checkout of wangf3014/ViT-5, whose code is then run")
     run: str | None = argument(None, "RUN", "folder of a run, for the benchmark sampling")
-    only: Name | None = argument(None, "NAME", "this one alone")
+    only: str | None = argument(None, "NAME", f"{' | '.join(NAMES)}; default: all")
     quick: bool = argument(False, "", "tiny sizes: shows that it runs, its figures mean nothing")
     output: str = argument(..., "FILE.json", "result; a table FILE.md is put beside it")
 

@@ -195,22 +195,24 @@ class Flow:
             t = draw_timesteps(self, torch.rand(x1.shape[0], dtype=torch.float64))
         x0 = torch.randn_like(x1) if x0 is None else x0
         t = t.to(x1)
-        x_t, _ = self.interpolate(x0, x1, t)
+        x_t, velocity = self.interpolate(x0, x1, t)
         prediction, hidden = self.predict(model_fn, x_t, t)
-        loss = self.loss_of(prediction, x_t, x0, x1, t)
+        loss = self.loss_of(prediction, x_t, velocity, x0, t)
         return loss if hidden is None else (loss, hidden)
 
-    def loss_of(self, prediction: Tensor, x_t: Tensor, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """Return the loss of each sample, (B,), of a prediction at ``x_t`` between ``x0`` and ``x1``, t (B,)."""
-        _, velocity = self.interpolate(x0, x1, t)
+    def loss_of(self, prediction: Tensor, x_t: Tensor, velocity: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+        """Return the loss of each sample, (B,), of a prediction at ``x_t`` (B, ...) and ``t`` (B,).
+
+        velocity, x0: the target of `interpolate` and the noise, in the shape of ``x_t``.
+        """
         if self.prediction == "velocity":
             error = prediction - velocity
         else:
             c = self.coefficients(t)
-            error = prediction - x0 if self.prediction == "noise" else _like(c.sigma, x1) * prediction + x0
+            error = prediction - x0 if self.prediction == "noise" else _like(c.sigma, x_t) * prediction + x0
             if self.loss_weight != "none":
                 gain = _score_gain(c) / c.sigma
-                error = error * _like(gain if self.loss_weight == "velocity" else (gain / c.sigma).sqrt(), x1)
+                error = error * _like(gain if self.loss_weight == "velocity" else (gain / c.sigma).sqrt(), x_t)
         loss = rows(error.square()).mean(1)
         if self.direction_weight > 0:
             found = self.convert(prediction, x_t, t, "velocity")

@@ -136,7 +136,9 @@ def micro_batches(
             x1, x0 = x1.to(dtype), sample["x0"].to(dtype)
             image = image if keeps_image else None
             empty = x1.new_empty(0)
-            yield Batch(x1, x0, sample["label"], sample["uniform"], sample["position"], first, image, empty, empty)
+            yield Batch(
+                x1, x0, sample["label"], sample["uniform"], sample["position"], first, image, empty, empty, empty
+            )
     finally:
         if config.data.num_workers:
             # Left to garbage collection, workers that SIGTERM does not reach would keep a failed trainer from exiting.

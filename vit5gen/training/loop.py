@@ -71,7 +71,7 @@ def train_step(
     stop_asked, save_due: whether a signal has come to this process, and whether the main process's clock wants a save.
     """
     settings, section, accelerator = config.training, config.flow, trainer.accelerator
-    learner, step = accelerator.unwrap_model(trainer.network), trainer.step
+    learner, step = trainer.module, trainer.step
     micro_batch_size, accumulation = process.batch_sizes(settings, accelerator.num_processes)
     for group in trainer.optimizer.param_groups:
         group["lr"] = learning_rate(step, settings)
@@ -85,13 +85,13 @@ def train_step(
             draws = (section.time_distribution, section.logit_mean, section.logit_std, section.time_shift)
             stratum = (batch.position, settings.global_batch_size) if section.stratified else None
             t = draw_timesteps(learner.flow, batch.uniform, *draws, stratum).to(batch.x1)
-            x_t, _ = learner.flow.interpolate(batch.x0, batch.x1, t)
+            x_t, velocity = learner.flow.interpolate(batch.x0, batch.x1, t)
 
             # What the model makes of it, the weighted objectives, and their gradient.
             dropout = process.seeded(settings.seed, step, batch.first, accelerator.device)
             with trainer.sharing_gradients(last=micro == accumulation - 1), dropout:
                 with PRECISIONS[settings.precision].autocast(accelerator.device):
-                    losses = trainer.network(replace(batch, t=t, x_t=x_t), step) / accumulation
+                    losses = trainer.network(replace(batch, t=t, x_t=x_t, velocity=velocity), step) / accumulation
                 losses.sum().backward()
             total += losses.detach()
 

@@ -59,6 +59,7 @@ class Trainer:
         decays: Iterable[float] = (),
     ) -> None:
         self.accelerator = accelerator
+        self.module: Any = network  # what DDP wraps
         self.network, self.optimizer = accelerator.prepare(network, optimizer)
         self.model = parts["model"]
         self.parts = {name: part for name, part in parts.items() if part.state_dict()}

@@ -20,7 +20,7 @@ from vit5gen.lab.benchmark.setting import FULL, QUICK, Setting
 from vit5gen.lab.benchmark.timing import Row
 from vit5gen.models.classifier import vit5_small
 from vit5gen.system.cpu import keep_freed_memory
-from vit5gen.system.errors import UserError
+from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import check_writable, sha256, write_json, write_text
 
 _MODULES = (train_step, classifier, sampling, evaluation, memory, start_up, scaling, gpu)
@@ -41,7 +41,7 @@ def run_benchmarks(
 
     What needs a folder that is not given is left out with a note. Raises `UserError` for bad input before any work.
     """
-    names = NAMES if only is None else (only,)
+    names = NAMES if only is None else (choose("--only", only, NAMES),)
     output, given = Path(output), {"sit": sit, "vit5": vit5, "run": run}
     if output.suffix != ".json":
         raise UserError(f"--output {output}: expected FILE.json, beside which FILE.md is written")

@@ -17,4 +17,4 @@ class FlowMatching(Objective):
 
     def forward(self, prediction: Tensor, hidden: dict[int, Tensor], batch: Batch, step: int) -> Tensor:
         """Return the mean square over the elements of each sample, (B,)."""
-        return self.flow.loss_of(prediction, batch.x_t, batch.x0, batch.x1, batch.t)
+        return self.flow.loss_of(prediction, batch.x_t, batch.velocity, batch.x0, batch.t)

@@ -16,12 +16,12 @@ from vit5gen.system.errors import UserError
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch with its random numbers; the loop draws t and x_t, before which they are empty.
+    """A micro-batch with its random numbers; the loop draws t, before which the last three are empty.
 
     x1: latents (B, C, h, w) of the data.  x0: noise, alike.  labels (B,) int64, already null where dropped.
     image (B, 3, H, W) uint8, where an objective needs it.  uniform (B,) and position (B,): what t is drawn from; first:
     the first position, in the global batch.
-    t (B,): time in [0, 1].  x_t: the point at t between x0 and x1, which the model has seen.
+    t (B,): time in [0, 1].  x_t: the point at t between x0 and x1, which the model has seen; velocity: dx_t/dt there.
     """
 
     x1: Tensor
@@ -33,6 +33,7 @@ class Batch:
     image: Tensor | None
     t: Tensor
     x_t: Tensor
+    velocity: Tensor
 
 
 class Objective(nn.Module):
@@ -55,11 +56,6 @@ class Objective(nn.Module):
     def missing() -> dict[str, str]:
         """Return what this machine lacks for it, each with how to get it."""
         return {}
-
-    @staticmethod
-    def flops(model: SiTTransformer2DModel) -> int:
-        """Return the floating-point operations of its forward pass, an image, beyond the model's."""
-        return 0
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective", "vit5gen.objectives")
