@@ -7,12 +7,13 @@ velocity is ``d_alpha x1 + d_sigma x0`` (SiT, arXiv 2401.08740, section 2).
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from vit5gen.config import FlowConfig
 from vit5gen.flow.paths import PATHS, Coefficients
 from vit5gen.flow.times import shift_time
 from vit5gen.system.errors import UserError, choose
@@ -20,10 +21,11 @@ from vit5gen.system.errors import UserError, choose
 ModelFn = Callable[[Tensor, Tensor], Any]
 Time = float | Tensor
 
-PREDICTIONS = ("velocity", "score", "noise")
+_DEFAULTS = FlowConfig()
+PREDICTIONS: tuple[str, ...] = get_args(FlowConfig.model_fields["prediction"].annotation)
 LOSS_WEIGHTS = ("none", "velocity", "likelihood")
 DIFFUSIONS = ("constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing")
-TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
+TIME_DISTRIBUTIONS: tuple[str, ...] = get_args(FlowConfig.model_fields["time_distribution"].annotation)
 EPS = 1e-3  # how far sampling stays from an end of [0, 1] at which a coefficient is infinite
 _VP_TRAINING_EPS = 1e-5
 
@@ -54,10 +56,10 @@ class Flow:
     LightningDiT, arXiv 2501.01423). Raises `UserError` for unknown names.
     """
 
-    path: str = "linear"
-    prediction: str = "velocity"
-    loss_weight: str | None = None
-    direction_weight: float = 0.0
+    path: str = _DEFAULTS.path
+    prediction: str = _DEFAULTS.prediction
+    loss_weight: str | None = _DEFAULTS.loss_weight
+    direction_weight: float = _DEFAULTS.direction_weight
 
     def __post_init__(self) -> None:
         weight = "none" if self.loss_weight is None else self.loss_weight
@@ -236,10 +238,10 @@ def _like(coefficient: Tensor, x: Tensor) -> Tensor:
 def draw_timesteps(
     flow: Flow,
     uniforms: Tensor,
-    time_distribution: str = "uniform",
-    logit_mean: float = 0.0,
-    logit_std: float = 1.0,
-    time_shift: float = 1.0,
+    time_distribution: str = _DEFAULTS.time_distribution,
+    logit_mean: float = _DEFAULTS.logit_mean,
+    logit_std: float = _DEFAULTS.logit_std,
+    time_shift: float = _DEFAULTS.time_shift,
     stratum: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """Map given uniforms (B,) in [0, 1) to times (B,) on the flow's training interval; pure.
