@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -13,6 +13,14 @@ from torch import Tensor
 from vit5gen.system.errors import UserError
 
 Grid = tuple[int, int]
+
+
+def patch_grid(what: str, size: Sequence[int], patch_size: int) -> Grid:
+    """Return how many patches an image or latent of ``size (H, W)`` has; raise `UserError` unless they fill it."""
+    height, width = size
+    if height % patch_size or width % patch_size or min(height, width) < 1:
+        raise UserError(f"{what}: {height}x{width} is not divisible by patch_size {patch_size}.")
+    return height // patch_size, width // patch_size
 
 
 class Segment(NamedTuple):

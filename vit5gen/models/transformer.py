@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vit5gen.models.backbone import BACKBONES, Backbone
 from vit5gen.models.layers import Float32Linear, check_positive, check_sizes, init_linears, make_norm, modulate
 from vit5gen.models.loading import align, check_fit
+from vit5gen.models.positions import patch_grid
 from vit5gen.system.cpu import fast_inference
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import clear_weights
@@ -124,7 +125,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
             num_layers,
             num_attention_heads,
             mlp_ratio,
-            self._grid(*to_2tuple(sample_size)),
+            patch_grid("latent size", to_2tuple(sample_size), patch_size),
         )
         if isinstance(plug, Backbone):
             self._no_split_modules = self._repeated_blocks = sorted({type(block).__name__ for block in plug.blocks})
@@ -174,11 +175,6 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
             nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.head.linear.weight)
 
-    def _grid(self, height: int, width: int) -> tuple[int, int]:
-        if height % self._patch or width % self._patch or min(height, width) < 1:
-            raise UserError(f"latent size: {height}x{width} is not divisible by patch_size {self._patch}.")
-        return height // self._patch, width // self._patch
-
     @fast_inference()
     def forward(
         self,
@@ -195,16 +191,16 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         Raises `UserError` for latents of another number of channels or of a size that `patch_size` does not divide,
         and for times or labels of another batch.
         """
-        _, channels, height, width = latents.shape
+        batch, channels, *size = latents.shape
         if channels != self._channels:
             raise UserError(f"latents: {channels} channels; this model takes in_channels={self._channels}.")
-        grid, p = self._grid(height, width), self._patch
+        p, grid = self._patch, patch_grid("latent size", size, self._patch)
         patches = rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
         dtype = self.patch_embed.weight.dtype
         tokens = self.patch_embed(patches.to(dtype)).to(dtype)  # under autocast too
         # One time for the whole batch is embedded once.
         times, labels = _one_or_one_a_sample(latents, timestep=timestep, class_labels=class_labels)
-        labels = labels.expand(latents.shape[0])
+        labels = labels.expand(batch)
         conditioning = (self.time_embed(times) + self.label_embed(labels)).to(dtype)
         hook: dict[str, Any] = {"taps": taps} if taps else {}
         if extra_tokens is not None:

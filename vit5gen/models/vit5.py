@@ -10,16 +10,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vit5gen.models.backbone import Backbone, register_backbone
-from vit5gen.models.layers import (
-    Attention,
-    Mlp,
-    SwiGLU,
-    check_heads,
-    check_positive,
-    init_linears,
-    make_norm,
-    modulate,
-)
+from vit5gen.models.layers import Attention, Mlp, SwiGLU, check_heads, check_positive, init_linears, make_norm, modulate
 from vit5gen.models.positions import Grid, Segment, resample_positions, rope_table, sincos_table
 from vit5gen.system.errors import UserError, choose
 
@@ -92,10 +83,8 @@ class ViT5Block(nn.Module):
         self.mlp = mlp(hidden_size, mlp_ratio)
         self.gated = layer_scale != "gamma_only"
         for name in ("gamma_1", "gamma_2"):
-            gamma = (
-                nn.Parameter(torch.full((hidden_size,), float(options.gamma_init))) if layer_scale != "none" else None
-            )
-            self.register_parameter(name, gamma)
+            gamma = torch.full((hidden_size,), float(options.gamma_init))
+            self.register_parameter(name, None if layer_scale == "none" else nn.Parameter(gamma))
         self.modulation = nn.Linear(hidden_size, (6 if self.gated else 4) * hidden_size) if modulated else None
         self.drop_path = DropPath(drop_path)
 
@@ -113,12 +102,7 @@ class ViT5Block(nn.Module):
             return x + self.drop_path(update if factor is None else factor * update)
         return x + update if factor is None else torch.addcmul(x, factor, update)
 
-    def forward(
-        self,
-        x: Tensor,
-        conditioning: Tensor | None = None,
-        rope: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, conditioning: Tensor | None = None, rope: Tensor | None = None) -> Tensor:
         (shift1, scale1, gate1), (shift2, scale2, gate2) = self._modulation(conditioning)
         x = self._residual(x, self.attn(modulate(self.norm1(x), shift1, scale1), rope), gate1, self.gamma_1)
         return self._residual(x, self.mlp(modulate(self.norm2(x), shift2, scale2)), gate2, self.gamma_2)
@@ -199,12 +183,9 @@ class ViT5Backbone(Backbone):
         """tokens (B, N, D), extra_tokens (B, M, D) -> (B, N, D); see `Backbone.run_blocks` for taps."""
         if self.pos_embed is not None:
             tokens = tokens + resample_positions(self.pos_embed, self.grid, grid)
-        parts = [tokens]
-        if extra_tokens is not None:
-            parts.append(extra_tokens.to(tokens.dtype))
-        num_kept = sum(part.shape[1] for part in parts)
-        if self.reg_token is not None:
-            parts.append(self.reg_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype))
+        num_kept = tokens.shape[1] + (0 if extra_tokens is None else extra_tokens.shape[1])
+        registers = None if self.reg_token is None else self.reg_token.expand(len(tokens), -1, -1)
+        parts = [part.to(tokens.dtype) for part in (tokens, extra_tokens, registers) if part is not None]
         x = torch.cat(parts, dim=1)
         return self.run_blocks(x, tokens.shape[1], num_kept, taps, conditioning, self._rope(grid, num_kept, x.device))
 
