@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from vit5gen.config import DataConfig
-from vit5gen.data.images import ImageSet, Source, missing_folder, need_folder, read_image, register_source
+from vit5gen.data.images import ImageSet, Source, read_image, register_source
 from vit5gen.data.pictures import content_digest, find_classes, folder_names, listing_digest
 from vit5gen.system.errors import UserError, listed
 
@@ -21,7 +21,7 @@ class FolderSource(Source):
 
     def open(self, split: str) -> ImageSet:
         data = self.data
-        root = _split_folder(need_folder(data, data.path), data, split)
+        root = _split_folder(self.need_folder(), data, split)
         found, instead = find_classes(root, data.rules)
         if not found:
             raise UserError(f"data.path {root}: no class folders; expected one folder of images for each class")
@@ -36,8 +36,7 @@ class FolderSource(Source):
         return ImageSet(names, labels, read, partial(digest, root, files), partial(_file_name, files), instead)
 
     def missing(self) -> dict[str, str]:
-        remedy = "a folder with one folder of images for each class, perhaps below train/ and val/"
-        return missing_folder(self.data.path, remedy)
+        return self.missing_folder("a folder with one folder of images for each class, perhaps below train/ and val/")
 
 
 def imagenet_names(wnids: list[str]) -> list[str]:
