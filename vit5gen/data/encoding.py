@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vit5gen.config import Config
@@ -51,20 +52,19 @@ def encode_dataset(images: ImageSet, vae: AutoencoderKL, folder: str | Path, con
     chunks = torch.arange(len(images)).split(SHARD_SIZE)
     mine = range(state.process_index, len(chunks), state.num_processes)
     records = _finished(folder, settings, mine)
-    ours = sum(len(chunks[k]) for k in mine if k not in records)
+    todo = [k for k in mine if k not in records]
+    ours = sum(len(chunks[k]) for k in todo)
     missing = sum(gather_objects(ours))  # every process has looked at the folder before any writes there
     if missing and state.is_main_process:
         _reserve(folder, missing, settings)
         if not _begun(folder):
             write_json(folder / MANIFEST, settings | {"shards": None})
     state.wait_for_everyone()
-    with tqdm(
-        desc="encode", unit="image", total=ours, disable=not (ours and state.is_main_process), delay=1
-    ) as progress:
-        for k in mine:
-            if k not in records:
-                tensors, broken = _encode_shard(images.select(chunks[k]), vae, config, progress)
-                records[k] = _write_shard(folder / _shard_name(k), tensors, broken)
+    silent = not (todo and state.is_main_process)
+    with tqdm(desc="encode", unit="image", total=ours, disable=silent, delay=1) as progress:
+        for k in todo:
+            tensors, broken = _encode_shard(images.select(chunks[k]), vae, config, progress)
+            records[k] = _write_shard(folder / _shard_name(k), tensors, broken)
     every = {k: record for part in gather_objects(records) for k, record in part.items()}
     shards = [every[k] for k in range(len(chunks))]
     if state.is_main_process:
@@ -124,13 +124,13 @@ def _finished(folder: Path, settings: dict[str, Any], numbers: range) -> dict[in
             f" choose another folder or remove this one"
         )
     records = (manifest.get("shards") or []) + [read_json(path, "record") for path in folder.glob("shard_*.json")]
-    by_file = {record.get("file"): record for record in records}
-    found = {k: by_file[_shard_name(k)] for k in numbers if _shard_name(k) in by_file}
-    return {
-        k: record
-        for k, record in found.items()
-        if (path := folder / record["file"]).is_file() and sha256(path) == record.get("sha256") and is_finite(path)
-    }
+    known = {record.get("file"): record for record in records}
+    return {k: known[name] for k in numbers if (name := _shard_name(k)) in known and _is_whole(folder, known[name])}
+
+
+def _is_whole(folder: Path, record: dict[str, Any]) -> bool:
+    path = folder / record["file"]
+    return path.is_file() and sha256(path) == record.get("sha256") and is_finite(path)
 
 
 def _begun(folder: Path) -> bool:
@@ -185,20 +185,15 @@ def shard_bytes(count: int, settings: dict[str, Any]) -> int:
     return count * (2 * (1 + settings["horizontal_flip"]) * prod(settings["latent_shape"]) * width + 8)
 
 
-class _Decoded(Dataset):
-    """Images with labels; a broken one becomes its error message, so that a worker can hand it over."""
-
-    def __init__(self, images: ImageSet) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | str:
+def _decode(images: ImageSet, indices: list[int]) -> tuple[dict[int, tuple[torch.Tensor, int]], list[str]]:
+    """Return those images with labels that decode, by index, and what is wrong with the others."""
+    good, broken = {}, []
+    for index in indices:
         try:
-            return self.images[index]
+            good[index] = images[index]
         except BrokenImage as error:
-            return str(error)
+            broken.append(str(error))
+    return good, broken
 
 
 def _encode_shard(
@@ -208,24 +203,23 @@ def _encode_shard(
     data, dtype = config.data, getattr(torch, config.data.shard_dtype)
     tensors: dict[str, list[torch.Tensor]] = {"mean": [], "std": [], "labels": []}
     broken: list[str] = []
-    loader = DataLoader(_Decoded(images), config.vae.batch_size, num_workers=data.num_workers, collate_fn=list)
-    for start, batch in zip(range(0, len(images), config.vae.batch_size), loader, strict=True):
-        good = [item for item in batch if not isinstance(item, str)]
-        broken += [item for item in batch if isinstance(item, str)]
+    indices: Any = range(len(images))  # which the workers turn into images, so that they can report broken ones
+    collate, size = partial(_decode, images), config.vae.batch_size
+    for good, bad in DataLoader(indices, size, num_workers=data.num_workers, collate_fn=collate):
+        broken += bad
         if broken and data.on_broken_image == "fail":
             raise BrokenImage(broken[0])
         if good:
-            pixels = torch.stack([image for image, _ in good]).to(vae.device)
+            pixels = torch.stack([image for image, _ in good.values()]).to(vae.device)
             views = [encode(vae, pixels)] + ([encode(vae, pixels.flip(-1))] if data.horizontal_flip else [])
             for name, values in zip(("mean", "std"), zip(*views, strict=True), strict=True):
                 exact = torch.stack(values, 1).to("cpu")
                 tensors[name].append(exact.to(dtype))
-                if not all_finite(tensors[name][-1]):
-                    numbers = [start + k for k, item in enumerate(batch) if not isinstance(item, str)]
-                    spoilt = next(k for k in range(len(good)) if not all_finite(tensors[name][-1][k]))
-                    raise UserError(f"{images.name(numbers[spoilt])}: {_why(exact[spoilt], dtype)}")
-            tensors["labels"].append(torch.tensor([label for _, label in good]))
-        progress.update(len(batch))
+                for index, latents, kept in zip(good, exact, tensors[name][-1], strict=True):
+                    if not all_finite(kept):
+                        raise UserError(f"{images.name(index)}: {_why(latents, dtype)}")
+            tensors["labels"].append(torch.tensor([label for _, label in good.values()]))
+        progress.update(len(good) + len(bad))
     if not tensors["labels"]:
         raise UserError(f"data: none of {len(broken)} images decodes; {broken[0]}")
     return {name: torch.cat(parts) for name, parts in tensors.items()}, broken

@@ -16,6 +16,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import Image
+from PIL.Image import Transpose as T
 
 from vit5gen.config import Exif, Rules
 from vit5gen.system.distributed import processes
@@ -39,15 +40,8 @@ _CLUTTER = {
 # What Pillow raises for a file that it cannot decode; RuntimeError for an AVIF.
 UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError)
 _LONGEST = 16  # times as long as wide: more of a strip no square crop shows
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# How an image turns whose EXIF orientation is 2, 3, ... 8.
+_TURNS = (T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE, T.ROTATE_270, T.TRANSVERSE, T.ROTATE_90)
 
 
 def find_images(folder: Path, left_out: Counter[str], rules: Rules = 2) -> list[Path]:
@@ -193,8 +187,7 @@ def to_rgb(image: Image.Image, exif: Exif = "apply", rules: Rules = 2) -> Image.
         pixels = pixels.convert("RGBA")
         pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels)
     pixels = pixels.convert("RGB")
-    turn = _turn(image) if exif == "apply" else None
-    return pixels if turn is None else pixels.transpose(turn)
+    return upright(image, pixels) if exif == "apply" else pixels
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
@@ -225,18 +218,15 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Return an image as its EXIF orientation says it is to be seen; of a TIFF Pillow has seen to it."""
-    turn = _turn(image)
-    return image if turn is None else image.transpose(turn)
-
-
-def _turn(image: Image.Image) -> Image.Transpose | None:
+def upright(image: Image.Image, pixels: Image.Image | None = None) -> Image.Image:
+    """Return an image, or ``pixels`` made of it, as its EXIF orientation says; of a TIFF Pillow has seen to it."""
+    pixels = image if pixels is None else pixels
     try:
         image.load()  # a TIFF is turned here, and a PNG may tell after its pixels
-        return _TURNS.get(image.getexif().get(0x0112, 1))
+        turn = dict(enumerate(_TURNS, start=2)).get(image.getexif().get(0x0112, 1))
     except Exception:  # damaged EXIF raises whatever its bytes lead to; the pixels are sound
-        return None
+        turn = None
+    return pixels if turn is None else pixels.transpose(turn)
 
 
 def cut_strip(image: Image.Image) -> Image.Image:
