@@ -243,12 +243,7 @@ def _write_shard(path: Path, tensors: dict[str, torch.Tensor], broken: list[str]
             save_file(tensors, temporary)
     except (OSError, SafetensorError) as error:
         raise UserError(f"shard {path} cannot be written ({error}); make room or choose another folder") from error
-    record = {
-        "file": path.name,
-        "images": len(tensors["labels"]),
-        "bytes": path.stat().st_size,
-        "sha256": sha256(path),
-        "broken": broken,
-    }
+    count, size = len(tensors["labels"]), path.stat().st_size
+    record = {"file": path.name, "images": count, "bytes": size, "sha256": sha256(path), "broken": broken}
     write_json(path.with_suffix(".json"), record)
     return record

@@ -74,17 +74,10 @@ def check_fit(what: str, missing: list[str], unexpected: list[str], misshapen: l
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load `state`; raise `UserError` unless every key and shape fits and every value is finite."""
     own = model.state_dict()
-    check_fit(
-        type(model).__name__,
-        missing=[key for key in own if key not in state],
-        unexpected=[key for key in state if key not in own],
-        misshapen=[
-            f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}"
-            for key, value in own.items()
-            if key in state and state[key].shape != value.shape
-        ],
-        total=len(own),
-    )
+    missing, unexpected = [key for key in own if key not in state], [key for key in state if key not in own]
+    shapes = {key: (tuple(state[key].shape), tuple(own[key].shape)) for key in own if key in state}
+    misshapen = [f"{key} {found} for {wanted}" for key, (found, wanted) in shapes.items() if found != wanted]
+    check_fit(type(model).__name__, missing, unexpected, misshapen, len(own))
     check_finite("checkpoint", state)
     model.load_state_dict(dict(state))
 

@@ -98,9 +98,7 @@ def sincos_table(hidden_size: int, grid: Grid) -> Tensor:
         raise UserError(f"hidden_size: {hidden_size} is not a multiple of 4, which absolute positions need.")
     omega = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
     rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * omega for n in grid)
-    halves = [
-        torch.cat([angles.sin(), angles.cos()], dim=-1).expand(*grid, -1) for angles in (columns[None], rows[:, None])
-    ]
+    halves = [torch.cat([a.sin(), a.cos()], dim=-1).expand(*grid, -1) for a in (columns[None], rows[:, None])]
     return torch.cat(halves, dim=-1).flatten(0, 1)[None].float()
 
 

@@ -22,12 +22,8 @@ from vit5gen.system.cpu import fast_inference
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import clear_weights
 
-SIZES = {  # name: hidden_size, num_layers, num_attention_heads
-    "S": (384, 12, 6),
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "XL": (1152, 28, 16),
-}
+# name: hidden_size, num_layers, num_attention_heads
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 CLASS_DROPOUT_PROB = 0.1
 PRESETS = {
     f"{size}/{patch}": {"hidden_size": d, "num_layers": n, "num_attention_heads": h, "patch_size": patch}
@@ -116,17 +112,13 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         self.time_embed = TimeEmbedding(hidden_size)
         self.label_embed = nn.Embedding(num_classes + self.has_null_label, hidden_size)
         self.head = Head(hidden_size, patch_size**2 * in_channels * (2 if learn_sigma else 1))
-        self._init_weights()
-        self.backbone = plug = BACKBONES.build(
-            backbone,
-            backbone_kwargs or {},
-            "backbone_kwargs",
-            hidden_size,
-            num_layers,
-            num_attention_heads,
-            mlp_ratio,
-            patch_grid("latent size", to_2tuple(sample_size), patch_size),
-        )
+        init_linears(self)
+        for layer in (self.time_embed.fc1, self.time_embed.fc2, self.label_embed):
+            nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.head.linear.weight)
+        grid = patch_grid("latent size", to_2tuple(sample_size), patch_size)
+        sizes = (hidden_size, num_layers, num_attention_heads, mlp_ratio, grid)
+        self.backbone = plug = BACKBONES.build(backbone, backbone_kwargs or {}, "backbone_kwargs", *sizes)
         if isinstance(plug, Backbone):
             self._no_split_modules = self._repeated_blocks = sorted({type(block).__name__ for block in plug.blocks})
 
@@ -168,12 +160,6 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay must spare: those that the backbone names (positions, registers)."""
         return {f"backbone.{name}" for name in getattr(self.backbone, "no_weight_decay", set)()}
-
-    def _init_weights(self) -> None:
-        init_linears(self)
-        for layer in (self.time_embed.fc1, self.time_embed.fc2, self.label_embed):
-            nn.init.normal_(layer.weight, std=0.02)
-        nn.init.zeros_(self.head.linear.weight)
 
     @fast_inference()
     def forward(
