@@ -119,10 +119,8 @@ def _finished(folder: Path, settings: dict[str, Any], numbers: range) -> dict[in
             if found is not None:  # a broken image was repaired, say
                 processes().print(f"note: {folder}: images have changed since its shards were begun; whole ones stay")
             continue
-        raise UserError(
-            f"output {folder}: holds latents made with {key} {short(found)}, not {short(value)};"
-            f" choose another folder or remove this one"
-        )
+        made = f"holds latents made with {key} {short(found)}, not {short(value)}"
+        raise UserError(f"output {folder}: {made}; choose another folder or remove this one")
     records = (manifest.get("shards") or []) + [read_json(path, "record") for path in folder.glob("shard_*.json")]
     known = {record.get("file"): record for record in records}
     return {k: known[name] for k in numbers if (name := _shard_name(k)) in known and _is_whole(folder, known[name])}
@@ -144,10 +142,8 @@ def _finish(folder: Path, settings: dict[str, Any], shards: list[dict[str, Any]]
     counts = torch.bincount(labels, minlength=len(settings["id2label"])).tolist()
     if settings.get("rules", 1) > 1 and 0 in counts:
         name = settings["id2label"][str(counts.index(0))]
-        raise UserError(
-            f"output {folder}: all images of class {name!r} are broken; replace them, or leave it out of data.classes, "
-            "and encode into a new folder"
-        )
+        advice = "replace them, or leave it out of data.classes, and encode into a new folder"
+        raise UserError(f"output {folder}: all images of class {name!r} are broken; {advice}")
     there = read_json(folder / MANIFEST, "latents")
     # Of which images the shards of an earlier version were made, and how they were read, is not known.
     unknown = {"images_sha256", *READ_BEFORE} - there.keys()
@@ -166,16 +162,16 @@ def _shard_name(number: int) -> str:
 
 def _reserve(folder: Path, count: int, settings: dict[str, Any]) -> None:
     """Print how much the shards of ``count`` images will take; raise `UserError` unless the disk has as much."""
-    needed = shard_bytes(count, settings)
+    needed = shard_bytes(count, settings) / 1e9
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output {folder}: {error.strerror}; choose a folder that can be written") from error
-    free = shutil.disk_usage(folder).free
-    print(f"encode: {count} images -> {needed / 1e9:.3f} GB in {folder} ({free / 1e9:.1f} GB free)")
+    free = shutil.disk_usage(folder).free / 1e9
+    print(f"encode: {count} images -> {needed:.3f} GB in {folder} ({free:.1f} GB free)")
     if needed > free:
         raise UserError(
-            f"output {folder}: needs {needed / 1e9:.3f} GB, the disk has {free / 1e9:.3f} GB; free some or go elsewhere"
+            f"output {folder}: needs {needed:.3f} GB, the disk has {free:.3f} GB; free some or go elsewhere"
         )
 
 
@@ -229,11 +225,8 @@ def _why(latents: torch.Tensor, dtype: torch.dtype) -> str:
     """Return why latents (F, C, h, w) are not finite in ``dtype``, and what to do."""
     if not all_finite(latents):
         return "the autoencoder makes latents of it that are not finite; check vae.name and its weights"
-    name, most = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
-    return (
-        f"a latent of {latents.abs().max():.4g} overflows {name}, which ends at {most:g}; "
-        "set data.shard_dtype to bfloat16 or float32"
-    )
+    limit = f"{str(dtype).removeprefix('torch.')}, which ends at {torch.finfo(dtype).max:g}"
+    return f"a latent of {latents.abs().max():.4g} overflows {limit}; set data.shard_dtype to bfloat16 or float32"
 
 
 def _write_shard(path: Path, tensors: dict[str, torch.Tensor], broken: list[str]) -> dict[str, Any]:

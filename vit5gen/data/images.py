@@ -105,9 +105,8 @@ def decoding(name: str) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        raise BrokenImage(
-            f"{name} does not decode ({error}); replace or remove it, or set data.on_broken_image to skip"
-        ) from error
+        advice = "replace or remove it, or set data.on_broken_image to skip"
+        raise BrokenImage(f"{name} does not decode ({error}); {advice}") from error
 
 
 def read_image(file: str | Path | IO[bytes], data: DataConfig, name: str) -> torch.Tensor:
@@ -142,10 +141,8 @@ def open_training_images(data: DataConfig) -> ImageSet:
     """Open the images that a run trains on; raise `UserError` when their classes are not `data.num_classes`."""
     images = open_images(data)
     if (found := len(images.class_names)) != data.num_classes:
-        raise UserError(
-            f"data.num_classes = {data.num_classes}: the data have {found} classes ({listed(images.class_names)}); "
-            "set that"
-        )
+        classes = f"{found} classes ({listed(images.class_names)})"
+        raise UserError(f"data.num_classes = {data.num_classes}: the data have {classes}; set that")
     return images
 
 
@@ -161,10 +158,9 @@ def check_classes(
     empty = [name for name, count in zip(images.class_names, counts, strict=False) if not count and name in looked_at]
     if empty and data.rules > 1:
         others = f"; nor {'do' if len(empty) > 2 else 'does'} {listed(map(repr, empty[1:]))}" if empty[1:] else ""
-        raise UserError(
-            f"data.path {data.path}: class {empty[0]!r} holds no images ({images.instead.get(empty[0], why)}){others}; "
-            "add images, remove the class, or list the others in data.classes"
-        )
+        found = f"class {empty[0]!r} holds no images ({images.instead.get(empty[0], why)}){others}"
+        advice = "add images, remove the class, or list the others in data.classes"
+        raise UserError(f"data.path {data.path}: {found}; {advice}")
 
 
 def open_held_out(data: DataConfig, split: str, class_names: list[str]) -> ImageSet:
@@ -174,10 +170,8 @@ def open_held_out(data: DataConfig, split: str, class_names: list[str]) -> Image
     """
     images = open_images(data, split)
     if unknown := [name for name in images.class_names if name not in class_names]:
-        raise UserError(
-            f"data: split {split!r} has classes that split {data.split!r} lacks, such as {unknown[0]!r}; "
-            "expected the same ones: rename or remove them, or set data.classes"
-        )
+        found = f"split {split!r} has classes that split {data.split!r} lacks, such as {unknown[0]!r}"
+        raise UserError(f"data: {found}; expected the same ones: rename or remove them, or set data.classes")
     return _keep_classes(images, class_names)
 
 

@@ -80,9 +80,8 @@ class LatentDataset:
             self._ends = list(accumulate(check_whole("images =", shard["images"], 0) for shard in shards or []))
             sizes = {self.folder / shard["file"]: shard["bytes"] for shard in shards or []}
         except (KeyError, TypeError, AttributeError, UserError) as error:
-            raise UserError(
-                f"latents {self.folder}: {MANIFEST} is not one of latents ({error!r}); encode again"
-            ) from error
+            fault = f"{MANIFEST} is not one of latents ({error!r})"
+            raise UserError(f"latents {self.folder}: {fault}; encode again") from error
         if shards is None:
             raise UserError(f"latents {self.folder}: encoding was interrupted; run the same `vit5gen encode` to end it")
         for path, size in sizes.items():
@@ -127,20 +126,16 @@ class LatentDataset:
             with safe_open(path, framework="pt") as file:
                 found = [file.get_slice(name).get_shape() for name in ("mean", "std", "labels")]
             if found != [expected, expected, expected[:1]]:
-                raise UserError(
-                    f"latents: {path} has means, deviations, labels of shapes {found}, its manifest says {expected}; "
-                    "encode again"
-                )
+                shapes = f"shapes {found}, its manifest says {expected}"
+                raise UserError(f"latents: {path} has means, deviations, labels of {shapes}; encode again")
             if not is_finite(path):
                 raise UserError(f"latents: {path} has values that are not finite; encode again, which names the image")
             self._check_labels(read_labels(path))
 
     def _check_labels(self, labels: torch.Tensor) -> None:
-        if not 0 <= int(labels.min()) <= int(labels.max()) < len(self.class_names):
-            raise UserError(
-                f"latents {self.folder}: labels from {labels.min()} to {labels.max()}, expected 0 to"
-                f" {len(self.class_names) - 1}; encode again"
-            )
+        least, most, last = int(labels.min()), int(labels.max()), len(self.class_names) - 1
+        if not 0 <= least <= most <= last:
+            raise UserError(f"latents {self.folder}: labels from {least} to {most}, expected 0 to {last}; encode again")
 
     def check(self, config: Config, vae: AutoencoderKL) -> None:
         """Raise `UserError` naming both values unless a run of this configuration can train on these latents."""
@@ -160,22 +155,16 @@ class LatentDataset:
         if self.manifest.get("horizontal_flip") not in ([True] if config.data.horizontal_flip else [True, False]):
             self._refuse("horizontal_flip", False, True)
         if images is not None and len(images) != (count := self.manifest.get("images")):
-            processes().print(
-                f"note: latents {self.folder} are of {count} images, but the data have {len(images)}: the distances "
-                "compare with these"
-            )
+            found = f"latents {self.folder} are of {count} images, but the data have {len(images)}"
+            processes().print(f"note: {found}: the distances compare with these")
         for key, value in _reading(config).items():
             if (found := self.manifest.get(key, READ_BEFORE[key])) != value:
-                processes().print(
-                    f"note: latents {self.folder} were made with data.{key} {found}, the run has {value}: so it reads "
-                    "the images that it compares with"
-                )
+                made = f"latents {self.folder} were made with data.{key} {found}, the run has {value}"
+                processes().print(f"note: {made}: so it reads the images that it compares with")
 
     def _refuse(self, key: str, found: Any, wanted: Any, more: str = "") -> None:
-        raise UserError(
-            f"latents {self.folder}: made with {key} {short(found)}, the run has {short(wanted)}{more};"
-            f" encode again or change the configuration"
-        )
+        made = f"made with {key} {short(found)}, the run has {short(wanted)}{more}"
+        raise UserError(f"latents {self.folder}: {made}; encode again or change the configuration")
 
     def _shard(self, number: int) -> Any:
         if number not in self._open:

@@ -8,7 +8,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from hashlib import sha256
@@ -154,7 +154,10 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 def listing_digest(root: Path, files: Sequence[Path]) -> str:
     """Return the SHA-256 of the names below ``root`` and the sizes of files."""
-    lines = (f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n" for file in files)
+    return _digest(f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n" for file in files)
+
+
+def _digest(lines: Iterable[str]) -> str:
     return sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
@@ -164,14 +167,13 @@ def content_digest(root: Path, files: Sequence[Path]) -> str:
     It is remembered in the cache for as long as names, sizes and times of change stay: they take a moment to look at.
     """
     looked_at = [file.stat() for file in files]
-    times = "".join(f"{status.st_mtime_ns} {status.st_ctime_ns}\n" for status in looked_at)
-    key = sha256(f"{root.resolve()}\n{listing_digest(root, files)}\n{times}".encode(errors="surrogateescape"))
-    known = cache_folder() / f"contents-{key.hexdigest()}.txt"
+    times = [f"{status.st_mtime_ns} {status.st_ctime_ns}\n" for status in looked_at]
+    key = _digest([f"{root.resolve()}\n{listing_digest(root, files)}\n", *times])
+    known = cache_folder() / f"contents-{key}.txt"
     with suppress(OSError, ValueError):  # absent or damaged
         if re.fullmatch("[0-9a-f]{64}", found := known.read_text(encoding="ascii")):
             return found
-    lines = (f"{file.relative_to(root).as_posix()} {hash_file(file)}\n" for file in files)
-    digest = sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+    digest = _digest(f"{file.relative_to(root).as_posix()} {hash_file(file)}\n" for file in files)
     with suppress(OSError):
         write_text(known, digest)
     return digest
@@ -206,10 +208,8 @@ def eight_bits(image: Image.Image) -> Image.Image:
     else:
         top = 2.0 ** tags.get(258, (16,))[0] - 1  # BitsPerSample may be 12
     if not (top and values.min() >= 0 and values.max() <= top):  # nor NaN
-        raise ValueError(
-            f"mode {image.mode} with values from {values.min():g} to {values.max():g}; "
-            "expected 8 or 16 bits, or floats from 0 to 1"
-        )
+        found = f"mode {image.mode} with values from {values.min():g} to {values.max():g}"
+        raise ValueError(f"{found}; expected 8 or 16 bits, or floats from 0 to 1")
     grey = np.rint(values * (255 / top)).astype(np.uint8)
     if tags.get(262) == 0:  # of a TIFF in which 0 is white, which Pillow minds for 8 bits only
         grey = 255 - grey

@@ -207,16 +207,11 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, size: str, pretrained: bool, kwargs: dict[str, Any]) -> ViT5:
-    sizes = dict(zip(("embed_dim", "depth", "num_heads"), SIZES[size], strict=True))
+    options = dict(zip(("embed_dim", "depth", "num_heads"), SIZES[size], strict=True)) | kwargs
     features = {"out_indices": 3, "feature_cls": "getter"}
     with torch.serialization.safe_globals([argparse.Namespace]):  # the published files carry their arguments
         return build_model_with_cfg(
-            ViT5,
-            variant,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=features,
-            **(sizes | kwargs),
+            ViT5, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=features, **options
         )
 
 

@@ -29,9 +29,8 @@ def read_checkpoint(source: Source) -> dict[str, Tensor]:
     if not isinstance(found, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
     ):
-        raise UserError(
-            "checkpoint: holds no state dict; expected tensors by name, or such under ema, model_ema, model."
-        )
+        wanted = "tensors by name, or such under ema, model_ema, model"
+        raise UserError(f"checkpoint: holds no state dict; expected {wanted}.")
     return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in found.items()}
 
 
@@ -86,10 +85,9 @@ def check_finite(what: str, state: Mapping[str, Tensor]) -> None:
     """Raise `UserError` with the first tensor that holds NaN or an infinity: every image would be the same nothing."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.is_meta and not (finite := torch.isfinite(tensor)).all():
-            raise UserError(
-                f"{what}: {int((~finite).sum())} of the {tensor.numel()} values of {name} are not finite: the training"
-                " diverged or the file is damaged; take an earlier checkpoint, or get the file again"
-            )
+            found = f"{int((~finite).sum())} of the {tensor.numel()} values of {name} are not finite"
+            advice = "take an earlier checkpoint, or get the file again"
+            raise UserError(f"{what}: {found}: the training diverged or the file is damaged; {advice}")
 
 
 def align(module: nn.Module) -> None:

@@ -41,9 +41,8 @@ def _ratio(rows: int, width: int) -> float:
 
 def _side(count: int, name: str) -> int:
     if math.isqrt(count) ** 2 != count:
-        raise UserError(
-            f"checkpoint: its {count} positions are no square; load it in Python, with {name}=(height, width)."
-        )
+        advice = f"load it in Python, with {name}=(height, width)"
+        raise UserError(f"checkpoint: its {count} positions are no square; {advice}.")
     return math.isqrt(count)
 
 
@@ -59,10 +58,8 @@ def load_sit(source: Source, num_attention_heads: int | None = None, **overrides
     if num_attention_heads is None:
         num_attention_heads = {width: heads for width, _, heads in SIZES.values()}.get(hidden_size)
     if num_attention_heads is None:
-        raise UserError(
-            f"num_attention_heads: no shape tells it and no preset has hidden_size {hidden_size}; "
-            "give num_attention_heads."
-        )
+        fault = f"no shape tells it and no preset has hidden_size {hidden_size}"
+        raise UserError(f"num_attention_heads: {fault}; give num_attention_heads.")
     rows = _shape(state, "y_embedder.embedding_table.weight", "SiT")[0]
     outputs = _shape(state, "final_layer.linear.weight", "SiT")[0]
     positions = _shape(state, "pos_embed", "SiT")[1]

@@ -36,10 +36,8 @@ def load_autoencoder(name: str) -> AutoencoderKL:
             raise ValueError(f"it lacks {len(missing)} weights of an AutoencoderKL")
     except Exception as error:  # file, hub and http errors are those of many libraries
         detail = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"vae.name {name!r}: no autoencoder can be loaded ({detail}); expected 'emoji', the folder of one"
-            f" (config.json, safetensors), or a hub name and a network"
-        ) from error
+        wanted = "'emoji', the folder of one (config.json, safetensors), or a hub name and a network"
+        raise UserError(f"vae.name {name!r}: no autoencoder can be loaded ({detail}); expected {wanted}") from error
     vae.register_to_config(_name_or_path=name)  # as it was asked for: pipelines tell it, not this machine's folder
     scaling(vae)  # raises where it is none that `encode` and `decode` know
     return vae.float().eval().requires_grad_(False)
@@ -99,16 +97,13 @@ def scaling(vae: AutoencoderKL) -> tuple[float, float]:
     scale, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
     others = [key for key in ("latents_mean", "latents_std") if config.get(key) is not None]
     if "shift_factor" not in config or others:
-        found = " and ".join(others) or "no shift_factor"
-        fault = f"its configuration has {found}"
+        fault = f"its configuration has {' and '.join(others) or 'no shift_factor'}"
     elif not isinstance(scale, Real) or not (scale and math.isfinite(scale) and math.isfinite(shift)):
         fault = f"scaling_factor = {scale!r}, shift_factor = {shift!r}"
     else:
         return float(scale), float(shift)
-    raise UserError(
-        f"autoencoder {name!r}: {fault}; expected an AutoencoderKL whose latents are scaled by finite numbers,"
-        " scaling_factor (not 0) and shift_factor, alone: choose another one"
-    )
+    wanted = "latents are scaled by finite numbers, scaling_factor (not 0) and shift_factor, alone"
+    raise UserError(f"autoencoder {name!r}: {fault}; expected an AutoencoderKL whose {wanted}: choose another one")
 
 
 class _Widening(TorchFunctionMode):

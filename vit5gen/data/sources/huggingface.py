@@ -22,9 +22,8 @@ class HuggingFaceSource(Source):
         try:
             import datasets
         except ImportError as error:
-            raise UserError(
-                "data.source 'huggingface' needs the package datasets; run: pip install datasets"
-            ) from error
+            advice = "run: pip install datasets"
+            raise UserError(f"data.source 'huggingface' needs the package datasets; {advice}") from error
         if data.path is None:
             raise UserError("data.path: needs the name of a Hugging Face data set or a folder saved by datasets")
         try:
@@ -33,9 +32,8 @@ class HuggingFaceSource(Source):
         except Exception as error:  # the library raises its own, requests' and pyarrow's errors
             empty = isinstance(error, IndexError)  # of the list of its files
             detail = "it holds no images" if empty else " ".join(str(error).split())
-            raise UserError(
-                f"data.path {data.path}: no data set can be opened: {detail}; check name and network"
-            ) from error
+            fault = f"no data set can be opened: {detail}"
+            raise UserError(f"data.path {data.path}: {fault}; check name and network") from error
         if isinstance(table, datasets.DatasetDict):
             table = table[choose(f"data.split of {data.path}", split, table)]
         elif saved and split != data.split:
@@ -44,9 +42,8 @@ class HuggingFaceSource(Source):
         label = _column(data, "label_column", table.features, datasets.ClassLabel, "class labels")
         names, values = table.features[label].names, table[label][:]
         if not all(value is not None and 0 <= value < len(names) for value in values):
-            raise UserError(
-                f"data.path {data.path}: split {split!r} has images without a label; choose another data.split"
-            )
+            found = f"split {split!r} has images without a label"
+            raise UserError(f"data.path {data.path}: {found}; choose another data.split")
         pictures = _undecoded(table, image, data)
         read = partial(_read_row, pictures, image, data)
         kinds = [type(feature) for feature in table.features.values()]
