@@ -142,18 +142,15 @@ class LatentDataset:
         check_autoencoder(config, vae)
         wanted = _latent_settings(vae, config)
         for key in _FIXED_BY_VAE:
-            if self.manifest.get(key) != wanted[key]:
-                names = f" ({self.manifest.get('vae')} there, {wanted['vae']} here)" if key == "vae_sha256" else ""
-                self._refuse(key, self.manifest.get(key), wanted[key], names)
-        if len(self.class_names) != config.data.num_classes:
-            names = f" (there: {listed(self.class_names)})"
-            self._refuse("num_classes", len(self.class_names), config.data.num_classes, names)
+            names = f" ({self.manifest.get('vae')} there, {wanted['vae']} here)" if key == "vae_sha256" else ""
+            self._compare(key, self.manifest.get(key), wanted[key], names)
+        names = f" (there: {listed(self.class_names)})"
+        self._compare("num_classes", len(self.class_names), config.data.num_classes, names)
         images, _ = images_beside(config.data)
         classes = config.data.classes or (self.class_names if images is None else images.class_names)
-        if self.class_names != classes:
-            self._refuse("classes", self.class_names, classes)
+        self._compare("classes", self.class_names, classes)
         if self.manifest.get("horizontal_flip") not in ([True] if config.data.horizontal_flip else [True, False]):
-            self._refuse("horizontal_flip", False, True)
+            self._compare("horizontal_flip", False, True)
         if images is not None and len(images) != (count := self.manifest.get("images")):
             found = f"latents {self.folder} are of {count} images, but the data have {len(images)}"
             processes().print(f"note: {found}: the distances compare with these")
@@ -162,9 +159,10 @@ class LatentDataset:
                 made = f"latents {self.folder} were made with data.{key} {found}, the run has {value}"
                 processes().print(f"note: {made}: so it reads the images that it compares with")
 
-    def _refuse(self, key: str, found: Any, wanted: Any, more: str = "") -> None:
-        made = f"made with {key} {short(found)}, the run has {short(wanted)}{more}"
-        raise UserError(f"latents {self.folder}: {made}; encode again or change the configuration")
+    def _compare(self, key: str, found: Any, wanted: Any, more: str = "") -> None:
+        if found != wanted:
+            made = f"made with {key} {short(found)}, the run has {short(wanted)}{more}"
+            raise UserError(f"latents {self.folder}: {made}; encode again or change the configuration")
 
     def _shard(self, number: int) -> Any:
         if number not in self._open:

@@ -173,9 +173,9 @@ class ViT5(Backbone):
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: ViT5) -> dict[str, Tensor]:
     """Published state dict -> ours: unwrap it, drop the RoPE buffers, resample square positions to the model's grid."""
     state = {k: v for k, v in read_checkpoint(state_dict).items() if not k.endswith((".rope.freqs", ".rope_reg.freqs"))}
-    positions = state.get("pos_embed")
-    side = 0 if positions is None else math.isqrt(positions.shape[1])
-    if positions is not None and positions.shape[1] == side**2 != model.pos_embed.shape[1]:
+    positions = state.get("pos_embed", model.pos_embed)
+    side = math.isqrt(positions.shape[1])
+    if positions.shape[1] == side**2 != model.pos_embed.shape[1]:
         state["pos_embed"] = resample_positions(positions, (side, side), model.grid)
     return state
 

@@ -22,16 +22,13 @@ def read_checkpoint(source: Source) -> dict[str, Tensor]:
     Raises `UserError` for a file that is absent, unreadable or unsafe.
     """
     found: Any = source if isinstance(source, Mapping) else _read_file(Path(source))
-    for key in ("ema", "model_ema", "model", "state_dict"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-            break
-    if not isinstance(found, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
-    ):
+    found = found if isinstance(found, Mapping) else {None: found}  # a name that is none is refused below
+    wrappers = ("ema", "model_ema", "model", "state_dict")
+    state = next((found[key] for key in wrappers if isinstance(found.get(key), Mapping)), found)
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         wanted = "tensors by name, or such under ema, model_ema, model"
         raise UserError(f"checkpoint: holds no state dict; expected {wanted}.")
-    return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in found.items()}
+    return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in state.items()}
 
 
 def _read_file(path: Path) -> Any:

@@ -189,8 +189,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         labels = labels.expand(batch)
         conditioning = (self.time_embed(times) + self.label_embed(labels)).to(dtype)
         hook: dict[str, Any] = {"taps": taps} if taps else {}
-        if extra_tokens is not None:
-            hook["extra_tokens"] = extra_tokens
+        hook |= {} if extra_tokens is None else {"extra_tokens": extra_tokens}
         out = self.backbone(tokens, conditioning, grid, **hook)
         x, hidden = out if taps else (out, {})
         x = rearrange(self.head(x, conditioning), "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], p=p, q=p)
@@ -202,7 +201,6 @@ def _one_or_one_a_sample(latents: Tensor, **values: float | Tensor) -> Iterator[
     """Yield every value as a tensor (1,) or (B,) beside the latents."""
     for name, value in values.items():
         tensor = torch.as_tensor(value, device=latents.device)
-        if tensor.shape not in ((), (1,), latents.shape[:1]):
-            wanted = f"a number or shape ({latents.shape[0]},), one a sample"
-            raise UserError(f"{name}: shape {tuple(tensor.shape)}; expected {wanted}.")
+        if (shape := tuple(tensor.shape)) not in ((), (1,), latents.shape[:1]):
+            raise UserError(f"{name}: shape {shape}; expected a number or shape ({len(latents)},), one a sample.")
         yield tensor.reshape(-1)

@@ -50,10 +50,6 @@ def check_registers(count: int) -> None:
         raise UserError(f"num_registers: {count} is not a square; expected 0, 1, 4, 9, 16, ...")
 
 
-def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a * b
-
-
 class ViT5Block(nn.Module):
     """``x + g1 * attn(norm(x))``, then ``x + g2 * mlp(norm(x))``: the one block of classifier and generator.
 
@@ -97,7 +93,7 @@ class ViT5Block(nn.Module):
         return [list(half.chunk(3, -1)) if self.gated else [*half.chunk(2, -1), None] for half in halves]
 
     def _residual(self, x: Tensor, update: Tensor, gate: Tensor | None, gamma: Tensor | None) -> Tensor:
-        factor = _product(gate, gamma)
+        factor = gamma if gate is None else gate if gamma is None else gate * gamma
         if self.training and self.drop_path.drop_prob:
             return x + self.drop_path(update if factor is None else factor * update)
         return x + update if factor is None else torch.addcmul(x, factor, update)

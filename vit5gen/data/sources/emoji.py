@@ -90,9 +90,7 @@ def _draw(resolution: int) -> dict[str, torch.Tensor]:
         if suffix != "svg" or group not in CLASSES:
             continue
         svg = file.read_text(encoding="utf-8")
-        png = svg_to_bytes(
-            svg_string=svg, width=resolution, height=resolution, background="white", skip_system_fonts=True
-        )
+        png = svg_to_bytes(svg, width=resolution, height=resolution, background="white", skip_system_fonts=True)
         images.append(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).transpose(2, 0, 1))
         labels.append(CLASSES.index(group))
         families.append("-".join(_PERSONS.get(part, part) for part in _parts(code) if part not in _JOINERS))
