@@ -25,7 +25,7 @@ from vit5gen.data.latents import (
     READ_BEFORE,
     LatentDataset,
     all_finite,
-    is_finite,
+    find_damage,
     open_for,
     read_labels,
     settings_of,
@@ -123,12 +123,8 @@ def _finished(folder: Path, settings: dict[str, Any], numbers: range) -> dict[in
         raise UserError(f"output {folder}: {made}; choose another folder or remove this one")
     records = (manifest.get("shards") or []) + [read_json(path, "record") for path in folder.glob("shard_*.json")]
     known = {record.get("file"): record for record in records}
-    return {k: known[name] for k in numbers if (name := _shard_name(k)) in known and _is_whole(folder, known[name])}
-
-
-def _is_whole(folder: Path, record: dict[str, Any]) -> bool:
-    path = folder / record["file"]
-    return path.is_file() and sha256(path) == record.get("sha256") and is_finite(path)
+    found = {k: known[name] for k in numbers if (name := _shard_name(k)) in known}
+    return {k: one for k, one in found.items() if not find_damage(folder / one["file"], one.get("sha256"))}
 
 
 def _begun(folder: Path) -> bool:

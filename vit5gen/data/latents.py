@@ -121,15 +121,13 @@ class LatentDataset:
         rank, world = rank_and_world()
         for shard in self.manifest["shards"][rank::world]:
             path, expected = self.folder / shard["file"], [shard["images"], *views]
-            if sha256(path) != shard["sha256"]:
-                raise UserError(f"latents: {path} does not match its checksum; encode again to fix it")
+            if damage := find_damage(path, shard["sha256"]):
+                raise UserError(f"latents: {path} {damage}")
             with safe_open(path, framework="pt") as file:
                 found = [file.get_slice(name).get_shape() for name in ("mean", "std", "labels")]
             if found != [expected, expected, expected[:1]]:
                 shapes = f"shapes {found}, its manifest says {expected}"
                 raise UserError(f"latents: {path} has means, deviations, labels of {shapes}; encode again")
-            if not is_finite(path):
-                raise UserError(f"latents: {path} has values that are not finite; encode again, which names the image")
             self._check_labels(read_labels(path))
 
     def _check_labels(self, labels: torch.Tensor) -> None:
@@ -220,6 +218,10 @@ def all_finite(values: torch.Tensor) -> bool:
     return all(bool(bound.isfinite()) for bound in values.aminmax())  # NaN is both bounds
 
 
-def is_finite(path: Path) -> bool:
+def find_damage(path: Path, checksum: str | None) -> str:
+    """Return what is wrong with the bytes or numbers of a shard, and what to do; nothing if it is sound."""
+    if not path.is_file() or sha256(path) != checksum:
+        return "does not match its checksum; encode again to fix it"
     with safe_open(path, framework="pt") as shard:
-        return all(all_finite(shard.get_tensor(name)) for name in ("mean", "std"))
+        finite = all(all_finite(shard.get_tensor(name)) for name in ("mean", "std"))
+    return "" if finite else "has values that are not finite; encode again, which names the image"

@@ -55,16 +55,14 @@ class ViT5(Backbone):
         self.num_classes, self.global_pool = num_classes, choose("global_pool", global_pool, ("token", "avg", ""))
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens, self.num_reg_tokens, self.head_dim = 1, num_registers, embed_dim // num_heads
-        self.feature_info = [
-            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)
-        ]
+        info = {"num_chs": embed_dim, "reduction": patch_size}
+        self.feature_info = [{"module": f"blocks.{i}", **info} for i in range(depth)]
         self.patch_embed = PatchEmbed(to_2tuple(img_size), patch_size, in_chans, embed_dim, strict_img_size=False)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), embed_dim))
         self.reg_token = nn.Parameter(torch.empty(1, num_registers, embed_dim)) if num_registers else None
-        self.blocks = nn.ModuleList(
-            ViT5Block(embed_dim, num_heads, mlp_ratio, drop_path=drop_path_rate) for _ in range(depth)
-        )
+        sizes = (embed_dim, num_heads, mlp_ratio)
+        self.blocks = nn.ModuleList(ViT5Block(*sizes, drop_path=drop_path_rate) for _ in range(depth))
         self.norm = make_norm("rms", embed_dim)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()

@@ -14,8 +14,6 @@ from vit5gen.models.layers import Attention, Mlp, SwiGLU, check_heads, check_pos
 from vit5gen.models.positions import Grid, Segment, resample_positions, rope_table, sincos_table
 from vit5gen.system.errors import UserError, choose
 
-LAYER_SCALES = ("gate_times_gamma", "none", "gamma_only")
-
 ROPE_THETA, REGISTER_THETA = 10000.0, 100.0
 
 _PLAIN = {"norm": "layer", "qk_norm": False, "qkv_bias": True}  # what ViT-5 changes of the vision transformer's block
@@ -72,7 +70,7 @@ class ViT5Block(nn.Module):
     ) -> None:
         super().__init__()
         mlp = {"gelu": Mlp, "swiglu": SwiGLU}[choose("activation", options.activation, ("gelu", "swiglu"))]
-        layer_scale = choose("layer_scale", options.layer_scale, LAYER_SCALES)
+        layer_scale = choose("layer_scale", options.layer_scale, ("gate_times_gamma", "none", "gamma_only"))
         self.norm1 = make_norm(options.norm, hidden_size, options.affine_norms)
         self.attn = Attention(hidden_size, num_heads, options.qkv_bias, options.qk_norm)
         self.norm2 = make_norm(options.norm, hidden_size, options.affine_norms)
@@ -158,9 +156,8 @@ class ViT5Backbone(Backbone):
         else:
             self.register_parameter("pos_embed", None if table is None else nn.Parameter(table))
         options = BlockOptions(norm, affine_norms, activation, layer_scale, gamma_init, qk_norm, qkv_bias)
-        self.blocks = nn.ModuleList(
-            ViT5Block(hidden_size, num_attention_heads, mlp_ratio, options, modulated=True) for _ in range(num_layers)
-        )
+        sizes = (hidden_size, num_attention_heads, mlp_ratio)
+        self.blocks = nn.ModuleList(ViT5Block(*sizes, options, modulated=True) for _ in range(num_layers))
         init_linears(self, weight_init)
         if self.reg_token is not None:
             nn.init.trunc_normal_(self.reg_token, std=0.02)
