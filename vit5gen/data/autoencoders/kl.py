@@ -1,7 +1,7 @@
 """The autoencoder between images and latents: load any AutoencoderKL, encode, decode."""
 
 import math
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,12 @@ def load_autoencoder(name: str) -> AutoencoderKL:
     """
     source = EMOJI if name == "emoji" else Path(name).expanduser()
     try:
-        options: dict[str, Any] = {"output_loading_info": True}
-        if not source.is_dir():
-            options["local_files_only"] = is_cached(name)
-            if not options["local_files_only"]:
-                model_info(name, timeout=10)  # without a network this says so; the download would retry for long
-        vae, found = AutoencoderKL.from_pretrained(source if source.is_dir() else name, **options)
-        if missing := found["missing_keys"]:  # diffusers would draw them at random
-            raise ValueError(f"it lacks {len(missing)} weights of an AutoencoderKL")
+        here, weights = not missing(name), source if source.is_dir() else name
+        if not here:
+            model_info(name, timeout=10)  # without a network this says so; the download would retry for long
+        vae, found = AutoencoderKL.from_pretrained(weights, output_loading_info=True, local_files_only=here)
+        if lacking := found["missing_keys"]:  # diffusers would draw them at random
+            raise ValueError(f"it lacks {len(lacking)} weights of an AutoencoderKL")
     except Exception as error:  # file, hub and http errors are those of many libraries
         detail = " ".join(str(error).split())[:120]
         wanted = "'emoji', the folder of one (config.json, safetensors), or a hub name and a network"
@@ -43,18 +41,13 @@ def load_autoencoder(name: str) -> AutoencoderKL:
     return vae.float().eval().requires_grad_(False)
 
 
-def is_cached(name: str) -> bool:
-    """Whether the hub's autoencoder of that name has been fetched."""
-    try:
-        return isinstance(try_to_load_from_cache(name, "config.json"), str)
-    except HFValidationError:
-        return False
-
-
 def missing(name: str) -> dict[str, str]:
     """Return an autoencoder that is neither a folder here nor fetched yet, with how to get it."""
-    if name == "emoji" or Path(name).expanduser().is_dir() or is_cached(name):
+    if name == "emoji" or Path(name).expanduser().is_dir():
         return {}
+    with suppress(HFValidationError):  # of what is no name on the hub either
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return {}
     fetched = "autoencoder of the Hugging Face hub: the first command fetches it"
     return {name: f"{fetched}; or a folder, e.g. made by `vit5gen autoencoder`"}
 
