@@ -24,7 +24,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from vit5gen.data import emoji, load_emoji
+from vit5gen.data import load_emoji
+from vit5gen.data.sources import emoji
 
 CLASSES = ["smileys", "people", "symbols", "flags"]
 WIDTH, DEPTH, HEADS, GRID, CHANNELS = 128, 6, 4, 8, 4  # a latent is 4 x 8 x 8, each of its 64 pixels is a token
@@ -254,7 +255,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("nano.png"))
     parser.add_argument("--num-steps", type=int, default=2400)
     options = parser.parse_args()
-    vae = AutoencoderKL.from_pretrained(Path(emoji.__file__).with_name("emoji_vae")).float().eval()
+    vae = AutoencoderKL.from_pretrained(Path(emoji.__file__).parents[1] / "emoji_vae").float().eval()
     labels = torch.arange(len(CLASSES)).repeat_interleave(10)
     noise = torch.randn(len(labels), CHANNELS, GRID, GRID, generator=torch.Generator().manual_seed(0))
     for step, (loss, network) in enumerate(train(encode(vae), num_steps=options.num_steps), start=1):

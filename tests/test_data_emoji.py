@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vit5gen.config import DataConfig
-from vit5gen.data.emoji import CLASSES, NEAR_DUPLICATE, load_emoji
 from vit5gen.data.images import open_images
+from vit5gen.data.sources.emoji import CLASSES, NEAR_DUPLICATE, load_emoji
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import cache_folder
 

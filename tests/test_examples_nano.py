@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_run import losses, run
 
-from vit5gen.data import emoji
+from vit5gen.data.sources import emoji
 from vit5gen.generation.loading import load_pipeline
 from vit5gen.system.cpu import fast_products
 

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vit5gen.config import Config
@@ -24,7 +25,7 @@ from vit5gen.data.latents import (
     READ_BEFORE,
     LatentDataset,
     all_finite,
-    is_finite,
+    find_damage,
     open_for,
     read_labels,
     settings_of,
@@ -51,20 +52,19 @@ def encode_dataset(images: ImageSet, vae: AutoencoderKL, folder: str | Path, con
     chunks = torch.arange(len(images)).split(SHARD_SIZE)
     mine = range(state.process_index, len(chunks), state.num_processes)
     records = _finished(folder, settings, mine)
-    ours = sum(len(chunks[k]) for k in mine if k not in records)
+    todo = [k for k in mine if k not in records]
+    ours = sum(len(chunks[k]) for k in todo)
     missing = sum(gather_objects(ours))  # every process has looked at the folder before any writes there
     if missing and state.is_main_process:
         _reserve(folder, missing, settings)
         if not _begun(folder):
             write_json(folder / MANIFEST, settings | {"shards": None})
     state.wait_for_everyone()
-    with tqdm(
-        desc="encode", unit="image", total=ours, disable=not (ours and state.is_main_process), delay=1
-    ) as progress:
-        for k in mine:
-            if k not in records:
-                tensors, broken = _encode_shard(images.select(chunks[k]), vae, config, progress)
-                records[k] = _write_shard(folder / _shard_name(k), tensors, broken)
+    silent = not (todo and state.is_main_process)
+    with tqdm(desc="encode", unit="image", total=ours, disable=silent, delay=1) as progress:
+        for k in todo:
+            tensors, broken = _encode_shard(images.select(chunks[k]), vae, config, progress)
+            records[k] = _write_shard(folder / _shard_name(k), tensors, broken)
     every = {k: record for part in gather_objects(records) for k, record in part.items()}
     shards = [every[k] for k in range(len(chunks))]
     if state.is_main_process:
@@ -119,18 +119,12 @@ def _finished(folder: Path, settings: dict[str, Any], numbers: range) -> dict[in
             if found is not None:  # a broken image was repaired, say
                 processes().print(f"note: {folder}: images have changed since its shards were begun; whole ones stay")
             continue
-        raise UserError(
-            f"output {folder}: holds latents made with {key} {short(found)}, not {short(value)};"
-            f" choose another folder or remove this one"
-        )
+        made = f"holds latents made with {key} {short(found)}, not {short(value)}"
+        raise UserError(f"output {folder}: {made}; choose another folder or remove this one")
     records = (manifest.get("shards") or []) + [read_json(path, "record") for path in folder.glob("shard_*.json")]
-    by_file = {record.get("file"): record for record in records}
-    found = {k: by_file[_shard_name(k)] for k in numbers if _shard_name(k) in by_file}
-    return {
-        k: record
-        for k, record in found.items()
-        if (path := folder / record["file"]).is_file() and sha256(path) == record.get("sha256") and is_finite(path)
-    }
+    known = {record.get("file"): record for record in records}
+    found = {k: known[name] for k in numbers if (name := _shard_name(k)) in known}
+    return {k: one for k, one in found.items() if not find_damage(folder / one["file"], one.get("sha256"))}
 
 
 def _begun(folder: Path) -> bool:
@@ -144,10 +138,8 @@ def _finish(folder: Path, settings: dict[str, Any], shards: list[dict[str, Any]]
     counts = torch.bincount(labels, minlength=len(settings["id2label"])).tolist()
     if settings.get("rules", 1) > 1 and 0 in counts:
         name = settings["id2label"][str(counts.index(0))]
-        raise UserError(
-            f"output {folder}: all images of class {name!r} are broken; replace them, or leave it out of data.classes, "
-            "and encode into a new folder"
-        )
+        advice = "replace them, or leave it out of data.classes, and encode into a new folder"
+        raise UserError(f"output {folder}: all images of class {name!r} are broken; {advice}")
     there = read_json(folder / MANIFEST, "latents")
     # Of which images the shards of an earlier version were made, and how they were read, is not known.
     unknown = {"images_sha256", *READ_BEFORE} - there.keys()
@@ -166,16 +158,16 @@ def _shard_name(number: int) -> str:
 
 def _reserve(folder: Path, count: int, settings: dict[str, Any]) -> None:
     """Print how much the shards of ``count`` images will take; raise `UserError` unless the disk has as much."""
-    needed = shard_bytes(count, settings)
+    needed = shard_bytes(count, settings) / 1e9
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output {folder}: {error.strerror}; choose a folder that can be written") from error
-    free = shutil.disk_usage(folder).free
-    print(f"encode: {count} images -> {needed / 1e9:.3f} GB in {folder} ({free / 1e9:.1f} GB free)")
+    free = shutil.disk_usage(folder).free / 1e9
+    print(f"encode: {count} images -> {needed:.3f} GB in {folder} ({free:.1f} GB free)")
     if needed > free:
         raise UserError(
-            f"output {folder}: needs {needed / 1e9:.3f} GB, the disk has {free / 1e9:.3f} GB; free some or go elsewhere"
+            f"output {folder}: needs {needed:.3f} GB, the disk has {free:.3f} GB; free some or go elsewhere"
         )
 
 
@@ -185,20 +177,15 @@ def shard_bytes(count: int, settings: dict[str, Any]) -> int:
     return count * (2 * (1 + settings["horizontal_flip"]) * prod(settings["latent_shape"]) * width + 8)
 
 
-class _Decoded(Dataset):
-    """Images with labels; a broken one becomes its error message, so that a worker can hand it over."""
-
-    def __init__(self, images: ImageSet) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | str:
+def _decode(images: ImageSet, indices: list[int]) -> tuple[dict[int, tuple[torch.Tensor, int]], list[str]]:
+    """Return those images with labels that decode, by index, and what is wrong with the others."""
+    good, broken = {}, []
+    for index in indices:
         try:
-            return self.images[index]
+            good[index] = images[index]
         except BrokenImage as error:
-            return str(error)
+            broken.append(str(error))
+    return good, broken
 
 
 def _encode_shard(
@@ -208,24 +195,23 @@ def _encode_shard(
     data, dtype = config.data, getattr(torch, config.data.shard_dtype)
     tensors: dict[str, list[torch.Tensor]] = {"mean": [], "std": [], "labels": []}
     broken: list[str] = []
-    loader = DataLoader(_Decoded(images), config.vae.batch_size, num_workers=data.num_workers, collate_fn=list)
-    for start, batch in zip(range(0, len(images), config.vae.batch_size), loader, strict=True):
-        good = [item for item in batch if not isinstance(item, str)]
-        broken += [item for item in batch if isinstance(item, str)]
+    indices: Any = range(len(images))  # which the workers turn into images, so that they can report broken ones
+    collate, size = partial(_decode, images), config.vae.batch_size
+    for good, bad in DataLoader(indices, size, num_workers=data.num_workers, collate_fn=collate):
+        broken += bad
         if broken and data.on_broken_image == "fail":
             raise BrokenImage(broken[0])
         if good:
-            pixels = torch.stack([image for image, _ in good]).to(vae.device)
+            pixels = torch.stack([image for image, _ in good.values()]).to(vae.device)
             views = [encode(vae, pixels)] + ([encode(vae, pixels.flip(-1))] if data.horizontal_flip else [])
             for name, values in zip(("mean", "std"), zip(*views, strict=True), strict=True):
                 exact = torch.stack(values, 1).to("cpu")
                 tensors[name].append(exact.to(dtype))
-                if not all_finite(tensors[name][-1]):
-                    numbers = [start + k for k, item in enumerate(batch) if not isinstance(item, str)]
-                    spoilt = next(k for k in range(len(good)) if not all_finite(tensors[name][-1][k]))
-                    raise UserError(f"{images.name(numbers[spoilt])}: {_why(exact[spoilt], dtype)}")
-            tensors["labels"].append(torch.tensor([label for _, label in good]))
-        progress.update(len(batch))
+                for index, latents, kept in zip(good, exact, tensors[name][-1], strict=True):
+                    if not all_finite(kept):
+                        raise UserError(f"{images.name(index)}: {_why(latents, dtype)}")
+            tensors["labels"].append(torch.tensor([label for _, label in good.values()]))
+        progress.update(len(good) + len(bad))
     if not tensors["labels"]:
         raise UserError(f"data: none of {len(broken)} images decodes; {broken[0]}")
     return {name: torch.cat(parts) for name, parts in tensors.items()}, broken
@@ -235,11 +221,8 @@ def _why(latents: torch.Tensor, dtype: torch.dtype) -> str:
     """Return why latents (F, C, h, w) are not finite in ``dtype``, and what to do."""
     if not all_finite(latents):
         return "the autoencoder makes latents of it that are not finite; check vae.name and its weights"
-    name, most = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
-    return (
-        f"a latent of {latents.abs().max():.4g} overflows {name}, which ends at {most:g}; "
-        "set data.shard_dtype to bfloat16 or float32"
-    )
+    limit = f"{str(dtype).removeprefix('torch.')}, which ends at {torch.finfo(dtype).max:g}"
+    return f"a latent of {latents.abs().max():.4g} overflows {limit}; set data.shard_dtype to bfloat16 or float32"
 
 
 def _write_shard(path: Path, tensors: dict[str, torch.Tensor], broken: list[str]) -> dict[str, Any]:
@@ -249,12 +232,7 @@ def _write_shard(path: Path, tensors: dict[str, torch.Tensor], broken: list[str]
             save_file(tensors, temporary)
     except (OSError, SafetensorError) as error:
         raise UserError(f"shard {path} cannot be written ({error}); make room or choose another folder") from error
-    record = {
-        "file": path.name,
-        "images": len(tensors["labels"]),
-        "bytes": path.stat().st_size,
-        "sha256": sha256(path),
-        "broken": broken,
-    }
+    count, size = len(tensors["labels"]), path.stat().st_size
+    record = {"file": path.name, "images": count, "bytes": size, "sha256": sha256(path), "broken": broken}
     write_json(path.with_suffix(".json"), record)
     return record

@@ -51,22 +51,6 @@ def digest_pixels(pixels: torch.Tensor) -> str:
     return sha256(pixels.numpy().tobytes()).hexdigest()
 
 
-def need_folder(data: DataConfig, path: str | None, hint: str = "; check the path") -> Path:
-    """Return the folder of a source; raise `UserError` when none is given or it is not there."""
-    if path is None:
-        raise UserError(f"data.path: source {data.source!r} needs a folder of class folders; set data.path")
-    if not (folder := Path(path).expanduser()).is_dir():
-        raise UserError(f"data.path {folder}: no such folder{hint}")
-    return folder
-
-
-def missing_folder(path: str | None, remedy: str) -> dict[str, str]:
-    """Return ``path`` with the remedy unless it is a folder; what to set when none is given."""
-    if path is None:
-        return {"data.path": "set it to a folder of class folders, or the name of a Hugging Face data set"}
-    return {} if Path(path).expanduser().is_dir() else {path: remedy}
-
-
 class Source:
     """A kind of data set, known by a name that `data.source` gives; its options are keyword-only arguments.
 
@@ -77,7 +61,21 @@ class Source:
     reads_files = True  # whether `data.exif` and `data.rules` have a say in the pixels
 
     def __init__(self, data: DataConfig) -> None:
-        self.data = data
+        self.data, self.path = data, data.path
+
+    def need_folder(self, hint: str = "check the path") -> Path:
+        """Return the folder at `path`; raise `UserError` when there is none."""
+        if self.path is None:
+            raise UserError(f"data.path: source {self.data.source!r} needs a folder of class folders; set data.path")
+        if not (folder := Path(self.path).expanduser()).is_dir():
+            raise UserError(f"data.path {folder}: no such folder; {hint}")
+        return folder
+
+    def missing_folder(self, remedy: str) -> dict[str, str]:
+        """Return `path` with the remedy unless it is a folder; what to set when none is given."""
+        if self.path is None:
+            return {"data.path": "set it to a folder of class folders, or the name of a Hugging Face data set"}
+        return {} if Path(self.path).expanduser().is_dir() else {self.path: remedy}
 
     def open(self, split: str) -> ImageSet:
         """Open the images of a split without decoding any; raise `UserError` when they are absent."""
@@ -107,9 +105,8 @@ def decoding(name: str) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        raise BrokenImage(
-            f"{name} does not decode ({error}); replace or remove it, or set data.on_broken_image to skip"
-        ) from error
+        advice = "replace or remove it, or set data.on_broken_image to skip"
+        raise BrokenImage(f"{name} does not decode ({error}); {advice}") from error
 
 
 def read_image(file: str | Path | IO[bytes], data: DataConfig, name: str) -> torch.Tensor:
@@ -132,7 +129,8 @@ def open_images(data: DataConfig, split: str | None = None) -> ImageSet:
     instead = {composed(name): why for name, why in opened.instead.items()}
     opened = replace(opened, class_names=names, instead=instead)
     if data.classes is not None:
-        opened = _keep_classes(opened, data.classes)
+        classes = distinct("data.classes", data.classes)
+        opened = _keep_classes(opened, [choose("data.classes", name, names) for name in classes])
     if not len(opened):
         raise UserError(f"data: {data.source} {data.path or ''} split {wanted!r} holds no images")
     check_classes(opened, data, opened.class_names if split in (None, data.split) else opened.instead)
@@ -143,10 +141,8 @@ def open_training_images(data: DataConfig) -> ImageSet:
     """Open the images that a run trains on; raise `UserError` when their classes are not `data.num_classes`."""
     images = open_images(data)
     if (found := len(images.class_names)) != data.num_classes:
-        raise UserError(
-            f"data.num_classes = {data.num_classes}: the data have {found} classes ({listed(images.class_names)}); "
-            "set that"
-        )
+        classes = f"{found} classes ({listed(images.class_names)})"
+        raise UserError(f"data.num_classes = {data.num_classes}: the data have {classes}; set that")
     return images
 
 
@@ -162,10 +158,9 @@ def check_classes(
     empty = [name for name, count in zip(images.class_names, counts, strict=False) if not count and name in looked_at]
     if empty and data.rules > 1:
         others = f"; nor {'do' if len(empty) > 2 else 'does'} {listed(map(repr, empty[1:]))}" if empty[1:] else ""
-        raise UserError(
-            f"data.path {data.path}: class {empty[0]!r} holds no images ({images.instead.get(empty[0], why)}){others}; "
-            "add images, remove the class, or list the others in data.classes"
-        )
+        found = f"class {empty[0]!r} holds no images ({images.instead.get(empty[0], why)}){others}"
+        advice = "add images, remove the class, or list the others in data.classes"
+        raise UserError(f"data.path {data.path}: {found}; {advice}")
 
 
 def open_held_out(data: DataConfig, split: str, class_names: list[str]) -> ImageSet:
@@ -175,14 +170,9 @@ def open_held_out(data: DataConfig, split: str, class_names: list[str]) -> Image
     """
     images = open_images(data, split)
     if unknown := [name for name in images.class_names if name not in class_names]:
-        raise UserError(
-            f"data: split {split!r} has classes that split {data.split!r} lacks, such as {unknown[0]!r}; "
-            "expected the same ones: rename or remove them, or set data.classes"
-        )
-    if images.class_names == class_names:
-        return images
-    renumber = torch.tensor([class_names.index(name) for name in images.class_names])
-    return replace(images, class_names=class_names, labels=renumber[images.labels])
+        found = f"split {split!r} has classes that split {data.split!r} lacks, such as {unknown[0]!r}"
+        raise UserError(f"data: {found}; expected the same ones: rename or remove them, or set data.classes")
+    return _keep_classes(images, class_names)
 
 
 def readable(images: ImageSet, data: DataConfig) -> ImageSet:
@@ -222,11 +212,9 @@ def centre_crop(image: Image.Image, resolution: int, exif: Exif = "apply", rules
 
 
 def _keep_classes(images: ImageSet, classes: list[str]) -> ImageSet:
-    classes = distinct("data.classes", classes)
-    wanted = [images.class_names.index(choose("data.classes", name, images.class_names)) for name in classes]
-    renumber = torch.full((len(images.class_names),), -1)
-    renumber[wanted] = torch.arange(len(wanted))
-    labels = renumber[images.labels]
+    """Return the images of ``classes`` only, labelled by their place in that list."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = torch.tensor([numbers.get(name, -1) for name in images.class_names])[images.labels]
     kept = images.select(torch.nonzero(labels >= 0)[:, 0])
     return replace(kept, class_names=classes, labels=labels[labels >= 0])
 

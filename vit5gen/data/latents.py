@@ -80,9 +80,8 @@ class LatentDataset:
             self._ends = list(accumulate(check_whole("images =", shard["images"], 0) for shard in shards or []))
             sizes = {self.folder / shard["file"]: shard["bytes"] for shard in shards or []}
         except (KeyError, TypeError, AttributeError, UserError) as error:
-            raise UserError(
-                f"latents {self.folder}: {MANIFEST} is not one of latents ({error!r}); encode again"
-            ) from error
+            fault = f"{MANIFEST} is not one of latents ({error!r})"
+            raise UserError(f"latents {self.folder}: {fault}; encode again") from error
         if shards is None:
             raise UserError(f"latents {self.folder}: encoding was interrupted; run the same `vit5gen encode` to end it")
         for path, size in sizes.items():
@@ -122,60 +121,46 @@ class LatentDataset:
         rank, world = rank_and_world()
         for shard in self.manifest["shards"][rank::world]:
             path, expected = self.folder / shard["file"], [shard["images"], *views]
-            if sha256(path) != shard["sha256"]:
-                raise UserError(f"latents: {path} does not match its checksum; encode again to fix it")
+            if damage := find_damage(path, shard["sha256"]):
+                raise UserError(f"latents: {path} {damage}")
             with safe_open(path, framework="pt") as file:
                 found = [file.get_slice(name).get_shape() for name in ("mean", "std", "labels")]
             if found != [expected, expected, expected[:1]]:
-                raise UserError(
-                    f"latents: {path} has means, deviations, labels of shapes {found}, its manifest says {expected}; "
-                    "encode again"
-                )
-            if not is_finite(path):
-                raise UserError(f"latents: {path} has values that are not finite; encode again, which names the image")
+                shapes = f"shapes {found}, its manifest says {expected}"
+                raise UserError(f"latents: {path} has means, deviations, labels of {shapes}; encode again")
             self._check_labels(read_labels(path))
 
     def _check_labels(self, labels: torch.Tensor) -> None:
-        if not 0 <= int(labels.min()) <= int(labels.max()) < len(self.class_names):
-            raise UserError(
-                f"latents {self.folder}: labels from {labels.min()} to {labels.max()}, expected 0 to"
-                f" {len(self.class_names) - 1}; encode again"
-            )
+        least, most, last = int(labels.min()), int(labels.max()), len(self.class_names) - 1
+        if not 0 <= least <= most <= last:
+            raise UserError(f"latents {self.folder}: labels from {least} to {most}, expected 0 to {last}; encode again")
 
     def check(self, config: Config, vae: AutoencoderKL) -> None:
         """Raise `UserError` naming both values unless a run of this configuration can train on these latents."""
         check_autoencoder(config, vae)
         wanted = _latent_settings(vae, config)
         for key in _FIXED_BY_VAE:
-            if self.manifest.get(key) != wanted[key]:
-                names = f" ({self.manifest.get('vae')} there, {wanted['vae']} here)" if key == "vae_sha256" else ""
-                self._refuse(key, self.manifest.get(key), wanted[key], names)
-        if len(self.class_names) != config.data.num_classes:
-            names = f" (there: {listed(self.class_names)})"
-            self._refuse("num_classes", len(self.class_names), config.data.num_classes, names)
+            names = f" ({self.manifest.get('vae')} there, {wanted['vae']} here)" if key == "vae_sha256" else ""
+            self._compare(key, self.manifest.get(key), wanted[key], names)
+        names = f" (there: {listed(self.class_names)})"
+        self._compare("num_classes", len(self.class_names), config.data.num_classes, names)
         images, _ = images_beside(config.data)
         classes = config.data.classes or (self.class_names if images is None else images.class_names)
-        if self.class_names != classes:
-            self._refuse("classes", self.class_names, classes)
+        self._compare("classes", self.class_names, classes)
         if self.manifest.get("horizontal_flip") not in ([True] if config.data.horizontal_flip else [True, False]):
-            self._refuse("horizontal_flip", False, True)
+            self._compare("horizontal_flip", False, True)
         if images is not None and len(images) != (count := self.manifest.get("images")):
-            processes().print(
-                f"note: latents {self.folder} are of {count} images, but the data have {len(images)}: the distances "
-                "compare with these"
-            )
+            found = f"latents {self.folder} are of {count} images, but the data have {len(images)}"
+            processes().print(f"note: {found}: the distances compare with these")
         for key, value in _reading(config).items():
             if (found := self.manifest.get(key, READ_BEFORE[key])) != value:
-                processes().print(
-                    f"note: latents {self.folder} were made with data.{key} {found}, the run has {value}: so it reads "
-                    "the images that it compares with"
-                )
+                made = f"latents {self.folder} were made with data.{key} {found}, the run has {value}"
+                processes().print(f"note: {made}: so it reads the images that it compares with")
 
-    def _refuse(self, key: str, found: Any, wanted: Any, more: str = "") -> None:
-        raise UserError(
-            f"latents {self.folder}: made with {key} {short(found)}, the run has {short(wanted)}{more};"
-            f" encode again or change the configuration"
-        )
+    def _compare(self, key: str, found: Any, wanted: Any, more: str = "") -> None:
+        if found != wanted:
+            made = f"made with {key} {short(found)}, the run has {short(wanted)}{more}"
+            raise UserError(f"latents {self.folder}: {made}; encode again or change the configuration")
 
     def _shard(self, number: int) -> Any:
         if number not in self._open:
@@ -233,6 +218,10 @@ def all_finite(values: torch.Tensor) -> bool:
     return all(bool(bound.isfinite()) for bound in values.aminmax())  # NaN is both bounds
 
 
-def is_finite(path: Path) -> bool:
+def find_damage(path: Path, checksum: str | None) -> str:
+    """Return what is wrong with the bytes or numbers of a shard, and what to do; nothing if it is sound."""
+    if not path.is_file() or sha256(path) != checksum:
+        return "does not match its checksum; encode again to fix it"
     with safe_open(path, framework="pt") as shard:
-        return all(all_finite(shard.get_tensor(name)) for name in ("mean", "std"))
+        finite = all(all_finite(shard.get_tensor(name)) for name in ("mean", "std"))
+    return "" if finite else "has values that are not finite; encode again, which names the image"

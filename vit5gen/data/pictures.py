@@ -8,7 +8,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from hashlib import sha256
@@ -16,6 +16,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import Image
+from PIL.Image import Transpose as T
 
 from vit5gen.config import Exif, Rules
 from vit5gen.system.distributed import processes
@@ -39,15 +40,8 @@ _CLUTTER = {
 # What Pillow raises for a file that it cannot decode; RuntimeError for an AVIF.
 UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError)
 _LONGEST = 16  # times as long as wide: more of a strip no square crop shows
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# How an image turns whose EXIF orientation is 2, 3, ... 8.
+_TURNS = (T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE, T.ROTATE_270, T.TRANSVERSE, T.ROTATE_90)
 
 
 def find_images(folder: Path, left_out: Counter[str], rules: Rules = 2) -> list[Path]:
@@ -160,7 +154,10 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 def listing_digest(root: Path, files: Sequence[Path]) -> str:
     """Return the SHA-256 of the names below ``root`` and the sizes of files."""
-    lines = (f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n" for file in files)
+    return _digest(f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n" for file in files)
+
+
+def _digest(lines: Iterable[str]) -> str:
     return sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
@@ -170,14 +167,13 @@ def content_digest(root: Path, files: Sequence[Path]) -> str:
     It is remembered in the cache for as long as names, sizes and times of change stay: they take a moment to look at.
     """
     looked_at = [file.stat() for file in files]
-    times = "".join(f"{status.st_mtime_ns} {status.st_ctime_ns}\n" for status in looked_at)
-    key = sha256(f"{root.resolve()}\n{listing_digest(root, files)}\n{times}".encode(errors="surrogateescape"))
-    known = cache_folder() / f"contents-{key.hexdigest()}.txt"
+    times = [f"{status.st_mtime_ns} {status.st_ctime_ns}\n" for status in looked_at]
+    key = _digest([f"{root.resolve()}\n{listing_digest(root, files)}\n", *times])
+    known = cache_folder() / f"contents-{key}.txt"
     with suppress(OSError, ValueError):  # absent or damaged
         if re.fullmatch("[0-9a-f]{64}", found := known.read_text(encoding="ascii")):
             return found
-    lines = (f"{file.relative_to(root).as_posix()} {hash_file(file)}\n" for file in files)
-    digest = sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+    digest = _digest(f"{file.relative_to(root).as_posix()} {hash_file(file)}\n" for file in files)
     with suppress(OSError):
         write_text(known, digest)
     return digest
@@ -193,8 +189,7 @@ def to_rgb(image: Image.Image, exif: Exif = "apply", rules: Rules = 2) -> Image.
         pixels = pixels.convert("RGBA")
         pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels)
     pixels = pixels.convert("RGB")
-    turn = _turn(image) if exif == "apply" else None
-    return pixels if turn is None else pixels.transpose(turn)
+    return upright(image, pixels) if exif == "apply" else pixels
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
@@ -213,10 +208,8 @@ def eight_bits(image: Image.Image) -> Image.Image:
     else:
         top = 2.0 ** tags.get(258, (16,))[0] - 1  # BitsPerSample may be 12
     if not (top and values.min() >= 0 and values.max() <= top):  # nor NaN
-        raise ValueError(
-            f"mode {image.mode} with values from {values.min():g} to {values.max():g}; "
-            "expected 8 or 16 bits, or floats from 0 to 1"
-        )
+        found = f"mode {image.mode} with values from {values.min():g} to {values.max():g}"
+        raise ValueError(f"{found}; expected 8 or 16 bits, or floats from 0 to 1")
     grey = np.rint(values * (255 / top)).astype(np.uint8)
     if tags.get(262) == 0:  # of a TIFF in which 0 is white, which Pillow minds for 8 bits only
         grey = 255 - grey
@@ -225,18 +218,15 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Return an image as its EXIF orientation says it is to be seen; of a TIFF Pillow has seen to it."""
-    turn = _turn(image)
-    return image if turn is None else image.transpose(turn)
-
-
-def _turn(image: Image.Image) -> Image.Transpose | None:
+def upright(image: Image.Image, pixels: Image.Image | None = None) -> Image.Image:
+    """Return an image, or ``pixels`` made of it, as its EXIF orientation says; of a TIFF Pillow has seen to it."""
+    pixels = image if pixels is None else pixels
     try:
         image.load()  # a TIFF is turned here, and a PNG may tell after its pixels
-        return _TURNS.get(image.getexif().get(0x0112, 1))
+        turn = dict(enumerate(_TURNS, start=2)).get(image.getexif().get(0x0112, 1))
     except Exception:  # damaged EXIF raises whatever its bytes lead to; the pixels are sound
-        return None
+        turn = None
+    return pixels if turn is None else pixels.transpose(turn)
 
 
 def cut_strip(image: Image.Image) -> Image.Image:

@@ -7,15 +7,5 @@ from vit5gen.models.published import load_sit, load_vit5
 from vit5gen.models.transformer import PRESETS, SiTTransformer2DModel
 from vit5gen.models.vit5 import VARIANTS, ViT5Block
 
-__all__ = [
-    "PRESETS",
-    "VARIANTS",
-    "Backbone",
-    "SiTTransformer2DModel",
-    "ViT5",
-    "ViT5Block",
-    "backbone_names",
-    "load_sit",
-    "load_vit5",
-    "register_backbone",
-]
+__all__ = ["PRESETS", "VARIANTS", "Backbone", "SiTTransformer2DModel", "ViT5", "ViT5Block"]
+__all__ += ["backbone_names", "load_sit", "load_vit5", "register_backbone"]

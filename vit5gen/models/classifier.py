@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from vit5gen.models.backbone import Backbone
 from vit5gen.models.layers import check_heads, check_positive, check_sizes, init_linears, make_norm
 from vit5gen.models.loading import read_checkpoint
-from vit5gen.models.positions import Grid, Segment, resample_positions, rope_table
+from vit5gen.models.positions import Grid, Segment, patch_grid, resample_positions, rope_table
 from vit5gen.models.transformer import SIZES
 from vit5gen.models.vit5 import REGISTER_THETA, ROPE_THETA, ViT5Block, check_registers
 from vit5gen.system.cpu import fast_inference
-from vit5gen.system.errors import UserError, choose
+from vit5gen.system.errors import choose
 
 
 class ViT5(Backbone):
@@ -52,20 +51,18 @@ class ViT5(Backbone):
         check_heads(embed_dim, num_heads, rope=True, names=("embed_dim", "num_heads"))
         check_registers(num_registers)
         self.patch_size = patch_size
-        self.grid = self._grid(*to_2tuple(img_size))
+        self.grid = patch_grid("image size", to_2tuple(img_size), patch_size)
         self.num_classes, self.global_pool = num_classes, choose("global_pool", global_pool, ("token", "avg", ""))
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens, self.num_reg_tokens, self.head_dim = 1, num_registers, embed_dim // num_heads
-        self.feature_info = [
-            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)
-        ]
+        info = {"num_chs": embed_dim, "reduction": patch_size}
+        self.feature_info = [{"module": f"blocks.{i}", **info} for i in range(depth)]
         self.patch_embed = PatchEmbed(to_2tuple(img_size), patch_size, in_chans, embed_dim, strict_img_size=False)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), embed_dim))
         self.reg_token = nn.Parameter(torch.empty(1, num_registers, embed_dim)) if num_registers else None
-        self.blocks = nn.ModuleList(
-            ViT5Block(embed_dim, num_heads, mlp_ratio, drop_path=drop_path_rate) for _ in range(depth)
-        )
+        sizes = (embed_dim, num_heads, mlp_ratio)
+        self.blocks = nn.ModuleList(ViT5Block(*sizes, drop_path=drop_path_rate) for _ in range(depth))
         self.norm = make_norm("rms", embed_dim)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
@@ -74,24 +71,15 @@ class ViT5(Backbone):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)
 
-    def _grid(self, height: int, width: int) -> Grid:
-        if height % self.patch_size or width % self.patch_size or min(height, width) < self.patch_size:
-            raise UserError(f"image size: {height}x{width} is not divisible by patch_size {self.patch_size}.")
-        return height // self.patch_size, width // self.patch_size
-
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor, Grid]:
         """Return tokens ``[cls, patches, registers]``, their rotation and the grid of the patches."""
-        grid = self._grid(*images.shape[-2:])
+        grid = patch_grid("image size", images.shape[-2:], self.patch_size)
         x = self.patch_embed(images)
         x = x + resample_positions(self.pos_embed, self.grid, grid)
-        parts = [self.cls_token, x] if self.reg_token is None else [self.cls_token, x, self.reg_token]
+        parts = [part for part in (self.cls_token, x, self.reg_token) if part is not None]
         x = torch.cat([part.to(x.dtype).expand(len(x), -1, -1) for part in parts], dim=1)
         side = math.isqrt(self.num_reg_tokens)
-        segments = (
-            Segment((1, 1)),
-            Segment(grid, ROPE_THETA, self.grid),
-            Segment((side, side), REGISTER_THETA),
-        )
+        segments = (Segment((1, 1)), Segment(grid, ROPE_THETA, self.grid), Segment((side, side), REGISTER_THETA))
         return x, rope_table(segments, self.head_dim, x.device), grid
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -183,24 +171,20 @@ class ViT5(Backbone):
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: ViT5) -> dict[str, Tensor]:
     """Published state dict -> ours: unwrap it, drop the RoPE buffers, resample square positions to the model's grid."""
     state = {k: v for k, v in read_checkpoint(state_dict).items() if not k.endswith((".rope.freqs", ".rope_reg.freqs"))}
-    positions = state.get("pos_embed")
-    side = 0 if positions is None else math.isqrt(positions.shape[1])
-    if positions is not None and positions.shape[1] == side**2 != model.pos_embed.shape[1]:
+    positions = state.get("pos_embed", model.pos_embed)
+    side = math.isqrt(positions.shape[1])
+    if positions.shape[1] == side**2 != model.pos_embed.shape[1]:
         state["pos_embed"] = resample_positions(positions, (side, side), model.grid)
     return state
 
 
 def _cfg(file: str | None = None, size: int = 224) -> dict[str, Any]:
+    """Return how weights are used; the rest, such as ImageNet's mean and classes, is as timm has it by default."""
     return {
         "url": f"https://huggingface.co/FengWang3211/ViT-5/resolve/main/{file}" if file else "",
-        "num_classes": 1000,
         "input_size": (3, size, size),
-        "pool_size": None,
         "fixed_input_size": True,  # img_size follows input_size: positions refer to the grid as built
         "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
         "license": "apache-2.0",
@@ -221,15 +205,11 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, size: str, pretrained: bool, kwargs: dict[str, Any]) -> ViT5:
-    embed_dim, depth, num_heads = SIZES[size]
+    options = dict(zip(("embed_dim", "depth", "num_heads"), SIZES[size], strict=True)) | kwargs
+    features = {"out_indices": 3, "feature_cls": "getter"}
     with torch.serialization.safe_globals([argparse.Namespace]):  # the published files carry their arguments
         return build_model_with_cfg(
-            ViT5,
-            variant,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-            **({"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads} | kwargs),
+            ViT5, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=features, **options
         )
 
 

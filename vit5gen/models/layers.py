@@ -161,16 +161,12 @@ def check_heads(
     """
     width, heads = names
     if check_whole(f"{heads}:", num_heads, 0, MOST_WIDTH) < 1 or hidden_size % num_heads:
-        divisors = [n for n in range(1, 65) if hidden_size % n == 0]
-        raise UserError(
-            f"{heads}: {num_heads} does not divide {width} {hidden_size}; "
-            f"choose one of {', '.join(map(str, divisors))}."
-        )
+        divisors = ", ".join(str(n) for n in range(1, 65) if hidden_size % n == 0)
+        raise UserError(f"{heads}: {num_heads} does not divide {width} {hidden_size}; choose one of {divisors}.")
     if rope and hidden_size // num_heads % 4:
-        raise UserError(
-            f"{heads}: {num_heads} gives heads of {hidden_size // num_heads} channels; 2-D RoPE (of patches or "
-            f"registers) needs a multiple of 4: change the heads or {width} {hidden_size}, or switch RoPE off."
-        )
+        found = f"{num_heads} gives heads of {hidden_size // num_heads} channels"
+        wanted = f"a multiple of 4: change the heads or {width} {hidden_size}, or switch RoPE off"
+        raise UserError(f"{heads}: {found}; 2-D RoPE (of patches or registers) needs {wanted}.")
 
 
 def init_linears(module: nn.Module, kind: str = "xavier") -> None:

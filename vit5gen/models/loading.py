@@ -22,17 +22,13 @@ def read_checkpoint(source: Source) -> dict[str, Tensor]:
     Raises `UserError` for a file that is absent, unreadable or unsafe.
     """
     found: Any = source if isinstance(source, Mapping) else _read_file(Path(source))
-    for key in ("ema", "model_ema", "model", "state_dict"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-            break
-    if not isinstance(found, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
-    ):
-        raise UserError(
-            "checkpoint: holds no state dict; expected tensors by name, or such under ema, model_ema, model."
-        )
-    return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in found.items()}
+    found = found if isinstance(found, Mapping) else {None: found}  # a name that is none is refused below
+    wrappers = ("ema", "model_ema", "model", "state_dict")
+    state = next((found[key] for key in wrappers if isinstance(found.get(key), Mapping)), found)
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
+        wanted = "tensors by name, or such under ema, model_ema, model"
+        raise UserError(f"checkpoint: holds no state dict; expected {wanted}.")
+    return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in state.items()}
 
 
 def _read_file(path: Path) -> Any:
@@ -74,17 +70,10 @@ def check_fit(what: str, missing: list[str], unexpected: list[str], misshapen: l
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load `state`; raise `UserError` unless every key and shape fits and every value is finite."""
     own = model.state_dict()
-    check_fit(
-        type(model).__name__,
-        missing=[key for key in own if key not in state],
-        unexpected=[key for key in state if key not in own],
-        misshapen=[
-            f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}"
-            for key, value in own.items()
-            if key in state and state[key].shape != value.shape
-        ],
-        total=len(own),
-    )
+    missing, unexpected = [key for key in own if key not in state], [key for key in state if key not in own]
+    shapes = {key: (tuple(state[key].shape), tuple(own[key].shape)) for key in own if key in state}
+    misshapen = [f"{key} {found} for {wanted}" for key, (found, wanted) in shapes.items() if found != wanted]
+    check_fit(type(model).__name__, missing, unexpected, misshapen, len(own))
     check_finite("checkpoint", state)
     model.load_state_dict(dict(state))
 
@@ -93,10 +82,9 @@ def check_finite(what: str, state: Mapping[str, Tensor]) -> None:
     """Raise `UserError` with the first tensor that holds NaN or an infinity: every image would be the same nothing."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.is_meta and not (finite := torch.isfinite(tensor)).all():
-            raise UserError(
-                f"{what}: {int((~finite).sum())} of the {tensor.numel()} values of {name} are not finite: the training"
-                " diverged or the file is damaged; take an earlier checkpoint, or get the file again"
-            )
+            found = f"{int((~finite).sum())} of the {tensor.numel()} values of {name} are not finite"
+            advice = "take an earlier checkpoint, or get the file again"
+            raise UserError(f"{what}: {found}: the training diverged or the file is damaged; {advice}")
 
 
 def align(module: nn.Module) -> None:

@@ -1,8 +1,8 @@
 """Positions: rotary tables over two axes, the fixed sin-cos table, and resampling to another grid."""
 
 import contextlib
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial, wraps
 from math import prod
 from typing import Any, NamedTuple
 
@@ -15,6 +15,14 @@ from vit5gen.system.errors import UserError
 Grid = tuple[int, int]
 
 
+def patch_grid(what: str, size: Sequence[int], patch_size: int) -> Grid:
+    """Return how many patches an image or latent of ``size (H, W)`` has; raise `UserError` unless they fill it."""
+    height, width = size
+    if height % patch_size or width % patch_size or min(height, width) < 1:
+        raise UserError(f"{what}: {height}x{width} is not divisible by patch_size {patch_size}.")
+    return height // patch_size, width // patch_size
+
+
 class Segment(NamedTuple):
     """Tokens of one kind on a grid of their own; `theta` None means that they do not turn."""
 
@@ -23,22 +31,17 @@ class Segment(NamedTuple):
     built: Grid | None = None  # the grid that positions run over; None: `grid` itself
 
 
-def _axis_angles(length: int, built: int, channels: int, theta: float) -> Tensor:
-    frequencies = 1.0 / theta ** (torch.arange(0, channels, 2, dtype=torch.float32, device="cpu") / channels)
-    positions = torch.arange(length, dtype=torch.float32, device="cpu") / length * built
-    return positions[:, None] * frequencies
-
-
 def axial_angles(segment: Segment, head_dim: int) -> Tensor:
     """Angles (h*w, head_dim/2): the first half turns with the row, the second with the column.
 
     Positions are ``arange(n) / n * n_built``: a grid other than the one built for is stretched or squeezed onto it.
     """
-    (h, w), (built_h, built_w) = segment.grid, segment.built or segment.grid
+    (h, w), built = segment.grid, segment.built or segment.grid
     if segment.theta is None:
         return torch.zeros(h * w, head_dim // 2, device="cpu")
-    rows = _axis_angles(h, built_h, head_dim // 2, segment.theta)
-    columns = _axis_angles(w, built_w, head_dim // 2, segment.theta)
+    axis = partial(torch.arange, dtype=torch.float32, device="cpu")
+    frequencies = 1.0 / segment.theta ** (axis(0, head_dim // 2, 2) / (head_dim // 2))
+    rows, columns = ((axis(n) / n * m)[:, None] * frequencies for n, m in zip((h, w), built, strict=True))
     return torch.cat([rows[:, None].expand(-1, w, -1), columns[None].expand(h, -1, -1)], dim=-1).flatten(0, 1)
 
 
@@ -47,9 +50,9 @@ def _remembered(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     Such tables are not buffers, because ``model.to(torch.bfloat16)`` would round them.
     """
-    cached = functools.lru_cache(maxsize=64)(make)
+    cached = lru_cache(maxsize=64)(make)
 
-    @functools.wraps(make)
+    @wraps(make)
     def get(*args: Any) -> Tensor:
         if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor:  # compiled, or under a fake-tensor mode
             return make(*args)
@@ -90,9 +93,7 @@ def sincos_table(hidden_size: int, grid: Grid) -> Tensor:
         raise UserError(f"hidden_size: {hidden_size} is not a multiple of 4, which absolute positions need.")
     omega = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
     rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * omega for n in grid)
-    halves = [
-        torch.cat([angles.sin(), angles.cos()], dim=-1).expand(*grid, -1) for angles in (columns[None], rows[:, None])
-    ]
+    halves = [torch.cat([a.sin(), a.cos()], dim=-1).expand(*grid, -1) for a in (columns[None], rows[:, None])]
     return torch.cat(halves, dim=-1).flatten(0, 1)[None].float()
 
 

@@ -41,9 +41,8 @@ def _ratio(rows: int, width: int) -> float:
 
 def _side(count: int, name: str) -> int:
     if math.isqrt(count) ** 2 != count:
-        raise UserError(
-            f"checkpoint: its {count} positions are no square; load it in Python, with {name}=(height, width)."
-        )
+        advice = f"load it in Python, with {name}=(height, width)"
+        raise UserError(f"checkpoint: its {count} positions are no square; {advice}.")
     return math.isqrt(count)
 
 
@@ -57,13 +56,10 @@ def load_sit(source: Source, num_attention_heads: int | None = None, **overrides
     state = read_checkpoint(source)
     hidden_size, channels, patch, _ = _shape(state, "x_embedder.proj.weight", "SiT")
     if num_attention_heads is None:
-        heads = {d: h for d, _, h in SIZES.values()}
-        if hidden_size not in heads:
-            raise UserError(
-                f"num_attention_heads: no shape tells it and no preset has hidden_size {hidden_size}; "
-                "give num_attention_heads."
-            )
-        num_attention_heads = heads[hidden_size]
+        num_attention_heads = {width: heads for width, _, heads in SIZES.values()}.get(hidden_size)
+    if num_attention_heads is None:
+        fault = f"no shape tells it and no preset has hidden_size {hidden_size}"
+        raise UserError(f"num_attention_heads: {fault}; give num_attention_heads.")
     rows = _shape(state, "y_embedder.embedding_table.weight", "SiT")[0]
     outputs = _shape(state, "final_layer.linear.weight", "SiT")[0]
     positions = _shape(state, "pos_embed", "SiT")[1]

@@ -17,16 +17,13 @@ from torch import Tensor, nn
 from vit5gen.models.backbone import BACKBONES, Backbone
 from vit5gen.models.layers import Float32Linear, check_positive, check_sizes, init_linears, make_norm, modulate
 from vit5gen.models.loading import align, check_fit
+from vit5gen.models.positions import patch_grid
 from vit5gen.system.cpu import fast_inference
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import clear_weights
 
-SIZES = {  # name: hidden_size, num_layers, num_attention_heads
-    "S": (384, 12, 6),
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "XL": (1152, 28, 16),
-}
+# name: hidden_size, num_layers, num_attention_heads
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 CLASS_DROPOUT_PROB = 0.1
 PRESETS = {
     f"{size}/{patch}": {"hidden_size": d, "num_layers": n, "num_attention_heads": h, "patch_size": patch}
@@ -115,17 +112,13 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         self.time_embed = TimeEmbedding(hidden_size)
         self.label_embed = nn.Embedding(num_classes + self.has_null_label, hidden_size)
         self.head = Head(hidden_size, patch_size**2 * in_channels * (2 if learn_sigma else 1))
-        self._init_weights()
-        self.backbone = plug = BACKBONES.build(
-            backbone,
-            backbone_kwargs or {},
-            "backbone_kwargs",
-            hidden_size,
-            num_layers,
-            num_attention_heads,
-            mlp_ratio,
-            self._grid(*to_2tuple(sample_size)),
-        )
+        init_linears(self)
+        for layer in (self.time_embed.fc1, self.time_embed.fc2, self.label_embed):
+            nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.head.linear.weight)
+        grid = patch_grid("latent size", to_2tuple(sample_size), patch_size)
+        sizes = (hidden_size, num_layers, num_attention_heads, mlp_ratio, grid)
+        self.backbone = plug = BACKBONES.build(backbone, backbone_kwargs or {}, "backbone_kwargs", *sizes)
         if isinstance(plug, Backbone):
             self._no_split_modules = self._repeated_blocks = sorted({type(block).__name__ for block in plug.blocks})
 
@@ -168,17 +161,6 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         """Names of parameters that weight decay must spare: those that the backbone names (positions, registers)."""
         return {f"backbone.{name}" for name in getattr(self.backbone, "no_weight_decay", set)()}
 
-    def _init_weights(self) -> None:
-        init_linears(self)
-        for layer in (self.time_embed.fc1, self.time_embed.fc2, self.label_embed):
-            nn.init.normal_(layer.weight, std=0.02)
-        nn.init.zeros_(self.head.linear.weight)
-
-    def _grid(self, height: int, width: int) -> tuple[int, int]:
-        if height % self._patch or width % self._patch or min(height, width) < 1:
-            raise UserError(f"latent size: {height}x{width} is not divisible by patch_size {self._patch}.")
-        return height // self._patch, width // self._patch
-
     @fast_inference()
     def forward(
         self,
@@ -195,20 +177,19 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         Raises `UserError` for latents of another number of channels or of a size that `patch_size` does not divide,
         and for times or labels of another batch.
         """
-        _, channels, height, width = latents.shape
+        batch, channels, *size = latents.shape
         if channels != self._channels:
             raise UserError(f"latents: {channels} channels; this model takes in_channels={self._channels}.")
-        grid, p = self._grid(height, width), self._patch
+        p, grid = self._patch, patch_grid("latent size", size, self._patch)
         patches = rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
         dtype = self.patch_embed.weight.dtype
         tokens = self.patch_embed(patches.to(dtype)).to(dtype)  # under autocast too
         # One time for the whole batch is embedded once.
         times, labels = _one_or_one_a_sample(latents, timestep=timestep, class_labels=class_labels)
-        labels = labels.expand(latents.shape[0])
+        labels = labels.expand(batch)
         conditioning = (self.time_embed(times) + self.label_embed(labels)).to(dtype)
         hook: dict[str, Any] = {"taps": taps} if taps else {}
-        if extra_tokens is not None:
-            hook["extra_tokens"] = extra_tokens
+        hook |= {} if extra_tokens is None else {"extra_tokens": extra_tokens}
         out = self.backbone(tokens, conditioning, grid, **hook)
         x, hidden = out if taps else (out, {})
         x = rearrange(self.head(x, conditioning), "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], p=p, q=p)
@@ -220,7 +201,6 @@ def _one_or_one_a_sample(latents: Tensor, **values: float | Tensor) -> Iterator[
     """Yield every value as a tensor (1,) or (B,) beside the latents."""
     for name, value in values.items():
         tensor = torch.as_tensor(value, device=latents.device)
-        if tensor.shape not in ((), (1,), latents.shape[:1]):
-            wanted = f"a number or shape ({latents.shape[0]},), one a sample"
-            raise UserError(f"{name}: shape {tuple(tensor.shape)}; expected {wanted}.")
+        if (shape := tuple(tensor.shape)) not in ((), (1,), latents.shape[:1]):
+            raise UserError(f"{name}: shape {shape}; expected a number or shape ({len(latents)},), one a sample.")
         yield tensor.reshape(-1)

@@ -10,20 +10,9 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vit5gen.models.backbone import Backbone, register_backbone
-from vit5gen.models.layers import (
-    Attention,
-    Mlp,
-    SwiGLU,
-    check_heads,
-    check_positive,
-    init_linears,
-    make_norm,
-    modulate,
-)
+from vit5gen.models.layers import Attention, Mlp, SwiGLU, check_heads, check_positive, init_linears, make_norm, modulate
 from vit5gen.models.positions import Grid, Segment, resample_positions, rope_table, sincos_table
 from vit5gen.system.errors import UserError, choose
-
-LAYER_SCALES = ("gate_times_gamma", "none", "gamma_only")
 
 ROPE_THETA, REGISTER_THETA = 10000.0, 100.0
 
@@ -59,10 +48,6 @@ def check_registers(count: int) -> None:
         raise UserError(f"num_registers: {count} is not a square; expected 0, 1, 4, 9, 16, ...")
 
 
-def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a * b
-
-
 class ViT5Block(nn.Module):
     """``x + g1 * attn(norm(x))``, then ``x + g2 * mlp(norm(x))``: the one block of classifier and generator.
 
@@ -85,17 +70,15 @@ class ViT5Block(nn.Module):
     ) -> None:
         super().__init__()
         mlp = {"gelu": Mlp, "swiglu": SwiGLU}[choose("activation", options.activation, ("gelu", "swiglu"))]
-        layer_scale = choose("layer_scale", options.layer_scale, LAYER_SCALES)
+        layer_scale = choose("layer_scale", options.layer_scale, ("gate_times_gamma", "none", "gamma_only"))
         self.norm1 = make_norm(options.norm, hidden_size, options.affine_norms)
         self.attn = Attention(hidden_size, num_heads, options.qkv_bias, options.qk_norm)
         self.norm2 = make_norm(options.norm, hidden_size, options.affine_norms)
         self.mlp = mlp(hidden_size, mlp_ratio)
         self.gated = layer_scale != "gamma_only"
         for name in ("gamma_1", "gamma_2"):
-            gamma = (
-                nn.Parameter(torch.full((hidden_size,), float(options.gamma_init))) if layer_scale != "none" else None
-            )
-            self.register_parameter(name, gamma)
+            gamma = torch.full((hidden_size,), float(options.gamma_init))
+            self.register_parameter(name, None if layer_scale == "none" else nn.Parameter(gamma))
         self.modulation = nn.Linear(hidden_size, (6 if self.gated else 4) * hidden_size) if modulated else None
         self.drop_path = DropPath(drop_path)
 
@@ -108,17 +91,12 @@ class ViT5Block(nn.Module):
         return [list(half.chunk(3, -1)) if self.gated else [*half.chunk(2, -1), None] for half in halves]
 
     def _residual(self, x: Tensor, update: Tensor, gate: Tensor | None, gamma: Tensor | None) -> Tensor:
-        factor = _product(gate, gamma)
+        factor = gamma if gate is None else gate if gamma is None else gate * gamma
         if self.training and self.drop_path.drop_prob:
             return x + self.drop_path(update if factor is None else factor * update)
         return x + update if factor is None else torch.addcmul(x, factor, update)
 
-    def forward(
-        self,
-        x: Tensor,
-        conditioning: Tensor | None = None,
-        rope: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, conditioning: Tensor | None = None, rope: Tensor | None = None) -> Tensor:
         (shift1, scale1, gate1), (shift2, scale2, gate2) = self._modulation(conditioning)
         x = self._residual(x, self.attn(modulate(self.norm1(x), shift1, scale1), rope), gate1, self.gamma_1)
         return self._residual(x, self.mlp(modulate(self.norm2(x), shift2, scale2)), gate2, self.gamma_2)
@@ -178,9 +156,8 @@ class ViT5Backbone(Backbone):
         else:
             self.register_parameter("pos_embed", None if table is None else nn.Parameter(table))
         options = BlockOptions(norm, affine_norms, activation, layer_scale, gamma_init, qk_norm, qkv_bias)
-        self.blocks = nn.ModuleList(
-            ViT5Block(hidden_size, num_attention_heads, mlp_ratio, options, modulated=True) for _ in range(num_layers)
-        )
+        sizes = (hidden_size, num_attention_heads, mlp_ratio)
+        self.blocks = nn.ModuleList(ViT5Block(*sizes, options, modulated=True) for _ in range(num_layers))
         init_linears(self, weight_init)
         if self.reg_token is not None:
             nn.init.trunc_normal_(self.reg_token, std=0.02)
@@ -199,12 +176,9 @@ class ViT5Backbone(Backbone):
         """tokens (B, N, D), extra_tokens (B, M, D) -> (B, N, D); see `Backbone.run_blocks` for taps."""
         if self.pos_embed is not None:
             tokens = tokens + resample_positions(self.pos_embed, self.grid, grid)
-        parts = [tokens]
-        if extra_tokens is not None:
-            parts.append(extra_tokens.to(tokens.dtype))
-        num_kept = sum(part.shape[1] for part in parts)
-        if self.reg_token is not None:
-            parts.append(self.reg_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype))
+        num_kept = tokens.shape[1] + (0 if extra_tokens is None else extra_tokens.shape[1])
+        registers = None if self.reg_token is None else self.reg_token.expand(len(tokens), -1, -1)
+        parts = [part.to(tokens.dtype) for part in (tokens, extra_tokens, registers) if part is not None]
         x = torch.cat(parts, dim=1)
         return self.run_blocks(x, tokens.shape[1], num_kept, taps, conditioning, self._rope(grid, num_kept, x.device))
 

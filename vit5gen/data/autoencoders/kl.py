@@ -1,7 +1,7 @@
 """The autoencoder between images and latents: load any AutoencoderKL, encode, decode."""
 
 import math
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -26,37 +26,28 @@ def load_autoencoder(name: str) -> AutoencoderKL:
     """
     source = EMOJI if name == "emoji" else Path(name).expanduser()
     try:
-        options: dict[str, Any] = {"output_loading_info": True}
-        if not source.is_dir():
-            options["local_files_only"] = is_cached(name)
-            if not options["local_files_only"]:
-                model_info(name, timeout=10)  # without a network this says so; the download would retry for long
-        vae, found = AutoencoderKL.from_pretrained(source if source.is_dir() else name, **options)
-        if missing := found["missing_keys"]:  # diffusers would draw them at random
-            raise ValueError(f"it lacks {len(missing)} weights of an AutoencoderKL")
+        here, weights = not missing(name), source if source.is_dir() else name
+        if not here:
+            model_info(name, timeout=10)  # without a network this says so; the download would retry for long
+        vae, found = AutoencoderKL.from_pretrained(weights, output_loading_info=True, local_files_only=here)
+        if lacking := found["missing_keys"]:  # diffusers would draw them at random
+            raise ValueError(f"it lacks {len(lacking)} weights of an AutoencoderKL")
     except Exception as error:  # file, hub and http errors are those of many libraries
         detail = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"vae.name {name!r}: no autoencoder can be loaded ({detail}); expected 'emoji', the folder of one"
-            f" (config.json, safetensors), or a hub name and a network"
-        ) from error
+        wanted = "'emoji', the folder of one (config.json, safetensors), or a hub name and a network"
+        raise UserError(f"vae.name {name!r}: no autoencoder can be loaded ({detail}); expected {wanted}") from error
     vae.register_to_config(_name_or_path=name)  # as it was asked for: pipelines tell it, not this machine's folder
     scaling(vae)  # raises where it is none that `encode` and `decode` know
     return vae.float().eval().requires_grad_(False)
 
 
-def is_cached(name: str) -> bool:
-    """Whether the hub's autoencoder of that name has been fetched."""
-    try:
-        return isinstance(try_to_load_from_cache(name, "config.json"), str)
-    except HFValidationError:
-        return False
-
-
 def missing(name: str) -> dict[str, str]:
     """Return an autoencoder that is neither a folder here nor fetched yet, with how to get it."""
-    if name == "emoji" or Path(name).expanduser().is_dir() or is_cached(name):
+    if name == "emoji" or Path(name).expanduser().is_dir():
         return {}
+    with suppress(HFValidationError):  # of what is no name on the hub either
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return {}
     fetched = "autoencoder of the Hugging Face hub: the first command fetches it"
     return {name: f"{fetched}; or a folder, e.g. made by `vit5gen autoencoder`"}
 
@@ -99,16 +90,13 @@ def scaling(vae: AutoencoderKL) -> tuple[float, float]:
     scale, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
     others = [key for key in ("latents_mean", "latents_std") if config.get(key) is not None]
     if "shift_factor" not in config or others:
-        found = " and ".join(others) or "no shift_factor"
-        fault = f"its configuration has {found}"
+        fault = f"its configuration has {' and '.join(others) or 'no shift_factor'}"
     elif not isinstance(scale, Real) or not (scale and math.isfinite(scale) and math.isfinite(shift)):
         fault = f"scaling_factor = {scale!r}, shift_factor = {shift!r}"
     else:
         return float(scale), float(shift)
-    raise UserError(
-        f"autoencoder {name!r}: {fault}; expected an AutoencoderKL whose latents are scaled by finite numbers,"
-        " scaling_factor (not 0) and shift_factor, alone: choose another one"
-    )
+    wanted = "latents are scaled by finite numbers, scaling_factor (not 0) and shift_factor, alone"
+    raise UserError(f"autoencoder {name!r}: {fault}; expected an AutoencoderKL whose {wanted}: choose another one")
 
 
 class _Widening(TorchFunctionMode):

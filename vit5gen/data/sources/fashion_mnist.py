@@ -9,29 +9,11 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from vit5gen.data.images import (
-    ImageSet,
-    Source,
-    centre_crop,
-    digest_pixels,
-    missing_folder,
-    need_folder,
-    register_source,
-)
+from vit5gen.config import DataConfig
+from vit5gen.data.images import ImageSet, Source, centre_crop, digest_pixels, register_source
 from vit5gen.system.errors import UserError
 
-_FASHION_CLASSES = [
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle-boot",
-]
+_CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"]
 FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"  # of Debian's package dataset-fashion-mnist
 
 
@@ -42,35 +24,36 @@ class FashionMnistSource(Source):
     splits = ("train", "test")
     reads_files = False
 
+    def __init__(self, data: DataConfig) -> None:
+        super().__init__(data)
+        self.path = data.path or FASHION_FOLDER
+
     def open(self, split: str) -> ImageSet:
         prefix = {"train": "train", "test": "t10k"}[split]
-        hint = "; install Debian's dataset-fashion-mnist or set data.path to the idx files"
-        root = need_folder(self.data, self.data.path or FASHION_FOLDER, hint)
+        root = self.need_folder("install Debian's dataset-fashion-mnist or set data.path to the idx files")
         pixels = torch.from_numpy(_read_idx(root, f"{prefix}-images-idx3-ubyte"))
         labels = torch.from_numpy(_read_idx(root, f"{prefix}-labels-idx1-ubyte").astype(np.int64))
-        if len(pixels) != len(labels) or labels.max() >= len(_FASHION_CLASSES):
+        if len(pixels) != len(labels) or labels.max() >= len(_CLASSES):
             raise UserError(f"data.path {root}: images and labels do not belong together; fetch the files again")
         read = partial(_read_grey, pixels, self.data.resolution)
-        return ImageSet(_FASHION_CLASSES, labels, read, partial(digest_pixels, pixels))
+        return ImageSet(_CLASSES, labels, read, partial(digest_pixels, pixels))
 
     def missing(self) -> dict[str, str]:
-        remedy = "apt install dataset-fashion-mnist, or the four idx files of torchvision's download"
-        return missing_folder(self.data.path or FASHION_FOLDER, remedy)
+        return self.missing_folder("apt install dataset-fashion-mnist, or the four idx files of torchvision's download")
 
 
 def _read_idx(root: Path, name: str) -> np.ndarray:
-    for folder in (root, root / "FashionMNIST" / "raw"):
-        for path in (folder / name, folder / f"{name}.gz"):
-            if not path.is_file():
-                continue
-            try:
-                content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-                dimensions = content[3]
-                shape = np.frombuffer(content, ">i4", dimensions, offset=4)
-                return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
-            except (OSError, EOFError, ValueError, IndexError) as error:
-                raise UserError(f"data.path: {path} is not an idx file ({error}); fetch it again") from error
-    raise UserError(f"data.path {root}: no file {name} or {name}.gz; expected the four idx files of Fashion-MNIST")
+    folders, files = (root, root / "FashionMNIST" / "raw"), (name, f"{name}.gz")
+    path = next((path for folder in folders for file in files if (path := folder / file).is_file()), None)
+    if path is None:
+        raise UserError(f"data.path {root}: no file {name} or {name}.gz; expected the four idx files of Fashion-MNIST")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        dimensions = content[3]
+        shape = np.frombuffer(content, ">i4", dimensions, offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        raise UserError(f"data.path: {path} is not an idx file ({error}); fetch it again") from error
 
 
 def _read_grey(pixels: torch.Tensor, resolution: int, index: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from vit5gen.config import DataConfig
-from vit5gen.data.images import ImageSet, Source, missing_folder, need_folder, read_image, register_source
+from vit5gen.data.images import ImageSet, Source, read_image, register_source
 from vit5gen.data.pictures import content_digest, find_classes, folder_names, listing_digest
 from vit5gen.system.errors import UserError, listed
 
@@ -21,7 +21,7 @@ class FolderSource(Source):
 
     def open(self, split: str) -> ImageSet:
         data = self.data
-        root = _split_folder(need_folder(data, data.path), data, split)
+        root = _split_folder(self.need_folder(), data, split)
         found, instead = find_classes(root, data.rules)
         if not found:
             raise UserError(f"data.path {root}: no class folders; expected one folder of images for each class")
@@ -36,8 +36,7 @@ class FolderSource(Source):
         return ImageSet(names, labels, read, partial(digest, root, files), partial(_file_name, files), instead)
 
     def missing(self) -> dict[str, str]:
-        remedy = "a folder with one folder of images for each class, perhaps below train/ and val/"
-        return missing_folder(self.data.path, remedy)
+        return self.missing_folder("a folder with one folder of images for each class, perhaps below train/ and val/")
 
 
 def imagenet_names(wnids: list[str]) -> list[str]:
@@ -48,10 +47,9 @@ def imagenet_names(wnids: list[str]) -> list[str]:
     known = info.label_names()
     if wnids != known:
         missing, extra = sorted(set(known) - set(wnids)), sorted(set(wnids) - set(known))
-        raise UserError(
-            f"data.path: not the 1000 classes of ImageNet-1k: {len(missing)} missing {missing[:3]}, {len(extra)} extra"
-            f" {extra[:3]}; complete the folders, or name them otherwise for a data set of your own"
-        )
+        found = f"{len(missing)} missing {missing[:3]}, {len(extra)} extra {extra[:3]}"
+        advice = "complete the folders, or name them otherwise for a data set of your own"
+        raise UserError(f"data.path: not the 1000 classes of ImageNet-1k: {found}; {advice}")
     names = [info.index_to_description(index).split(",")[0] for index in range(len(known))]
     # Two names stand for two classes each (crane, maillot): the later one gets its number, so that names identify.
     return [name if names.index(name) == index else f"{name} ({index})" for index, name in enumerate(names)]
@@ -72,16 +70,12 @@ def _split_folder(root: Path, data: DataConfig, split: str) -> Path:
     if split in folders:
         classes, images_beside = folder_names(inside)
         if classes and not images_beside:
-            raise UserError(
-                f"data.path {root}: {split!r} holds folders as a split does, but beside it stand {listed(others)}, "
-                "which are none; move those away, or the classes out of the splits"
-            )
+            found = f"{split!r} holds folders as a split does, but beside it stand {listed(others)}, which are none"
+            raise UserError(f"data.path {root}: {found}; move those away, or the classes out of the splits")
     # Images of the whole folder are no second split.
     if split != data.split or (not asked and folders and not others):
-        raise UserError(
-            f"data.path {root}: no folder {split!r} (it has {listed(folders) or 'none'}); expected the images of that "
-            "split there"
-        )
+        found = f"no folder {split!r} (it has {listed(folders) or 'none'})"
+        raise UserError(f"data.path {root}: {found}; expected the images of that split there")
     return root
 
 

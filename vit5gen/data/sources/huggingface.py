@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from vit5gen.config import DataConfig
-from vit5gen.data.images import ImageSet, Source, centre_crop, decoding, missing_folder, register_source
+from vit5gen.data.images import ImageSet, Source, centre_crop, decoding, register_source
 from vit5gen.system.errors import UserError, choose
 
 
@@ -22,35 +22,28 @@ class HuggingFaceSource(Source):
         try:
             import datasets
         except ImportError as error:
-            raise UserError(
-                "data.source 'huggingface' needs the package datasets; run: pip install datasets"
-            ) from error
+            advice = "run: pip install datasets"
+            raise UserError(f"data.source 'huggingface' needs the package datasets; {advice}") from error
         if data.path is None:
             raise UserError("data.path: needs the name of a Hugging Face data set or a folder saved by datasets")
         try:
-            if (folder := Path(data.path).expanduser()).is_dir():
-                table = datasets.load_from_disk(folder)
-                if isinstance(table, datasets.DatasetDict):
-                    table = table[choose(f"data.split of {data.path}", split, table)]
-                elif split != data.split:
-                    raise UserError(f"data.path {data.path}: has no splits; expected one called {split!r}")
-            else:
-                table = datasets.load_dataset(data.path, split=split)
-        except UserError:
-            raise
+            saved = (folder := Path(data.path).expanduser()).is_dir()
+            table = datasets.load_from_disk(folder) if saved else datasets.load_dataset(data.path, split=split)
         except Exception as error:  # the library raises its own, requests' and pyarrow's errors
             empty = isinstance(error, IndexError)  # of the list of its files
             detail = "it holds no images" if empty else " ".join(str(error).split())
-            raise UserError(
-                f"data.path {data.path}: no data set can be opened: {detail}; check name and network"
-            ) from error
+            fault = f"no data set can be opened: {detail}"
+            raise UserError(f"data.path {data.path}: {fault}; check name and network") from error
+        if isinstance(table, datasets.DatasetDict):
+            table = table[choose(f"data.split of {data.path}", split, table)]
+        elif saved and split != data.split:
+            raise UserError(f"data.path {data.path}: has no splits; expected one called {split!r}")
         image = _column(data, "image_column", table.features, datasets.Image, "images")
         label = _column(data, "label_column", table.features, datasets.ClassLabel, "class labels")
         names, values = table.features[label].names, table[label][:]
         if not all(value is not None and 0 <= value < len(names) for value in values):
-            raise UserError(
-                f"data.path {data.path}: split {split!r} has images without a label; choose another data.split"
-            )
+            found = f"split {split!r} has images without a label"
+            raise UserError(f"data.path {data.path}: {found}; choose another data.split")
         pictures = _undecoded(table, image, data)
         read = partial(_read_row, pictures, image, data)
         kinds = [type(feature) for feature in table.features.values()]
@@ -59,7 +52,7 @@ class HuggingFaceSource(Source):
         return ImageSet(names, torch.tensor(values, dtype=torch.int64), read, digest)
 
     def missing(self) -> dict[str, str]:
-        return missing_folder(self.data.path, "data set of the Hugging Face hub: the first command fetches it")
+        return self.missing_folder("data set of the Hugging Face hub: the first command fetches it")
 
 
 def _undecoded(table: Any, column: str, data: DataConfig) -> Any:
