@@ -11,9 +11,8 @@ import torch
 from accelerate import PartialState
 
 from vit5gen.lab.benchmark import scaling
-from vit5gen.lab.benchmark.processes import fresh
-from vit5gen.lab.benchmark.setting import QUICK
-from vit5gen.lab.benchmark.train_step import step_config
+from vit5gen.lab.benchmark.engine import QUICK, fresh
+from vit5gen.lab.benchmark.steps import step_config
 from vit5gen.system.errors import UserError
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,15 +42,10 @@ _NEEDLESS = ("torchdiffeq", "wandb")
 def check(repository: Repository, folder: Path) -> None:
     """Raise `PeerError` unless ``folder`` is a checkout of the repository."""
     for name, text in repository.files.items():
-        try:
-            found = text in (folder / name).read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            found = False
-        if not found:
-            raise PeerError(
-                f"peer folder {folder}: expected a checkout of {repository.name}, with {text} in {name}; "
-                f"{_advice(repository)}"
-            )
+        file = folder / name
+        if not file.is_file() or text not in file.read_text(encoding="utf-8", errors="replace"):
+            expected = f"expected a checkout of {repository.name}, with {text} in {name}"
+            raise PeerError(f"peer folder {folder}: {expected}; {_advice(repository)}")
 
 
 def load(repository: Repository, folder: Path) -> SimpleNamespace:
@@ -65,9 +60,12 @@ def load(repository: Repository, folder: Path) -> SimpleNamespace:
         warnings.catch_warnings(action="ignore"),
         patch("timm.models.registry.register_model", lambda function: function),
         _modules_of(folder.resolve()),
-        _precision_of_products(),
+        ExitStack() as after,
         running(repository, folder),
     ):
+        # SiT's train.py lowers the precision of fp32 products for GPUs.
+        after.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        after.callback(setattr, torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
         modules = [importlib.import_module(Path(name).parts[0].removesuffix(".py")) for name in repository.files]
     found = SimpleNamespace(**{name: value for module in modules for name, value in vars(module).items()})
     for name in repository.files.values():
@@ -87,6 +85,13 @@ def running(repository: Repository, folder: Path) -> Iterator[None]:
         raise PeerError(f"peer folder {folder}: {error}; install what {repository.name} asks for") from error
     except (Exception, SystemExit) as error:
         raise PeerError(f"peer folder {folder}: {error!r} in its code; {_advice(repository)}") from error
+
+
+def check_equal(folder: Path, model: str, difference: float, of_what: str, tolerance: float) -> None:
+    """Raise `PeerError` unless a peer's model computes what ours does with its weights; NaN is a difference."""
+    if not difference <= tolerance:
+        reason = f"its {model} differs from ours by {difference:.2g} {of_what}; expected the published model"
+        raise PeerError(f"peer folder {folder}: {reason}")
 
 
 def _advice(repository: Repository) -> str:
@@ -112,18 +117,6 @@ def _modules_of(folder: Path) -> Iterator[None]:
     finally:
         take_out()
         sys.modules.update(hidden)
-
-
-@contextmanager
-def _precision_of_products() -> Iterator[None]:
-    """Go back to the precision of fp32 products from before, which SiT's train.py lowers for GPUs."""
-    before = torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn.allow_tf32
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-        torch.backends.cudnn.allow_tf32 = cudnn
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from statistics import median
 
@@ -12,24 +12,13 @@ import torch
 from vit5gen.config import Config
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
-from vit5gen.lab.benchmark.processes import fresh
-from vit5gen.lab.benchmark.setting import Setting, Sizes
-from vit5gen.lab.benchmark.timing import Pairs, Row, race, ratio, row, seconds
-from vit5gen.lab.benchmark.train_step import OurStep, step_config
+from vit5gen.lab.benchmark.engine import Pairs, Row, Setting, Sizes, fresh, race, ratio, row, seconds
+from vit5gen.lab.benchmark.steps import OurStep, step_config
 from vit5gen.training.build import build_model
 from vit5gen.training.cost import communication_bytes
 from vit5gen.training.dry_run import run_cost
 
 SAMPLING_STEPS = 2
-
-
-@dataclass(frozen=True)
-class Size:
-    """A number of tokens, images or samples, the work in FLOPs, and how to build the call that does it."""
-
-    number: int
-    work: float
-    build: Callable[[], Callable[[], object]]
 
 
 def rows(setting: Setting) -> Iterator[Row]:
@@ -46,17 +35,18 @@ def rows(setting: Setting) -> Iterator[Row]:
     pipe = SiTPipeline(build_model(by_batch[0]).eval(), SiTScheduler(), None)
     pipe.set_progress_bar_config(disable=True)
     draw = partial(pipe, num_inference_steps=SAMPLING_STEPS, sampler="ode-heun", output_type="latent")
-    kinds = {
-        "tokens": [Size(run_cost(one).tokens, _work(one), partial(OurStep, one)) for one in by_tokens],
-        "batch": [Size(one.training.global_batch_size, _work(one), partial(OurStep, one)) for one in by_batch],
-        "samples": [Size(count, count, partial(partial, draw, [0] * count)) for count in sizes.batches],
+    # The number of tokens, images or samples, the work in FLOPs, and how to build the call that does it.
+    kinds: dict[str, list[tuple[int, float, Callable[[], Callable[[], object]]]]] = {
+        "tokens": [(run_cost(one).tokens, _work(one), partial(OurStep, one)) for one in by_tokens],
+        "batch": [(one.training.global_batch_size, _work(one), partial(OurStep, one)) for one in by_batch],
+        "samples": [(count, count, partial(partial, draw, [0] * count)) for count in sizes.batches],
     }
-    for kind, (least, *larger) in kinds.items():
-        smallest = least.build()
-        for size in larger:
-            pairs, factor = race(size.build(), smallest, sizes), math.log(size.number / least.number)
-            growth = _growth(pairs, factor, math.log(size.work / least.work) / factor)
-            yield row("scaling", kind, str(size.number), str(least.number), pairs, more=growth)
+    for kind, ((least, least_work, build_least), *larger) in kinds.items():
+        smallest = build_least()
+        for number, work, build in larger:
+            pairs, factor = race(build(), smallest, sizes), math.log(number / least)
+            growth = _growth(pairs, factor, math.log(work / least_work) / factor)
+            yield row(kind, str(number), str(least), pairs, growth)
     yield _processes(by_batch[-1], sizes)
 
 
@@ -69,7 +59,7 @@ def _processes(config: Config, sizes: Sizes) -> Row:
     runs = range(sizes.fresh_repetitions)
     pairs = [(fresh(_step_time, config, sizes, count=2), fresh(_step_time, config, sizes)) for _ in runs]
     sent = communication_bytes(run_cost(config), config, accumulation=1, num_processes=2)
-    return row("scaling", "processes", "2", "1", pairs, more=_growth(pairs, math.log(2), -1) | {"MB sent": sent / 1e6})
+    return row("processes", "2", "1", pairs, _growth(pairs, math.log(2), -1) | {"MB sent": sent / 1e6})
 
 
 def _growth(pairs: Pairs, factor: float, work_exponent: float) -> dict[str, float]:

@@ -1,24 +1,29 @@
-"""A whole training step, optimizer and average included: ours against published SiT, `vit5` against our `sit`."""
+"""Training steps, ours against published SiT and `vit5` against our `sit`: their time on CPU and GPU, their memory."""
 
+import ctypes
+import os
+import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vit5gen.config import Config, validate
-from vit5gen.lab.benchmark.peers import SIT, PeerError, load, running
-from vit5gen.lab.benchmark.setting import QUICK, Setting, Sizes
-from vit5gen.lab.benchmark.timing import Pairs, Row, race, row, seconds
+from vit5gen.lab.benchmark.engine import FULL, QUICK, Pairs, Row, Setting, Sizes, fresh, race, row, seconds
+from vit5gen.lab.benchmark.peers import SIT, check_equal, load, running
 from vit5gen.models import load_sit
 from vit5gen.models.transformer import SIZES
 from vit5gen.system.cpu import fast_products
 from vit5gen.system.distributed import processes
+from vit5gen.system.errors import UserError
 from vit5gen.system.precision import PRECISIONS, resolve
 from vit5gen.training.data import micro_batches
 from vit5gen.training.dry_run import run_cost
@@ -26,6 +31,13 @@ from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.process import make_accelerator
 
 TOLERANCE = 1e-4  # of an output's norm, in fp32
+GPU_MODES = {"tf32": "tf32", "bf16": "bf16", "fastest": "bf16"}  # of ours; the published code sets TF32
+STEPS = 3  # whose peak memory is measured
+Peak = tuple[float, float]  # beyond the present, and absolute
+
+
+class SmallGpuError(UserError):
+    """The models do not fit the GPU."""
 
 
 def modes() -> dict[str, str]:
@@ -123,40 +135,65 @@ def check_published(folder: Path) -> None:
             inputs = x, torch.tensor([0.2, 0.7]), torch.tensor([0, 999])
             expected = theirs(*inputs)
             difference = float((ours(*inputs) - expected).norm() / expected.norm())
-    if not difference <= TOLERANCE:
-        raise PeerError(
-            f"peer folder {folder}: its SiT-{sizes.preset} differs from ours by {difference:.2g} of its output; "
-            "expected the published model"
-        )
+    check_equal(folder, f"SiT-{sizes.preset}", difference, "of its output", TOLERANCE)
 
 
-def rows(setting: Setting) -> Iterator[Row]:
+def on_cpu(setting: Setting) -> Iterator[Row]:
     """Compare steps of the same batch, each with all that it needs from latents to averaged weights.
 
     Raises `PeerError` where ``setting.sit`` is no checkout of the peer.
     """
-    found: dict[tuple[str, bool], Row] = {}
     if setting.sit is not None:
+        published = cache(partial(against_published, setting.sit, setting.sizes))  # the fastest may be fp32 once more
         for mode, precision in modes().items():
-            same = (precision, mode == "bf16")
-            if same not in found:
-                found[same] = against_published("train-step", mode, setting.sit, setting.sizes, precision)
-            yield found[same] | {"mode": mode}
-    yield against_sit("train-step", setting.sizes, modes()["fastest"])
+            yield published(precision, mode == "bf16") | {"mode": mode}
+    yield against_sit(setting.sizes, modes()["fastest"])
 
 
-def against_published(name: str, mode: str, sit: Path, sizes: Sizes, precision: str) -> Row:
-    """Return the row of our step in a precision and of the published one, put under autocast in the mode "bf16"."""
+def on_gpu(setting: Setting) -> Iterator[Row]:
+    """Compare steps of XL/2, each in a process that may use the GPU; without one, tiny sizes on the CPU.
+
+    Raises `PeerError` where ``setting.sit`` is no checkout of the peer.
+    """
+    sizes = setting.sizes
+    if sizes == FULL:
+        if not torch.cuda.is_available():
+            setting.note("gpu: left out, for none is here")
+            return
+        sizes = replace(sizes, preset="XL/2", batch=32)  # of one of the eight GPUs that share the published 256
+    try:
+        if setting.sit is not None:
+            for mode, precision in GPU_MODES.items():
+                found = fresh(_with_gpu, against_published, setting.sit, sizes, precision, mode == "bf16")
+                yield found | {"mode": mode}
+        yield fresh(_with_gpu, against_sit, sizes, GPU_MODES["fastest"])
+    except SmallGpuError as error:
+        setting.note(str(error))
+
+
+def _with_gpu(compare: Callable[..., Row], *arguments: Any) -> Row:
+    os.environ.pop("ACCELERATE_USE_CPU")  # which all other benchmarks want
+    try:
+        return compare(*arguments)
+    except (torch.OutOfMemoryError, UserError) as error:
+        if not isinstance(error.__cause__ or error, torch.OutOfMemoryError):
+            raise
+        needed = "the published XL/2 and ours train beside each other in about 70 GB"
+        raise SmallGpuError(f"gpu: out of memory; {needed}") from error
+
+
+def against_published(sit: Path, sizes: Sizes, precision: str, autocast: bool) -> Row:
+    """Return the row, but for its mode, of our step in a precision and of the published one, perhaps in autocast."""
     config = step_config(sizes, precision=precision)
-    pairs = race(OurStep(config), published_step(sit, sizes, mode == "bf16"), sizes)
-    return row(name, mode, "sit", "sit", pairs, more=_utilisation(config, pairs))
+    pairs = race(OurStep(config), published_step(sit, sizes, autocast), sizes)
+    return row("", "sit", "sit", pairs, _utilisation(config, pairs))
 
 
-def against_sit(name: str, sizes: Sizes, precision: str) -> Row:
+def against_sit(sizes: Sizes, precision: str) -> Row:
     """Return the row of the steps of our two backbones."""
     vit5, sit = (step_config(sizes, backbone, precision=precision) for backbone in ("vit5", "sit"))
     pairs = race(OurStep(vit5), OurStep(sit), sizes)
-    return row(name, "fastest", "vit5", "vit5gen-sit", pairs, more=_utilisation(vit5, pairs))
+    return row("fastest", "vit5", "vit5gen-sit", pairs, _utilisation(vit5, pairs))
 
 
 def _utilisation(config: Config, pairs: Pairs) -> dict[str, float]:
@@ -171,3 +208,49 @@ def _utilisation(config: Config, pairs: Pairs) -> dict[str, float]:
     with fast_products():
         product = 2 * a.numel() * 4 * width / min(seconds(lambda: a @ b) for _ in range(20))
     return {"GFLOP/s": speed / 1e9, "share of a product's speed": speed / product}
+
+
+def memory(setting: Setting) -> Iterator[Row]:
+    """Compare what training takes beyond the imports of its code; the absolute peaks stand beside it.
+
+    Raises `PeerError` where ``setting.sit`` is no checkout of the peer.
+    """
+    if setting.sit is None:
+        return
+    if sys.platform != "linux":
+        setting.note("memory: left out, for peaks are read from Linux's /proc")
+        return
+    sit, sizes, precisions = setting.sit, setting.sizes, modes()
+
+    @cache
+    def measure(precision: str, checkpointing: bool) -> list[tuple[Peak, Peak]]:
+        ours = partial(OurStep, step_config(sizes, precision=precision, gradient_checkpointing=checkpointing))
+        theirs = partial(published_step, sit, sizes)
+        return [(fresh(peak, ours), fresh(peak, theirs, sit)) for _ in range(sizes.fresh_repetitions)]
+
+    for mode in ("fp32", "fastest"):
+        for checkpointing in (False, True):
+            growth, absolute = np.moveaxis(np.array(measure(precisions[mode], checkpointing)), -1, 0).tolist()
+            highest = dict(zip(("our_peak", "peer_peak"), map(max, zip(*absolute, strict=True)), strict=True))
+            yield row(mode + "-checkpointing" * checkpointing, "sit", "sit", growth, highest, "MB")
+
+
+def peak(build: Callable[[], Callable[[], None]], sit: Path | None = None) -> Peak:
+    """Return (growth over the present, absolute) peak memory of this process after some steps, in MB.
+
+    sit: checkout whose imports do not count.
+    """
+    if sit is not None:
+        load(SIT, sit)
+    ctypes.CDLL(None).malloc_trim(0)  # what imports freed would hide a part of the growth
+    Path("/proc/self/clear_refs").write_text("5")  # start the peak again
+    before = _status("VmRSS")
+    step = build()
+    for _ in range(STEPS):
+        step()
+    highest = _status("VmHWM")  # not getrusage's maximum, which a process inherits from the one that started it
+    return highest - before, highest
+
+
+def _status(key: str) -> float:
+    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024 / 1e6
