@@ -21,35 +21,28 @@ from vit5gen.training.reference import Reference, build_reference
 NUM_HELD_OUT = 2048  # images of the held-out loss, where there are as many
 
 
-class Judge:
-    """Measures runs, all with the same images, noise, times and labels; what they are compared with is made once."""
+# What runs are compared with, by the data and the evaluation of their configuration.
+References = dict[str, tuple[Extractor, Reference]]
 
-    def __init__(self) -> None:
-        self._references: dict[str, tuple[Extractor, Reference]] = {}
 
-    def measure(self, folder: Path, config: Config) -> dict[str, Any]:
-        """Return ``held_out_loss``, and the distance as ``metric``, ``distance``, ``floor`` and ``n``."""
-        device = start_processes().device
-        pipe = load_pipeline(folder).to(device)
-        extractor, reference = self._reference(config, device)
-        job = SamplingJob(reference.labels, config.evaluation.seed, config.evaluation.batch_size, config.sampling)
-        with PRECISIONS[config.training.precision].autocast(device):
-            images = (images for _, images in generate(pipe, job))
-            report = frechet_report(frechet_of(images, extractor), reference.distance, reference.floor)
-        return {
-            "held_out_loss": held_out_loss(pipe, config),
-            "metric": extractor.metric,
-            "distance": report["value"],
-            "floor": report["floor"],
-            "n": report["n"],
-        }
+def measure(folder: Path, config: Config, references: References) -> dict[str, Any]:
+    """Return ``held_out_loss``, and the distance as ``metric``, ``distance``, ``floor`` and ``n``.
 
-    def _reference(self, config: Config, device: torch.device) -> tuple[Extractor, Reference]:
-        key = config.data.model_dump_json() + config.evaluation.model_dump_json()
-        if key not in self._references:
-            extractor = load_extractor(config.evaluation.extractor, device)
-            self._references[key] = extractor, build_reference(config, extractor)
-        return self._references[key]
+    All runs meet the same images, noise, times and labels. references: those made so far; a new one is added.
+    """
+    device, evaluation = start_processes().device, config.evaluation
+    pipe = load_pipeline(folder).to(device)
+    key = config.data.model_dump_json() + evaluation.model_dump_json()
+    if key not in references:
+        extractor = load_extractor(evaluation.extractor, device)
+        references[key] = extractor, build_reference(config, extractor)
+    extractor, reference = references[key]
+    job = SamplingJob(reference.labels, evaluation.seed, evaluation.batch_size, config.sampling)
+    with PRECISIONS[config.training.precision].autocast(device):
+        images = (images for _, images in generate(pipe, job))
+        report = frechet_report(frechet_of(images, extractor), reference.distance, reference.floor)
+    found = {"held_out_loss": held_out_loss(pipe, config), "metric": extractor.metric, "distance": report["value"]}
+    return found | {"floor": report["floor"], "n": report["n"]}
 
 
 @torch.inference_mode()

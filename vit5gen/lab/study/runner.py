@@ -10,10 +10,9 @@ from vit5gen.data.images import open_held_out
 from vit5gen.data.latents import open_for
 from vit5gen.flow import NonFiniteError
 from vit5gen.generation.card import commit
-from vit5gen.lab.study.measure import Judge
-from vit5gen.lab.study.plan import Run, StudyConfig, read_study
+from vit5gen.lab.study.measure import References, measure
+from vit5gen.lab.study.plan import Row, Run, StudyConfig, read_rows, read_study, write_rows
 from vit5gen.lab.study.report import write_report
-from vit5gen.lab.study.rows import Row, read_rows, write_rows
 from vit5gen.system.errors import UserError
 from vit5gen.training.dry_run import run_cost
 from vit5gen.training.folder import CHANGEABLE, RunFolder, differences
@@ -38,8 +37,14 @@ def run_study(path: str | Path, output: str | Path) -> int:
 
 
 def _run_study(study: StudyConfig, runs: list[Run], output: Path) -> int:
-    rows, judge, revision, failed = read_rows(output / "rows.jsonl", runs), Judge(), commit(), 0
+    rows, references, revision, failed = read_rows(output / "rows.jsonl", runs), References(), commit(), 0
     check_inputs([run for run in runs if run.name not in rows])
+
+    def report() -> int:
+        if finished := [rows[run.name] for run in runs if run.name in rows]:
+            write_report(study, finished, output)
+        return len(finished)
+
     for number, run in enumerate(runs, start=1):
         if run.name in rows:
             continue
@@ -48,7 +53,7 @@ def _run_study(study: StudyConfig, runs: list[Run], output: Path) -> int:
         try:
             code = _train(run, folder)
             if code == 0:
-                rows[run.name] = _row(run, folder, judge, revision)
+                rows[run.name] = _row(run, folder, references, revision)
         except NonFiniteError as error:
             print(f"error: {error}")
             code = NONFINITE
@@ -61,11 +66,8 @@ def _run_study(study: StudyConfig, runs: list[Run], output: Path) -> int:
             failed = code  # that run diverged; the others need not wait
             continue
         write_rows(output / "rows.jsonl", list(rows.values()))
-        write_report(study, [rows[run.name] for run in runs if run.name in rows], output)
-    finished = [rows[run.name] for run in runs if run.name in rows]
-    if finished:
-        write_report(study, finished, output)
-    print(f"{output}: rows.jsonl, table.md and, where there is a baseline, differences.png of {len(finished)} runs")
+        report()
+    print(f"{output}: rows.jsonl, table.md and, where there is a baseline, differences.png of {report()} runs")
     return failed
 
 
@@ -86,7 +88,7 @@ def check_inputs(runs: list[Run]) -> None:
 
 
 def _train(run: Run, folder: Path) -> int:
-    """Train with evaluations of two images: the judge scores the run, once and for all alike."""
+    """Train with evaluations of two images: `measure` scores the run, as all others."""
     few = {"num_images": 2, "num_reference": 2, "every": None}
     config = run.config.model_copy(update={"evaluation": run.config.evaluation.model_copy(update=few)})
     begun = RunFolder(folder).config
@@ -95,7 +97,7 @@ def _train(run: Run, folder: Path) -> int:
     return train(config, folder)
 
 
-def _row(run: Run, folder: Path, judge: Judge, revision: str) -> Row:
+def _row(run: Run, folder: Path, references: References, revision: str) -> Row:
     config, lines = run.config, RunFolder(folder).lines()
     steps = [0, *(line["step"] for line in lines)]
     if steps[-1] != config.training.num_steps:
@@ -111,7 +113,7 @@ def _row(run: Run, folder: Path, judge: Judge, revision: str) -> Row:
         parameters=cost.parameters,
         training_flops=cost.training_flops * config.training.global_batch_size * config.training.num_steps,
         loss=lines[-1]["loss"],
-        **judge.measure(folder, config),
+        **measure(folder, config, references),
         seconds=float(images @ [1 / line["images_per_second"] for line in lines]),
         settings=config,
     )
