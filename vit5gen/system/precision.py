@@ -24,7 +24,6 @@ class Precision:
     products: torch's setting for products of fp32, where "high" lets a GPU round to TF32.
     """
 
-    name: str
     weights: torch.dtype = torch.float32
     rounded: torch.dtype | None = None
     products: Literal["highest", "high"] = "highest"
@@ -60,13 +59,10 @@ class Precision:
 
 
 PRECISIONS = {
-    one.name: one
-    for one in (
-        Precision("fp64", weights=torch.float64),
-        Precision("fp32"),
-        Precision("tf32", products="high"),
-        Precision("bf16", rounded=torch.bfloat16, products="high"),
-    )
+    "fp64": Precision(weights=torch.float64),
+    "fp32": Precision(),
+    "tf32": Precision(products="high"),
+    "bf16": Precision(rounded=torch.bfloat16, products="high"),
 }
 
 

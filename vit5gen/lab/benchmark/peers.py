@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.machinery
-import importlib.util
 import sys
 import warnings
 from collections.abc import Iterator
@@ -101,16 +100,15 @@ def _advice(repository: Repository) -> str:
 @contextmanager
 def _modules_of(folder: Path) -> Iterator[None]:
     """Let names such as ``models`` and ``utils`` mean those of ``folder`` for a while."""
-    absent: dict[str, Any] = {name: MagicMock() for name in _NEEDLESS if importlib.util.find_spec(name) is None}
-    for name, module in absent.items():
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # which others ask for to know whether it is there
-    names = absent.keys() | {path.stem for path in folder.iterdir()}
+    # Others ask for a module's specification to know whether it is there.
+    needless = {name: MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None)) for name in _NEEDLESS}
+    names = needless.keys() | {path.stem for path in folder.iterdir()}
 
     def take_out() -> dict[str, Any]:
         return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in names}
 
     hidden = take_out()
-    sys.modules.update(absent)
+    sys.modules.update(needless)
     try:
         with patch.object(sys, "path", [str(folder), *sys.path]):
             yield

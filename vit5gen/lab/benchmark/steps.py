@@ -1,6 +1,7 @@
 """Training steps, ours against published SiT and `vit5` against our `sit`: their time on CPU and GPU, their memory."""
 
 import ctypes
+import operator
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -143,11 +144,7 @@ def on_cpu(setting: Setting) -> Iterator[Row]:
 
     Raises `PeerError` where ``setting.sit`` is no checkout of the peer.
     """
-    if setting.sit is not None:
-        published = cache(partial(against_published, setting.sit, setting.sizes))  # the fastest may be fp32 once more
-        for mode, precision in modes().items():
-            yield published(precision, mode == "bf16") | {"mode": mode}
-    yield against_sit(setting.sizes, modes()["fastest"])
+    yield from _rows(setting.sit, setting.sizes, modes(), cache(operator.call))  # the fastest may be fp32 once more
 
 
 def on_gpu(setting: Setting) -> Iterator[Row]:
@@ -162,13 +159,17 @@ def on_gpu(setting: Setting) -> Iterator[Row]:
             return
         sizes = replace(sizes, preset="XL/2", batch=32)  # of one of the eight GPUs that share the published 256
     try:
-        if setting.sit is not None:
-            for mode, precision in GPU_MODES.items():
-                found = fresh(_with_gpu, against_published, setting.sit, sizes, precision, mode == "bf16")
-                yield found | {"mode": mode}
-        yield fresh(_with_gpu, against_sit, sizes, GPU_MODES["fastest"])
+        yield from _rows(setting.sit, sizes, GPU_MODES, partial(fresh, _with_gpu))
     except SmallGpuError as error:
         setting.note(str(error))
+
+
+def _rows(sit: Path | None, sizes: Sizes, precisions: dict[str, str], measure: Callable[..., Row]) -> Iterator[Row]:
+    """Yield the rows of every mode; measure: how to call the function that makes one."""
+    if sit is not None:
+        for mode, precision in precisions.items():
+            yield measure(against_published, sit, sizes, precision, mode == "bf16") | {"mode": mode}
+    yield measure(against_sit, sizes, precisions["fastest"])
 
 
 def _with_gpu(compare: Callable[..., Row], *arguments: Any) -> Row:
