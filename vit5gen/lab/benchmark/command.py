@@ -79,7 +79,7 @@ def _check(setting: Setting) -> dict[str, dict[str, str]]:
         steps.check_published(setting.sit)
         found[SIT.name] = _hashes(setting.sit)
     if setting.vit5 is not None:
-        side = QUICK.image_side
+        _, side = QUICK.classified
         inference.published(setting.vit5, vit5_small(img_size=side).eval(), torch.ones(1, 3, side, side))
         found[VIT5.name] = _hashes(setting.vit5)
     if setting.run is not None:

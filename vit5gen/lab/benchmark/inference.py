@@ -46,8 +46,8 @@ def published(folder: Path, ours: ViT5, images: Tensor) -> tuple[nn.Module, floa
 
 def classifier(setting: Setting) -> Iterator[Row]:
     """Time forward passes of ViT-5-S in fp32, against the published one and timm's plain vision transformer."""
-    sizes, side = setting.sizes, setting.sizes.image_side
-    images = torch.randn(sizes.images, 3, side, side, generator=torch.Generator().manual_seed(0))
+    sizes, (count, side) = setting.sizes, setting.sizes.classified
+    images = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
     ours = vit5_small(img_size=side).eval()
     peers: dict[str, tuple[nn.Module, dict[str, float]]] = {}
     if setting.vit5 is not None:
@@ -64,8 +64,7 @@ def evaluation(setting: Setting) -> Iterator[Row]:
 
     That is moments alone, moments in the groups of a standard error, and one final distance.
     """
-    sizes, generator = setting.sizes, torch.Generator().manual_seed(0)
-    count, side = sizes.scored_images, sizes.scored_side
+    sizes, (count, side), generator = setting.sizes, setting.sizes.scored, torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
     for name, extractor in ((PRETRAINED, load_extractor(PRETRAINED)), ("inception", random_inception())):
         features = torch.randn(2 * extractor.dim, extractor.dim, generator=generator)

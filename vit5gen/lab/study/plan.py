@@ -10,7 +10,6 @@ from pydantic import Field, field_validator
 
 from vit5gen.config import Config, Natural, Section, load_config, read_yaml, recorded_values, validate
 from vit5gen.system.errors import UserError, choose
-from vit5gen.system.files import write_text
 from vit5gen.training.build import check_values
 from vit5gen.training.folder import differences
 from vit5gen.training.process import batch_sizes
@@ -153,14 +152,6 @@ def read_rows(file: Path, runs: list[Run]) -> dict[str, Row]:
 
 
 def _changes(row: Row, run: Run) -> list[str]:
-    own = [
-        f"{name}: {old!r} -> {new!r}"
-        for name, old, new in (("levels", row.levels, run.levels), ("seed", row.seed, run.seed))
-        if old != new
-    ]
+    pairs = {"levels": (row.levels, run.levels), "seed": (row.seed, run.seed)}
+    own = [f"{name}: {old!r} -> {new!r}" for name, (old, new) in pairs.items() if old != new]
     return own + differences(row.settings.model_dump(mode="json"), run.config, changeable=())
-
-
-def write_rows(file: Path, rows: list[Row]) -> None:
-    """Replace the file of rows."""
-    write_text(file, "".join(json.dumps(row.model_dump(mode="json")) + "\n" for row in rows))

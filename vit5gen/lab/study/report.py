@@ -43,15 +43,12 @@ def find_differences(study: StudyConfig, rows: list[Row]) -> list[Difference]:
         family = []
         for levels in dict.fromkeys(levels for levels, _ in values):
             for axis, level in study.baseline.items():
-                reference = tuple((name, level if name == axis else own) for name, own in levels)
-                pairs = [
-                    values[levels, seed] - values[reference, seed]
-                    for seed in study.seeds
-                    if levels != reference and {(levels, seed), (reference, seed)} <= values.keys()
-                ]
-                if len(pairs) > 1:
-                    names = [", ".join(level for _, level in cell) for cell in (levels, reference)]
-                    family.append(_difference(names[0], names[1], measure, pairs))
+                reference = tuple((dict(levels) | {axis: level}).items())
+                shared = [seed for seed in study.seeds if {(levels, seed), (reference, seed)} <= values.keys()]
+                if levels != reference and len(shared) > 1:
+                    cell, baseline = (", ".join(dict(one).values()) for one in (levels, reference))
+                    pairs = [values[levels, seed] - values[reference, seed] for seed in shared]
+                    family.append(_difference(cell, baseline, measure, pairs))
         found += _holm(family)
     return found
 
@@ -87,14 +84,12 @@ def write_report(study: StudyConfig, rows: list[Row], output: Path) -> None:
 
 def _values(rows: list[Row]) -> str:
     """Table of the cells: mean ± standard deviation over seeds."""
-    cells: dict[str, list[Row]] = {}
-    for row in rows:
-        cells.setdefault(row.cell, []).append(row)
     lines = [
         f"| cell | seeds | parameters | steps | TFLOPs | held-out loss | {rows[0].metric} (N, floor) | s |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, own in cells.items():
+    for name in dict.fromkeys(row.cell for row in rows):
+        own = [row for row in rows if row.cell == name]
         first, (loss, distance) = own[0], (_spread(own, measure) for measure in MEASURES)
         cost = f"{first.parameters:,} | {first.steps} | {first.training_flops / 1e12:.1f}"
         quality = f"{loss} | {distance} ({first.n}, {first.floor:.1f})"
