@@ -101,9 +101,8 @@ def _parse(option: str, text: str) -> Any:
     try:
         return parse_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(
-            f"{option} = {short(text)} is not valid YAML; expected e.g. 3, '[a, b]' or '{{key: 1}}'"
-        ) from error
+        expected = "expected e.g. 3, '[a, b]' or '{key: 1}'"
+        raise UserError(f"{option} = {short(text)} is not valid YAML; {expected}") from error
 
 
 def build_parser() -> Parser:

@@ -5,7 +5,7 @@ import importlib.machinery
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,15 +38,6 @@ VIT5 = Repository("wangf3014/ViT-5", {"models_vit5.py": "vit5_small", "rope.py":
 _NEEDLESS = ("torchdiffeq", "wandb")
 
 
-def check(repository: Repository, folder: Path) -> None:
-    """Raise `PeerError` unless ``folder`` is a checkout of the repository."""
-    for name, text in repository.files.items():
-        file = folder / name
-        if not file.is_file() or text not in file.read_text(encoding="utf-8", errors="replace"):
-            expected = f"expected a checkout of {repository.name}, with {text} in {name}"
-            raise PeerError(f"peer folder {folder}: {expected}; {_advice(repository)}")
-
-
 def load(repository: Repository, folder: Path) -> SimpleNamespace:
     """Run the repository's own code and return everything that the modules of its files define.
 
@@ -54,7 +45,11 @@ def load(repository: Repository, folder: Path) -> SimpleNamespace:
     timm.
     Raises `PeerError` when it is no checkout, or needs a package that is not installed.
     """
-    check(repository, folder)
+    for name, text in repository.files.items():
+        file = folder / name
+        if not file.is_file() or text not in file.read_text(encoding="utf-8", errors="replace"):
+            expected = f"expected a checkout of {repository.name}, with {text} in {name}"
+            raise PeerError(f"peer folder {folder}: {expected}; {_advice(repository)}")
     with (
         warnings.catch_warnings(action="ignore"),
         patch("timm.models.registry.register_model", lambda function: function),
@@ -117,8 +112,6 @@ def _modules_of(folder: Path) -> Iterator[None]:
         sys.modules.update(hidden)
 
 
-@contextmanager
-def without_cuda() -> Iterator[None]:
+def without_cuda() -> AbstractContextManager[object]:
     """Let ``tensor.cuda()``, which the published ViT-5 calls in its forward pass, return the tensor itself."""
-    with patch.object(torch.Tensor, "cuda", lambda tensor: tensor):
-        yield
+    return patch.object(torch.Tensor, "cuda", lambda tensor: tensor)

@@ -67,9 +67,8 @@ def read_study(path: str | Path) -> tuple[StudyConfig, list[Run]]:
 def _config(path: str | Path, study: StudyConfig, levels: tuple[str, ...]) -> Config:
     overrides, where = dict(study.overrides), f"study {path}: grid {' / '.join(levels)}"
     if bad := [level for level in levels if not level.isprintable() or set(level) & set("/|") or level[:1] in "."]:
-        raise UserError(
-            f"{where}: level {bad[0]!r} names folders and rows of tables; leave out '/', '|', a leading dot"
-        )
+        advice = "leave out '/', '|', a leading dot"
+        raise UserError(f"{where}: level {bad[0]!r} names folders and rows of tables; {advice}")
     for axis, level in zip(study.grid, levels, strict=True):
         for key, value in study.grid[axis][level].items():
             if key in overrides.keys() - study.overrides.keys():
@@ -135,18 +134,15 @@ def read_rows(file: Path, runs: list[Run]) -> dict[str, Row]:
             row = validate(Row, json.loads(line), where)
         except ValueError as error:
             reason = str(error).removeprefix(f"{where}: ")
-            raise UserError(
-                f"{where}: unreadable row ({reason}); restore it, or delete the line to do the run again"
-            ) from None
+            advice = "restore it, or delete the line to do the run again"
+            raise UserError(f"{where}: unreadable row ({reason}); {advice}") from None
         if row.run in rows:
             raise UserError(f"{where}: a second row of {row.run!r}; delete one")
         if row.run not in by_name:
             print(f"note: {where}: {row.run!r} is no run of this study; left out", flush=True)
         elif changes := _changes(row, by_name[row.run]):
-            raise UserError(
-                f"{where}: {row.run!r} was made by other settings: {'; '.join(changes)}; restore them, or choose "
-                "another --output"
-            )
+            advice = "restore them, or choose another --output"
+            raise UserError(f"{where}: {row.run!r} was made by other settings: {'; '.join(changes)}; {advice}")
         rows[row.run] = row
     return rows
 
