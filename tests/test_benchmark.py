@@ -18,7 +18,7 @@ from tiny_run import make_inputs, run
 from vit5gen.cli import main
 from vit5gen.generation.loading import load_pipeline
 from vit5gen.generation.pipeline import SiTPipeline
-from vit5gen.lab.benchmark import NAMES, inference, sampling, scaling, steps
+from vit5gen.lab.benchmark import NAMES, inference, sampling, steps
 from vit5gen.lab.benchmark.command import BENCHMARKS, costs
 from vit5gen.lab.benchmark.engine import QUICK
 from vit5gen.lab.benchmark.peers import SIT, VIT5
@@ -176,7 +176,7 @@ def test_a_peak_is_that_of_the_steps() -> None:
 
 def test_growth_by_hand() -> None:
     """Twice the size takes four times as long: the exponent is 2."""
-    assert scaling._growth([(4.0, 1.0)], math.log(2), 1.5) == {"exponent": 2.0, "work exponent": 1.5}
+    assert steps._growth([(4.0, 1.0)], math.log(2), 1.5) == {"exponent": 2.0, "work exponent": 1.5}
 
 
 def test_share_of_statistics_by_hand(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:

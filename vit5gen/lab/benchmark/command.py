@@ -13,7 +13,7 @@ from vit5gen.data.images import open_images
 from vit5gen.evaluation import load_extractor
 from vit5gen.generation.card import commit, versions
 from vit5gen.generation.loading import load_pipeline
-from vit5gen.lab.benchmark import NAMES, inference, sampling, scaling, steps
+from vit5gen.lab.benchmark import NAMES, inference, sampling, steps
 from vit5gen.lab.benchmark.engine import FULL, QUICK, Row, Setting, fresh
 from vit5gen.lab.benchmark.peers import SIT, VIT5
 from vit5gen.models.classifier import vit5_small
@@ -30,7 +30,7 @@ BENCHMARKS = {
     "evaluation": inference.evaluation,
     "memory": steps.memory,
     "start-up": inference.start_up,
-    "scaling": scaling.rows,
+    "scaling": steps.scaling,
     "gpu": steps.on_gpu,
 }
 _NEEDS = {"train-step": "sit", "classifier": "vit5", "sampling": "run", "memory": "sit", "gpu": "sit"}

@@ -29,7 +29,7 @@ BATCHES = 20  # of images whose features are added in one repetition
 def published(folder: Path, ours: ViT5, images: Tensor) -> tuple[nn.Module, float]:
     """Return the published model and the largest difference of its logits from ours, which is given its weights.
 
-    images (B, 3, S, S).  LayerScale is set to 1, or its initial 1e-4 would hide what the blocks do. Raises `PeerError`
+    images (B, 3, S, S). LayerScale is set to 1, or its initial 1e-4 would hide what the blocks do. Raises `PeerError`
     for another model.
     """
     with running(VIT5, folder), torch.no_grad(), without_cuda():
