@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vit5gen.lab.benchmark.evaluation import random_inception
+from vit5gen.lab.benchmark.inference import random_inception
 
 
 def write_random_inception(path: Path, images: Tensor) -> None:

@@ -18,11 +18,11 @@ from tiny_run import make_inputs, run
 from vit5gen.cli import main
 from vit5gen.generation.loading import load_pipeline
 from vit5gen.generation.pipeline import SiTPipeline
-from vit5gen.lab.benchmark import NAMES, evaluation, memory, sampling, scaling, train_step
-from vit5gen.lab.benchmark.costs import costs
+from vit5gen.lab.benchmark import NAMES, inference, sampling, steps
+from vit5gen.lab.benchmark.command import BENCHMARKS, costs
+from vit5gen.lab.benchmark.engine import QUICK
 from vit5gen.lab.benchmark.peers import SIT, VIT5
 from vit5gen.lab.benchmark.sampling import Score, no_worse
-from vit5gen.lab.benchmark.setting import QUICK
 from vit5gen.system import cpu
 from vit5gen.system.files import write_text
 from vit5gen.training.dry_run import run_cost
@@ -63,6 +63,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+def test_names_are_those_of_the_benchmarks() -> None:
+    assert tuple(BENCHMARKS) == NAMES
+
+
 def execute(words: str, folder: Path) -> int:
     with pytest.raises(SystemExit) as stop, torch.compiler.set_stance("force_eager"):
         main(["benchmark", *(str(folder / word[1:]) if word[0] == "@" else word for word in words.split())])
@@ -97,9 +101,9 @@ def test_runs(name: str, folders: Path, capsys: pytest.CaptureFixture[str], monk
 
 def test_utilisation_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of 2 s, beside a product of 1/4 s: every token by 384 by 1536."""
-    config = train_step.step_config(QUICK)
-    monkeypatch.setattr(train_step, "seconds", lambda call: 0.25)
-    found = train_step._utilisation(config, [(2.0, 3.0)])
+    config = steps.step_config(QUICK)
+    monkeypatch.setattr(steps, "seconds", lambda call: 0.25)
+    found = steps._utilisation(config, [(2.0, 3.0)])
     flops = run_cost(config).training_flops * QUICK.batch
     assert found["GFLOP/s"] == pytest.approx(flops / 2 / 1e9)
     tokens = (QUICK.latent_side // 2) ** 2
@@ -112,10 +116,10 @@ def test_what_is_measured_in_which_mode(has_bf16: bool, folders: Path, monkeypat
     monkeypatch.setattr(cpu, "has_bf16", lambda: has_bf16)
     ours: list[Any] = []
     theirs: list[bool] = []
-    build, published = train_step.OurStep, train_step.published_step
-    monkeypatch.setattr(train_step, "OurStep", lambda config: ours.append(config) or build(config))
+    build, published = steps.OurStep, steps.published_step
+    monkeypatch.setattr(steps, "OurStep", lambda config: ours.append(config) or build(config))
     monkeypatch.setattr(
-        train_step,
+        steps,
         "published_step",
         lambda sit, sizes, autocast=False: theirs.append(autocast) or published(sit, sizes, autocast),
     )
@@ -141,13 +145,17 @@ def test_memory_of_each_setting(folders: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cpu, "has_bf16", lambda: True)
     settings = []
 
-    def fresh(function: Callable[..., Any], *arguments: Any) -> tuple[float, float]:
-        if function is memory._published:
+    def fresh(function: Callable[..., Any], build: Any, *sit: Path) -> tuple[float, float]:
+        assert function is steps.peak
+        if build.func is steps.published_step:
+            assert sit == (folders / "sit",)
             return 40.0, 90.0
-        settings.append((arguments[0].training.precision, arguments[0].training.gradient_checkpointing))
+        assert build.func is steps.OurStep
+        training = build.args[0].training
+        settings.append((training.precision, training.gradient_checkpointing))
         return 10.0, 60.0
 
-    monkeypatch.setattr(memory, "fresh", fresh)
+    monkeypatch.setattr(steps, "fresh", fresh)
     assert execute("--sit @sit --only memory --quick --output @memory.json", folders) == 0
     assert settings == [("fp32", False), ("fp32", True), ("bf16", False), ("bf16", True)]
     for row in json.loads((folders / "memory.json").read_text())["rows"]:
@@ -159,8 +167,8 @@ def test_memory_of_each_setting(folders: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_peak_is_that_of_the_steps() -> None:
     megabytes = 300
     kept: list[torch.Tensor] = []
-    growth, absolute = memory._peak(
-        lambda: lambda: kept.append(torch.ones(megabytes * 10**6 // memory.STEPS, dtype=torch.uint8))
+    growth, absolute = steps.peak(
+        lambda: lambda: kept.append(torch.ones(megabytes * 10**6 // steps.STEPS, dtype=torch.uint8))
     )
     assert 0.99 * megabytes < growth < 1.1 * megabytes
     assert absolute > growth + 100  # the interpreter and torch
@@ -168,11 +176,11 @@ def test_a_peak_is_that_of_the_steps() -> None:
 
 def test_growth_by_hand() -> None:
     """Twice the size takes four times as long: the exponent is 2."""
-    assert scaling._growth([(4.0, 1.0)], math.log(2), 1.5) == {"exponent": 2.0, "work exponent": 1.5}
+    assert steps._growth([(4.0, 1.0)], math.log(2), 1.5) == {"exponent": 2.0, "work exponent": 1.5}
 
 
 def test_share_of_statistics_by_hand(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "race", lambda ours, theirs, sizes: [(20.0, 3.0)])
+    monkeypatch.setattr(inference, "race", lambda ours, theirs, sizes: [(20.0, 3.0)])
     assert execute("--only evaluation --quick --output @shares.json", folders) == 0
     for row in json.loads((folders / "shares.json").read_text())["rows"]:
         batches = 1 if row["mode"] == "distance" else 20
@@ -349,13 +357,13 @@ def test_costs_by_hand() -> None:
     peaks = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
     sizes = [("sit", 674.8e6, 400_000), ("sit", 674.8e6, 7_000_000)]  # parameters: without the fixed positions
     sizes += [("vit5", 675.1e6, 400_000), ("vit5", 675.1e6, 7_000_000)]
-    for entry, (backbone, parameters, steps) in zip(costs(), sizes, strict=True):
-        assert (entry["model"], entry["steps"], entry["batch"]) == (f"{backbone} XL/2", steps, 256)
+    for entry, (backbone, parameters, num_steps) in zip(costs(), sizes, strict=True):
+        assert (entry["model"], entry["steps"], entry["batch"]) == (f"{backbone} XL/2", num_steps, 256)
         assert entry["GB sent a step"] == pytest.approx(2 * 4 * parameters * 7 / 8 / 1e9, rel=0.01)  # a ring of 8
         more = 1 + 4 / 256 if backbone == "vit5" else 1  # registers
         assert entry["forward GFLOPs an image"] == pytest.approx(2 * 119 * more, rel=0.01)
         for gpu, peak in peaks.items():
-            hours = flops * more * steps / (peak * 0.22 * 3600)
+            hours = flops * more * num_steps / (peak * 0.22 * 3600)
             assert entry[f"computed {gpu}-hours"] == pytest.approx(hours, rel=0.02)  # whole ones
 
 

@@ -10,10 +10,8 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from vit5gen.lab.benchmark import scaling
-from vit5gen.lab.benchmark.processes import fresh
-from vit5gen.lab.benchmark.setting import QUICK
-from vit5gen.lab.benchmark.train_step import step_config
+from vit5gen.lab.benchmark.engine import QUICK, fresh
+from vit5gen.lab.benchmark.steps import _step_time, step_config
 from vit5gen.system.errors import UserError
 
 
@@ -33,7 +31,7 @@ def test_processes_are_fresh_and_joined() -> None:
 
 
 def threads_of_a_step() -> int:
-    scaling._step_time(step_config(QUICK, precision="fp32", compile=False), QUICK)
+    _step_time(step_config(QUICK, precision="fp32", compile=False), QUICK)
     return torch.get_num_threads()
 
 

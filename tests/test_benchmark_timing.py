@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from vit5gen.lab.benchmark.setting import Sizes
-from vit5gen.lab.benchmark.timing import race, ratio
+from vit5gen.lab.benchmark.engine import Sizes, race, ratio
 
 
 def test_measures_in_turn_and_drops_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from vit5gen.lab.study.plan import read_study
+from vit5gen.lab.study.plan import read_rows, read_study
 from vit5gen.lab.study.report import write_report
-from vit5gen.lab.study.rows import read_rows
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted(path.parent for path in (ROOT / "docs" / "study").glob("*/rows.jsonl"))

@@ -16,7 +16,7 @@ from tiny_run import assert_identical, forget_processes, make_inputs, run, weigh
 
 from vit5gen.config import DEFAULTS_BEFORE, load_config, load_recorded, read_yaml
 from vit5gen.data.encoding import encode_images
-from vit5gen.lab.study.rows import Row
+from vit5gen.lab.study.plan import Row
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256
 from vit5gen.training.dry_run import missing, plan

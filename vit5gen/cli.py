@@ -60,12 +60,6 @@ def _exit(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _options(name: str) -> tuple[type[Options], Any]:
-    """Return the section and the function of a command."""
-    module = importlib.import_module(f"vit5gen.commands.{name}")
-    return getattr(module, f"{name.capitalize()}Options"), module.run
-
-
 def _add_field(group: Any, section: type[BaseModel], key: str, option: str) -> None:
     """Make a field an argument whose values stay text until `_value` reads them."""
     field = section.model_fields[key]
@@ -75,10 +69,8 @@ def _add_field(group: Any, section: type[BaseModel], key: str, option: str) -> N
     choices = [" | ".join(map(str, get_args(kind))) for kind in kinds if get_origin(kind) is Literal]
     default = "" if field.is_required() or field.default is None else f" [{field.default}]"
     shown: dict[str, Any] = {"help": f"{': '.join([str(field.description), *choices])}{default}".replace("%", "%%")}
-    if field.annotation is bool and not option.count("."):
-        shown |= {"action": "store_true"}
-    else:
-        shown |= {"metavar": extra.get("metavar", "VALUE")}
+    switch = field.annotation is bool and "." not in option
+    shown |= {"action": "store_true"} if switch else {"metavar": extra.get("metavar", "VALUE")}
     if any(get_origin(kind) is list for kind in kinds) and "." not in option and key not in _AS_YAML:
         shown |= {"nargs": "+"} | ({"action": "extend"} if option else {})
     if option:
@@ -109,9 +101,8 @@ def _parse(option: str, text: str) -> Any:
     try:
         return parse_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(
-            f"{option} = {short(text)} is not valid YAML; expected e.g. 3, '[a, b]' or '{{key: 1}}'"
-        ) from error
+        expected = "expected e.g. 3, '[a, b]' or '{key: 1}'"
+        raise UserError(f"{option} = {short(text)} is not valid YAML; {expected}") from error
 
 
 def build_parser() -> Parser:
@@ -120,18 +111,17 @@ def build_parser() -> Parser:
     parser = Parser(prog="vit5gen", description=about)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     for name in COMMANDS:
-        section, _ = _options(name)
+        module = importlib.import_module(f"vit5gen.commands.{name}")
+        section: type[Options] = getattr(module, f"{name.capitalize()}Options")
         first, _, rest = inspect.cleandoc(section.__doc__ or "").partition("\n")
         brief = first[0].lower() + first[1:].rstrip(".")
         sub: Parser = commands.add_parser(name, help=brief, description=rest.strip() or brief)
-        sub.set_defaults(command=name, parser=sub)
+        sub.set_defaults(command=(name, section, module.run), parser=sub)
+        draws = issubclass(section, SamplingConfig)
+        sampling = sub.add_argument_group("sampling", SamplingConfig.__doc__) if draws else sub
         for key in section.model_fields:
-            if key not in SamplingConfig.model_fields and key != "overrides":
-                _add_field(sub, section, key, f"--{dashed(key)}")
-        if issubclass(section, SamplingConfig):
-            group = sub.add_argument_group("sampling", SamplingConfig.__doc__)
-            for key in SamplingConfig.model_fields:
-                _add_field(group, SamplingConfig, key, f"--{dashed(key)}")
+            if key != "overrides":
+                _add_field(sampling if key in SamplingConfig.model_fields else sub, section, key, f"--{dashed(key)}")
         if issubclass(section, ConfigOptions):
             sub.usage = "%(prog)s CONFIG --output PATH [--section.key VALUE ...] [other options]"
             for part, field in Config.model_fields.items():
@@ -144,7 +134,7 @@ def build_parser() -> Parser:
 
 def _read(args: argparse.Namespace) -> Options:
     """Check what was given and return the command's section."""
-    section, _ = _options(args.command)
+    name, section, _ = args.command
     given: dict[str, Any] = {}
     for key, text in vars(args).items():
         if key in section.model_fields:
@@ -156,7 +146,7 @@ def _read(args: argparse.Namespace) -> Options:
     missing = [key for key, field in section.model_fields.items() if field.is_required() and key not in given]
     if missing:
         args.parser.error(f"the following arguments are required: {', '.join(f'--{dashed(key)}' for key in missing)}")
-    return validate(section, given, args.command)
+    return validate(section, given, name)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -165,13 +155,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         with exit_on_bad_input():
             args, unknown = build_parser().parse_known_args(argv)
             if unknown:
-                prog, known = args.parser.prog, args.parser._option_string_actions
-                hint = nearest(unknown[0].split("=")[0], known)
-                raise UserError(
-                    f"{prog}: unknown argument {short(unknown[0])}.{hint} `{prog} --help` lists the options"
-                )
-            _, run = _options(args.command)
-            sys.exit(run(_read(args)) or 0)
+                prog, first = args.parser.prog, short(unknown[0])
+                hint = nearest(unknown[0].split("=")[0], args.parser._option_string_actions)
+                raise UserError(f"{prog}: unknown argument {first}.{hint} `{prog} --help` lists the options")
+            sys.exit(args.command[-1](_read(args)) or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -1,5 +1,7 @@
 """`vit5gen benchmark`."""
 
+from pathlib import Path
+
 from vit5gen.commands.options import Options, argument
 from vit5gen.lab.benchmark import NAMES
 
@@ -19,4 +21,6 @@ def run(options: BenchmarkOptions) -> None:
     """Run all benchmarks or one."""
     from vit5gen.lab.benchmark.command import run_benchmarks
 
-    run_benchmarks(options.output, options.sit, options.vit5, options.run, options.only, options.quick)
+    given = options.model_dump(include={"sit", "vit5", "run"})
+    folders = {name: None if folder is None else Path(folder) for name, folder in given.items()}
+    run_benchmarks(Path(options.output), folders, options.only, options.quick)

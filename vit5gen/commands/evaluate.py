@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from vit5gen.commands.options import Images, Options, argument, option_of
+from vit5gen.commands.options import Images, Options, argument
 from vit5gen.config import Batch, DrawConfig, Natural
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import check_writable, write_json
@@ -56,10 +56,8 @@ def run(options: EvaluateOptions) -> int:
         METRICS.get(metric)
     idle = sorted(set(_OF_PIPELINES) & options.model_fields_set)
     if idle and not any(map(find_pipeline, options.samples)):
-        raise UserError(
-            f"{option_of(EvaluateOptions, idle[0])}: {options.samples[0]} holds images already; it is for runs and "
-            "pipeline folders: leave it out"
-        )
+        advice = "it is for runs and pipeline folders: leave it out"
+        raise UserError(f"{options.spell(idle)}: {options.samples[0]} holds images already; {advice}")
     if options.save_statistics is not None and len(options.samples) != 1:
         raise UserError(f"--save-statistics: {len(options.samples)} sets of images; expected one")
     if (file := options.output or options.save_statistics) is not None:

@@ -35,16 +35,18 @@ class Options(Section):
     @classmethod
     def spell(cls, path: list[str]) -> str:
         """Return how messages name an option, whose place in a list does not matter."""
-        return option_of(cls, path[0]) if path else ""
+        if not path:
+            return ""
+        field = cls.model_fields.get(path[0])
+        extra: Any = field.json_schema_extra if field is not None else None
+        return (extra or {}).get("option") or f"--{dashed(path[0])}"
 
     @model_validator(mode="after")
     def _no_idle_options(self) -> "Options":
         given = {name for name in self.model_fields_set if getattr(self, name) is not None}
         for name, others in self.excludes.items():
             if name in given and (idle := sorted(given & set(others))):
-                raise ValueError(
-                    f"{option_of(type(self), idle[0])} has no effect beside --{dashed(name)}; leave it out"
-                )
+                raise ValueError(f"{self.spell(idle)} has no effect beside --{dashed(name)}; leave it out")
         return self
 
     def part(self, section: type[S]) -> S:
@@ -61,13 +63,6 @@ class ConfigOptions(Options):
     def load(self) -> Config:
         """Return the configuration, with the keys that were given as options."""
         return load_config(self.config, self.overrides)
-
-
-def option_of(section: type[Section], name: str) -> str:
-    """Return the option by which a field is given."""
-    field = section.model_fields.get(name)
-    extra: Any = field.json_schema_extra if field is not None else None
-    return (extra or {}).get("option") or f"--{dashed(name)}"
 
 
 def dashed(name: str) -> str:

@@ -83,7 +83,6 @@ def run(options: SampleOptions) -> None:
             target.tidy()
         raise
     except OSError as error:
-        raise UserError(
-            f"output {target.path}: {error.strerror or error}; what is drawn is kept: fix it, run the command again"
-        ) from error
+        advice = "what is drawn is kept: fix it, run the command again"
+        raise UserError(f"output {target.path}: {error.strerror or error}; {advice}") from error
     state.print(f"{num_images} images: {target.path}, settings: {target.card_file}")

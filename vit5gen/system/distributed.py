@@ -16,18 +16,12 @@ T = TypeVar("T")
 
 _FALSE = ("false", "0", "no", "n", "off", "f", "")
 _FLAG = ("true", "1", "yes", "y", "on", "t", *_FALSE[:-1])
+_SET_HERE = "training.{0}, or sample --{0}, decides: set that, and launch with --{1} no"
 _OTHERWISE = "vit5gen shards with FSDP2 alone, see configs/accelerate/fsdp2.yaml: leave it out"
 # What accelerate or torch would read, the values that are obeyed here, and what to do in place of any other.
 _OBEYED: dict[str, tuple[tuple[str, ...], str]] = {
-    "ACCELERATE_MIXED_PRECISION": (
-        ("no",),
-        "the precision is that of training.precision, or of sample --precision: set that, and launch with "
-        "--mixed_precision no",
-    ),
-    "ACCELERATE_DYNAMO_BACKEND": (
-        ("no",),
-        "training.compile, or sample --compile, decides: set that, and launch with --dynamo_backend no",
-    ),
+    "ACCELERATE_MIXED_PRECISION": (("no",), _SET_HERE.format("precision", "mixed_precision")),
+    "ACCELERATE_DYNAMO_BACKEND": (("no",), _SET_HERE.format("compile", "dynamo_backend")),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("1",), "training.micro_batch_size decides: set that, and unset this"),
     "FSDP_ACTIVATION_CHECKPOINTING": (_FALSE, "training.gradient_checkpointing decides: set that, and switch this off"),
     "ACCELERATE_USE_DEEPSPEED": (_FALSE, _OTHERWISE),
@@ -86,10 +80,8 @@ def find_fault(environment: Mapping[str, str], num_gpus: int | None) -> str | No
         return f"MPI has started {joined} processes, each of which would run alone: start them with {_LAUNCH}"
     # What accelerate's launcher sets alone tells it from a batch system's MASTER_ADDR.
     if {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= environment.keys():
-        return (
-            "`accelerate launch --cpu --num_processes N` starts one process, whatever N is; on CPU use "
-            "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ...`"
-        )
+        command = "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ...`"
+        return f"`accelerate launch --cpu --num_processes N` starts one process, whatever N is; on CPU use {command}"
     return None
 
 

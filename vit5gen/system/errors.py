@@ -67,7 +67,6 @@ def choose(what: str, value: str, choices: Iterable[str]) -> str:
     """Return ``value`` when it is one of ``choices``; raise `UserError` that lists them and suggests the nearest."""
     choices = list(choices)
     if value not in choices:
-        raise UserError(
-            f"{what}: {short(value)} is not known; expected one of {', '.join(choices)}.{nearest(value, choices)}"
-        )
+        known = f"{', '.join(choices)}.{nearest(value, choices)}"
+        raise UserError(f"{what}: {short(value)} is not known; expected one of {known}")
     return value

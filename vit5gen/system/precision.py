@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -24,7 +24,6 @@ class Precision:
     products: torch's setting for products of fp32, where "high" lets a GPU round to TF32.
     """
 
-    name: str
     weights: torch.dtype = torch.float32
     rounded: torch.dtype | None = None
     products: Literal["highest", "high"] = "highest"
@@ -60,13 +59,10 @@ class Precision:
 
 
 PRECISIONS = {
-    one.name: one
-    for one in (
-        Precision("fp64", weights=torch.float64),
-        Precision("fp32"),
-        Precision("tf32", products="high"),
-        Precision("bf16", rounded=torch.bfloat16, products="high"),
-    )
+    "fp64": Precision(weights=torch.float64),
+    "fp32": Precision(),
+    "tf32": Precision(products="high"),
+    "bf16": Precision(rounded=torch.bfloat16, products="high"),
 }
 
 
@@ -100,11 +96,9 @@ def exact_float32(device: torch.device) -> Iterator[None]:
     """
     with _LOCK:
         _OPEN.append(_OPEN[-1] if _OPEN else _turn_off())
+    products = cpu.plain_products() if device.type == "cpu" else nullcontext()
     try:
-        with (
-            torch.autocast(device.type, enabled=False),
-            cpu.plain_products() if device.type == "cpu" else nullcontext(),
-        ):
+        with torch.autocast(device.type, enabled=False), products:
             yield
     finally:
         with _LOCK:
@@ -121,17 +115,13 @@ def _turn_off() -> list[Callable[[], object]]:
     if torch.cuda.is_available():  # elsewhere products know no TF32, and `fast_products` chooses how they are computed
         settings += [(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")]
         settings += [_attribute(matmul, "fp32_precision", "ieee")]
-    undo: list[Callable[[], object]] = []
-    turn_off: list[Callable[[], object]] = []
+    found: list[tuple[Callable[[Any], object], Any, Any]] = []
     for read, write, off in settings:
-        try:
-            undo.append(partial(write, read()))
-        except RuntimeError:  # the user chose by the newer settings alone
-            continue
-        turn_off.append(partial(write, off))
-    for change in turn_off:
-        change()
-    return undo
+        with suppress(RuntimeError):  # the user chose by the newer settings alone
+            found.append((write, read(), off))
+    for write, _, off in found:
+        write(off)
+    return [partial(write, before) for write, before, _ in found]
 
 
 def _attribute(owner: object, name: str, off: Any) -> tuple[Callable[[], Any], Callable[[Any], object], Any]:

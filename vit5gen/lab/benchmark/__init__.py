@@ -1,6 +1,7 @@
 """Ratios to published code and growth with size, measured side by side on one machine in one run.
 
-`command` is the command; the module of each of `NAMES` yields the rows of one benchmark. All but ``gpu`` on the CPU.
+`command` is the command; a function of `steps`, `inference` or `sampling` yields the rows of one benchmark. All but
+``gpu`` on the CPU.
 """
 
 NAMES = ("train-step", "classifier", "sampling", "evaluation", "memory", "start-up", "scaling", "gpu")

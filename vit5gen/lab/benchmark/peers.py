@@ -2,11 +2,10 @@
 
 import importlib
 import importlib.machinery
-import importlib.util
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,20 +38,6 @@ VIT5 = Repository("wangf3014/ViT-5", {"models_vit5.py": "vit5_small", "rope.py":
 _NEEDLESS = ("torchdiffeq", "wandb")
 
 
-def check(repository: Repository, folder: Path) -> None:
-    """Raise `PeerError` unless ``folder`` is a checkout of the repository."""
-    for name, text in repository.files.items():
-        try:
-            found = text in (folder / name).read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            found = False
-        if not found:
-            raise PeerError(
-                f"peer folder {folder}: expected a checkout of {repository.name}, with {text} in {name}; "
-                f"{_advice(repository)}"
-            )
-
-
 def load(repository: Repository, folder: Path) -> SimpleNamespace:
     """Run the repository's own code and return everything that the modules of its files define.
 
@@ -60,14 +45,21 @@ def load(repository: Repository, folder: Path) -> SimpleNamespace:
     timm.
     Raises `PeerError` when it is no checkout, or needs a package that is not installed.
     """
-    check(repository, folder)
+    for name, text in repository.files.items():
+        file = folder / name
+        if not file.is_file() or text not in file.read_text(encoding="utf-8", errors="replace"):
+            expected = f"expected a checkout of {repository.name}, with {text} in {name}"
+            raise PeerError(f"peer folder {folder}: {expected}; {_advice(repository)}")
     with (
         warnings.catch_warnings(action="ignore"),
         patch("timm.models.registry.register_model", lambda function: function),
         _modules_of(folder.resolve()),
-        _precision_of_products(),
+        ExitStack() as after,
         running(repository, folder),
     ):
+        # SiT's train.py lowers the precision of fp32 products for GPUs.
+        after.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        after.callback(setattr, torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
         modules = [importlib.import_module(Path(name).parts[0].removesuffix(".py")) for name in repository.files]
     found = SimpleNamespace(**{name: value for module in modules for name, value in vars(module).items()})
     for name in repository.files.values():
@@ -89,6 +81,13 @@ def running(repository: Repository, folder: Path) -> Iterator[None]:
         raise PeerError(f"peer folder {folder}: {error!r} in its code; {_advice(repository)}") from error
 
 
+def check_equal(folder: Path, model: str, difference: float, of_what: str, tolerance: float) -> None:
+    """Raise `PeerError` unless a peer's model computes what ours does with its weights; NaN is a difference."""
+    if not difference <= tolerance:
+        reason = f"its {model} differs from ours by {difference:.2g} {of_what}; expected the published model"
+        raise PeerError(f"peer folder {folder}: {reason}")
+
+
 def _advice(repository: Repository) -> str:
     return f"`git clone https://github.com/{repository.name}` and give that folder"
 
@@ -96,16 +95,15 @@ def _advice(repository: Repository) -> str:
 @contextmanager
 def _modules_of(folder: Path) -> Iterator[None]:
     """Let names such as ``models`` and ``utils`` mean those of ``folder`` for a while."""
-    absent: dict[str, Any] = {name: MagicMock() for name in _NEEDLESS if importlib.util.find_spec(name) is None}
-    for name, module in absent.items():
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # which others ask for to know whether it is there
-    names = absent.keys() | {path.stem for path in folder.iterdir()}
+    # Others ask for a module's specification to know whether it is there.
+    needless = {name: MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None)) for name in _NEEDLESS}
+    names = needless.keys() | {path.stem for path in folder.iterdir()}
 
     def take_out() -> dict[str, Any]:
         return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in names}
 
     hidden = take_out()
-    sys.modules.update(absent)
+    sys.modules.update(needless)
     try:
         with patch.object(sys, "path", [str(folder), *sys.path]):
             yield
@@ -114,20 +112,6 @@ def _modules_of(folder: Path) -> Iterator[None]:
         sys.modules.update(hidden)
 
 
-@contextmanager
-def _precision_of_products() -> Iterator[None]:
-    """Go back to the precision of fp32 products from before, which SiT's train.py lowers for GPUs."""
-    before = torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn.allow_tf32
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-        torch.backends.cudnn.allow_tf32 = cudnn
-
-
-@contextmanager
-def without_cuda() -> Iterator[None]:
+def without_cuda() -> AbstractContextManager[object]:
     """Let ``tensor.cuda()``, which the published ViT-5 calls in its forward pass, return the tensor itself."""
-    with patch.object(torch.Tensor, "cuda", lambda tensor: tensor):
-        yield
+    return patch.object(torch.Tensor, "cuda", lambda tensor: tensor)

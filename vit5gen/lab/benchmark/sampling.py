@@ -6,14 +6,13 @@ from functools import cache, partial
 
 import torch
 
-from vit5gen.config import SamplingConfig, load_recorded
+from vit5gen.config import load_recorded
 from vit5gen.evaluation import load_extractor
 from vit5gen.evaluation.distances import jackknife_error
 from vit5gen.evaluation.statistics import Grouped
 from vit5gen.generation.loading import load_pipeline
 from vit5gen.generation.many import SamplingJob, generate
-from vit5gen.lab.benchmark.setting import Setting
-from vit5gen.lab.benchmark.timing import Row, race, row
+from vit5gen.lab.benchmark.engine import Row, Setting, race, row
 from vit5gen.training.reference import build_reference
 
 PUBLISHED = ("sde-euler", "ode-euler")
@@ -53,29 +52,24 @@ def rows(setting: Setting) -> Iterator[Row]:
     reference = build_reference(config, extractor)
     labels = reference.labels[: sizes.drawn_images]
     if len(labels) < FEWEST_IMAGES:
-        setting.note(
-            f"sampling: left out, for {setting.run} scores {len(labels)} images; expected at least {FEWEST_IMAGES}"
-        )
+        reason = f"{setting.run} scores {len(labels)} images; expected at least {FEWEST_IMAGES}"
+        setting.note(f"sampling: left out, for {reason}")
         return
 
     def job(sampler: str, steps: int, count: int) -> SamplingJob:
-        settings = config.sampling.model_dump() | {"sampler": sampler, "num_inference_steps": steps}
-        evaluation = config.evaluation
-        return SamplingJob(labels[:count], evaluation.seed, evaluation.batch_size, SamplingConfig(**settings))
+        settings = config.sampling.model_copy(update={"sampler": sampler, "num_inference_steps": steps})
+        return SamplingJob(labels[:count], config.evaluation.seed, config.evaluation.batch_size, settings)
 
     def draw(sampler: str, steps: int) -> None:
-        for _ in generate(pipe, job(sampler, steps, sizes.batch)):
-            pass
+        list(generate(pipe, job(sampler, steps, sizes.batch)))
 
     @cache
     def score(sampler: str, steps: int) -> Score:
         groups = Grouped(extractor.dim)
         for indices, images in generate(pipe, job(sampler, steps, len(labels))):
             groups.update(extractor(images).pooled, torch.tensor(indices))
-        total = groups.total()
-        distance, *rest = (
-            reference.distance.distance(part.mean, part.covariance) for part in (total, *groups.leave_one_out(total))
-        )
+        parts = (total := groups.total()), *groups.leave_one_out(total)
+        distance, *rest = (reference.distance.distance(part.mean, part.covariance) for part in parts)
         return Score(distance, tuple(rest), pipe.num_evaluations)
 
     for sampler in PUBLISHED:
@@ -87,7 +81,5 @@ def rows(setting: Setting) -> Iterator[Row]:
             continue
         name, ours = "{}-{}".format(*chosen), score(*chosen)
         facts = {"images": len(labels), "our distance": ours.distance, "peer's distance": theirs.distance}
-        evaluations = [(ours.evaluations, theirs.evaluations)]
-        yield row("sampling", "evaluations", name, peer, evaluations, "evaluations", facts)
-        pairs = race(partial(draw, *chosen), partial(draw, *published), sizes)
-        yield row("sampling", "fp32", name, peer, pairs, more=facts)
+        yield row("evaluations", name, peer, [(ours.evaluations, theirs.evaluations)], facts, "evaluations")
+        yield row("fp32", name, peer, race(partial(draw, *chosen), partial(draw, *published), sizes), facts)

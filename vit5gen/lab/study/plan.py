@@ -1,15 +1,17 @@
-"""A study's file, and the runs that it asks for."""
+"""A study's file, the runs that it asks for, and the row that is kept of each finished one."""
 
 import itertools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from vit5gen.config import Config, Natural, Section, load_config, read_yaml, validate
+from vit5gen.config import Config, Natural, Section, load_config, read_yaml, recorded_values, validate
 from vit5gen.system.errors import UserError, choose
 from vit5gen.training.build import check_values
+from vit5gen.training.folder import differences
 from vit5gen.training.process import batch_sizes
 
 
@@ -65,9 +67,8 @@ def read_study(path: str | Path) -> tuple[StudyConfig, list[Run]]:
 def _config(path: str | Path, study: StudyConfig, levels: tuple[str, ...]) -> Config:
     overrides, where = dict(study.overrides), f"study {path}: grid {' / '.join(levels)}"
     if bad := [level for level in levels if not level.isprintable() or set(level) & set("/|") or level[:1] in "."]:
-        raise UserError(
-            f"{where}: level {bad[0]!r} names folders and rows of tables; leave out '/', '|', a leading dot"
-        )
+        advice = "leave out '/', '|', a leading dot"
+        raise UserError(f"{where}: level {bad[0]!r} names folders and rows of tables; {advice}")
     for axis, level in zip(study.grid, levels, strict=True):
         for key, value in study.grid[axis][level].items():
             if key in overrides.keys() - study.overrides.keys():
@@ -88,3 +89,65 @@ def _config(path: str | Path, study: StudyConfig, levels: tuple[str, ...]) -> Co
 
 def _seeded(config: Config, seed: int) -> Config:
     return config.model_copy(update={"training": config.training.model_copy(update={"seed": seed})})
+
+
+class Row(Section):
+    """A finished run: what it was, what it cost, and how good it is."""
+
+    run: str
+    levels: dict[str, str]
+    seed: Natural
+    commit: str  # of the code when the run was last started
+    steps: Natural
+    parameters: Natural
+    training_flops: int
+    loss: float | None  # mean since the line of the log before, None if no step was finite
+    held_out_loss: float
+    metric: str
+    distance: float
+    floor: float
+    n: Natural
+    seconds: float  # of training alone
+    settings: Config
+
+    @field_validator("settings", mode="before")
+    @classmethod
+    def _recorded(cls, value: Any) -> Any:
+        return recorded_values(value) if isinstance(value, dict) else value
+
+    @property
+    def cell(self) -> str:
+        """Name of the cell: its levels."""
+        return ", ".join(self.levels.values())
+
+
+def read_rows(file: Path, runs: list[Run]) -> dict[str, Row]:
+    """Return the rows by the name of their run, those of no run of this study among them.
+
+    Raises `UserError` for a row that is broken, stands twice, or was made by other settings.
+    """
+    by_name, rows = {run.name: run for run in runs}, {}
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
+    for number, line in enumerate(lines, start=1):
+        where = f"{file} line {number}"
+        try:
+            row = validate(Row, json.loads(line), where)
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{where}: ")
+            advice = "restore it, or delete the line to do the run again"
+            raise UserError(f"{where}: unreadable row ({reason}); {advice}") from None
+        if row.run in rows:
+            raise UserError(f"{where}: a second row of {row.run!r}; delete one")
+        if row.run not in by_name:
+            print(f"note: {where}: {row.run!r} is no run of this study; left out", flush=True)
+        elif changes := _changes(row, by_name[row.run]):
+            advice = "restore them, or choose another --output"
+            raise UserError(f"{where}: {row.run!r} was made by other settings: {'; '.join(changes)}; {advice}")
+        rows[row.run] = row
+    return rows
+
+
+def _changes(row: Row, run: Run) -> list[str]:
+    pairs = {"levels": (row.levels, run.levels), "seed": (row.seed, run.seed)}
+    own = [f"{name}: {old!r} -> {new!r}" for name, (old, new) in pairs.items() if old != new]
+    return own + differences(row.settings.model_dump(mode="json"), run.config, changeable=())

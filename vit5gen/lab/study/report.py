@@ -7,11 +7,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from vit5gen.lab.study.plan import StudyConfig
-from vit5gen.lab.study.rows import Row
+from vit5gen.lab.study.plan import Row, StudyConfig
 from vit5gen.system.files import atomic, write_text
 
-MEASURES = ("held_out_loss", "distance")
+MEASURES = {"held_out_loss": ("held-out loss", 4), "distance": ("distance", 1)}  # name and digits in a table
 FEWEST_SEEDS = 5  # below, intervals are shown but no test is made: three seeds settle nothing
 
 
@@ -44,15 +43,12 @@ def find_differences(study: StudyConfig, rows: list[Row]) -> list[Difference]:
         family = []
         for levels in dict.fromkeys(levels for levels, _ in values):
             for axis, level in study.baseline.items():
-                reference = tuple((name, level if name == axis else own) for name, own in levels)
-                pairs = [
-                    values[levels, seed] - values[reference, seed]
-                    for seed in study.seeds
-                    if levels != reference and {(levels, seed), (reference, seed)} <= values.keys()
-                ]
-                if len(pairs) > 1:
-                    names = [", ".join(level for _, level in cell) for cell in (levels, reference)]
-                    family.append(_difference(names[0], names[1], measure, pairs))
+                reference = tuple((dict(levels) | {axis: level}).items())
+                shared = [seed for seed in study.seeds if {(levels, seed), (reference, seed)} <= values.keys()]
+                if levels != reference and len(shared) > 1:
+                    cell, baseline = (", ".join(dict(one).values()) for one in (levels, reference))
+                    pairs = [values[levels, seed] - values[reference, seed] for seed in shared]
+                    family.append(_difference(cell, baseline, measure, pairs))
         found += _holm(family)
     return found
 
@@ -88,31 +84,21 @@ def write_report(study: StudyConfig, rows: list[Row], output: Path) -> None:
 
 def _values(rows: list[Row]) -> str:
     """Table of the cells: mean ± standard deviation over seeds."""
-    cells: dict[str, list[Row]] = {}
-    for row in rows:
-        cells.setdefault(row.cell, []).append(row)
     lines = [
         f"| cell | seeds | parameters | steps | TFLOPs | held-out loss | {rows[0].metric} (N, floor) | s |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, own in cells.items():
-        first = own[0]
-        loss, distance, seconds = ([getattr(row, key) for row in own] for key in (*MEASURES, "seconds"))
-        columns = [
-            name,
-            len(own),
-            f"{first.parameters:,}",
-            first.steps,
-            f"{first.training_flops / 1e12:.1f}",
-            _spread(loss, 4),
-            f"{_spread(distance, 1)} ({first.n}, {first.floor:.1f})",
-            f"{np.mean(seconds):.0f}",
-        ]
-        lines.append(f"| {' | '.join(map(str, columns))} |")
+    for name in dict.fromkeys(row.cell for row in rows):
+        own = [row for row in rows if row.cell == name]
+        first, (loss, distance) = own[0], (_spread(own, measure) for measure in MEASURES)
+        cost = f"{first.parameters:,} | {first.steps} | {first.training_flops / 1e12:.1f}"
+        quality = f"{loss} | {distance} ({first.n}, {first.floor:.1f})"
+        lines.append(f"| {name} | {len(own)} | {cost} | {quality} | {np.mean([row.seconds for row in own]):.0f} |")
     return "\n".join(lines)
 
 
-def _spread(values: list[float], digits: int) -> str:
+def _spread(rows: list[Row], measure: str) -> str:
+    values, (_, digits) = [getattr(row, measure) for row in rows], MEASURES[measure]
     deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{deviation}"
 
@@ -120,13 +106,11 @@ def _spread(values: list[float], digits: int) -> str:
 def _table(found: list[Difference]) -> str:
     lines = ["| cell - baseline | measure | difference [95 %] | seeds below 0 | p (Holm) |", "|---|---|---|---|---|"]
     for d in found:
-        digits = 4 if d.measure == "held_out_loss" else 1
+        name, digits = MEASURES[d.measure]
+        mean, low, high = (f"{value:+.{digits}f}" for value in (d.mean, d.low, d.high))
         below, p = sum(value < 0 for value in d.values), "" if d.p is None else f"{d.p:.2g}"
-        name = "held-out loss" if d.measure == "held_out_loss" else "distance"
-        lines.append(
-            f"| {d.cell} - {d.baseline} | {name} | {d.mean:+.{digits}f} [{d.low:+.{digits}f}, {d.high:+.{digits}f}] "
-            f"| {below} of {len(d.values)} | {p} |"
-        )
+        cells = f"{d.cell} - {d.baseline} | {name} | {mean} [{low}, {high}] | {below} of {len(d.values)} | {p}"
+        lines.append(f"| {cells} |")
     return "\n".join(lines)
 
 

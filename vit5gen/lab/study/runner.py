@@ -1,24 +1,40 @@
 """Trains and measures the runs of a study one after another, and keeps a row of each that is finished."""
 
+import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
-from vit5gen.config import read_yaml
-from vit5gen.data.autoencoders.kl import load_autoencoder
-from vit5gen.data.images import open_held_out
+from vit5gen.config import Config, read_yaml
+from vit5gen.data.autoencoders.kl import encode, load_autoencoder
+from vit5gen.data.images import open_held_out, readable
 from vit5gen.data.latents import open_for
-from vit5gen.flow import NonFiniteError
+from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
+from vit5gen.flow import NonFiniteError, draw_timesteps
 from vit5gen.generation.card import commit
-from vit5gen.lab.study.measure import Judge
-from vit5gen.lab.study.plan import Run, StudyConfig, read_study
+from vit5gen.generation.loading import load_pipeline
+from vit5gen.generation.many import SamplingJob, generate
+from vit5gen.generation.pipeline import SiTPipeline
+from vit5gen.lab.study.plan import Row, Run, StudyConfig, read_rows, read_study
 from vit5gen.lab.study.report import write_report
-from vit5gen.lab.study.rows import Row, read_rows, write_rows
+from vit5gen.system.distributed import start_processes
 from vit5gen.system.errors import UserError
+from vit5gen.system.files import write_text
+from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.dry_run import run_cost
 from vit5gen.training.folder import CHANGEABLE, RunFolder, differences
 from vit5gen.training.loop import train
 from vit5gen.training.process import NONFINITE, STOPPED
+from vit5gen.training.reference import Reference, build_reference
+
+NUM_HELD_OUT = 2048  # images of the held-out loss, where there are as many
+
+
+# What runs are compared with, by the data and the evaluation of their configuration.
+References = dict[str, tuple[Extractor, Reference]]
 
 
 def run_study(path: str | Path, output: str | Path) -> int:
@@ -38,8 +54,14 @@ def run_study(path: str | Path, output: str | Path) -> int:
 
 
 def _run_study(study: StudyConfig, runs: list[Run], output: Path) -> int:
-    rows, judge, revision, failed = read_rows(output / "rows.jsonl", runs), Judge(), commit(), 0
+    rows, references, revision, failed = read_rows(output / "rows.jsonl", runs), References(), commit(), 0
     check_inputs([run for run in runs if run.name not in rows])
+
+    def report() -> int:
+        if finished := [rows[run.name] for run in runs if run.name in rows]:
+            write_report(study, finished, output)
+        return len(finished)
+
     for number, run in enumerate(runs, start=1):
         if run.name in rows:
             continue
@@ -48,7 +70,7 @@ def _run_study(study: StudyConfig, runs: list[Run], output: Path) -> int:
         try:
             code = _train(run, folder)
             if code == 0:
-                rows[run.name] = _row(run, folder, judge, revision)
+                rows[run.name] = _row(run, folder, references, revision)
         except NonFiniteError as error:
             print(f"error: {error}")
             code = NONFINITE
@@ -60,12 +82,10 @@ def _run_study(study: StudyConfig, runs: list[Run], output: Path) -> int:
                 return code
             failed = code  # that run diverged; the others need not wait
             continue
-        write_rows(output / "rows.jsonl", list(rows.values()))
-        write_report(study, [rows[run.name] for run in runs if run.name in rows], output)
-    finished = [rows[run.name] for run in runs if run.name in rows]
-    if finished:
-        write_report(study, finished, output)
-    print(f"{output}: rows.jsonl, table.md and, where there is a baseline, differences.png of {len(finished)} runs")
+        lines = [json.dumps(row.model_dump(mode="json")) + "\n" for row in rows.values()]
+        write_text(output / "rows.jsonl", "".join(lines))
+        report()
+    print(f"{output}: rows.jsonl, table.md and, where there is a baseline, differences.png of {report()} runs")
     return failed
 
 
@@ -86,7 +106,7 @@ def check_inputs(runs: list[Run]) -> None:
 
 
 def _train(run: Run, folder: Path) -> int:
-    """Train with evaluations of two images: the judge scores the run, once and for all alike."""
+    """Train with evaluations of two images: `measure` scores the run, as all others."""
     few = {"num_images": 2, "num_reference": 2, "every": None}
     config = run.config.model_copy(update={"evaluation": run.config.evaluation.model_copy(update=few)})
     begun = RunFolder(folder).config
@@ -95,7 +115,7 @@ def _train(run: Run, folder: Path) -> int:
     return train(config, folder)
 
 
-def _row(run: Run, folder: Path, judge: Judge, revision: str) -> Row:
+def _row(run: Run, folder: Path, references: References, revision: str) -> Row:
     config, lines = run.config, RunFolder(folder).lines()
     steps = [0, *(line["step"] for line in lines)]
     if steps[-1] != config.training.num_steps:
@@ -111,7 +131,48 @@ def _row(run: Run, folder: Path, judge: Judge, revision: str) -> Row:
         parameters=cost.parameters,
         training_flops=cost.training_flops * config.training.global_batch_size * config.training.num_steps,
         loss=lines[-1]["loss"],
-        **judge.measure(folder, config),
+        **measure(folder, config, references),
         seconds=float(images @ [1 / line["images_per_second"] for line in lines]),
         settings=config,
     )
+
+
+def measure(folder: Path, config: Config, references: References) -> dict[str, Any]:
+    """Return ``held_out_loss``, and the distance as ``metric``, ``distance``, ``floor`` and ``n``.
+
+    All runs meet the same images, noise, times and labels. references: those made so far; a new one is added.
+    """
+    device, evaluation = start_processes().device, config.evaluation
+    pipe = load_pipeline(folder).to(device)
+    key = config.data.model_dump_json() + evaluation.model_dump_json()
+    if key not in references:
+        extractor = load_extractor(evaluation.extractor, device)
+        references[key] = extractor, build_reference(config, extractor)
+    extractor, reference = references[key]
+    job = SamplingJob(reference.labels, evaluation.seed, evaluation.batch_size, config.sampling)
+    with PRECISIONS[config.training.precision].autocast(device):
+        images = (images for _, images in generate(pipe, job))
+        report = frechet_report(frechet_of(images, extractor), reference.distance, reference.floor)
+    found = {"held_out_loss": held_out_loss(pipe, config), "metric": extractor.metric, "distance": report["value"]}
+    return found | {"floor": report["floor"], "n": report["n"]}
+
+
+@torch.inference_mode()
+def held_out_loss(pipe: SiTPipeline, config: Config, count: int = NUM_HELD_OUT) -> float:
+    """Return the mean loss of a pipeline's network, in fp32, on the same ``count`` held-out images for every run.
+
+    Noise and order come from ``evaluation.seed``; one t lies in each of ``count`` equal parts of the time interval.
+    """
+    names = [pipe.class_name(i) for i in range(config.data.num_classes)]
+    images = open_held_out(config.data, config.evaluation.held_out_split, names)
+    generator = torch.Generator().manual_seed(config.evaluation.seed)
+    chosen = readable(images.select(torch.randperm(len(images), generator=generator)[:count]), config.data)
+    count, total = len(chosen), 0.0
+    order = torch.randperm(count, generator=generator)
+    t = draw_timesteps(pipe.flow, torch.full((count,), 0.5), stratum=(order, count))
+    for part in torch.arange(count).split(config.evaluation.batch_size):
+        labels = chosen.labels[part].to(pipe.device)
+        x1, _ = encode(pipe.vae, torch.stack([chosen.read(int(i)) for i in part]).to(pipe.device))
+        x0 = torch.randn(x1.shape, generator=generator).to(pipe.device)
+        total += pipe.flow.loss(partial(pipe.transformer, class_labels=labels), x1, x0, t[part]).sum().item()
+    return total / count
