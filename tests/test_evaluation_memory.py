@@ -10,7 +10,7 @@ from pathlib import Path
 from vit5gen.evaluation.features import Extractor, Features
 from vit5gen.evaluation.distances import FrechetReference
 from vit5gen.evaluation.reference import Reference, scan
-from vit5gen.evaluation.scores import scores
+from vit5gen.evaluation.metric import scores
 
 def peak():
     # Not getrusage's maximum, which a process inherits from the one that started it.

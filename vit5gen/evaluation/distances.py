@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import t as student_t
 from torch import Tensor
 
-from vit5gen.evaluation.statistics import FeatureStatistics
+from vit5gen.evaluation.statistics import FeatureStatistics, Grouped
 from vit5gen.system.errors import UserError
+
+CONFIDENCE = 0.95
 
 
 def frechet_distance(mean1: Any, cov1: Any, mean2: Any, cov2: Any) -> float:
@@ -54,6 +57,29 @@ class FrechetReference:
         cross = values[values > _rounding(values)].sqrt().sum()
         spread = covariance.trace() + self.covariance.trace()
         return float((mean - self.mean).square().sum() + spread - 2 * cross)
+
+
+def frechet_report(generated: FeatureStatistics, reference: FrechetReference, floor: float | None) -> dict[str, Any]:
+    """Return a Frechet distance with its count and its floor, the distance of as many real images, as one entry."""
+    distance = reference.distance(generated.mean, generated.covariance)
+    return {"value": distance, "n": generated.count, "floor": floor}
+
+
+def frechet_with_error(samples: Grouped, reference: FrechetReference) -> dict[str, Any]:
+    """Return the Frechet distance with its jackknife standard error and interval.
+
+    The error is that of the finite sample around the mean distance of samples of this size. It does not hold the bias
+    that a finite sample has: compare distances at the same count only.
+    """
+    total = samples.total()
+    score: dict[str, Any] = {"value": reference.distance(total.mean, total.covariance), "n": total.count}
+    counts = [group.count for group in samples.groups if group.count]
+    if len(counts) < 2 or total.count - max(counts) < 2:
+        return score | {"standard_error": None, "interval": None}
+    rest = samples.leave_one_out(total)
+    error = jackknife_error(reference.distance(part.mean, part.covariance) for part in rest)
+    margin = error * float(student_t.ppf((1 + CONFIDENCE) / 2, len(counts) - 1))
+    return score | {"standard_error": error, "interval": [score["value"] - margin, score["value"] + margin]}
 
 
 class ScoreSums:

@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,11 @@ class Extractor:
     device: torch.device
     spatial_dim: int = 0
     num_classes: int = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a card and a statistics file tell of it."""
+        return {"name": self.name, "weights_sha256": self.weights_sha256, "settings": self.settings}
 
     def __call__(self, images: Tensor) -> Features:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
