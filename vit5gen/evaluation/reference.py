@@ -29,7 +29,7 @@ REFERENCE_ROWS = 10_000
 
 @dataclass(frozen=True)
 class Scan:
-    """What a pass over ``count`` images of ``size`` (H, W) leaves: moments, score sums, ``rows (K, D)`` of pooled features.
+    """What a pass over ``count`` images of ``size`` (H, W) leaves: moments, score sums, pooled ``rows (K, D)``.
 
     The same on every process, but for ``rows``, which only the main process has whole.
     """

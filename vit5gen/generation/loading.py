@@ -31,11 +31,8 @@ def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
     logging.disable_progress_bar()  # of three files read
     try:
         pipe = SiTPipeline.from_pretrained(folder)
-        for name, kind in (
-            ("transformer", SiTTransformer2DModel),
-            ("guide", SiTTransformer2DModel),
-            ("vae", AutoencoderKL),
-        ):
+        kinds = {"transformer": SiTTransformer2DModel, "guide": SiTTransformer2DModel, "vae": AutoencoderKL}
+        for name, kind in kinds.items():
             if not isinstance(part := getattr(pipe, name), kind | None):
                 raise UserError(f"{name} is a {type(part).__name__}, expected a {kind.__name__}")
     except Exception as error:  # what diffusers makes of files with values of other types has no end

@@ -20,8 +20,6 @@ from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.precision import PRECISIONS, precision_of
 
-LABEL_MODES = ("balanced", "random")
-
 
 @dataclass(frozen=True)
 class SamplingJob:
@@ -42,7 +40,7 @@ def draw_labels(num_images: int, classes: Sequence[int], seed: int, mode: str = 
     """
     # The second word keeps this stream apart from others of the same seed.
     rng = np.random.default_rng([seed, 0x1ABE1])
-    if choose("labels", mode, LABEL_MODES) == "random":
+    if choose("labels", mode, ["balanced", "random"]) == "random":
         return rng.choice(classes, num_images).tolist()
     return rng.permutation(np.resize(classes, num_images)).tolist()
 

@@ -74,10 +74,10 @@ class _Calls(threading.local):
                 self.own = outer
 
 
-def _of_the_call(name: str) -> Any:
+def _of_the_call(name: str, doc: str) -> Any:
     """Return a property that reads and sets what `_Call` holds under this name."""
     return property(
-        lambda pipe: getattr(pipe._calls.now, name), lambda pipe, value: setattr(pipe._calls.now, name, value)
+        lambda pipe: getattr(pipe._calls.now, name), lambda pipe, value: setattr(pipe._calls.now, name, value), doc=doc
     )
 
 
@@ -112,11 +112,13 @@ class SiTPipeline(DiffusionPipeline):
         self._flow = scheduler.flow if isinstance(scheduler, SiTScheduler) else Flow()
         self._calls = _Calls([_Call()])
 
-    # diffusers' names; a callback sets _guidance_scale and _interrupt, and they hold for its call alone.
-    _guidance_scale = _of_the_call("guidance_scale")
-    _num_timesteps = _of_the_call("num_timesteps")
-    _interrupt = _of_the_call("interrupt")
-    num_evaluations = _of_the_call("num_evaluations")
+    # diffusers' names; a callback sets those with an underscore, and they hold for its call alone.
+    guidance_scale = _guidance_scale = _of_the_call("guidance_scale", "The scale of this thread's call.")
+    num_timesteps = _num_timesteps = _of_the_call(
+        "num_timesteps", "How often the callback is called; with ode-dopri5, which cannot know, how often so far."
+    )
+    interrupt = _interrupt = _of_the_call("interrupt", "Whether a callback wants the call to end after its step.")
+    num_evaluations = _of_the_call("num_evaluations", "How often the networks were evaluated for each image.")
 
     @property
     def flow(self) -> Flow:
@@ -134,21 +136,6 @@ class SiTPipeline(DiffusionPipeline):
         factor = self.vae_scale_factor
         height, width = to_2tuple(self.transformer.config.sample_size)
         return factor * height, factor * width
-
-    @property
-    def guidance_scale(self) -> float:
-        """The scale of this thread's call; a callback that sets ``pipe._guidance_scale`` changes the steps after it."""
-        return self._guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        """How often the callback is called; with ode-dopri5, which cannot know, how often so far."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether a callback has set ``pipe._interrupt = True`` to end after its step."""
-        return self._interrupt
 
     def class_ids(self, class_labels: Labels) -> list[int]:
         """Return the ids of an id, a name, or a list of both; raise `UserError` for a class that does not exist."""
@@ -188,11 +175,8 @@ class SiTPipeline(DiffusionPipeline):
         output_type: pil | np (B, H, W, 3) and pt (B, 3, H, W) in [0, 1] | uint8 (B, 3, H, W) | latent (B, C, h, w).
         Raises `UserError` for bad values.
         """
-        ids = [
-            i
-            for i in self.class_ids(class_labels)
-            for _ in range(check_whole("num_images_per_label =", num_images_per_label, 1, MOST_BATCH))
-        ]
+        of_each = check_whole("num_images_per_label =", num_images_per_label, 1, MOST_BATCH)
+        ids = [i for i in self.class_ids(class_labels) for _ in range(of_each)]
         if not ids:
             raise UserError("class_labels: empty; expected at least one id or name")
         check_whole("num_inference_steps =", num_inference_steps, 1, MOST_STEPS)
@@ -266,12 +250,13 @@ class SiTPipeline(DiffusionPipeline):
         self, batch: int, height: int | None, width: int | None, generator: Generators, latents: Tensor | None
     ) -> Tensor:
         config, factor = self.transformer.config, self.vae_scale_factor
-        sides = [built if side is None else side for side, built in zip((height, width), self.image_size, strict=True)]
         unit = factor * config.patch_size
-        for name, side in zip(("height", "width"), sides, strict=True):
+        shape: tuple[int, ...] = (batch, config.in_channels)
+        for name, given, built in zip(("height", "width"), (height, width), self.image_size, strict=True):
+            side = built if given is None else given
             if not isinstance(side, int | np.integer) or side < unit or side % unit:
                 raise UserError(f"{name} = {side!r} cannot be made; expected a multiple of {unit}")
-        shape = (batch, config.in_channels, *(int(side) // factor for side in sides))
+            shape += (int(side) // factor,)
         device = self._execution_device
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
@@ -357,12 +342,10 @@ class SiTPipeline(DiffusionPipeline):
 
 
 def _generators(generator: Any, batch: int) -> Generators:
-    if isinstance(generator, list | tuple):
-        if len(generator) != batch:
-            raise UserError(f"generator: a list of {len(generator)}; expected one for each of the {batch} images")
-        generator = list(generator)
-    given = generator if isinstance(generator, list) else [] if generator is None else [generator]
-    for one in given:
-        if not isinstance(one, torch.Generator):
+    several = isinstance(generator, list | tuple)
+    if several and len(generator) != batch:
+        raise UserError(f"generator: a list of {len(generator)}; expected one for each of the {batch} images")
+    for one in generator if several else [generator]:
+        if not isinstance(one, torch.Generator) and (several or one is not None):
             raise UserError(f"generator: {one!r}; expected torch.Generator().manual_seed(...), or a list of them")
-    return generator
+    return list(generator) if several else generator

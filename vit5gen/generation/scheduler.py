@@ -53,7 +53,7 @@ class SiTScheduler(SchedulerMixin, ConfigMixin):
     def steps(self, sampler: str, model_fn: ModelFn, x: Tensor, num_steps: int, noise: Generators) -> Steps:
         """Yield (i, t, x) after each step of the solver ``ode-<method>`` or ``sde-<method>``."""
         kind, method = choose("sampler", sampler, SAMPLERS).split("-")
-        solver = {"ode": ode_steps, "sde": partial(sde_steps, noise=noise)}[kind]
+        solver: Callable[..., Steps] = ode_steps if kind == "ode" else partial(sde_steps, noise=noise)
         settings = {name: self.config[name] for name in signature(solver).parameters.keys() & self.config}
         return solver(self.flow, model_fn, x, num_steps, method, **settings)
 
