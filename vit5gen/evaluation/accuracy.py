@@ -1,5 +1,6 @@
 """Top-1 and top-5 of a published ViT-5 on a folder of images."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,8 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
+from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 from vit5gen.data.pictures import UNREADABLE, cut_strip, eight_bits, find_classes
 from vit5gen.models import load_vit5
@@ -58,7 +59,7 @@ class _ClassFolders(Dataset):
 
     classes: list[str]
     files: list[tuple[Path, int]]
-    transform: Compose
+    transform: Callable[[Image.Image], torch.Tensor]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -79,8 +80,7 @@ def _image_folder(folder: str | Path, size: int, config: Any) -> _ClassFolders:
 
     EXIF orientation is ignored, as where the published figures come from.
     """
-    resize = Resize(int(size / config["crop_pct"]), InterpolationMode(config["interpolation"]))
-    transform = Compose([resize, CenterCrop(size), ToTensor(), Normalize(config["mean"], config["std"])])
+    transform = create_transform(size, **{key: config[key] for key in ("interpolation", "mean", "std", "crop_pct")})
     found, instead = find_classes(Path(folder)) if Path(folder).is_dir() else ({}, {})
     if not found or instead:
         reason = "; ".join(f"class {name!r} holds no images, {why}" for name, why in list(instead.items())[:3])

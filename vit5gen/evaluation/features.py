@@ -51,9 +51,8 @@ class Extractor:
 
     def __call__(self, images: Tensor) -> Features:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise UserError(
-                f"images: {images.dtype} {tuple(images.shape)}; expected torch.uint8 (B, 3, H, W); convert them to RGB"
-            )
+            given = f"{images.dtype} {tuple(images.shape)}"
+            raise UserError(f"images: {given}; expected torch.uint8 (B, 3, H, W); convert them to RGB")
         with exact_float32(self.device), torch.inference_mode():
             return self.features(self.network, images.to(self.device))
 

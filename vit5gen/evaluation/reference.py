@@ -18,7 +18,7 @@ from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.samples import Samples, broken_npz, open_npz, open_source
 from vit5gen.evaluation.statistics import GROUPS, FeatureStatistics, Grouped
 from vit5gen.generation.card import versions
-from vit5gen.system.distributed import gather_rows, sum_over_processes
+from vit5gen.system.distributed import gather_rows
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import atomic, sha256
 
@@ -73,11 +73,9 @@ def scan(
         chosen = places != (indices + 1) * rows // total
         kept[places[chosen]] = values[chosen].float()
         seen[places[chosen]] = True
-    pooled.all_reduce()
-    if spatial is not None:
-        spatial.all_reduce()
-    if score is not None:
-        score.sums = sum_over_processes(score.sums)
+    for sums in (pooled, spatial, score):
+        if sums is not None:
+            sums.all_reduce()
     count = sum(group.count for group in pooled.groups)
     if count != total:
         raise UserError(f"images: {count} of {total} were read; give them all")
@@ -199,11 +197,16 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
                 "write it again with --save-statistics and this extractor"
             )
     content = json.loads(metadata["content"])
-    pooled, spatial = FrechetReference(tensors["mean"], tensors["covariance"]), None
-    if "spatial_mean" in tensors:
-        spatial = FrechetReference(tensors["spatial_mean"], tensors["spatial_covariance"])
+    moments = [tensors.get(name) for name in ("spatial_mean", "spatial_covariance")]
+    spatial = None if moments[0] is None else FrechetReference(*moments)
     identity = {"kind": "statistics", "path": str(path), "sha256": sha256(path), "source": content["source"]}
-    return Reference(pooled, spatial, content["count"], tensors.get("rows"), identity)
+    return Reference(
+        FrechetReference(tensors["mean"], tensors["covariance"]),
+        spatial,
+        content["count"],
+        tensors.get("rows"),
+        identity,
+    )
 
 
 _ADM_SHAPES = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}

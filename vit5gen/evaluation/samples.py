@@ -59,9 +59,7 @@ def open_source(path: str | Path, batch_size: int, protocol: str | None = None) 
         return open_folder(path, batch_size, "ignore" if as_stored else "apply")
     if path.suffix == ".npz":
         return open_npz(path, batch_size)
-    raise UserError(
-        f"{path}: expected an npz, a folder of images, a configuration (.yaml) or a pipeline; check the path"
-    )
+    raise UserError(f"{path}: expected an npz, a folder of images, a configuration or a pipeline; check the path")
 
 
 def open_npz(path: Path, batch_size: int) -> Samples:
@@ -107,11 +105,8 @@ def open_folder(path: Path, batch_size: int, exif: Exif = "apply") -> Samples:
     def read(index: int) -> Tensor:
         image = _read_image(files[index], exif)
         if image.shape != first_shape():
-            (_, height, width), (_, first_height, first_width) = image.shape, first_shape()
-            raise UserError(
-                f"image {files[index]} is {width}x{height}, {files[0].name} is {first_width}x{first_height}; "
-                "expected one size; resize them"
-            )
+            sides = [f"{width}x{height}" for _, height, width in (image.shape, first_shape())]
+            raise UserError(f"image {files[index]} is {sides[0]}, the first one {sides[1]}; resize them to one size")
         return image
 
     identity = {"kind": "folder", "path": str(path), "listing_sha256": listing_digest(path, files), "exif": exif}

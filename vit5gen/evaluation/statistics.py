@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -49,9 +50,7 @@ class FeatureStatistics:
             rows = part.to("cpu", torch.float64)
             if not rows.isfinite().all():
                 bad = int((~rows.isfinite()).any(dim=1).nonzero()[0])
-                raise UserError(
-                    f"features: NaN or infinity in row {self.count + bad}; expected finite numbers; check that image"
-                )
+                raise UserError(f"features: NaN or infinity in row {self.count + bad}; check that image")
             if len(rows):
                 mean = rows.mean(dim=0)
                 self._add(len(rows), mean, rows - mean)
@@ -174,10 +173,7 @@ class Grouped:
 
     def total(self) -> FeatureStatistics:
         """Statistics of all groups together."""
-        result = FeatureStatistics(self.groups[0].dim)
-        for group in self.groups:
-            result.merge(group)
-        return result
+        return reduce(FeatureStatistics.merge, self.groups, FeatureStatistics(self.groups[0].dim))
 
     def leave_one_out(self, total: FeatureStatistics) -> Iterator[FeatureStatistics]:
         """Yield the statistics without each group that is not empty."""

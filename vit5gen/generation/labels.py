@@ -73,7 +73,5 @@ def names_by_id(id2label: Any) -> dict[int, str]:
     given = {} if id2label is None else id2label
     found = {str(i): name for i, name in given.items()} if isinstance(given, Mapping) else None
     if found is None or not all(i.isdecimal() and len(i) < 10 and isinstance(name, str) for i, name in found.items()):
-        raise UserError(
-            f"id2label = {short(given)}; expected the names of classes by id, such as {{0: 'cat', 1: 'dog'}}"
-        )
+        raise UserError(f"id2label = {short(given)}; expected the names of classes by id, e.g. {{0: 'cat', 1: 'dog'}}")
     return {int(i): name for i, name in found.items()}

@@ -24,9 +24,8 @@ def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
     for name, entry in read_json(folder / "model_index.json", "pipeline").items():
         # diffusers would import any module that stands there
         if isinstance(entry, list) and entry[:1] not in ([None], ["vit5gen"], ["diffusers"]):
-            raise UserError(
-                f"checkpoint {folder}: {name} = {short(entry)} is not of vit5gen or diffusers; make it again"
-            )
+            told = f"checkpoint {folder}: {name} = {short(entry)}"
+            raise UserError(f"{told} is not of vit5gen or diffusers; make it again")
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # of three files read
     try:

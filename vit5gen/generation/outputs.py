@@ -61,9 +61,8 @@ class Output:
         cards = [file for file in (self.card_file, self.part / "card.json") if file.is_file()]
         for file in cards:
             if differing := _differences(read_json(file, "card"), card):
-                raise UserError(
-                    f"output {self.path} holds images of another run: {differing}; choose another --output or delete it"
-                )
+                found = f"output {self.path} holds images of another run: {differing}"
+                raise UserError(f"{found}; choose another --output or delete it")
         for file in (self.card_file, self.path):
             if file.is_dir() and file not in self.part.parents:  # a folder of images holds its part
                 raise UserError(f"output {file} is a folder; choose another --output or delete it")
@@ -75,9 +74,7 @@ class Output:
         there = next(place for place in (path, *path.parents) if place.exists())
         need, free = self.missing_bytes, shutil.disk_usage(there).free
         if free < need and not self.finished:
-            raise UserError(
-                f"output {self.path} needs {need / 1e9:.2g} GB, {free / 1e9:.2g} GB are free; make room first"
-            )
+            raise UserError(f"output {path} needs {need / 1e9:.2g} GB, {free / 1e9:.2g} GB are free; make room first")
 
     def create_part(self, card: dict[str, Any]) -> None:
         """Make the hidden folder, unless a killed run has left it; one process calls this."""

@@ -241,9 +241,7 @@ class SiTPipeline(DiffusionPipeline):
         for name in ("num_classes", "in_channels"):
             weak, strong = self.guide.config[name], self.transformer.config[name]
             if weak != strong:
-                raise UserError(
-                    f"guide: {name} = {weak}, the transformer has {strong}; expected a model of the same data"
-                )
+                raise UserError(f"guide: {name} = {weak}, the transformer has {strong}; expected one of the same data")
         return self.guide
 
     def _initial_latents(
@@ -262,7 +260,7 @@ class SiTPipeline(DiffusionPipeline):
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
             raise UserError(
-                f"latents: shape {tuple(latents.shape)}; expected {shape} (labels, channels, height, width)"
+                f"latents: shape {tuple(latents.shape)}; expected {shape} (images, channels, height, width)"
             )
         return latents.to(device, torch.float32)
 
@@ -270,9 +268,7 @@ class SiTPipeline(DiffusionPipeline):
         self, sampler: str | None, model_fn: ModelFn, x: Tensor, num_steps: int, generator: Generators
     ) -> tuple[int, Steps]:
         if isinstance(self.scheduler, SiTScheduler):
-            sampler = sampler or _SAMPLING.sampler
-            steps = self.scheduler.steps(sampler, model_fn, x, num_steps, generator)
-            return self.scheduler.num_timesteps(sampler, num_steps), steps
+            return self.scheduler.steps(sampler or _SAMPLING.sampler, model_fn, x, num_steps, generator)
         if sampler is not None:
             raise UserError(
                 f"sampler = {sampler!r}: the scheduler is {type(self.scheduler).__name__}, which steps by itself;"

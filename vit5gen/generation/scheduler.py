@@ -50,17 +50,16 @@ class SiTScheduler(SchedulerMixin, ConfigMixin):
         check_positive(rtol=rtol, atol=atol, **({} if last_step_size == 0 else {"last_step_size": last_step_size}))
         self.flow = Flow(path, prediction)
 
-    def steps(self, sampler: str, model_fn: ModelFn, x: Tensor, num_steps: int, noise: Generators) -> Steps:
-        """Yield (i, t, x) after each step of the solver ``ode-<method>`` or ``sde-<method>``."""
+    def steps(self, sampler: str, model_fn: ModelFn, x: Tensor, num_steps: int, noise: Generators) -> tuple[int, Steps]:
+        """Return the number of steps, 0 for dopri5 which cannot know, and (i, t, x) after each of them.
+
+        sampler: ``ode-<method>`` or ``sde-<method>``, which takes a last step more unless ``last_step`` is none.
+        """
         kind, method = choose("sampler", sampler, SAMPLERS).split("-")
         solver: Callable[..., Steps] = ode_steps if kind == "ode" else partial(sde_steps, noise=noise)
         settings = {name: self.config[name] for name in signature(solver).parameters.keys() & self.config}
-        return solver(self.flow, model_fn, x, num_steps, method, **settings)
-
-    def num_timesteps(self, sampler: str, num_steps: int) -> int:
-        """Return how often `steps` yields: for dopri5, which cannot know, 0."""
-        last = sampler.startswith("sde") and str(self.config.last_step).lower() != "none"
-        return 0 if sampler == "ode-dopri5" else num_steps + last
+        total = num_steps + (kind == "sde" and str(self.config.last_step).lower() != "none")
+        return 0 if method == "dopri5" else total, solver(self.flow, model_fn, x, num_steps, method, **settings)
 
 
 def foreign_steps(
