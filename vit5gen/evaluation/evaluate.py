@@ -160,12 +160,9 @@ def _join(runs: Sequence[dict[str, Score]]) -> dict[str, Score]:
         return runs[0]
     joined = {}
     for name in runs[0]:
-        values = [run[name]["value"] for run in runs]
-        joined[name] = {
-            "value": statistics.mean(values),
-            "deviation": statistics.stdev(values),
-            "runs": [run[name] for run in runs],
-        }
+        found = [run[name] for run in runs]
+        values = [score["value"] for score in found]
+        joined[name] = {"value": statistics.mean(values), "deviation": statistics.stdev(values), "runs": found}
     return joined
 
 

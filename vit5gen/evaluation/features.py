@@ -66,10 +66,7 @@ extractor_names = EXTRACTORS.names
 
 
 def load_extractor(
-    name: str,
-    device: str | torch.device = "cpu",
-    weights: str | Path | None = None,
-    weights_sha256: str | None = None,
+    name: str, device: str | torch.device = "cpu", weights: str | Path | None = None, weights_sha256: str | None = None
 ) -> Extractor:
     """Build a registered extractor; raise `UserError` when the name is unknown or its weights are missing."""
     file = Path(weights) if weights is not None else None

@@ -115,9 +115,9 @@ def open_reference(path: str | Path, extractor: Extractor, batch_size: int, prot
     file = Path(path)
     if _is_statistics(file):
         return read_statistics(file, extractor)
-    if _is_adm_reference(file):
-        return read_adm_reference(file, extractor, batch_size)
-    return reference_of(open_source(path, batch_size, protocol), extractor)
+    is_npz = file.suffix == ".npz" and zipfile.is_zipfile(file)
+    adm = read_adm_reference(file, extractor, batch_size) if is_npz else None
+    return adm or reference_of(open_source(path, batch_size, protocol), extractor)
 
 
 def reference_of(images: Samples, extractor: Extractor) -> Reference:
@@ -127,24 +127,21 @@ def reference_of(images: Samples, extractor: Extractor) -> Reference:
     return Reference(FrechetReference.of(found.pooled.total()), spatial, found.count, found.rows, images.identity)
 
 
-def _is_adm_reference(path: Path) -> bool:
-    """Whether ``path`` is an npz with ADM's ``mu`` and ``sigma``."""
-    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
-        return False
-    with broken_npz(path), zipfile.ZipFile(path) as archive:
-        return "mu.npy" in archive.namelist()
+def read_adm_reference(path: Path, extractor: Extractor, batch_size: int) -> Reference | None:
+    """Read ADM's reference batch: ``mu, sigma``, perhaps ``mu_s, sigma_s``, perhaps images ``arr_0`` for precision.
 
-
-def read_adm_reference(path: Path, extractor: Extractor, batch_size: int) -> Reference:
-    """Read ADM's reference batch: ``mu, sigma``, perhaps ``mu_s, sigma_s``, perhaps images ``arr_0`` for precision."""
+    None for an npz without ``mu``.
+    """
+    with broken_npz(path), np.load(path, allow_pickle=False) as archive:
+        names = set(archive.files)
+        arrays = {name: torch.from_numpy(archive[name].astype(np.float64)) for name in names & set(_ADM_SHAPES)}
+    if "mu" not in names:
+        return None
     if extractor.metric != "FID":
         raise UserError(
             f"reference {path}: its mu and sigma are of Inception features; extractor {extractor.name} needs images "
             "or a statistics file made with it"
         )
-    with broken_npz(path), np.load(path, allow_pickle=False) as archive:
-        names = set(archive.files)
-        arrays = {name: torch.from_numpy(archive[name].astype(np.float64)) for name in names & set(_ADM_SHAPES)}
     for name, shape in _ADM_SHAPES.items():
         if name in arrays and (arrays[name].shape != shape or not arrays[name].isfinite().all()):
             raise UserError(f"reference {path}: {name} is {tuple(arrays[name].shape)}; expected {shape}, all finite")

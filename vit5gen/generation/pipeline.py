@@ -46,13 +46,14 @@ class _Call:
     num_timesteps: int = 0
     interrupt: bool = False
     num_evaluations: int = 0
+    running: bool = False
 
 
 class _Calls(threading.local):
     """The call of each thread: the one that runs there, or else its last one, or else the pipeline's last one."""
 
     def __init__(self, last: list[_Call]) -> None:
-        self.last, self.running = last, 0
+        self.last = last
         self.own: _Call | None = None
 
     def __reduce__(self) -> tuple:  # of a copy: its threads have made no call
@@ -64,13 +65,13 @@ class _Calls(threading.local):
 
     @contextmanager
     def enter(self) -> Iterator[_Call]:
-        outer, call = self.own if self.running else None, _Call()
-        self.own, self.last[0], self.running = call, call, self.running + 1
+        outer = self.own
+        self.own = self.last[0] = call = _Call(running=True)
         try:
             yield call
         finally:
-            self.running -= 1
-            if outer is not None:  # a callback has called the pipeline
+            call.running = False
+            if outer is not None and outer.running:  # a callback has called the pipeline
                 self.own = outer
 
 
