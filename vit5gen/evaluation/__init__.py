@@ -17,20 +17,6 @@ from vit5gen.evaluation.features import Extractor, Features, frechet_of, load_ex
 from vit5gen.evaluation.metric import Metric, register_metric
 from vit5gen.evaluation.statistics import FeatureStatistics
 
-__all__ = [
-    "Extractor",
-    "FeatureStatistics",
-    "Features",
-    "FrechetReference",
-    "Metric",
-    "frechet_distance",
-    "frechet_of",
-    "frechet_report",
-    "inception_score",
-    "kernel_distance",
-    "load_extractor",
-    "precision_recall",
-    "register_extractor",
-    "register_metric",
-    "spatial_features",
-]
+__all__ = ["Extractor", "FeatureStatistics", "Features", "FrechetReference", "Metric", "frechet_distance", "frechet_of"]
+__all__ += ["frechet_report", "inception_score", "kernel_distance", "load_extractor", "precision_recall"]
+__all__ += ["register_extractor", "register_metric", "spatial_features"]

@@ -32,16 +32,13 @@ def classify(
     with torch.device("meta"):
         named = timm.create_model(model)
     if (net.embed_dim, len(net.blocks)) != (named.embed_dim, len(named.blocks)):
-        raise UserError(
-            f"--checkpoint: {len(net.blocks)} blocks of width {net.embed_dim}, but {model} has {len(named.blocks)} of "
-            f"{named.embed_dim}; give the --model that the file belongs to."
-        )
+        found, wanted = (f"{len(one.blocks)} blocks of width {one.embed_dim}" for one in (net, named))
+        raise UserError(f"--checkpoint: {found}, but {model} has {wanted}; give the --model that the file belongs to.")
     images = _image_folder(folder, net.patch_embed.img_size[0], named.pretrained_cfg)
     if len(images.classes) != net.num_classes:
-        raise UserError(
-            f"FOLDER: {str(folder)!r} holds {len(images.classes)} classes, the checkpoint {net.num_classes} "
-            f"({listed(images.classes)}); a folder's place in the order is its label, so all must be there."
-        )
+        found = f"{len(images.classes)} classes, the checkpoint {net.num_classes} ({listed(images.classes)})"
+        advice = "a folder's place in the order is its label, so all must be there."
+        raise UserError(f"FOLDER: {str(folder)!r} holds {found}; {advice}")
     hits = torch.zeros(2, dtype=torch.int64)
     with torch.inference_mode():
         for pixels, labels in DataLoader(images, batch_size, num_workers=num_workers):
@@ -70,9 +67,8 @@ class _ClassFolders(Dataset):
             with Image.open(path) as image:
                 return self.transform(cut_strip(eight_bits(image).convert("RGB"))), label
         except UNREADABLE as error:
-            raise UserError(
-                f"FOLDER: {str(path)!r} cannot be read as an image ({error}); replace or remove it."
-            ) from error
+            found = f"{str(path)!r} cannot be read as an image ({error})"
+            raise UserError(f"FOLDER: {found}; replace or remove it.") from error
 
 
 def _image_folder(folder: str | Path, size: int, config: Any) -> _ClassFolders:

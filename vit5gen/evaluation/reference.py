@@ -138,10 +138,8 @@ def read_adm_reference(path: Path, extractor: Extractor, batch_size: int) -> Ref
     if "mu" not in names:
         return None
     if extractor.metric != "FID":
-        raise UserError(
-            f"reference {path}: its mu and sigma are of Inception features; extractor {extractor.name} needs images "
-            "or a statistics file made with it"
-        )
+        advice = f"extractor {extractor.name} needs images or a statistics file made with it"
+        raise UserError(f"reference {path}: its mu and sigma are of Inception features; {advice}")
     for name, shape in _ADM_SHAPES.items():
         if name in arrays and (arrays[name].shape != shape or not arrays[name].isfinite().all()):
             raise UserError(f"reference {path}: {name} is {tuple(arrays[name].shape)}; expected {shape}, all finite")
@@ -189,10 +187,9 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
     made_with = json.loads(metadata["extractor"])
     for key, value in extractor.identity.items():
         if made_with.get(key) != value:
-            raise UserError(
-                f"reference {path}: from another extractor ({key} {made_with.get(key)!r}, now {value!r}); "
-                "write it again with --save-statistics and this extractor"
-            )
+            found = f"from another extractor ({key} {made_with.get(key)!r}, now {value!r})"
+            advice = "write it again with --save-statistics and this extractor"
+            raise UserError(f"reference {path}: {found}; {advice}")
     content = json.loads(metadata["content"])
     moments = [tensors.get(name) for name in ("spatial_mean", "spatial_covariance")]
     spatial = None if moments[0] is None else FrechetReference(*moments)

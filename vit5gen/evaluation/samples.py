@@ -127,8 +127,7 @@ def open_data(data: DataConfig, batch_size: int) -> Samples:
 def _own_parts(count: int, batch_size: int) -> Iterator[range]:
     """Return the chunks of ``count`` images that fall to this process, which reads each of them whole."""
     rank, world = rank_and_world()
-    starts = range(rank * batch_size, count, world * batch_size)
-    return (range(start, min(start + batch_size, count)) for start in starts)
+    return (range(count)[i : i + batch_size] for i in range(rank * batch_size, count, world * batch_size))
 
 
 def _stacked(read: Callable[[int], Tensor], count: int, batch_size: int) -> Iterator[tuple[int, Tensor]]:

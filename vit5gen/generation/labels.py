@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -28,10 +28,8 @@ def _class_id(label: object, names: dict[int, str], count: int) -> int:
         matches = _ids_called(label, names)
         if len(matches) > 1:
             several = ", ".join(repr(names[i]) for i in sorted(matches))
-            raise UserError(
-                f"class {label!r} is the name of several classes; give one of the ids {sorted(matches)}, or spell"
-                f" it as one of {several}"
-            )
+            advice = f"give one of the ids {sorted(matches)}, or spell it as one of {several}"
+            raise UserError(f"class {label!r} is the name of several classes; {advice}")
         known = {composed(part) for name in names.values() for part in (name, *name.split(","))}
         # Where all names are numbers, a number that is no name is a slip, not an id.
         numbers = [name.isdecimal() for name in known]
@@ -55,7 +53,8 @@ def _ids_called(label: str, names: dict[int, str]) -> set[int]:
     """Return the ids of a name: exact spelling counts more than any case, the whole more than a part between commas."""
     whole = {i: [name] for i, name in names.items()}
     synonyms = {i: name.split(",") for i, name in names.items()}
-    for spell, parts in product((str, str.casefold), (whole, synonyms)):
+    spellings: list[Callable[[str], str]] = [str, str.casefold]
+    for spell, parts in product(spellings, (whole, synonyms)):
         wanted = spell(composed(label))
         if found := {i for i, some in parts.items() if wanted in (spell(composed(part)) for part in some)}:
             return found

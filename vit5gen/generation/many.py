@@ -62,7 +62,7 @@ def generate(pipe: SiTPipeline, job: SamplingJob, done: np.ndarray | None = None
     process computes the whole of a chunk, so the number of processes does not change a bit of it.
     """
     state, count = processes(), len(job.labels)
-    chunks = [range(i, min(i + job.batch_size, count)) for i in range(0, count, job.batch_size)]
+    chunks = [range(count)[i : i + job.batch_size] for i in range(0, count, job.batch_size)]
     pending = [chunk for chunk in chunks if done is None or not done[chunk.start : chunk.stop].all()]
     settings = job.settings.model_dump(include={*SamplingConfig.model_fields, "autoguidance_scale"})
     if not isinstance(pipe.scheduler, SiTScheduler) and "sampler" not in job.settings.model_fields_set:

@@ -214,10 +214,8 @@ class SiTPipeline(DiffusionPipeline):
                         given = dict.fromkeys(callback_on_step_end_tensor_inputs, x)
                         replaced = callback_on_step_end(self, i, t, given).get("latents", x)
                         if replaced is not x and sampler == "ode-dopri5":
-                            raise UserError(
-                                "callback_on_step_end cannot replace the latents of ode-dopri5: its images are"
-                                " at different times; choose a solver of fixed steps"
-                            )
+                            reason = "its images are at different times; choose a solver of fixed steps"
+                            raise UserError(f"callback_on_step_end cannot replace the latents of ode-dopri5: {reason}")
                         if replaced is not x:
                             _, _, x = steps.send(replaced)
                     bar.update(round(t * num_inference_steps) - bar.n)  # some solvers take more or fewer steps
@@ -230,10 +228,8 @@ class SiTPipeline(DiffusionPipeline):
 
     def _guided_by(self, guidance_scale: float) -> float:
         if guidance_scale != 1 and not self.transformer.has_null_label:
-            raise UserError(
-                f"guidance_scale = {guidance_scale}: trained without label dropout, this model has no null label;"
-                " use 1, or autoguidance"
-            )
+            reason = "trained without label dropout, this model has no null label"
+            raise UserError(f"guidance_scale = {guidance_scale}: {reason}; use 1, or autoguidance")
         return guidance_scale
 
     def _weak_model(self, scale: float) -> nn.Module:
@@ -271,10 +267,9 @@ class SiTPipeline(DiffusionPipeline):
         if isinstance(self.scheduler, SiTScheduler):
             return self.scheduler.steps(sampler or _SAMPLING.sampler, model_fn, x, num_steps, generator)
         if sampler is not None:
-            raise UserError(
-                f"sampler = {sampler!r}: the scheduler is {type(self.scheduler).__name__}, which steps by itself;"
-                " leave sampler out, or set pipe.scheduler = SiTScheduler()"
-            )
+            reason = f"the scheduler is {type(self.scheduler).__name__}, which steps by itself"
+            advice = "leave sampler out, or set pipe.scheduler = SiTScheduler()"
+            raise UserError(f"sampler = {sampler!r}: {reason}; {advice}")
         return foreign_steps(self.scheduler, self.flow, model_fn, x, num_steps, generator)
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:

@@ -73,10 +73,9 @@ def foreign_steps(
     """
     name = type(scheduler).__name__
     if not (name.startswith("FlowMatch") or scheduler.config.get("prediction_type") == "flow_prediction"):
-        raise UserError(
-            f"scheduler: {name} is not made for flow matching; expected SiTScheduler, a FlowMatch one, or one with"
-            " prediction_type='flow_prediction' and use_flow_sigmas=True"
-        )
+        other = "one with prediction_type='flow_prediction' and use_flow_sigmas=True"
+        expected = f"SiTScheduler, a FlowMatch one, or {other}"
+        raise UserError(f"scheduler: {name} is not made for flow matching; expected {expected}")
     if scheduler.config.get("use_dynamic_shifting"):
         raise UserError(f"scheduler: {name} with use_dynamic_shifting needs a size of its own; set that to False")
     if flow.path != "linear":
