@@ -15,7 +15,7 @@ from torch import Tensor
 from vit5gen.config import DrawConfig
 from vit5gen.evaluation.extractors.inception import INCEPTION_SHA256
 from vit5gen.evaluation.features import Extractor
-from vit5gen.evaluation.metric import METRICS, RELIABLE_COUNT, Score, available, scores
+from vit5gen.evaluation.metric import RELIABLE_COUNT, Score, available, scores
 from vit5gen.evaluation.reference import REFERENCE_ROWS, Reference, scan
 from vit5gen.evaluation.samples import Samples, open_source
 from vit5gen.generation.card import pipeline_hash, versions
@@ -69,14 +69,14 @@ def evaluation_card(
     adm = protocol is not None and choose("protocol", protocol, ["adm"]) == "adm"
     if adm and metrics is not None and set(metrics) != set(ADM_METRICS):
         raise UserError(f"--protocol adm fixes the metrics {', '.join(ADM_METRICS)}; leave --metrics out")
-    wanted, skipped = available(ADM_METRICS if adm else metrics, reference, extractor)
-    need_rows = any("rows" in METRICS.get(metric).needs for metric in wanted)
+    wanted, skipped = available(ADM_METRICS if adm else metrics, reference, extractor, ADM_OPTIONS if adm else None)
+    need_rows = any("rows" in metric.needs for metric in wanted.values())
     runs: list[dict[str, Score]] = []
     described = []
     for one in samples:
         found = scan(one.chunks(), one.count, extractor, rows=one.count if need_rows else 0)
         if is_main():
-            runs.append(scores(found, reference, extractor, wanted, ADM_OPTIONS if adm else None))
+            runs.append(scores(found, reference, extractor, wanted))
             described.append(one.identity | {"count": one.count, "size": found.size, "sampling": one.sampling})
     if not is_main():
         return {}
@@ -186,12 +186,7 @@ def _warnings(
     found += [f"not FID-50K: {difference}" for difference in differences]
     fewest = min(one.count for one in samples)
     if fewest < RELIABLE_COUNT:
-        found.append(
-            f"{fewest} samples: below {RELIABLE_COUNT} {extractor.metric} is biased upwards; compare it at equal n only"
-        )
-    found += [
-        f"{one.identity['path']} is sorted by class: its Inception Score would be wrong; shuffle the samples"
-        for one in samples
-        if one.sorted_by_class
-    ]
-    return found
+        bias = f"below {RELIABLE_COUNT} {extractor.metric} is biased upwards; compare it at equal n only"
+        found.append(f"{fewest} samples: {bias}")
+    advice = "its Inception Score would be wrong; shuffle the samples"
+    return found + [f"{one.identity['path']} is sorted by class: {advice}" for one in samples if one.sorted_by_class]

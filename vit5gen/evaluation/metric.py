@@ -33,35 +33,35 @@ register_metric = METRICS.register
 
 
 def available(
-    metrics: Sequence[str] | None, reference: Reference, extractor: Extractor
-) -> tuple[list[str], dict[str, str]]:
-    """Return the metrics that reference and extractor allow, and the reasons against the others; before a long scan.
-
-    ``metrics``: names of some; `UserError` when one of these cannot be had. Default: all of this package that can.
-    """
-    wanted = [choose("metrics", metric, METRICS.names()) for metric in metrics or METRICS.registered()]
-    obstacles = {metric: _obstacle(METRICS.get(metric).needs, reference, extractor) for metric in wanted}
-    skipped = {metric: reason for metric, reason in obstacles.items() if reason is not None}
-    if metrics and skipped:
-        raise UserError("; ".join(f"metric {metric}: {reason}" for metric, reason in skipped.items()))
-    return [metric for metric in wanted if metric not in skipped], skipped
-
-
-def scores(
-    scan: Scan,
+    names: Sequence[str] | None,
     reference: Reference,
     extractor: Extractor,
-    metrics: Sequence[str],
     options: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, Score]:
-    """Return the scores of ``metrics``, which must be `available`, by name; ``options`` of a metric by its name.
+) -> tuple[dict[str, Metric], dict[str, str]]:
+    """Return the metrics that reference and extractor allow, and the reasons against the others; before a long scan.
+
+    ``names`` of some: `UserError` when one of these cannot be had. Default: all of this package that can.
+    ``options`` of a metric by its name.
+    """
+    metrics: dict[str, Metric] = {}
+    for name in names or METRICS.registered():
+        choose("metrics", name, METRICS.names())
+        metrics[name] = METRICS.build(name, (options or {}).get(name, {}), f"metric {name}")
+    obstacles = {name: _obstacle(metric.needs, reference, extractor) for name, metric in metrics.items()}
+    skipped = {name: reason for name, reason in obstacles.items() if reason is not None}
+    if names and skipped:
+        raise UserError("; ".join(f"metric {name}: {reason}" for name, reason in skipped.items()))
+    return {name: metric for name, metric in metrics.items() if name not in skipped}, skipped
+
+
+def scores(scan: Scan, reference: Reference, extractor: Extractor, metrics: Mapping[str, Metric]) -> dict[str, Score]:
+    """Return the scores of metrics that are `available`, by name.
 
     Raises `UserError` when there are fewer samples, or fewer images in the reference, than a metric needs.
     FID, sFID, IS, precision, recall and KID are names of Inception features alone; other extractors have their own.
     """
     found: dict[str, Score] = {}
-    for name in metrics:
-        metric: Metric = METRICS.build(name, (options or {}).get(name, {}), f"metric {name}")
+    for name, metric in metrics.items():
         counts = {"samples": scan.count}
         if "rows" in metric.needs and reference.rows is not None:
             counts["reference images"] = len(reference.rows)

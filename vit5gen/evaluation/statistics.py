@@ -27,9 +27,8 @@ class FeatureStatistics:
         self.dim = dim
         self.count = 0
         self._mean = torch.zeros(dim, dtype=torch.float64)
-        self._scatter = torch.zeros(
-            sum(min(_STRIP, dim - i) * (dim - i) for i in range(0, dim, _STRIP)), dtype=torch.float64
-        )
+        size = sum(min(_STRIP, dim - i) * (dim - i) for i in range(0, dim, _STRIP))
+        self._scatter = torch.zeros(size, dtype=torch.float64)
 
     @classmethod
     def from_moments(cls, mean: Tensor, covariance: Tensor, count: int) -> "FeatureStatistics":

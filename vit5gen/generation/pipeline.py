@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -196,16 +197,9 @@ class SiTPipeline(DiffusionPipeline):
         weak = None if autoguidance_scale == 1 else self._weak_model(autoguidance_scale)
         with self._calls.enter() as call:
             call.guidance_scale = guidance_scale
-            model_fn = GuidedModel(
-                self.transformer,
-                torch.tensor(ids, device=x.device),
-                lambda: self._guided_by(call.guidance_scale),
-                self.transformer.null_label,
-                guidance_interval,
-                guidance_channels,
-                weak,
-                autoguidance_scale,
-            )
+            labels, null_label = torch.tensor(ids, device=x.device), self.transformer.null_label
+            rest = (guidance_interval, guidance_channels, weak, autoguidance_scale)
+            model_fn = GuidedModel(self.transformer, labels, partial(self._scale_of, call), null_label, *rest)
             call.num_timesteps, steps = self._steps(sampler, model_fn, x, num_inference_steps, generator)
             with self.progress_bar(total=num_inference_steps) as bar:
                 for i, t, x in steps:
@@ -226,11 +220,11 @@ class SiTPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _guided_by(self, guidance_scale: float) -> float:
-        if guidance_scale != 1 and not self.transformer.has_null_label:
+    def _scale_of(self, call: _Call) -> float:
+        if call.guidance_scale != 1 and not self.transformer.has_null_label:
             reason = "trained without label dropout, this model has no null label"
-            raise UserError(f"guidance_scale = {guidance_scale}: {reason}; use 1, or autoguidance")
-        return guidance_scale
+            raise UserError(f"guidance_scale = {call.guidance_scale}: {reason}; use 1, or autoguidance")
+        return call.guidance_scale
 
     def _weak_model(self, scale: float) -> nn.Module:
         if self.guide is None:
@@ -256,9 +250,7 @@ class SiTPipeline(DiffusionPipeline):
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
-            raise UserError(
-                f"latents: shape {tuple(latents.shape)}; expected {shape} (images, channels, height, width)"
-            )
+            raise UserError(f"latents: shape {tuple(latents.shape)}; expected {shape}, which is (B, C, h, w)")
         return latents.to(device, torch.float32)
 
     def _steps(
