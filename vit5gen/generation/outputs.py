@@ -200,13 +200,13 @@ def _write_at(path: Path, offset: int, data: bytes) -> None:
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     """Name up to three settings in which two cards differ, with both values; empty when none decides the pixels."""
-    old, new = (_flat({part: card.get(part) for part in COMPARED}) for card in (there, here))
+    old, new = (_deciding(card) for card in (there, here))
     names = [name for name in new | old if old.get(name) != new.get(name)]
     return ", ".join(f"{name} is {short(old.get(name))} there, {short(new.get(name))} here" for name in names[:3])
 
 
-def _flat(card: dict[str, Any]) -> dict[str, Any]:
+def _deciding(card: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for part, value in card.items():
-        flat |= value if isinstance(value, dict) else {part: value}
+    for part in COMPARED:
+        flat |= value if isinstance(value := card.get(part), dict) else {part: value}
     return flat
