@@ -17,7 +17,7 @@ from vit5gen.config import DataConfig
 from vit5gen.data.images import centre_crop, check_classes, open_images, open_training_images
 from vit5gen.data.pictures import SUFFIXES, cut_strip, eight_bits, find_images, listing_digest, to_rgb
 from vit5gen.evaluation.accuracy import _ClassFolders
-from vit5gen.evaluation.sources import open_data, open_folder
+from vit5gen.evaluation.samples import Samples, open_data, open_folder
 from vit5gen.system.errors import UserError
 
 GREY = np.arange(256, dtype=np.uint16).reshape(16, 16)
@@ -32,6 +32,10 @@ def save(path: Path, image: Image.Image | None = None, **settings: object) -> Pa
 
 def data(root: Path, **settings: object) -> DataConfig:
     return DataConfig(**{"path": str(root), "resolution": 8, **settings})
+
+
+def first_chunk(samples: Samples) -> torch.Tensor:
+    return next(iter(samples.chunks()))[1]
 
 
 def counted(root: Path, **settings: object) -> dict[str, int]:
@@ -60,7 +64,7 @@ def test_what_systems_leave_behind_is_no_data(pets: Path, name: str, capsys: pyt
     shutil.copy(pets / "cat" / "1.png", pets / name)
     assert counted(pets) == {"cat": 2, "dog": 1}
     assert open_images(data(pets)).digest() == before
-    assert open_folder(pets).count == 3
+    assert open_folder(pets, 1).count == 3
     assert capsys.readouterr().err == f"note: {pets}: 1 file left out (1 hidden)\n"
 
 
@@ -106,7 +110,7 @@ def test_every_reader_takes_the_same_suffixes(tmp_path: Path, suffix: str) -> No
     image = Image.new("L" if suffix == ".pgm" else "1" if suffix == ".pbm" else "RGB", (8, 8), "white")
     save(tmp_path / "a" / f"1{suffix}", image, format=kind)
     assert open_images(data(tmp_path))[0][0].min() == 255
-    assert open_folder(tmp_path).count == 1
+    assert open_folder(tmp_path, 1).count == 1
     assert len(_class_folders(tmp_path)) == 1
 
 
@@ -322,7 +326,7 @@ def test_deep_grey_is_scaled_by_its_range(tmp_path: Path, case: str) -> None:
     expected = torch.from_numpy(GREY.astype(np.uint8)).expand(3, 16, 16)
     assert torch.equal(open_images(data(tmp_path, resolution=16))[0][0], expected)
     assert torch.equal((_class_folders(tmp_path)[0][0] * 255).round().to(torch.uint8), expected)
-    assert torch.equal(open_data(data(tmp_path, resolution=16)).read(0, 1)[0], expected)
+    assert torch.equal(first_chunk(open_data(data(tmp_path, resolution=16), 1))[0], expected)
     with Image.open(file) as image:
         assert centre_crop(image, 16, rules=1).float().mean() != 127.5  # as an old run saw it
 
@@ -354,7 +358,7 @@ def test_numbers_without_a_known_range_are_refused(tmp_path: Path, values: np.nd
             read(0)
         assert "\n" not in str(raised.value)
     with pytest.raises(UserError, match=r"1\.tif has mode [IF]"):
-        open_folder(tmp_path).read(0, 1)
+        first_chunk(open_folder(tmp_path, 1))
 
 
 def test_a_transparent_level_of_16_bits_turns_white(tmp_path: Path) -> None:
@@ -387,13 +391,13 @@ def test_exif_orientation(tmp_path: Path, kind: str, orientation: int) -> None:
         assert to_rgb(stored).tobytes() == expected.tobytes()
     assert torch.equal(open_images(data(tmp_path))[0][0], centre_crop(expected, 8))
     turned = np.asarray(expected).transpose(2, 0, 1)
-    assert open_folder(tmp_path).read(0, 1)[0].tolist() == turned.tolist()
-    assert open_folder(tmp_path).identity["exif"] == "apply"
+    assert first_chunk(open_folder(tmp_path, 1))[0].tolist() == turned.tolist()
+    assert open_folder(tmp_path, 1).identity["exif"] == "apply"
     if kind != "tiff":  # in which it is part of the format
         with Image.open(file) as stored:
             stays = stored.convert("RGB")
         assert torch.equal(open_images(data(tmp_path, exif="ignore"))[0][0], centre_crop(stays, 8, "ignore"))
-        assert open_folder(tmp_path, "ignore").read(0, 1).shape == (1, 3, 12, 16)
+        assert first_chunk(open_folder(tmp_path, 1, "ignore")).shape == (1, 3, 12, 16)
         assert _class_folders(tmp_path)[0][0].shape == (3, 16, 16)
 
 
@@ -405,7 +409,7 @@ def test_exif_orientation(tmp_path: Path, kind: str, orientation: int) -> None:
 def test_damaged_exif_leaves_an_image_as_it_is(tmp_path: Path, exif: bytes) -> None:
     save(tmp_path / "a" / "1.jpg", Image.new("RGB", (12, 16)), exif=exif)
     assert open_images(data(tmp_path))[0][0].shape == (3, 8, 8)
-    assert open_folder(tmp_path).read(0, 1).shape == (1, 3, 16, 12)
+    assert first_chunk(open_folder(tmp_path, 1)).shape == (1, 3, 16, 12)
 
 
 @pytest.mark.parametrize("size", [(3000, 1), (1, 3000), (2000, 4)])

@@ -17,17 +17,11 @@ from torch.nn import functional
 from vit5gen import cli
 from vit5gen.config import DrawConfig, SamplingConfig
 from vit5gen.evaluation import evaluate, frechet_distance, load_extractor, register_extractor
-from vit5gen.evaluation.evaluate import (
-    evaluation_card,
-    markdown,
-    open_reference,
-    open_source,
-    samples_from_pipeline,
-    samples_of,
-)
+from vit5gen.evaluation.evaluate import evaluation_card, markdown, open_samples, samples_from_pipeline
 from vit5gen.evaluation.extractors.inception import INCEPTION_SHA256
 from vit5gen.evaluation.features import Extractor, Features
-from vit5gen.evaluation.sources import open_folder
+from vit5gen.evaluation.reference import open_reference
+from vit5gen.evaluation.samples import Samples, open_folder, open_source
 from vit5gen.generation.many import SamplingJob, draw_labels, generate
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256
@@ -77,8 +71,14 @@ def inception(tmp_path_factory) -> Extractor:
     return load_extractor("inception", weights=path, weights_sha256=sha256(path))
 
 
+def images_of(path: Path, batch_size: int) -> Samples:
+    """The images of a file or folder, with what a card beside them tells."""
+    (samples,) = open_samples(str(path), DrawConfig(), 0, (), batch_size)
+    return samples
+
+
 def card_of(samples: Path, reference: Path, extractor: Extractor, batch_size: int = 7, **options) -> dict:
-    sets = [samples_of(open_source(samples), batch_size)]
+    sets = [images_of(samples, batch_size)]
     return evaluation_card(sets, open_reference(reference, extractor, batch_size), extractor, **options)
 
 
@@ -177,7 +177,7 @@ def test_the_name_fid_50k_needs_all_that_adm_fixes(tmp_path, colour_extractor, m
     reference = open_reference(write_folder(tmp_path / "real", pictures(5, seed=1)), colour_extractor, 5)
     adm = replace(reference, identity={"kind": "adm", "path": "reference.npz", "images": 10_000})
     network = replace(colour_extractor, weights_sha256=INCEPTION_SHA256)
-    samples = samples_of(open_source(write_folder(tmp_path / "samples", pictures(6, seed=0))), 5)
+    samples = images_of(write_folder(tmp_path / "samples", pictures(6, seed=0)), 5)
     monkeypatch.setattr(evaluate, "RELIABLE_COUNT", 6)
     assert evaluation_card([samples], adm, network, protocol="adm")["protocol"]["label"] == "FID-50K"
     for one, other in ((reference, network), (adm, colour_extractor)):
@@ -244,7 +244,7 @@ def test_npz_and_folder_of_the_same_images_score_alike_at_any_batch_size(tmp_pat
             assert card["metrics"][name]["value"] == pytest.approx(score["value"], rel=1e-6)
     compressed = tmp_path / "compressed.npz"
     np.savez_compressed(compressed, arr_0=images.permute(0, 2, 3, 1).numpy())
-    assert torch.equal(open_source(compressed).read(20, 23), images[20:])
+    assert torch.equal(list(open_source(compressed, 20).chunks())[1][1], images[20:])
 
 
 def test_statistics_file_scores_as_its_images_and_knows_its_extractor(tmp_path, colour_extractor, capsys) -> None:
@@ -285,7 +285,7 @@ def write_sampled(path: Path, seed: int, checkpoint: str = "a", **settings: obje
 
 def test_several_seeds_of_a_model_give_mean_and_deviation(tmp_path, colour_extractor) -> None:
     reference = open_reference(write_folder(tmp_path / "real", pictures(30, seed=9)), colour_extractor, 8)
-    sets = [samples_of(open_source(write_sampled(tmp_path / f"{seed}.npz", seed)), 8) for seed in range(3)]
+    sets = [images_of(write_sampled(tmp_path / f"{seed}.npz", seed), 8) for seed in range(3)]
     card = evaluation_card(sets, reference, colour_extractor)
     together = card["metrics"]["FD-Colours"]
     alone = [evaluation_card([one], reference, colour_extractor)["metrics"]["FD-Colours"]["value"] for one in sets]
@@ -312,7 +312,7 @@ def test_models_are_rows_and_never_averaged(tmp_path, colour_extractor) -> None:
     ]
     (tmp_path / "odd.card.json").write_text("{}")
     files.append(write_npz(tmp_path / "odd.npz", pictures(20, 6)))
-    sets = [samples_of(open_source(file), 8) for file in files]
+    sets = [images_of(file, 8) for file in files]
     alone = [evaluation_card([one], reference, colour_extractor) for one in sets]
     card = evaluation_card(sets, reference, colour_extractor)
     assert [model["samples"] for model in card["models"]] == [[0, 2], [1], [3], [4], [5], [6], [7]]
@@ -354,8 +354,8 @@ def test_a_card_tells_the_precision_that_was_set(tmp_path, dtype, matmul: str, p
         samples = samples_from_pipeline(pipe.to(dtype), tmp_path, SamplingJob([0], 0, 1), DrawConfig())
     finally:
         torch.set_float32_matmul_precision(before)
-    assert samples.identity["sampling"]["precision"] == precision
-    assert samples.identity["sampling"]["device"] == "cpu"
+    assert samples.sampling["precision"] == precision
+    assert samples.sampling["device"] == "cpu"
 
 
 def test_a_pipeline_is_sampled_and_scored_in_one_pass(tmp_path) -> None:
@@ -422,7 +422,7 @@ def test_broken_files_and_mixed_sizes_are_named(tmp_path, colour_extractor) -> N
     for index in (1, 2):  # within a batch, and in a later one
         folder = write_folder(tmp_path / f"mixed{index}", pictures(3, seed=0))
         Image.new("RGB", (16, 24)).save(folder / f"0000{index}.png")
-        refuses(folder, f"mixed{index}.* 16x24.*expected one size")
+        refuses(folder, f"mixed{index}.* 16x24.*the first one 32x32")
     (tmp_path / "corrupt.npz").write_bytes(good.read_bytes()[:5000])
     refuses(tmp_path / "corrupt.npz", "corrupt.npz cannot be read")
     damaged = bytearray(good.read_bytes())
@@ -474,7 +474,7 @@ def test_features_that_are_not_finite_name_the_image(tmp_path, colour_extractor)
     images = pictures(9, seed=0).clamp(min=1)
     images[7] = 0
     broken = replace(colour_extractor, features=features, spatial_dim=0, num_classes=0)
-    samples = samples_of(open_source(write_npz(tmp_path / "samples.npz", images)), 2)
+    samples = images_of(write_npz(tmp_path / "samples.npz", images), 2)
     reference = open_reference(write_npz(tmp_path / "real.npz", images[:7]), broken, 2)
     with pytest.raises(UserError, match="image 7: NaN or infinity in its features"):
         evaluation_card([samples], reference, broken)
@@ -484,7 +484,7 @@ def test_a_data_source_is_a_reference(tmp_path, colour_extractor) -> None:
     folder = write_folder(tmp_path / "data" / "class", pictures(20, seed=1)).parent
     data = tmp_path / "data.yaml"
     data.write_text(f"{{model: {{preset: S/2}}, data: {{path: {folder}, resolution: 32, num_classes: 1}}}}")
-    samples = samples_of(open_source(write_npz(tmp_path / "samples.npz", pictures(9, seed=0))), 4)
+    samples = images_of(write_npz(tmp_path / "samples.npz", pictures(9, seed=0)), 4)
     cards = [
         evaluation_card([samples], open_reference(source, colour_extractor, 4), colour_extractor)
         for source in (data, folder)
@@ -503,19 +503,20 @@ def test_adm_leaves_images_as_they_are_stored(tmp_path) -> None:
         f"{{model: {{preset: S/2}}, data: {{path: {tmp_path / 'data'}, resolution: 16, num_classes: 1}}}}"
     )
     for path in (tmp_path / "data", tmp_path / "data.yaml"):
-        upright, as_stored = open_source(path), open_source(path, "adm")
+        upright, as_stored = open_source(path, 1), open_source(path, 1, "adm")
         assert (upright.identity["exif"], as_stored.identity["exif"]) == ("apply", "ignore")
-        assert torch.equal(upright.read(0, 1), as_stored.read(0, 1).rot90(-1, (2, 3)))
+        pixels, turned = (next(iter(one.chunks()))[1] for one in (upright, as_stored))
+        assert torch.equal(pixels, turned.rot90(-1, (2, 3)))
 
 
 def test_the_protocol_reaches_samples_reference_and_statistics(tmp_path, monkeypatch, colour_extractor) -> None:
     folder, seen = write_folder(tmp_path / "samples", pictures(8)), []
 
-    def opened(path, exif="apply"):
+    def opened(path, batch_size, exif="apply"):
         seen.append(exif)
-        return open_folder(path, exif)
+        return open_folder(path, batch_size, exif)
 
-    monkeypatch.setattr("vit5gen.evaluation.evaluate.open_folder", opened)
+    monkeypatch.setattr("vit5gen.evaluation.samples.open_folder", opened)
     protocol = {"extractor": "colours", "protocol": "adm"}
     call_evaluate(str(folder), save_statistics=str(tmp_path / "real.safetensors"), **protocol)
     call_evaluate(str(folder), reference=str(folder), **protocol)

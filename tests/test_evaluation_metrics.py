@@ -20,8 +20,7 @@ from vit5gen.evaluation import (
     precision_recall,
     spatial_features,
 )
-from vit5gen.evaluation.distances import ScoreSums
-from vit5gen.evaluation.frechet_errors import frechet_with_error
+from vit5gen.evaluation.distances import ScoreSums, frechet_with_error
 from vit5gen.evaluation.statistics import Grouped
 from vit5gen.system.errors import UserError
 

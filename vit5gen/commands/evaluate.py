@@ -46,7 +46,8 @@ def run(options: EvaluateOptions) -> int:
         raise UserError("evaluate: expected either --reference REF or --save-statistics FILE; give one of them")
     from vit5gen.evaluation import evaluate, load_extractor
     from vit5gen.evaluation.metric import METRICS
-    from vit5gen.evaluation.reference import reference_of, save_statistics
+    from vit5gen.evaluation.reference import open_reference, reference_of, save_statistics
+    from vit5gen.evaluation.samples import open_source
     from vit5gen.generation.loading import find_pipeline
     from vit5gen.system.distributed import start_processes
 
@@ -67,7 +68,7 @@ def run(options: EvaluateOptions) -> int:
 
     # A reference alone.
     if options.save_statistics is not None:
-        made = reference_of(evaluate.open_source(options.samples[0], protocol), network, batch_size)
+        made = reference_of(open_source(options.samples[0], batch_size, protocol), network)
         if state.is_main_process:
             save_statistics(made, network, Path(options.save_statistics))
             print(f"{options.save_statistics}: {made.count} images, {network.name}")
@@ -78,7 +79,7 @@ def run(options: EvaluateOptions) -> int:
     for path in dict.fromkeys(options.samples):  # what is given twice counts once
         opened += evaluate.open_samples(path, draw, options.num_images, options.seed, batch_size, protocol)
     assert options.reference is not None
-    real = evaluate.open_reference(options.reference, network, batch_size, protocol)
+    real = open_reference(options.reference, network, batch_size, protocol)
     card = evaluate.evaluation_card(opened, real, network, options.metrics, protocol)
     if state.is_main_process:
         for warning in card["warnings"]:

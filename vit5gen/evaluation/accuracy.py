@@ -1,5 +1,6 @@
 """Top-1 and top-5 of a published ViT-5 on a folder of images."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,8 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
+from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 from vit5gen.data.pictures import UNREADABLE, cut_strip, eight_bits, find_classes
 from vit5gen.models import load_vit5
@@ -31,16 +32,16 @@ def classify(
     with torch.device("meta"):
         named = timm.create_model(model)
     if (net.embed_dim, len(net.blocks)) != (named.embed_dim, len(named.blocks)):
-        raise UserError(
-            f"--checkpoint: {len(net.blocks)} blocks of width {net.embed_dim}, but {model} has {len(named.blocks)} of "
-            f"{named.embed_dim}; give the --model that the file belongs to."
+        found, wanted = (
+            f"{len(net.blocks)} blocks of width {net.embed_dim}",
+            f"{len(named.blocks)} of {named.embed_dim}",
         )
+        raise UserError(f"--checkpoint: {found}, but {model} has {wanted}; give the --model that the file belongs to.")
     images = _image_folder(folder, net.patch_embed.img_size[0], named.pretrained_cfg)
     if len(images.classes) != net.num_classes:
-        raise UserError(
-            f"FOLDER: {str(folder)!r} holds {len(images.classes)} classes, the checkpoint {net.num_classes} "
-            f"({listed(images.classes)}); a folder's place in the order is its label, so all must be there."
-        )
+        found = f"{len(images.classes)} classes, the checkpoint {net.num_classes} ({listed(images.classes)})"
+        advice = "a folder's place in the order is its label, so all must be there."
+        raise UserError(f"FOLDER: {str(folder)!r} holds {found}; {advice}")
     hits = torch.zeros(2, dtype=torch.int64)
     with torch.inference_mode():
         for pixels, labels in DataLoader(images, batch_size, num_workers=num_workers):
@@ -58,7 +59,7 @@ class _ClassFolders(Dataset):
 
     classes: list[str]
     files: list[tuple[Path, int]]
-    transform: Compose
+    transform: Callable[[Image.Image], torch.Tensor]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -69,9 +70,8 @@ class _ClassFolders(Dataset):
             with Image.open(path) as image:
                 return self.transform(cut_strip(eight_bits(image).convert("RGB"))), label
         except UNREADABLE as error:
-            raise UserError(
-                f"FOLDER: {str(path)!r} cannot be read as an image ({error}); replace or remove it."
-            ) from error
+            found = f"{str(path)!r} cannot be read as an image ({error})"
+            raise UserError(f"FOLDER: {found}; replace or remove it.") from error
 
 
 def _image_folder(folder: str | Path, size: int, config: Any) -> _ClassFolders:
@@ -79,8 +79,7 @@ def _image_folder(folder: str | Path, size: int, config: Any) -> _ClassFolders:
 
     EXIF orientation is ignored, as where the published figures come from.
     """
-    resize = Resize(int(size / config["crop_pct"]), InterpolationMode(config["interpolation"]))
-    transform = Compose([resize, CenterCrop(size), ToTensor(), Normalize(config["mean"], config["std"])])
+    transform = create_transform(size, **{key: config[key] for key in ("interpolation", "mean", "std", "crop_pct")})
     found, instead = find_classes(Path(folder)) if Path(folder).is_dir() else ({}, {})
     if not found or instead:
         reason = "; ".join(f"class {name!r} holds no images, {why}" for name, why in list(instead.items())[:3])

@@ -6,10 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import t as student_t
 from torch import Tensor
 
-from vit5gen.evaluation.statistics import FeatureStatistics
+from vit5gen.evaluation.statistics import FeatureStatistics, Grouped
+from vit5gen.system.distributed import sum_over_processes
 from vit5gen.system.errors import UserError
+
+CONFIDENCE = 0.95
 
 
 def frechet_distance(mean1: Any, cov1: Any, mean2: Any, cov2: Any) -> float:
@@ -45,15 +49,36 @@ class FrechetReference:
     def distance(self, mean: Any, covariance: Any) -> float:
         """Return the squared Frechet distance to the Gaussian with ``mean (D,)`` and ``covariance (D, D)``."""
         mean, covariance = _moments(mean, covariance)
-        if mean.shape != self.mean.shape:
-            raise UserError(
-                f"Frechet distance: {len(mean)} dimensions against {len(self.mean)}; use the same extractor for both"
-            )
+        if (dim := len(mean)) != (own := len(self.mean)):
+            raise UserError(f"Frechet distance: {dim} dimensions against {own}; use the same extractor for both")
         values = torch.linalg.eigvalsh(self._root.T @ covariance @ self._root)
         # Rounding leaves eigenvalues near 1e-16 where there are zeros; their roots near 1e-8 would add up.
         cross = values[values > _rounding(values)].sqrt().sum()
         spread = covariance.trace() + self.covariance.trace()
         return float((mean - self.mean).square().sum() + spread - 2 * cross)
+
+
+def frechet_report(generated: FeatureStatistics, reference: FrechetReference, floor: float | None) -> dict[str, Any]:
+    """Return a Frechet distance with its count and its floor, the distance of as many real images, as one entry."""
+    distance = reference.distance(generated.mean, generated.covariance)
+    return {"value": distance, "n": generated.count, "floor": floor}
+
+
+def frechet_with_error(samples: Grouped, reference: FrechetReference) -> dict[str, Any]:
+    """Return the Frechet distance with its jackknife standard error and interval.
+
+    The error is that of the finite sample around the mean distance of samples of this size. It does not hold the bias
+    that a finite sample has: compare distances at the same count only.
+    """
+    total = samples.total()
+    score: dict[str, Any] = {"value": reference.distance(total.mean, total.covariance), "n": total.count}
+    counts = [group.count for group in samples.groups if group.count]
+    if len(counts) < 2 or total.count - max(counts) < 2:
+        return score | {"standard_error": None, "interval": None}
+    rest = samples.leave_one_out(total)
+    error = jackknife_error(reference.distance(part.mean, part.covariance) for part in rest)
+    margin = error * float(student_t.ppf((1 + CONFIDENCE) / 2, len(counts) - 1))
+    return score | {"standard_error": error, "interval": [score["value"] - margin, score["value"] + margin]}
 
 
 class ScoreSums:
@@ -77,6 +102,9 @@ class ScoreSums:
         negative_entropy = torch.xlogy(rows, rows).sum(dim=1, keepdim=True)
         rows = torch.cat([rows, negative_entropy, torch.ones(len(rows), 1)], dim=1)
         self.sums.index_add_(0, indices // self.split_size, rows)
+
+    def all_reduce(self) -> None:
+        self.sums = sum_over_processes(self.sums)
 
     def value(self) -> float:
         """Return the mean over splits of ``exp(E KL(p(y|x) || p(y)))``; raise `UserError` without samples."""
@@ -210,9 +238,8 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 def _pair(real: Any, generated: Any, needed: int, what: str) -> tuple[Tensor, Tensor]:
     real, generated = (torch.as_tensor(rows) for rows in (real, generated))
     if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
-        raise UserError(
-            f"{what}: features {tuple(real.shape)} and {tuple(generated.shape)}; expected (N, D) and (M, D)"
-        )
+        shapes = f"{tuple(real.shape)} and {tuple(generated.shape)}"
+        raise UserError(f"{what}: features {shapes}; expected (N, D) and (M, D)")
     for name, rows in (("real", real), ("generated", generated)):
         if len(rows) < needed:
             raise UserError(f"{what}: {len(rows)} {name} samples; needs at least {needed}; give more images")
@@ -229,10 +256,8 @@ def _rounding(values: Tensor) -> float:
 def _moments(mean: Any, covariance: Any) -> tuple[Tensor, Tensor]:
     mean, covariance = (torch.as_tensor(value).to("cpu", torch.float64) for value in (mean, covariance))
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise UserError(
-            f"Frechet distance: mean {tuple(mean.shape)} and covariance {tuple(covariance.shape)}; "
-            "expected (D,) and (D, D)"
-        )
+        shapes = f"mean {tuple(mean.shape)} and covariance {tuple(covariance.shape)}"
+        raise UserError(f"Frechet distance: {shapes}; expected (D,) and (D, D)")
     if not (mean.isfinite().all() and covariance.isfinite().all()):
         raise UserError("Frechet distance: NaN or infinity in the statistics; check the features they come from")
     return mean, covariance

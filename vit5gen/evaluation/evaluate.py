@@ -2,8 +2,8 @@
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -12,23 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit5gen.config import DrawConfig, load_config
+from vit5gen.config import DrawConfig
 from vit5gen.evaluation.extractors.inception import INCEPTION_SHA256
 from vit5gen.evaluation.features import Extractor
-from vit5gen.evaluation.metric import Score
-from vit5gen.evaluation.reference import (
-    REFERENCE_ROWS,
-    Reference,
-    is_adm_reference,
-    is_statistics,
-    local_chunks,
-    read_adm_reference,
-    read_statistics,
-    reference_of,
-    scan,
-)
-from vit5gen.evaluation.scores import RELIABLE_COUNT, available, need_rows, scores
-from vit5gen.evaluation.sources import ImageSource, open_data, open_folder, open_npz
+from vit5gen.evaluation.metric import RELIABLE_COUNT, Score, available, scores
+from vit5gen.evaluation.reference import REFERENCE_ROWS, Reference, scan
+from vit5gen.evaluation.samples import Samples, open_source
 from vit5gen.generation.card import pipeline_hash, versions
 from vit5gen.generation.loading import find_pipeline, pipeline_folder
 from vit5gen.generation.many import SamplingJob, describe_job, generate, make_job, open_pipeline
@@ -40,56 +29,7 @@ from vit5gen.system.files import read_json
 
 ADM_METRICS = ("fid", "sfid", "is", "pr")
 ADM_OPTIONS = {"pr": {"adm_fp16": True}}
-PROTOCOLS = ("adm",)
 _OF_A_SEED = ("seed", "labels_sha256", "batch_size", "network_evaluations")  # differ between sets of one model
-
-
-@dataclass(frozen=True)
-class Samples:
-    """``count`` images to score: ``chunks()`` gives this process's ``(first index, uint8 (B, 3, H, W))``."""
-
-    count: int
-    chunks: Callable[[], Iterable[tuple[int, Tensor]]]
-    identity: dict[str, Any]
-    sorted_by_class: bool = False
-
-
-def open_source(path: str | Path, protocol: str | None = None) -> ImageSource:
-    """Open an npz, a folder of images, or the data section of a configuration.
-
-    Under ADM's ``protocol`` images stay as they are stored, whatever EXIF says of their orientation.
-    """
-    path, as_stored = Path(path), protocol == "adm"
-    if path.suffix in (".yaml", ".yml"):
-        data = load_config(path).data
-        return open_data(data.model_copy(update={"exif": "ignore"}) if as_stored else data)
-    if path.is_dir():
-        return open_folder(path, "ignore" if as_stored else "apply")
-    if path.suffix == ".npz":
-        return open_npz(path)
-    raise UserError(
-        f"{path}: expected an npz, a folder of images, a configuration (.yaml) or a pipeline; check the path"
-    )
-
-
-def open_reference(path: str | Path, extractor: Extractor, batch_size: int, protocol: str | None = None) -> Reference:
-    """Open what samples are compared with: ADM's npz, a statistics file, or the images of `open_source`."""
-    file = Path(path)
-    if is_statistics(file):
-        return read_statistics(file, extractor)
-    if is_adm_reference(file):
-        return read_adm_reference(file, extractor, batch_size)
-    return reference_of(open_source(path, protocol), extractor, batch_size)
-
-
-def samples_of(source: ImageSource, batch_size: int) -> Samples:
-    """Samples that exist as images; the card beside them, if any, tells how they were drawn."""
-    path = Path(source.identity["path"])
-    card = path / "card.json" if path.is_dir() else path.with_suffix(".card.json")
-    sampling = read_json(card, "sampling card") if card.is_file() else None
-    size = list(source.read(0, 1).shape[2:])
-    identity = source.identity | {"count": source.count, "size": size, "sampling": sampling}
-    return Samples(source.count, lambda: local_chunks(source, batch_size), identity, source.sorted_by_class)
 
 
 def samples_from_pipeline(pipe: SiTPipeline, path: str | Path, job: SamplingJob, draw: DrawConfig) -> Samples:
@@ -100,7 +40,6 @@ def samples_from_pipeline(pipe: SiTPipeline, path: str | Path, job: SamplingJob,
         "device": pipe.device.type,
         "vae": None if pipe.vae is None else pipe.vae.config.get("_name_or_path"),
     }
-    identity: dict[str, Any] = {"kind": "pipeline", "path": str(path), "sha256": pipeline_hash(pipeline_folder(path))}
 
     def chunks() -> Iterable[tuple[int, Tensor]]:
         evaluations = torch.zeros((), dtype=torch.int64)
@@ -110,8 +49,8 @@ def samples_from_pipeline(pipe: SiTPipeline, path: str | Path, job: SamplingJob,
         total = int(sum_over_processes(evaluations))
         sampling["network_evaluations"] = network_evaluations(total, len(job.labels))
 
-    identity |= {"count": len(job.labels), "size": list(pipe.image_size), "sampling": sampling}
-    return Samples(len(job.labels), chunks, identity)
+    identity = {"kind": "pipeline", "path": str(path), "sha256": pipeline_hash(pipeline_folder(path))}
+    return Samples(len(job.labels), chunks, identity, sampling=sampling)
 
 
 def evaluation_card(
@@ -127,29 +66,27 @@ def evaluation_card(
     ``models`` holds the scores of each model: of several seeds (see `_by_model`) their mean, with the deviation between
     them. ``metrics`` are the scores of the first. Raises `UserError` on bad input.
     """
-    adm = protocol is not None and choose("protocol", protocol, PROTOCOLS) == "adm"
+    adm = protocol is not None and choose("protocol", protocol, ["adm"]) == "adm"
     if adm and metrics is not None and set(metrics) != set(ADM_METRICS):
         raise UserError(f"--protocol adm fixes the metrics {', '.join(ADM_METRICS)}; leave --metrics out")
-    wanted, skipped = available(ADM_METRICS if adm else metrics, reference, extractor)
-    needs_rows = need_rows(wanted)
+    wanted, skipped = available(ADM_METRICS if adm else metrics, reference, extractor, ADM_OPTIONS if adm else None)
+    need_rows = any("rows" in metric.needs for metric in wanted.values())
     runs: list[dict[str, Score]] = []
+    described = []
     for one in samples:
-        found = scan(one.chunks(), one.count, extractor, rows=one.count if needs_rows else 0)
+        found = scan(one.chunks(), one.count, extractor, rows=one.count if need_rows else 0)
         if is_main():
-            runs.append(scores(found, reference, extractor, wanted, ADM_OPTIONS if adm else None))
+            runs.append(scores(found, reference, extractor, wanted))
+            described.append(one.identity | {"count": one.count, "size": found.size, "sampling": one.sampling})
     if not is_main():
         return {}
     differences = _differences_from_adm(samples, reference, extractor) if adm else []
     label = "FID-50K" if adm and not differences else extractor.metric
     models = [{"samples": places, "metrics": _join([runs[place] for place in places])} for places in _by_model(samples)]
     card: dict[str, Any] = {
-        "samples": [one.identity for one in samples],
+        "samples": described,
         "reference": reference.identity | {"count": reference.count},
-        "extractor": {
-            "name": extractor.name,
-            "weights_sha256": extractor.weights_sha256,
-            "settings": extractor.settings,
-        },
+        "extractor": extractor.identity,
         "metrics": models[0]["metrics"],
         "models": models,
         "skipped": skipped,
@@ -184,9 +121,15 @@ def markdown(card: dict[str, Any]) -> list[str]:
 def open_samples(
     path: str, draw: DrawConfig, num_images: int, seeds: Sequence[int], batch_size: int, protocol: str | None = None
 ) -> list[Samples]:
-    """Open images, or a run or pipeline folder that draws as many of each seed as are asked for."""
+    """Open images, or a run or pipeline folder that draws as many of each seed as are asked for.
+
+    Of images the card beside them, if any, tells how they were drawn.
+    """
     if find_pipeline(path) is None:
-        return [samples_of(open_source(path, protocol), batch_size)]
+        images = open_source(path, batch_size, protocol)
+        place = Path(images.identity["path"])
+        card = place / "card.json" if place.is_dir() else place.with_suffix(".card.json")
+        return [replace(images, sampling=read_json(card, "sampling card") if card.is_file() else None)]
     pipe = open_pipeline(path, draw, processes().device)
     jobs = [make_job(pipe, draw, num_images, seed, batch_size) for seed in dict.fromkeys(seeds)]
     return [samples_from_pipeline(pipe, path, job, draw) for job in jobs]
@@ -199,7 +142,7 @@ def _by_model(samples: Sequence[Samples]) -> list[list[int]]:
     """
     models: dict[str, dict[Any, int]] = {}
     for i, one in enumerate(samples):
-        told = one.identity["sampling"] or {}
+        told = one.sampling or {}
         checkpoint, drawn = one.identity.get("sha256"), told
         if one.identity["kind"] != "pipeline":
             checkpoint, drawn = told.get("checkpoint_sha256"), told.get("settings") or {}
@@ -215,15 +158,12 @@ def _by_model(samples: Sequence[Samples]) -> list[list[int]]:
 def _join(runs: Sequence[dict[str, Score]]) -> dict[str, Score]:
     if len(runs) == 1:
         return runs[0]
-    scores_by_name = {name: [run[name] for run in runs] for name in runs[0]}
-    return {
-        name: {
-            "value": statistics.mean(score["value"] for score in scores),
-            "deviation": statistics.stdev(score["value"] for score in scores),
-            "runs": scores,
-        }
-        for name, scores in scores_by_name.items()
-    }
+    joined = {}
+    for name in runs[0]:
+        found = [run[name] for run in runs]
+        values = [score["value"] for score in found]
+        joined[name] = {"value": statistics.mean(values), "deviation": statistics.stdev(values), "runs": found}
+    return joined
 
 
 def _differences_from_adm(samples: Sequence[Samples], reference: Reference, extractor: Extractor) -> list[str]:
@@ -246,12 +186,7 @@ def _warnings(
     found += [f"not FID-50K: {difference}" for difference in differences]
     fewest = min(one.count for one in samples)
     if fewest < RELIABLE_COUNT:
-        found.append(
-            f"{fewest} samples: below {RELIABLE_COUNT} {extractor.metric} is biased upwards; compare it at equal n only"
-        )
-    found += [
-        f"{one.identity['path']} is sorted by class: its Inception Score would be wrong; shuffle the samples"
-        for one in samples
-        if one.sorted_by_class
-    ]
-    return found
+        bias = f"below {RELIABLE_COUNT} {extractor.metric} is biased upwards; compare it at equal n only"
+        found.append(f"{fewest} samples: {bias}")
+    advice = "its Inception Score would be wrong; shuffle the samples"
+    return found + [f"{one.identity['path']} is sorted by class: {advice}" for one in samples if one.sorted_by_class]

@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +44,15 @@ class Extractor:
     spatial_dim: int = 0
     num_classes: int = 0
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a card and a statistics file tell of it."""
+        return {"name": self.name, "weights_sha256": self.weights_sha256, "settings": self.settings}
+
     def __call__(self, images: Tensor) -> Features:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise UserError(
-                f"images: {images.dtype} {tuple(images.shape)}; expected torch.uint8 (B, 3, H, W); convert them to RGB"
-            )
+            given = f"{images.dtype} {tuple(images.shape)}"
+            raise UserError(f"images: {given}; expected torch.uint8 (B, 3, H, W); convert them to RGB")
         with exact_float32(self.device), torch.inference_mode():
             return self.features(self.network, images.to(self.device))
 
@@ -61,10 +66,7 @@ extractor_names = EXTRACTORS.names
 
 
 def load_extractor(
-    name: str,
-    device: str | torch.device = "cpu",
-    weights: str | Path | None = None,
-    weights_sha256: str | None = None,
+    name: str, device: str | torch.device = "cpu", weights: str | Path | None = None, weights_sha256: str | None = None
 ) -> Extractor:
     """Build a registered extractor; raise `UserError` when the name is unknown or its weights are missing."""
     file = Path(weights) if weights is not None else None
@@ -85,10 +87,8 @@ def load_weights(path: Path, expected_sha256: str) -> dict[str, Tensor]:
         raise UserError(f"extractor weights {path}: no such file; check the path")
     found = sha256(path)
     if found != expected_sha256:
-        raise UserError(
-            f"extractor weights {path}: sha256 {found}, expected {expected_sha256[:8]}...; "
-            "download it again, or pass its hash as --weights-sha256 when other weights are meant"
-        )
+        advice = "download it again, or pass its hash as --weights-sha256 when other weights are meant"
+        raise UserError(f"extractor weights {path}: sha256 {found}, expected {expected_sha256[:8]}...; {advice}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:

@@ -1,10 +1,14 @@
-"""The plug: what a metric tells of itself, and the registry of metrics."""
+"""The plug: what a metric tells of itself; the registry of metrics; scores, or the reason why one cannot be had."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.reference import Reference, Scan
 from vit5gen.registry import Registry
+from vit5gen.system.errors import UserError, choose
+
+RELIABLE_COUNT = 50_000
 
 Score = dict[str, Any]
 
@@ -26,3 +30,56 @@ class Metric:
 
 METRICS: Registry[type[Metric]] = Registry("metrics", "vit5gen.metrics")
 register_metric = METRICS.register
+
+
+def available(
+    names: Sequence[str] | None,
+    reference: Reference,
+    extractor: Extractor,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple[dict[str, Metric], dict[str, str]]:
+    """Return the metrics that reference and extractor allow, and the reasons against the others; before a long scan.
+
+    ``names`` of some: `UserError` when one of these cannot be had. Default: all of this package that can.
+    ``options`` of a metric by its name.
+    """
+    metrics: dict[str, Metric] = {}
+    for name in names or METRICS.registered():
+        choose("metrics", name, METRICS.names())
+        metrics[name] = METRICS.build(name, (options or {}).get(name, {}), f"metric {name}")
+    obstacles = {name: _obstacle(metric.needs, reference, extractor) for name, metric in metrics.items()}
+    skipped = {name: reason for name, reason in obstacles.items() if reason is not None}
+    if names and skipped:
+        raise UserError("; ".join(f"metric {name}: {reason}" for name, reason in skipped.items()))
+    return {name: metric for name, metric in metrics.items() if name not in skipped}, skipped
+
+
+def scores(scan: Scan, reference: Reference, extractor: Extractor, metrics: Mapping[str, Metric]) -> dict[str, Score]:
+    """Return the scores of metrics that are `available`, by name.
+
+    Raises `UserError` when there are fewer samples, or fewer images in the reference, than a metric needs.
+    FID, sFID, IS, precision, recall and KID are names of Inception features alone; other extractors have their own.
+    """
+    found: dict[str, Score] = {}
+    for name, metric in metrics.items():
+        counts = {"samples": scan.count}
+        if "rows" in metric.needs and reference.rows is not None:
+            counts["reference images"] = len(reference.rows)
+        for what, count in counts.items():
+            if count < metric.least:
+                raise UserError(f"metric {name}: {count} {what}; needs at least {metric.least}; give more images")
+        found |= metric.compute(scan, reference, extractor)
+    return found
+
+
+def _obstacle(needs: Iterable[str], reference: Reference, extractor: Extractor) -> str | None:
+    """Return why the reference or the extractor lacks what a metric needs."""
+    if "spatial" in needs and not extractor.spatial_dim:
+        return f"extractor {extractor.name} has no spatial features; use inception"
+    if "spatial" in needs and reference.spatial is None:
+        return "the reference has no mu_s and sigma_s; use ADM's full reference file or images"
+    if "logits" in needs and not extractor.num_classes:
+        return f"extractor {extractor.name} has no class scores; use inception"
+    if "rows" in needs and reference.rows is None:
+        return "the reference has no images; use one with arr_0, a statistics file of ours or images"
+    return None

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from vit5gen.evaluation.distances import FrechetReference, ScoreSums
 from vit5gen.evaluation.features import Extractor
-from vit5gen.evaluation.sources import ImageSource, broken_npz, open_npz
+from vit5gen.evaluation.samples import Samples, broken_npz, open_npz, open_source
 from vit5gen.evaluation.statistics import GROUPS, FeatureStatistics, Grouped
 from vit5gen.generation.card import versions
-from vit5gen.system.distributed import gather_rows, rank_and_world, sum_over_processes
+from vit5gen.system.distributed import gather_rows
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import atomic, sha256
 
@@ -29,12 +29,13 @@ REFERENCE_ROWS = 10_000
 
 @dataclass(frozen=True)
 class Scan:
-    """What a pass over ``count`` images leaves: moments, Inception Score sums, and ``rows (K, D)`` of pooled features.
+    """What a pass over ``count`` images of ``size`` (H, W) leaves: moments, score sums, pooled ``rows (K, D)``.
 
     The same on every process, but for ``rows``, which only the main process has whole.
     """
 
     count: int
+    size: list[int]
     pooled: Grouped
     spatial: Grouped | None
     score: ScoreSums | None
@@ -54,7 +55,9 @@ def scan(
     score = ScoreSums(total, extractor.num_classes) if extractor.num_classes else None
     # Filled in place: a list of batches would take twice the memory when it is joined.
     kept, seen = torch.empty(rows, extractor.dim), torch.zeros(rows, dtype=torch.bool)
+    size: list[int] = []
     for first, images in chunks:
+        size = list(images.shape[2:])
         features = extractor(images)
         values = features.pooled.cpu()
         indices = torch.arange(first, first + len(values))
@@ -70,16 +73,14 @@ def scan(
         chosen = places != (indices + 1) * rows // total
         kept[places[chosen]] = values[chosen].float()
         seen[places[chosen]] = True
-    pooled.all_reduce()
-    if spatial is not None:
-        spatial.all_reduce()
-    if score is not None:
-        score.sums = sum_over_processes(score.sums)
+    for sums in (pooled, spatial, score):
+        if sums is not None:
+            sums.all_reduce()
     count = sum(group.count for group in pooled.groups)
     if count != total:
         raise UserError(f"images: {count} of {total} were read; give them all")
     kept = gather_rows(kept if seen.all() else kept[seen], seen.nonzero()[:, 0])
-    return Scan(count, pooled, spatial, score, kept)
+    return Scan(count, size, pooled, spatial, score, kept)
 
 
 @dataclass(frozen=True)
@@ -109,45 +110,43 @@ class Reference:
         return rest.distance(held_out.mean, held_out.covariance)
 
 
-def reference_of(source: ImageSource, extractor: Extractor, batch_size: int) -> Reference:
+def open_reference(path: str | Path, extractor: Extractor, batch_size: int, protocol: str | None = None) -> Reference:
+    """Open what samples are compared with: ADM's npz, a statistics file, or the images of `open_source`."""
+    file = Path(path)
+    if _is_statistics(file):
+        return read_statistics(file, extractor)
+    is_npz = file.suffix == ".npz" and zipfile.is_zipfile(file)
+    adm = read_adm_reference(file, extractor, batch_size) if is_npz else None
+    return adm or reference_of(open_source(path, batch_size, protocol), extractor)
+
+
+def reference_of(images: Samples, extractor: Extractor) -> Reference:
     """Extract a reference from images."""
-    found = scan(
-        local_chunks(source, batch_size), source.count, extractor, rows=min(source.count, REFERENCE_ROWS), groups=1
-    )
+    found = scan(images.chunks(), images.count, extractor, rows=min(images.count, REFERENCE_ROWS), groups=1)
     spatial = FrechetReference.of(found.spatial.total()) if found.spatial is not None else None
-    return Reference(FrechetReference.of(found.pooled.total()), spatial, found.count, found.rows, source.identity)
+    return Reference(FrechetReference.of(found.pooled.total()), spatial, found.count, found.rows, images.identity)
 
 
-def local_chunks(source: ImageSource, batch_size: int) -> Iterable[tuple[int, Tensor]]:
-    """The chunks of ``source`` that fall to this process."""
-    return source.chunks(batch_size, *rank_and_world())
+def read_adm_reference(path: Path, extractor: Extractor, batch_size: int) -> Reference | None:
+    """Read ADM's reference batch: ``mu, sigma``, perhaps ``mu_s, sigma_s``, perhaps images ``arr_0`` for precision.
 
-
-def is_adm_reference(path: Path) -> bool:
-    """Whether ``path`` is an npz with ADM's ``mu`` and ``sigma``."""
-    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
-        return False
-    with broken_npz(path), zipfile.ZipFile(path) as archive:
-        return "mu.npy" in archive.namelist()
-
-
-def read_adm_reference(path: Path, extractor: Extractor, batch_size: int) -> Reference:
-    """Read ADM's reference batch: ``mu, sigma``, perhaps ``mu_s, sigma_s``, perhaps images ``arr_0`` for precision."""
-    if extractor.metric != "FID":
-        raise UserError(
-            f"reference {path}: its mu and sigma are of Inception features; extractor {extractor.name} needs images "
-            "or a statistics file made with it"
-        )
+    None for an npz without ``mu``.
+    """
     with broken_npz(path), np.load(path, allow_pickle=False) as archive:
         names = set(archive.files)
         arrays = {name: torch.from_numpy(archive[name].astype(np.float64)) for name in names & set(_ADM_SHAPES)}
+    if "mu" not in names:
+        return None
+    if extractor.metric != "FID":
+        advice = f"extractor {extractor.name} needs images or a statistics file made with it"
+        raise UserError(f"reference {path}: its mu and sigma are of Inception features; {advice}")
     for name, shape in _ADM_SHAPES.items():
         if name in arrays and (arrays[name].shape != shape or not arrays[name].isfinite().all()):
             raise UserError(f"reference {path}: {name} is {tuple(arrays[name].shape)}; expected {shape}, all finite")
     if "sigma" not in arrays:
         raise UserError(f"reference {path}: has mu but no sigma; fetch it again")
     spatial = FrechetReference(arrays["mu_s"], arrays["sigma_s"]) if {"mu_s", "sigma_s"} <= arrays.keys() else None
-    batch = reference_of(open_npz(path), extractor, batch_size) if "arr_0" in names else None
+    batch = reference_of(open_npz(path, batch_size), extractor) if "arr_0" in names else None
     images, rows = (batch.count, batch.rows) if batch is not None else (0, None)
     identity = {"kind": "adm", "path": str(path), "sha256": sha256(path), "images": images}
     return Reference(FrechetReference(arrays["mu"], arrays["sigma"]), spatial, None, rows, identity)
@@ -161,12 +160,12 @@ def save_statistics(reference: Reference, extractor: Extractor, path: Path) -> N
     if reference.rows is not None:
         tensors["rows"] = reference.rows
     content = {"count": reference.count, "source": reference.identity, "versions": versions()}
-    metadata = {"format": FORMAT, "extractor": json.dumps(_identity(extractor)), "content": json.dumps(content)}
+    metadata = {"format": FORMAT, "extractor": json.dumps(extractor.identity), "content": json.dumps(content)}
     with atomic(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
 
-def is_statistics(path: Path) -> bool:
+def _is_statistics(path: Path) -> bool:
     """Whether ``path`` is a safetensors file, by its name or its first bytes: a header's length and its brace."""
     if path.suffix == ".safetensors" or not path.is_file():
         return path.suffix == ".safetensors"
@@ -185,27 +184,23 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
         raise UserError(f"reference {path} cannot be read ({error}); write it with --save-statistics") from error
     if metadata.get("format") != FORMAT:
         raise UserError(f"reference {path}: not a statistics file; write one with --save-statistics")
-    made_with, wanted = json.loads(metadata["extractor"]), _identity(extractor)
-    for key, value in wanted.items():
+    made_with = json.loads(metadata["extractor"])
+    for key, value in extractor.identity.items():
         if made_with.get(key) != value:
-            raise UserError(
-                f"reference {path}: from another extractor ({key} {made_with.get(key)!r}, now {value!r}); "
-                "write it again with --save-statistics and this extractor"
-            )
+            found = f"from another extractor ({key} {made_with.get(key)!r}, now {value!r})"
+            advice = "write it again with --save-statistics and this extractor"
+            raise UserError(f"reference {path}: {found}; {advice}")
     content = json.loads(metadata["content"])
-    pooled, spatial = FrechetReference(tensors["mean"], tensors["covariance"]), None
-    if "spatial_mean" in tensors:
-        spatial = FrechetReference(tensors["spatial_mean"], tensors["spatial_covariance"])
+    moments = [tensors.get(name) for name in ("spatial_mean", "spatial_covariance")]
+    spatial = None if moments[0] is None else FrechetReference(*moments)
     identity = {"kind": "statistics", "path": str(path), "sha256": sha256(path), "source": content["source"]}
-    return Reference(pooled, spatial, content["count"], tensors.get("rows"), identity)
-
-
-def _identity(extractor: Extractor) -> dict[str, Any]:
-    return {
-        "name": extractor.name,
-        "weights_sha256": extractor.weights_sha256,
-        "settings": extractor.settings,
-    }
+    return Reference(
+        FrechetReference(tensors["mean"], tensors["covariance"]),
+        spatial,
+        content["count"],
+        tensors.get("rows"),
+        identity,
+    )
 
 
 _ADM_SHAPES = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}

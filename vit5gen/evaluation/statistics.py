@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -26,9 +27,8 @@ class FeatureStatistics:
         self.dim = dim
         self.count = 0
         self._mean = torch.zeros(dim, dtype=torch.float64)
-        self._scatter = torch.zeros(
-            sum(min(_STRIP, dim - i) * (dim - i) for i in range(0, dim, _STRIP)), dtype=torch.float64
-        )
+        size = sum(min(_STRIP, dim - i) * (dim - i) for i in range(0, dim, _STRIP))
+        self._scatter = torch.zeros(size, dtype=torch.float64)
 
     @classmethod
     def from_moments(cls, mean: Tensor, covariance: Tensor, count: int) -> "FeatureStatistics":
@@ -49,9 +49,7 @@ class FeatureStatistics:
             rows = part.to("cpu", torch.float64)
             if not rows.isfinite().all():
                 bad = int((~rows.isfinite()).any(dim=1).nonzero()[0])
-                raise UserError(
-                    f"features: NaN or infinity in row {self.count + bad}; expected finite numbers; check that image"
-                )
+                raise UserError(f"features: NaN or infinity in row {self.count + bad}; check that image")
             if len(rows):
                 mean = rows.mean(dim=0)
                 self._add(len(rows), mean, rows - mean)
@@ -174,10 +172,7 @@ class Grouped:
 
     def total(self) -> FeatureStatistics:
         """Statistics of all groups together."""
-        result = FeatureStatistics(self.groups[0].dim)
-        for group in self.groups:
-            result.merge(group)
-        return result
+        return reduce(FeatureStatistics.merge, self.groups, FeatureStatistics(self.groups[0].dim))
 
     def leave_one_out(self, total: FeatureStatistics) -> Iterator[FeatureStatistics]:
         """Yield the statistics without each group that is not empty."""

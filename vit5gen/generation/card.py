@@ -29,9 +29,8 @@ class TrainingFacts:
 
 def versions() -> dict[str, str]:
     """Return the versions of everything that can change an image."""
-    packages = {name: importlib.metadata.version(name) for name in ("diffusers", "timm", "numpy")}
     own = {"vit5gen": vit5gen.__version__, "python": platform.python_version(), "torch": str(torch.__version__)}
-    return own | packages
+    return own | {name: importlib.metadata.version(name) for name in ("diffusers", "timm", "numpy")}
 
 
 def commit() -> str:

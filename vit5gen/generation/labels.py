@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -24,15 +25,12 @@ def find_class_ids(class_labels: Labels, names: dict[int, str], num_classes: int
 def _class_id(label: object, names: dict[int, str], count: int) -> int:
     """Return the id of one class."""
     if isinstance(label, str):
-        tables = _ids_by_name(names)
-        matches = next(filter(None, (ids.get(spell(composed(label)), set()) for spell, ids in tables)), set())
+        matches = _ids_called(label, names)
         if len(matches) > 1:
             several = ", ".join(repr(names[i]) for i in sorted(matches))
-            raise UserError(
-                f"class {label!r} is the name of several classes; give one of the ids {sorted(matches)}, or spell"
-                f" it as one of {several}"
-            )
-        known = {name for _, ids in tables for name in ids}
+            advice = f"give one of the ids {sorted(matches)}, or spell it as one of {several}"
+            raise UserError(f"class {label!r} is the name of several classes; {advice}")
+        known = {composed(part) for name in names.values() for part in (name, *name.split(","))}
         # Where all names are numbers, a number that is no name is a slip, not an id.
         numbers = [name.isdecimal() for name in known]
         is_id = re.fullmatch(r"[0-9]{1,18}", label.strip()) and not (names and all(numbers))
@@ -51,21 +49,16 @@ def _class_id(label: object, names: dict[int, str], count: int) -> int:
     return int(label)
 
 
-def _ids_by_name(names: dict[int, str]) -> list[tuple[Callable[[str], str], dict[str, set[int]]]]:
-    """Return, first what counts most, how a name is spelt in a table and that table of ids: exact spelling, any case.
-
-    In both a whole name outdoes a synonym between commas.
-    """
-    tables: list[tuple[Callable[[str], str], dict[str, set[int]]]] = []
-    for spell in (str, str.casefold):
-        ids: dict[str, set[int]] = {}
-        whole: dict[str, set[int]] = {}
-        for i, name in names.items():
-            whole.setdefault(spell(composed(name)), set()).add(i)
-            for synonym in name.split(","):
-                ids.setdefault(spell(composed(synonym)), set()).add(i)
-        tables.append((spell, ids | whole))
-    return tables
+def _ids_called(label: str, names: dict[int, str]) -> set[int]:
+    """Return the ids of a name: exact spelling counts more than any case, the whole more than a part between commas."""
+    whole = {i: [name] for i, name in names.items()}
+    synonyms = {i: name.split(",") for i, name in names.items()}
+    spellings: list[Callable[[str], str]] = [str, str.casefold]
+    for spell, parts in product(spellings, (whole, synonyms)):
+        wanted = spell(composed(label))
+        if found := {i for i, some in parts.items() if wanted in (spell(composed(part)) for part in some)}:
+            return found
+    return set()
 
 
 def names_by_id(id2label: Any) -> dict[int, str]:
@@ -73,7 +66,5 @@ def names_by_id(id2label: Any) -> dict[int, str]:
     given = {} if id2label is None else id2label
     found = {str(i): name for i, name in given.items()} if isinstance(given, Mapping) else None
     if found is None or not all(i.isdecimal() and len(i) < 10 and isinstance(name, str) for i, name in found.items()):
-        raise UserError(
-            f"id2label = {short(given)}; expected the names of classes by id, such as {{0: 'cat', 1: 'dog'}}"
-        )
+        raise UserError(f"id2label = {short(given)}; expected the names of classes by id, e.g. {{0: 'cat', 1: 'dog'}}")
     return {int(i): name for i, name in found.items()}

@@ -24,18 +24,14 @@ def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
     for name, entry in read_json(folder / "model_index.json", "pipeline").items():
         # diffusers would import any module that stands there
         if isinstance(entry, list) and entry[:1] not in ([None], ["vit5gen"], ["diffusers"]):
-            raise UserError(
-                f"checkpoint {folder}: {name} = {short(entry)} is not of vit5gen or diffusers; make it again"
-            )
+            told = f"checkpoint {folder}: {name} = {short(entry)}"
+            raise UserError(f"{told} is not of vit5gen or diffusers; make it again")
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # of three files read
     try:
         pipe = SiTPipeline.from_pretrained(folder)
-        for name, kind in (
-            ("transformer", SiTTransformer2DModel),
-            ("guide", SiTTransformer2DModel),
-            ("vae", AutoencoderKL),
-        ):
+        kinds = {"transformer": SiTTransformer2DModel, "guide": SiTTransformer2DModel, "vae": AutoencoderKL}
+        for name, kind in kinds.items():
             if not isinstance(part := getattr(pipe, name), kind | None):
                 raise UserError(f"{name} is a {type(part).__name__}, expected a {kind.__name__}")
     except Exception as error:  # what diffusers makes of files with values of other types has no end
@@ -53,10 +49,8 @@ def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
 def pipeline_folder(checkpoint: str | Path) -> Path:
     """Return what `find_pipeline` does; raise `UserError` where there is none."""
     if (folder := find_pipeline(checkpoint)) is None:
-        raise UserError(
-            f"checkpoint {checkpoint} is neither a run nor a pipeline folder (no model_index.json); expected the"
-            " --output of `vit5gen train` or `vit5gen convert`"
-        )
+        found = f"checkpoint {checkpoint} is neither a run nor a pipeline folder (no model_index.json)"
+        raise UserError(f"{found}; expected the --output of `vit5gen train` or `vit5gen convert`")
     return folder
 
 

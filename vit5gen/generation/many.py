@@ -20,8 +20,6 @@ from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.precision import PRECISIONS, precision_of
 
-LABEL_MODES = ("balanced", "random")
-
 
 @dataclass(frozen=True)
 class SamplingJob:
@@ -42,7 +40,7 @@ def draw_labels(num_images: int, classes: Sequence[int], seed: int, mode: str = 
     """
     # The second word keeps this stream apart from others of the same seed.
     rng = np.random.default_rng([seed, 0x1ABE1])
-    if choose("labels", mode, LABEL_MODES) == "random":
+    if choose("labels", mode, ["balanced", "random"]) == "random":
         return rng.choice(classes, num_images).tolist()
     return rng.permutation(np.resize(classes, num_images)).tolist()
 
@@ -64,7 +62,7 @@ def generate(pipe: SiTPipeline, job: SamplingJob, done: np.ndarray | None = None
     process computes the whole of a chunk, so the number of processes does not change a bit of it.
     """
     state, count = processes(), len(job.labels)
-    chunks = [range(i, min(i + job.batch_size, count)) for i in range(0, count, job.batch_size)]
+    chunks = [range(count)[i : i + job.batch_size] for i in range(0, count, job.batch_size)]
     pending = [chunk for chunk in chunks if done is None or not done[chunk.start : chunk.stop].all()]
     settings = job.settings.model_dump(include={*SamplingConfig.model_fields, "autoguidance_scale"})
     if not isinstance(pipe.scheduler, SiTScheduler) and "sampler" not in job.settings.model_fields_set:

@@ -61,9 +61,8 @@ class Output:
         cards = [file for file in (self.card_file, self.part / "card.json") if file.is_file()]
         for file in cards:
             if differing := _differences(read_json(file, "card"), card):
-                raise UserError(
-                    f"output {self.path} holds images of another run: {differing}; choose another --output or delete it"
-                )
+                found = f"output {self.path} holds images of another run: {differing}"
+                raise UserError(f"{found}; choose another --output or delete it")
         for file in (self.card_file, self.path):
             if file.is_dir() and file not in self.part.parents:  # a folder of images holds its part
                 raise UserError(f"output {file} is a folder; choose another --output or delete it")
@@ -71,18 +70,11 @@ class Output:
         inside = self.path.iterdir() if self.path.is_dir() else [self.path] if self.path.exists() else []
         if not cards and any(file != self.part for file in inside):
             raise UserError(f"output {self.path} exists and has no card; choose another --output or delete it")
-        if not self.finished:
-            self._check_space()
-
-    def _check_space(self) -> None:
-        folder = self.path.absolute()
-        while not folder.exists():
-            folder = folder.parent
-        need, free = self.missing_bytes, shutil.disk_usage(folder).free
-        if free < need:
-            raise UserError(
-                f"output {self.path} needs {need / 1e9:.2g} GB, {free / 1e9:.2g} GB are free; make room first"
-            )
+        path = self.path.absolute()
+        there = next(place for place in (path, *path.parents) if place.exists())
+        need, free = self.missing_bytes, shutil.disk_usage(there).free
+        if free < need and not self.finished:
+            raise UserError(f"output {path} needs {need / 1e9:.2g} GB, {free / 1e9:.2g} GB are free; make room first")
 
     def create_part(self, card: dict[str, Any]) -> None:
         """Make the hidden folder, unless a killed run has left it; one process calls this."""
@@ -130,8 +122,7 @@ class Output:
         _write_at(self.part / "pixels", indices.start * pixels[0].nbytes, pixels.tobytes())
 
     def _assemble(self, labels: Sequence[int], titles: Sequence[str]) -> None:
-        """Make the output of what was kept."""
-        raise NotImplementedError
+        """Make the output of what was kept, unless it is that already."""
 
 
 class NpzOutput(Output):
@@ -183,9 +174,6 @@ class FolderOutput(Output):
             with self._new_file(self.path / f"{index:06d}_{label}.png") as temporary:
                 Image.fromarray(image).save(temporary, format="PNG")
 
-    def _assemble(self, labels: Sequence[int], titles: Sequence[str]) -> None:
-        pass
-
 
 def open_output(path: Path, shape: tuple[int, int, int, int]) -> Output:
     """Return the output at FILE.npz, FILE.png or a folder; raise `UserError` for another suffix or too large a grid."""
@@ -212,14 +200,13 @@ def _write_at(path: Path, offset: int, data: bytes) -> None:
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     """Name up to three settings in which two cards differ, with both values; empty when none decides the pixels."""
-    old, new = ({part: card.get(part) for part in COMPARED} for card in (there, here))
-    old, new = (_flat(card) for card in (old, new))
-    names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+    old, new = (_deciding(card) for card in (there, here))
+    names = [name for name in new | old if old.get(name) != new.get(name)]
     return ", ".join(f"{name} is {short(old.get(name))} there, {short(new.get(name))} here" for name in names[:3])
 
 
-def _flat(card: dict[str, Any]) -> dict[str, Any]:
+def _deciding(card: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for part, value in card.items():
-        flat |= value if isinstance(value, dict) else {part: value}
+    for part in COMPARED:
+        flat |= value if isinstance(value := card.get(part), dict) else {part: value}
     return flat

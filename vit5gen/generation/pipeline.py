@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,14 @@ class _Call:
     num_timesteps: int = 0
     interrupt: bool = False
     num_evaluations: int = 0
+    running: bool = False
 
 
 class _Calls(threading.local):
     """The call of each thread: the one that runs there, or else its last one, or else the pipeline's last one."""
 
     def __init__(self, last: list[_Call]) -> None:
-        self.last, self.running = last, 0
+        self.last = last
         self.own: _Call | None = None
 
     def __reduce__(self) -> tuple:  # of a copy: its threads have made no call
@@ -64,20 +66,20 @@ class _Calls(threading.local):
 
     @contextmanager
     def enter(self) -> Iterator[_Call]:
-        outer, call = self.own if self.running else None, _Call()
-        self.own, self.last[0], self.running = call, call, self.running + 1
+        outer = self.own
+        self.own = self.last[0] = call = _Call(running=True)
         try:
             yield call
         finally:
-            self.running -= 1
-            if outer is not None:  # a callback has called the pipeline
+            call.running = False
+            if outer is not None and outer.running:  # a callback has called the pipeline
                 self.own = outer
 
 
-def _of_the_call(name: str) -> Any:
+def _of_the_call(name: str, doc: str) -> Any:
     """Return a property that reads and sets what `_Call` holds under this name."""
     return property(
-        lambda pipe: getattr(pipe._calls.now, name), lambda pipe, value: setattr(pipe._calls.now, name, value)
+        lambda pipe: getattr(pipe._calls.now, name), lambda pipe, value: setattr(pipe._calls.now, name, value), doc=doc
     )
 
 
@@ -112,11 +114,13 @@ class SiTPipeline(DiffusionPipeline):
         self._flow = scheduler.flow if isinstance(scheduler, SiTScheduler) else Flow()
         self._calls = _Calls([_Call()])
 
-    # diffusers' names; a callback sets _guidance_scale and _interrupt, and they hold for its call alone.
-    _guidance_scale = _of_the_call("guidance_scale")
-    _num_timesteps = _of_the_call("num_timesteps")
-    _interrupt = _of_the_call("interrupt")
-    num_evaluations = _of_the_call("num_evaluations")
+    # diffusers' names; a callback sets those with an underscore, and they hold for its call alone.
+    guidance_scale = _guidance_scale = _of_the_call("guidance_scale", "The scale of this thread's call.")
+    num_timesteps = _num_timesteps = _of_the_call(
+        "num_timesteps", "How often the callback is called; with ode-dopri5, which cannot know, how often so far."
+    )
+    interrupt = _interrupt = _of_the_call("interrupt", "Whether a callback wants the call to end after its step.")
+    num_evaluations = _of_the_call("num_evaluations", "How often the networks were evaluated for each image.")
 
     @property
     def flow(self) -> Flow:
@@ -134,21 +138,6 @@ class SiTPipeline(DiffusionPipeline):
         factor = self.vae_scale_factor
         height, width = to_2tuple(self.transformer.config.sample_size)
         return factor * height, factor * width
-
-    @property
-    def guidance_scale(self) -> float:
-        """The scale of this thread's call; a callback that sets ``pipe._guidance_scale`` changes the steps after it."""
-        return self._guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        """How often the callback is called; with ode-dopri5, which cannot know, how often so far."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether a callback has set ``pipe._interrupt = True`` to end after its step."""
-        return self._interrupt
 
     def class_ids(self, class_labels: Labels) -> list[int]:
         """Return the ids of an id, a name, or a list of both; raise `UserError` for a class that does not exist."""
@@ -188,11 +177,8 @@ class SiTPipeline(DiffusionPipeline):
         output_type: pil | np (B, H, W, 3) and pt (B, 3, H, W) in [0, 1] | uint8 (B, 3, H, W) | latent (B, C, h, w).
         Raises `UserError` for bad values.
         """
-        ids = [
-            i
-            for i in self.class_ids(class_labels)
-            for _ in range(check_whole("num_images_per_label =", num_images_per_label, 1, MOST_BATCH))
-        ]
+        of_each = check_whole("num_images_per_label =", num_images_per_label, 1, MOST_BATCH)
+        ids = [i for i in self.class_ids(class_labels) for _ in range(of_each)]
         if not ids:
             raise UserError("class_labels: empty; expected at least one id or name")
         check_whole("num_inference_steps =", num_inference_steps, 1, MOST_STEPS)
@@ -211,16 +197,9 @@ class SiTPipeline(DiffusionPipeline):
         weak = None if autoguidance_scale == 1 else self._weak_model(autoguidance_scale)
         with self._calls.enter() as call:
             call.guidance_scale = guidance_scale
-            model_fn = GuidedModel(
-                self.transformer,
-                torch.tensor(ids, device=x.device),
-                lambda: self._guided_by(call.guidance_scale),
-                self.transformer.null_label,
-                guidance_interval,
-                guidance_channels,
-                weak,
-                autoguidance_scale,
-            )
+            labels, null_label = torch.tensor(ids, device=x.device), self.transformer.null_label
+            rest = (guidance_interval, guidance_channels, weak, autoguidance_scale)
+            model_fn = GuidedModel(self.transformer, labels, partial(self._scale_of, call), null_label, *rest)
             call.num_timesteps, steps = self._steps(sampler, model_fn, x, num_inference_steps, generator)
             with self.progress_bar(total=num_inference_steps) as bar:
                 for i, t, x in steps:
@@ -229,10 +208,8 @@ class SiTPipeline(DiffusionPipeline):
                         given = dict.fromkeys(callback_on_step_end_tensor_inputs, x)
                         replaced = callback_on_step_end(self, i, t, given).get("latents", x)
                         if replaced is not x and sampler == "ode-dopri5":
-                            raise UserError(
-                                "callback_on_step_end cannot replace the latents of ode-dopri5: its images are"
-                                " at different times; choose a solver of fixed steps"
-                            )
+                            reason = "its images are at different times; choose a solver of fixed steps"
+                            raise UserError(f"callback_on_step_end cannot replace the latents of ode-dopri5: {reason}")
                         if replaced is not x:
                             _, _, x = steps.send(replaced)
                     bar.update(round(t * num_inference_steps) - bar.n)  # some solvers take more or fewer steps
@@ -243,13 +220,11 @@ class SiTPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _guided_by(self, guidance_scale: float) -> float:
-        if guidance_scale != 1 and not self.transformer.has_null_label:
-            raise UserError(
-                f"guidance_scale = {guidance_scale}: trained without label dropout, this model has no null label;"
-                " use 1, or autoguidance"
-            )
-        return guidance_scale
+    def _scale_of(self, call: _Call) -> float:
+        if call.guidance_scale != 1 and not self.transformer.has_null_label:
+            reason = "trained without label dropout, this model has no null label"
+            raise UserError(f"guidance_scale = {call.guidance_scale}: {reason}; use 1, or autoguidance")
+        return call.guidance_scale
 
     def _weak_model(self, scale: float) -> nn.Module:
         if self.guide is None:
@@ -257,42 +232,36 @@ class SiTPipeline(DiffusionPipeline):
         for name in ("num_classes", "in_channels"):
             weak, strong = self.guide.config[name], self.transformer.config[name]
             if weak != strong:
-                raise UserError(
-                    f"guide: {name} = {weak}, the transformer has {strong}; expected a model of the same data"
-                )
+                raise UserError(f"guide: {name} = {weak}, the transformer has {strong}; expected one of the same data")
         return self.guide
 
     def _initial_latents(
         self, batch: int, height: int | None, width: int | None, generator: Generators, latents: Tensor | None
     ) -> Tensor:
         config, factor = self.transformer.config, self.vae_scale_factor
-        sides = [built if side is None else side for side, built in zip((height, width), self.image_size, strict=True)]
         unit = factor * config.patch_size
-        for name, side in zip(("height", "width"), sides, strict=True):
+        shape: tuple[int, ...] = (batch, config.in_channels)
+        for name, given, built in zip(("height", "width"), (height, width), self.image_size, strict=True):
+            side = built if given is None else given
             if not isinstance(side, int | np.integer) or side < unit or side % unit:
                 raise UserError(f"{name} = {side!r} cannot be made; expected a multiple of {unit}")
-        shape = (batch, config.in_channels, *(int(side) // factor for side in sides))
+            shape += (int(side) // factor,)
         device = self._execution_device
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
-            raise UserError(
-                f"latents: shape {tuple(latents.shape)}; expected {shape} (labels, channels, height, width)"
-            )
+            raise UserError(f"latents: shape {tuple(latents.shape)}; expected {shape}, which is (B, C, h, w)")
         return latents.to(device, torch.float32)
 
     def _steps(
         self, sampler: str | None, model_fn: ModelFn, x: Tensor, num_steps: int, generator: Generators
     ) -> tuple[int, Steps]:
         if isinstance(self.scheduler, SiTScheduler):
-            sampler = sampler or _SAMPLING.sampler
-            steps = self.scheduler.steps(sampler, model_fn, x, num_steps, generator)
-            return self.scheduler.num_timesteps(sampler, num_steps), steps
+            return self.scheduler.steps(sampler or _SAMPLING.sampler, model_fn, x, num_steps, generator)
         if sampler is not None:
-            raise UserError(
-                f"sampler = {sampler!r}: the scheduler is {type(self.scheduler).__name__}, which steps by itself;"
-                " leave sampler out, or set pipe.scheduler = SiTScheduler()"
-            )
+            reason = f"the scheduler is {type(self.scheduler).__name__}, which steps by itself"
+            advice = "leave sampler out, or set pipe.scheduler = SiTScheduler()"
+            raise UserError(f"sampler = {sampler!r}: {reason}; {advice}")
         return foreign_steps(self.scheduler, self.flow, model_fn, x, num_steps, generator)
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
@@ -357,12 +326,10 @@ class SiTPipeline(DiffusionPipeline):
 
 
 def _generators(generator: Any, batch: int) -> Generators:
-    if isinstance(generator, list | tuple):
-        if len(generator) != batch:
-            raise UserError(f"generator: a list of {len(generator)}; expected one for each of the {batch} images")
-        generator = list(generator)
-    given = generator if isinstance(generator, list) else [] if generator is None else [generator]
-    for one in given:
-        if not isinstance(one, torch.Generator):
+    several = isinstance(generator, list | tuple)
+    if several and len(generator) != batch:
+        raise UserError(f"generator: a list of {len(generator)}; expected one for each of the {batch} images")
+    for one in generator if several else [generator]:
+        if not isinstance(one, torch.Generator) and (several or one is not None):
             raise UserError(f"generator: {one!r}; expected torch.Generator().manual_seed(...), or a list of them")
-    return generator
+    return list(generator) if several else generator

@@ -1,8 +1,9 @@
 """The scheduler of `SiTPipeline`: the path from noise to data, and the steps of a scheduler of diffusers instead."""
 
 import copy
-import inspect
 from collections.abc import Callable
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from vit5gen.system.errors import UserError, choose
 
 SAMPLERS = (*(f"ode-{method}" for method in ODE_METHODS), *(f"sde-{method}" for method in SDE_METHODS))
 _FLOW = FlowConfig()
+_DEFAULT = {
+    name: one.default for solver in (ode_steps, sde_steps) for name, one in signature(solver).parameters.items()
+}
 
 Generators = torch.Generator | list[torch.Generator] | None
 ModelFn = Callable[[Tensor, Tensor], Tensor]
@@ -35,33 +39,27 @@ class SiTScheduler(SchedulerMixin, ConfigMixin):
         self,
         path: str = _FLOW.path,
         prediction: str = _FLOW.prediction,
-        shift: float = 1.0,
-        rtol: float = 1e-3,
-        atol: float = 1e-6,
-        diffusion: str = "sigma",
-        last_step: str = "mean",
-        last_step_size: float = 0.04,
+        shift: float = _DEFAULT["shift"],
+        rtol: float = _DEFAULT["rtol"],
+        atol: float = _DEFAULT["atol"],
+        diffusion: str = _DEFAULT["diffusion"],
+        last_step: str = _DEFAULT["last_step"],
+        last_step_size: float = _DEFAULT["last_step_size"],
     ) -> None:
         shift_time(0.5, shift)  # raises where shift is no shift
         check_positive(rtol=rtol, atol=atol, **({} if last_step_size == 0 else {"last_step_size": last_step_size}))
         self.flow = Flow(path, prediction)
 
-    def steps(self, sampler: str, model_fn: ModelFn, x: Tensor, num_steps: int, noise: Generators) -> Steps:
-        """Yield (i, t, x) after each step of the solver ``ode-<method>`` or ``sde-<method>``."""
-        kind, method = choose("sampler", sampler, SAMPLERS).split("-")
-        config = self.config
-        if kind == "ode":
-            tolerances = {"rtol": config.rtol, "atol": config.atol}
-            return ode_steps(self.flow, model_fn, x, num_steps, method, shift=config.shift, **tolerances)
-        ending = {"last_step": config.last_step, "last_step_size": config.last_step_size}
-        options = {"diffusion": config.diffusion, "noise": noise, "shift": config.shift, **ending}
-        return sde_steps(self.flow, model_fn, x, num_steps, method, **options)
+    def steps(self, sampler: str, model_fn: ModelFn, x: Tensor, num_steps: int, noise: Generators) -> tuple[int, Steps]:
+        """Return the number of steps, 0 for dopri5 which cannot know, and (i, t, x) after each of them.
 
-    def num_timesteps(self, sampler: str, num_steps: int) -> int:
-        """Return how often `steps` yields: for dopri5, which cannot know, 0."""
-        if sampler == "ode-dopri5":
-            return 0
-        return num_steps + (sampler.startswith("sde") and str(self.config.last_step).lower() != "none")
+        sampler: ``ode-<method>`` or ``sde-<method>``, which takes a last step more unless ``last_step`` is none.
+        """
+        kind, method = choose("sampler", sampler, SAMPLERS).split("-")
+        solver: Callable[..., Steps] = ode_steps if kind == "ode" else partial(sde_steps, noise=noise)
+        settings = {name: self.config[name] for name in signature(solver).parameters.keys() & self.config}
+        total = num_steps + (kind == "sde" and str(self.config.last_step).lower() != "none")
+        return 0 if method == "dopri5" else total, solver(self.flow, model_fn, x, num_steps, method, **settings)
 
 
 def foreign_steps(
@@ -75,29 +73,26 @@ def foreign_steps(
     """
     name = type(scheduler).__name__
     if not (name.startswith("FlowMatch") or scheduler.config.get("prediction_type") == "flow_prediction"):
-        raise UserError(
-            f"scheduler: {name} is not made for flow matching; expected SiTScheduler, a FlowMatch one, or one with"
-            " prediction_type='flow_prediction' and use_flow_sigmas=True"
-        )
+        other = "one with prediction_type='flow_prediction' and use_flow_sigmas=True"
+        expected = f"SiTScheduler, a FlowMatch one, or {other}"
+        raise UserError(f"scheduler: {name} is not made for flow matching; expected {expected}")
     if scheduler.config.get("use_dynamic_shifting"):
         raise UserError(f"scheduler: {name} with use_dynamic_shifting needs a size of its own; set that to False")
     if flow.path != "linear":
         raise UserError(f"scheduler: {name} knows the linear path only, the model has {flow.path!r}; use SiTScheduler")
     scheduler = copy.deepcopy(scheduler)
-    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+    if "sigmas" in signature(scheduler.set_timesteps).parameters:
         scheduler.set_timesteps(sigmas=1 - np.arange(num_steps) / num_steps, device=x.device)
     else:
         scheduler.set_timesteps(num_steps, device=x.device)
     scheduler.set_begin_index(0)
-    takes_noise = "generator" in inspect.signature(scheduler.step).parameters
-    options = {"generator": noise} if takes_noise else {}
+    options = {"generator": noise} if "generator" in signature(scheduler.step).parameters else {}
     # Not the timesteps: some schedulers round them.
     sigmas = scheduler.sigmas.tolist()
 
     def steps(x: Tensor) -> Steps:
         for i, timestep in enumerate(scheduler.timesteps):
-            velocity = flow.velocity(model_fn, x, to_diffusers(sigmas[i], x)[0])
-            _, output = to_diffusers(sigmas[i], velocity)
+            _, output = to_diffusers(sigmas[i], flow.velocity(model_fn, x, to_diffusers(sigmas[i], x)[0]))
             x = scheduler.step(output, timestep, x, return_dict=False, **options)[0]
             x = yield from offer(i, to_diffusers(sigmas[i + 1], x)[0], x)
 

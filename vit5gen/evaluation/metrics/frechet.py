@@ -1,9 +1,7 @@
 """The Frechet distance of pooled features."""
 
-from vit5gen.evaluation.features import Extractor
-from vit5gen.evaluation.frechet_errors import frechet_with_error
-from vit5gen.evaluation.metric import Metric, Score, register_metric
-from vit5gen.evaluation.reference import Reference, Scan
+from vit5gen.evaluation.distances import frechet_with_error
+from vit5gen.evaluation.metric import Extractor, Metric, Reference, Scan, Score, register_metric
 
 
 @register_metric("fid")

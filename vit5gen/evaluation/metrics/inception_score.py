@@ -1,8 +1,6 @@
 """The Inception Score."""
 
-from vit5gen.evaluation.features import Extractor
-from vit5gen.evaluation.metric import Metric, Score, register_metric
-from vit5gen.evaluation.reference import Reference, Scan
+from vit5gen.evaluation.metric import Extractor, Metric, Reference, Scan, Score, register_metric
 
 
 @register_metric("is")

@@ -5,9 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from vit5gen.evaluation.distances import kernel_distance
-from vit5gen.evaluation.features import Extractor
-from vit5gen.evaluation.metric import Metric, Score, register_metric
-from vit5gen.evaluation.reference import Reference, Scan
+from vit5gen.evaluation.metric import Extractor, Metric, Reference, Scan, Score, register_metric
 
 
 @register_metric("kid")

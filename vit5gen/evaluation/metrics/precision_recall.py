@@ -5,9 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from vit5gen.evaluation.distances import precision_recall
-from vit5gen.evaluation.features import Extractor
-from vit5gen.evaluation.metric import Metric, Score, register_metric
-from vit5gen.evaluation.reference import Reference, Scan
+from vit5gen.evaluation.metric import Extractor, Metric, Reference, Scan, Score, register_metric
 
 
 @register_metric("pr")
@@ -25,7 +23,5 @@ class PrecisionRecall(Metric):
         values = precision_recall(rows[0], rows[1], self.k, self.adm_fp16)
         settings = {"n": scan.count, "reference_n": len(reference.rows), "k": self.k, "adm_fp16": self.adm_fp16}
         suffix = "" if extractor.metric == "FID" else f"-{extractor.name}"
-        return {
-            f"{name}{suffix}": {"value": value} | settings
-            for name, value in zip(("precision", "recall"), values, strict=True)
-        }
+        named = zip(("precision", "recall"), values, strict=True)
+        return {f"{name}{suffix}": {"value": value} | settings for name, value in named}
