@@ -32,10 +32,8 @@ def classify(
     with torch.device("meta"):
         named = timm.create_model(model)
     if (net.embed_dim, len(net.blocks)) != (named.embed_dim, len(named.blocks)):
-        found, wanted = (
-            f"{len(net.blocks)} blocks of width {net.embed_dim}",
-            f"{len(named.blocks)} of {named.embed_dim}",
-        )
+        found = f"{len(net.blocks)} blocks of width {net.embed_dim}"
+        wanted = f"{len(named.blocks)} of {named.embed_dim}"
         raise UserError(f"--checkpoint: {found}, but {model} has {wanted}; give the --model that the file belongs to.")
     images = _image_folder(folder, net.patch_embed.img_size[0], named.pretrained_cfg)
     if len(images.classes) != net.num_classes:
