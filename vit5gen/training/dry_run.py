@@ -2,7 +2,10 @@
 
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,10 +18,12 @@ from vit5gen.data.images import make_source, open_training_images
 from vit5gen.data.latents import MANIFEST, check_autoencoder
 from vit5gen.evaluation.features import EXTRACTORS
 from vit5gen.models.backbone import BACKBONES
+from vit5gen.system.distributed import on_main
 from vit5gen.training import cost
 from vit5gen.training.build import build_model, check_values
 from vit5gen.training.cost import GPUS, Cost, gpu_hours, largest_micro_batch, memory_bytes
 from vit5gen.training.data import micro_batches, open_source
+from vit5gen.training.folder import RunFolder, check_data
 from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.objectives import OBJECTIVES
 from vit5gen.training.process import batch_sizes, make_accelerator
@@ -26,14 +31,28 @@ from vit5gen.training.process import batch_sizes, make_accelerator
 TRIAL_STEPS = 3
 
 
-def plan(config: Config) -> int:
+def plan(config: Config, output: str | None, resume: str, accept_changes: bool) -> int:
     """Check every value, print what the run costs and what is missing, and try 3 steps where nothing is; return 0.
 
+    output, resume, accept_changes: as in training, whose start is told where ``output`` is known.
     Raises `UserError` for a value that does not fit, as training would.
     """
     accelerator = make_accelerator(config.training, Path())
     batch_sizes(config.training, accelerator.num_processes)
     check_values(config)
+    start = None
+    if output is not None:
+        folder = RunFolder(output)
+
+        def look() -> tuple[Path | None, Config]:
+            with folder.locked(write=False):
+                return folder.find_start(config, resume, accept_changes)
+
+        start, config = on_main(look)
+        if folder.finished(config, start):
+            accelerator.print(f"{folder} is already trained to step {config.training.num_steps}; nothing to do")
+            return 0
+        accelerator.print(f"start:    {'a new run' if start is None else f'resumes from {start}'} in {folder}")
     for line in describe(config, accelerator.num_processes):
         accelerator.print(line)
     absent = missing(config)
@@ -54,7 +73,8 @@ def plan(config: Config) -> int:
     elif preparation := make_source(config.data).preparation():
         accelerator.print(f"trial:    none before {preparation}, which training does")
     else:
-        accelerator.print(f"trial:    {_trial(config, accelerator)}")
+        check = lambda data: on_main(partial(check_data, start, accept_changes, data))  # noqa: E731
+        accelerator.print(f"trial:    {_trial(config, accelerator, start, check)}")
     return 0
 
 
@@ -146,28 +166,27 @@ def _latents_suffice(data: DataConfig) -> bool:
     return data.latents is not None and not data.from_images and (Path(data.latents).expanduser() / MANIFEST).is_file()
 
 
-def _trial(config: Config, accelerator: Accelerator) -> str:
-    """Train a few steps of the run, and say what they took and how long all of them will."""
-    short = config.model_copy(update={"training": config.training.model_copy(update={"num_steps": TRIAL_STEPS})})
-    settings, device = short.training, accelerator.device
-    source, vae, _ = open_source(short, accelerator)
-    trainer = build_trainer(short, accelerator)
-    batches, start = micro_batches(short, source, vae, accelerator), 0.0
+def _trial(config: Config, accelerator: Accelerator, start: Path | None, check: Callable[[Any], None]) -> str:
+    """Train a few steps of the run from ``start``, and say what they took and how long all of them will."""
+    source, vae, _ = open_source(config, accelerator, check)
+    trainer, device = build_trainer(config, accelerator), accelerator.device
+    if start is not None:
+        trainer.restore(start)
+    num_steps = {"num_steps": trainer.step + TRIAL_STEPS}
+    short = config.model_copy(update={"training": config.training.model_copy(update=num_steps)})
+    batches, begun = micro_batches(short, source, vae, accelerator, trainer.step), 0.0
     for _ in range(TRIAL_STEPS):
         train_step(trainer, short, batches)
-        start = start or time.perf_counter()  # after the first step, which compiles and allocates
-    seconds = (time.perf_counter() - start) / (TRIAL_STEPS - 1)
-    speed, used, peak = settings.global_batch_size / seconds, "", _peak_of_process()
+        begun = begun or time.perf_counter()  # after the first step, which compiles and allocates
+    seconds = (time.perf_counter() - begun) / (TRIAL_STEPS - 1)
+    speed, used, peak = config.training.global_batch_size / seconds, "", _peak_of_process()
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         used = utilisation(config, speed / accelerator.num_processes, torch.cuda.get_device_name(device))
     steps = config.training.num_steps
     memory = "" if peak is None else f"peak memory {_short(peak / 1e9)} GB, "
-    return (
-        f"{TRIAL_STEPS} real steps: {memory}"
-        f"{_short(speed)} images/s{used}; "
-        f"{steps:,} steps will take {_short(steps * seconds / 3600)} hours"
-    )
+    hours = f"{steps:,} steps will take {_short(steps * seconds / 3600)} hours"
+    return f"{TRIAL_STEPS} real steps: {memory}{_short(speed)} images/s{used}; {hours}"
 
 
 def _peak_of_process() -> int | None:
