@@ -29,7 +29,6 @@ from vit5gen.config import (
     Small,
     TrainingConfig,
     Width,
-    read_yaml,
 )
 from vit5gen.data.autoencoders.kl import decode, encode, load_autoencoder, psnr, to_uint8
 from vit5gen.data.images import ImageSet, open_images
@@ -38,10 +37,10 @@ from vit5gen.system.files import check_writable, clear_weights
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.training import checkpoint, process
 from vit5gen.training.folder import RunFolder, to_yaml
-from vit5gen.training.process import STOPPED
 from vit5gen.training.trainer import Outcome, Trainer
 
 _WARMUP = 100  # steps
+_SIZES = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")  # of diffusers' network
 
 
 class AutoencoderTraining(Section):
@@ -72,12 +71,9 @@ class RoundTrip(nn.Module):
         with torch.random.fork_rng(devices=[]):  # diffusers initialises from the global generator
             torch.manual_seed(config.seed)
             self.vae = AutoencoderKL(
+                **config.model_dump(include=set(_SIZES)),
                 down_block_types=["DownEncoderBlock2D"] * levels,
                 up_block_types=["UpDecoderBlock2D"] * levels,
-                block_out_channels=config.block_out_channels,
-                layers_per_block=config.layers_per_block,
-                latent_channels=config.latent_channels,
-                norm_num_groups=config.norm_num_groups,
                 mid_block_add_attention=False,
                 sample_size=config.data.resolution,
                 scaling_factor=1.0,
@@ -180,7 +176,7 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
                         clock.restart()
                     if outcome.stop:
                         accelerator.print(f"\nstopped by a signal after step {trainer.step}; the same command resumes")
-                        return STOPPED
+                        return process.STOPPED
             score = _finish(network.vae, images, held_out, folder)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{error}; fix it, and run the same command again") from error
@@ -191,20 +187,17 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
 def _check_sizes(config: AutoencoderTraining) -> None:
     """Raise `UserError` for sizes that do not divide."""
     groups, factor = config.norm_num_groups, 2 ** (len(config.block_out_channels) - 1)
-    if any(width % groups for width in config.block_out_channels):
-        raise UserError(
-            f"block_out_channels = {config.block_out_channels}: expected multiples of norm_num_groups {groups}"
-        )
-    if config.data.resolution % factor:
-        raise UserError(
-            f"data.resolution = {config.data.resolution}: expected a multiple of {factor}, for the "
-            f"{len(config.block_out_channels)} entries of block_out_channels"
-        )
+    widths, side = config.block_out_channels, config.data.resolution
+    if any(width % groups for width in widths):
+        raise UserError(f"block_out_channels = {widths}: expected multiples of norm_num_groups {groups}")
+    if side % factor:
+        what = f"a multiple of {factor}, for the {len(widths)} entries of block_out_channels"
+        raise UserError(f"data.resolution = {side}: expected {what}")
 
 
 def _resume(trainer: Trainer, shuffle: Shuffle, start: Path, config: AutoencoderTraining) -> None:
     """Restore a checkpoint of the same configuration and number of images; raise `UserError` for another one."""
-    recorded, now = read_yaml(start / checkpoint.CONFIG), config.model_dump(mode="json")
+    recorded, now = checkpoint.read_config(start), config.model_dump(mode="json")
     if changed := [key for key, value in now.items() if recorded.get(key) != value]:
         raise UserError(f"{start} was made with another {', '.join(changed)}; restore it, or choose another --output")
     trainer.restore(start)

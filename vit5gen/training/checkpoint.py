@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from vit5gen.config import read_yaml
 from vit5gen.generation.card import versions
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import read_json, sha256, write_json
@@ -151,3 +152,8 @@ def prune(folder: Path, step: int, keep_last: int, keep_every: int | None) -> No
 def read_state(folder: Path) -> dict[str, Any]:
     """Return the ``state.json`` of a checkpoint."""
     return read_json(folder / "state.json", "checkpoint state")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration that a checkpoint was made by, as it is recorded."""
+    return read_yaml(folder / CONFIG)

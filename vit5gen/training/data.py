@@ -1,6 +1,6 @@
 """Where training samples come from: latent shards, or images that are encoded again in every step."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,9 @@ from vit5gen.data.autoencoders.kl import encode, load_autoencoder
 from vit5gen.data.encoding import ensure_latents
 from vit5gen.data.images import ImageSet, check_classes, drop_broken
 from vit5gen.data.latents import LatentDataset, identity, open_for, settings_of
+from vit5gen.system.distributed import on_main
 from vit5gen.system.precision import PRECISIONS
+from vit5gen.training.folder import check_data
 from vit5gen.training.objectives import OBJECTIVES, Batch
 from vit5gen.training.process import batch_sizes, signals_blocked
 from vit5gen.training.random import data_index, sample_draws
@@ -49,14 +51,18 @@ class ImageSource:
 
 
 def open_source(
-    config: Config, accelerator: Accelerator, check: Callable[[dict[str, Any]], None] = lambda data: None
+    config: Config, accelerator: Accelerator, start: Path | None = None, accept_changes: bool = False
 ) -> tuple[ImageSource | LatentDataset, AutoencoderKL, dict[str, Any]]:
     """Open what a run trains on, encoding latents first where there are none yet, and its autoencoder.
 
     Returned last is what a checkpoint records of the data: their `identity`, and ``broken``, the number of images left
-    out. ``check`` gets either as early as it is known, the first before anything is encoded.
-    Raises `UserError` when data or autoencoder are absent or do not fit the configuration.
+    out. Either is compared with that of ``start`` as early as it is known, the first before anything is encoded.
+    Raises `UserError` when data or autoencoder are absent or do not fit the configuration, or ``start`` had others.
     """
+
+    def check(data: dict[str, Any]) -> None:
+        on_main(partial(check_data, start, accept_changes, data))
+
     vae = load_autoencoder(config.vae.name).to(accelerator.device)
     source: ImageSource | LatentDataset
     if config.data.latents is not None and not config.data.from_images:

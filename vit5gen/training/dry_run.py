@@ -2,10 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +20,7 @@ from vit5gen.training import cost
 from vit5gen.training.build import build_model, check_values
 from vit5gen.training.cost import GPUS, Cost, gpu_hours, largest_micro_batch, memory_bytes
 from vit5gen.training.data import micro_batches, open_source
-from vit5gen.training.folder import RunFolder, check_data
+from vit5gen.training.folder import RunFolder
 from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.objectives import OBJECTIVES
 from vit5gen.training.process import batch_sizes, make_accelerator
@@ -73,8 +70,7 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     elif preparation := make_source(config.data).preparation():
         accelerator.print(f"trial:    none before {preparation}, which training does")
     else:
-        check = lambda data: on_main(partial(check_data, start, accept_changes, data))  # noqa: E731
-        accelerator.print(f"trial:    {_trial(config, accelerator, start, check)}")
+        accelerator.print(f"trial:    {_trial(config, accelerator, start, accept_changes)}")
     return 0
 
 
@@ -166,9 +162,9 @@ def _latents_suffice(data: DataConfig) -> bool:
     return data.latents is not None and not data.from_images and (Path(data.latents).expanduser() / MANIFEST).is_file()
 
 
-def _trial(config: Config, accelerator: Accelerator, start: Path | None, check: Callable[[Any], None]) -> str:
+def _trial(config: Config, accelerator: Accelerator, start: Path | None, accept_changes: bool) -> str:
     """Train a few steps of the run from ``start``, and say what they took and how long all of them will."""
-    source, vae, _ = open_source(config, accelerator, check)
+    source, vae, _ = open_source(config, accelerator, start, accept_changes)
     trainer, device = build_trainer(config, accelerator), accelerator.device
     if start is not None:
         trainer.restore(start)

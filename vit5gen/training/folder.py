@@ -16,7 +16,6 @@ from vit5gen.generation.loading import PIPELINE
 from vit5gen.system.errors import UserError, short
 from vit5gen.system.files import locked_file, read_json, write_json, write_text
 from vit5gen.training import checkpoint
-from vit5gen.training.checkpoint import CONFIG
 
 # Sections and keys that may differ when a run is resumed: they change what is kept and shown, not what is computed.
 _HOW_FAR = {"training.num_steps", "training.max_nonfinite_steps"}
@@ -80,7 +79,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.checkpoints, self.nonfinite = self.path / "checkpoints", self.path / "nonfinite"
-        self.config, self.data = self.path / CONFIG, self.path / "data.json"
+        self.config, self.data = self.path / checkpoint.CONFIG, self.path / "data.json"
         self.log, self.metrics = self.path / "log.jsonl", self.path / "metrics.json"
         self.samples, self.loss_curve = self.path / "samples.png", self.path / "loss.png"
         self.pipeline, self._pipeline_before = self.path / PIPELINE, self.path / f".{PIPELINE}.old"
@@ -138,7 +137,7 @@ class RunFolder:
         elif checkpoint.steps(self.checkpoints):
             raise UserError(f"--output {self}: holds a run; choose a new folder, or --resume auto to resume it")
         if start is not None:
-            recorded = read_yaml(start / CONFIG)
+            recorded = checkpoint.read_config(start)
             _accept(start, "was made by another configuration", differences(recorded, config), accept_changes)
             config = as_recorded(config, recorded)
             if (step := checkpoint.read_state(start)["step"]) > last:
