@@ -5,31 +5,17 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from vit5gen.config import (
-    Batch,
-    Count,
-    DataConfig,
-    Layers,
-    Natural,
-    NonNegative,
-    Positive,
-    Section,
-    Small,
-    TrainingConfig,
-    Width,
-)
+from vit5gen.config import AutoencoderTraining, TrainingConfig
 from vit5gen.data.autoencoders.kl import decode, encode, load_autoencoder, psnr, to_uint8
 from vit5gen.data.images import ImageSet, open_images
 from vit5gen.system.errors import UserError
@@ -41,25 +27,6 @@ from vit5gen.training.trainer import Outcome, Trainer
 
 _WARMUP = 100  # steps
 _SIZES = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")  # of diffusers' network
-
-
-class AutoencoderTraining(Section):
-    """How a small autoencoder is trained: a file of its own, e.g. configs/vae/emoji.yaml."""
-
-    data: DataConfig
-    held_out_split: str = Field("test", description="split of the data that only the final score sees")
-    block_out_channels: list[Width] = Field([24, 48, 96], min_length=1, description="width at each resolution")
-    layers_per_block: Layers = Field(1, description="residual blocks at each resolution of the encoder")
-    latent_channels: Width = Field(4, description="channels of a latent")
-    norm_num_groups: Width = Field(8, description="groups of a group norm; divides every width")
-    num_steps: Count = Field(6000, description="optimizer steps")
-    batch_size: Batch = Field(32, description="images of a step")
-    learning_rate: Positive = Field(2e-3, description="peak learning rate of AdamW; cosine to zero")
-    l1_weight: NonNegative = Field(0.05, description="weight of the absolute error; that of the squared error is 1")
-    kl_weight: NonNegative = Field(1e-3, description="weight of the divergence from the unit normal")
-    max_shift: Small = Field(2, description="training images move by up to so many pixels")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of convolutions")
-    seed: Natural = Field(0, description="fixes initialisation, order, augmentation and latent noise")
 
 
 class RoundTrip(nn.Module):

@@ -2,6 +2,8 @@
 
 import sys
 import time
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,11 +43,9 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     if output is not None:
         folder = RunFolder(output)
 
-        def look() -> tuple[Path | None, Config]:
-            with folder.locked(write=False):
-                return folder.find_start(config, resume, accept_changes)
-
-        start, config = on_main(look)
+        with ExitStack() as stack:
+            on_main(lambda: stack.enter_context(folder.locked(write=False)))
+            start, config = on_main(partial(folder.find_start, config, resume, accept_changes))
         if folder.finished(config, start):
             accelerator.print(f"{folder} is already trained to step {config.training.num_steps}; nothing to do")
             return 0

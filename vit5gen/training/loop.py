@@ -76,7 +76,7 @@ def train_step(
     for group in trainer.optimizer.param_groups:
         group["lr"] = learning_rate(step, settings)
     trainer.network.train()
-    total = torch.zeros(len(learner.objectives), device=accelerator.device, dtype=trainer.dtype)
+    total = torch.zeros(len(learner.objectives), device=accelerator.device, dtype=learner.model.dtype)
     with fast_products(), process.memory_hint(micro_batch_size):
         for micro in range(accumulation):
             batch = next(batches)

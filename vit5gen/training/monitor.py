@@ -30,13 +30,13 @@ from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.models import SiTTransformer2DModel
-from vit5gen.system.distributed import gather_objects, gather_rows, on_main
+from vit5gen.system.distributed import gather_objects, on_main
 from vit5gen.system.files import atomic
 from vit5gen.system.precision import PRECISIONS
+from vit5gen.training.checkpoint import gather_shards
 from vit5gen.training.folder import RunFolder
 from vit5gen.training.optimizers import learning_rate
 from vit5gen.training.reference import Reference, build_reference
-from vit5gen.training.sharding import gather_shards
 from vit5gen.training.trainer import Outcome, Trainer
 
 
@@ -124,10 +124,8 @@ class Monitor:
             self.accelerator.log({self._extractor.metric: report["value"]}, step=step)
         classes = range(min(len(self.class_names), self.config.evaluation.grid_classes))
         labels = [label for label in classes for _ in range(self.config.evaluation.images_per_class)]
-        parts = list(self._generate(pipe, labels))
-        empty = torch.empty(0, 3, self.config.data.resolution, self.config.data.resolution, dtype=torch.uint8)
-        indices = torch.tensor([i for indices, _ in parts for i in indices], dtype=torch.int64)
-        grid = gather_rows(torch.cat([empty, *(images for _, images in parts)]), indices)
+        parts = [part for share in gather_objects(list(self._generate(pipe, labels))) for part in share]
+        grid = torch.cat([images for _, images in sorted(parts, key=lambda part: part[0].start)])
         if self.accelerator.is_main_process:
             picture = self.folder.samples
             save_grid(picture, grid, [self.class_names[label] for label in labels])
@@ -146,10 +144,10 @@ class Monitor:
         self.accelerator.wait_for_everyone()
 
     def _pipeline(self) -> SiTPipeline:
-        model, average = self.trainer.model, self.trainer.averaged(self.config.training.ema_decays[0])
+        model, average = self.trainer.model, self.trainer.averages["model"]
         with torch.device("meta"):
             transformer = SiTTransformer2DModel.from_config(model.config)
-        weights = {name: gather_shards(value) for name, value in average}
+        weights = {name: gather_shards(value) for name, value in average.items(self.config.training.ema_decays[0])}
         transformer.load_state_dict({**model.state_dict(), **weights}, assign=True)
         transformer.eval().requires_grad_(False)
         scheduler = SiTScheduler(path=self.config.flow.path, prediction=self.config.flow.prediction)

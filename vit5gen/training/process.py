@@ -49,20 +49,16 @@ def make_accelerator(settings: TrainingConfig, output: Path) -> Accelerator:
     return accelerator
 
 
-def batch_sizes(settings: TrainingConfig, num_processes: int) -> tuple[int, int]:
+def batch_sizes(settings: TrainingConfig, world_size: int) -> tuple[int, int]:
     """Return (micro-batch size of a process, micro-batches a step); raise `UserError` when they do not divide."""
     total = settings.global_batch_size
-    local, rest = divmod(total, num_processes)
+    local, rest = divmod(total, world_size)
     if rest:
-        raise UserError(
-            f"training.global_batch_size = {total} is not a multiple of {num_processes} processes; choose one"
-        )
+        raise UserError(f"training.global_batch_size = {total} is not a multiple of {world_size} processes; choose one")
     micro = settings.micro_batch_size or local
     if local % micro:
-        raise UserError(
-            f"training.micro_batch_size = {micro} does not divide the {local} samples of a process "
-            f"(global_batch_size {total} over {num_processes} processes); choose a divisor"
-        )
+        share = f"the {local} samples of a process (global_batch_size {total} over {world_size} processes)"
+        raise UserError(f"training.micro_batch_size = {micro} does not divide {share}; choose a divisor")
     return micro, local // micro
 
 
@@ -127,11 +123,9 @@ def memory_hint(micro_batch_size: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         smaller = next((size for size in range(micro_batch_size // 2, 0, -1) if micro_batch_size % size == 0), None)
-        advice = (
-            f"try --training.micro_batch_size {smaller}, which computes the same with less memory"
-            if smaller
-            else "try --training.gradient_checkpointing true, or shard the model: configs/accelerate/fsdp2.yaml"
-        )
+        advice = "try --training.gradient_checkpointing true, or shard the model: configs/accelerate/fsdp2.yaml"
+        if smaller:
+            advice = f"try --training.micro_batch_size {smaller}, which computes the same with less memory"
         raise UserError(f"out of memory with training.micro_batch_size {micro_batch_size}; {advice}") from error
 
 
