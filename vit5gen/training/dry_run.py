@@ -42,7 +42,6 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     start = None
     if output is not None:
         folder = RunFolder(output)
-
         with ExitStack() as stack:
             on_main(lambda: stack.enter_context(folder.locked(write=False)))
             start, config = on_main(partial(folder.find_start, config, resume, accept_changes))
@@ -55,22 +54,24 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     absent = missing(config)
     for path, remedy in absent.items():
         accelerator.print(f"missing: {path} ({remedy})")
-    without_images = next(iter(make_source(config.data).missing()), None) if _latents_suffice(config.data) else None
-    if without_images is not None:
-        accelerator.print(f"images:   not here ({without_images}): evaluations of the latents' model have no distance")
-    vae = None if config.vae.name in absent else kl.load_autoencoder(config.vae.name)
-    if vae is not None:
-        check_autoencoder(config, vae)
-    if config.data.path is not None and not make_source(config.data).missing():
+    source = make_source(config.data)
+    images = source.missing()
+    if images and _latents_suffice(config.data):
+        reason = next(iter(images))
+        accelerator.print(f"images:   not here ({reason}): evaluations of the latents' model have no distance")
+    if config.vae.name not in absent:
+        check_autoencoder(config, kl.load_autoencoder(config.vae.name))
+    if config.data.path is not None and not images:
         open_training_images(config.data)
     if absent:
-        accelerator.print(f"trial:    {TRIAL_STEPS} real steps, once nothing is missing")
+        trial = f"{TRIAL_STEPS} real steps, once nothing is missing"
     elif config.data.latents is None and not config.data.from_images:
-        accelerator.print("trial:    none before the latents are encoded; `vit5gen encode`, then --data.latents FOLDER")
-    elif preparation := make_source(config.data).preparation():
-        accelerator.print(f"trial:    none before {preparation}, which training does")
+        trial = "none before the latents are encoded; `vit5gen encode`, then --data.latents FOLDER"
+    elif preparation := source.preparation():
+        trial = f"none before {preparation}, which training does"
     else:
-        accelerator.print(f"trial:    {_trial(config, accelerator, start, accept_changes)}")
+        trial = _trial(config, accelerator, start, accept_changes)
+    accelerator.print(f"trial:    {trial}")
     return 0
 
 
@@ -83,8 +84,7 @@ def run_cost(config: Config) -> Cost:
 
 def describe(config: Config, num_processes: int = 1) -> list[str]:
     """Return the lines on size, memory, time and disk, for the present number of processes and for 1 and 8 GPUs."""
-    found, section = run_cost(config), config.model
-    settings = config.training
+    found, section, settings = run_cost(config), config.model, config.training
     unit = settings.micro_batch_size or 1
     processes = sorted({num_processes} | {n for n in (1, 8) if settings.global_batch_size % (n * unit) == 0})
     size = section.preset or f"{section.num_layers}x{section.hidden_size}"
@@ -117,12 +117,10 @@ def memory_line(config: Config, found: Cost, num_processes: int) -> str:
 
 def time_line(config: Config, found: Cost) -> str:
     """Describe the GPU-hours of a run."""
-    settings, images = config.training, config.training.num_steps * config.training.global_batch_size
-    hours = [f"{_short(gpu_hours(found, images, gpu, settings.precision))} on {gpu}" for gpu in ("A100", "H100")]
-    return (
-        f"time:     {settings.num_steps:,} steps x {settings.global_batch_size} images: GPU-hours {', '.join(hours)} "
-        f"({settings.precision}, {cost.ASSUMED_UTILISATION:.0%} of peak assumed)"
-    )
+    steps, batch, precision = config.training.num_steps, config.training.global_batch_size, config.training.precision
+    hours = [f"{_short(gpu_hours(found, steps * batch, gpu, precision))} on {gpu}" for gpu in ("A100", "H100")]
+    assumed = f"{precision}, {cost.ASSUMED_UTILISATION:.0%} of peak assumed"
+    return f"time:     {steps:,} steps x {batch} images: GPU-hours {', '.join(hours)} ({assumed})"
 
 
 def disk_line(config: Config, found: Cost) -> str:
@@ -142,16 +140,13 @@ def _short(value: float) -> str:
 
 def missing(config: Config) -> dict[str, str]:
     """Return what the run needs and this machine lacks, each with how to get it."""
-    data = config.data
-    unneeded = _latents_suffice(data)
-    images = make_source(data).missing()
+    data, images, unneeded = config.data, make_source(config.data).missing(), _latents_suffice(config.data)
     absent = {} if unneeded else images
     if data.latents is not None and not (Path(data.latents).expanduser() / MANIFEST).is_file():
         absent[data.latents] = f"vit5gen encode CONFIG --output {data.latents}"
     absent |= kl.missing(config.vae.name)
-    extractor = None if unneeded and images else config.evaluation.extractor  # without images there is no distance
-    if extractor is not None:
-        absent |= registry.missing(EXTRACTORS.get(extractor))
+    if not (unneeded and images):  # without images there is no distance
+        absent |= registry.missing(EXTRACTORS.get(config.evaluation.extractor))
     for name in config.training.objectives:
         absent |= OBJECTIVES.get(name).missing()
     return absent | registry.missing(BACKBONES.get(config.model.backbone))

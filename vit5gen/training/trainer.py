@@ -58,10 +58,9 @@ class Trainer:
         parts: Mapping[str, nn.Module],
         decays: Iterable[float] = (),
     ) -> None:
-        self.accelerator = accelerator
+        self.accelerator, self.model = accelerator, parts["model"]
         self.module: Any = network  # what DDP wraps
         self.network, self.optimizer = accelerator.prepare(network, optimizer)
-        self.model = parts["model"]
         self.parts = {name: part for name, part in parts.items() if part.state_dict()}
         # The averages are of the parameters as prepared: sharded under FSDP.
         learning = {name: part for name, part in self.parts.items() if any(True for _ in part.parameters())}
