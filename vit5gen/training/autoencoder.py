@@ -35,18 +35,12 @@ class RoundTrip(nn.Module):
     def __init__(self, config: AutoencoderTraining) -> None:
         super().__init__()
         self.config, levels = config, len(config.block_out_channels)
+        sizes = config.model_dump(include=set(_SIZES)) | {"sample_size": config.data.resolution}
+        blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+        fixed = {"mid_block_add_attention": False, "scaling_factor": 1.0, "shift_factor": 0.0, "force_upcast": False}
         with torch.random.fork_rng(devices=[]):  # diffusers initialises from the global generator
             torch.manual_seed(config.seed)
-            self.vae = AutoencoderKL(
-                **config.model_dump(include=set(_SIZES)),
-                down_block_types=["DownEncoderBlock2D"] * levels,
-                up_block_types=["UpDecoderBlock2D"] * levels,
-                mid_block_add_attention=False,
-                sample_size=config.data.resolution,
-                scaling_factor=1.0,
-                shift_factor=0.0,
-                force_upcast=False,
-            )
+            self.vae = AutoencoderKL(**sizes, **blocks, **fixed)
 
     def forward(self, target: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the loss of images (B, 3, H, W) in [-1, 1], and the divergence in it.

@@ -142,9 +142,7 @@ def newest_valid(folder: Path) -> Path | None:
             return path
         print(f"warning: checkpoint {path} is passed over: {fault}", flush=True)
     if found:
-        raise UserError(
-            f"{folder}: none of its {len(found)} checkpoints is valid; restore one, or start in another folder"
-        )
+        raise UserError(f"none of the {len(found)} checkpoints in {folder} is valid; restore one, or use a new folder")
     return None
 
 

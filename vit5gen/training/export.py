@@ -23,17 +23,13 @@ from vit5gen.training.folder import RunFolder
 
 
 def export_pipeline(
-    checkpoint: str | Path,
-    output: str | Path,
-    vae: str | None = None,
-    weights: str | None = None,
-    num_attention_heads: int | None = None,
+    checkpoint: str | Path, output: str | Path, vae: str | None, weights: str | None, num_attention_heads: int | None
 ) -> None:
     """Write the pipeline folder ``output``, whole or not at all.
 
     checkpoint: a file in SiT's published layout, or RUN or RUN/checkpoints/step_XXXXXXXX of the trainer.
-    vae: name or folder of the autoencoder, default SiT's or the run's; "none" leaves it out (latents only).
-    weights: of a run, ``ema_<decay>`` or ``model``, default its first average.
+    vae: name or folder of the autoencoder, None SiT's or the run's; "none" leaves it out (latents only).
+    weights: of a run, ``ema_<decay>`` or ``model``, None its first average.
     num_attention_heads: of a SiT whose width is no preset's.
     Raises `UserError` for anything that is not such a checkpoint, and for an output that exists.
     """

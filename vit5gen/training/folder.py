@@ -44,9 +44,7 @@ def differences(old: dict[str, Any], config: Config, changeable: Collection[str]
 def _accept(start: Path, fault: str, changes: list[str], accept_changes: bool) -> None:
     """Refuse to resume ``start`` under changed conditions unless the user accepts that."""
     if changes and not accept_changes:
-        advice = (
-            "Restore what it had, choose another --output, or add --accept-changes to resume with what there is now"
-        )
+        advice = "Restore what it had, choose another --output, or add --accept-changes to resume with what is there"
         raise UserError(f"{start} {fault}: {'; '.join(changes)}. {advice}")
     for change in changes:
         print(f"note: resuming with {change}", flush=True)
@@ -174,12 +172,11 @@ class RunFolder:
 
     def lines(self) -> list[dict[str, Any]]:
         """Return the lines of the log; those that a kill cut short or a disk damaged are left out."""
+        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
         lines: list[Any] = []
-        for text in (
-            self.log.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if self.log.exists() else ()
-        ):
+        for line in text.split("\n")[:-1]:
             with suppress(ValueError, RecursionError):
-                lines.append(json.loads(text))
+                lines.append(json.loads(line))
         return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
     def add_line(self, line: dict[str, Any]) -> None:

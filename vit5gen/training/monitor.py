@@ -73,12 +73,11 @@ class Monitor:
         trainer, step = self.trainer, self.trainer.step
         (begun, first), self._since = self._since, (time.perf_counter(), step)
         num_images = (step - first) * self.config.training.global_batch_size
-        images_per_second = num_images / (self._since[0] - begun)
         line = {
             "loss": trainer.mean_loss(),
             "grad_norm": outcome.grad_norm if outcome.finite else None,
             "learning_rate": learning_rate(step - 1, self.config.training),
-            "images_per_second": images_per_second,
+            "images_per_second": num_images / (self._since[0] - begun),
             "skipped": trainer.skipped,
         }
         if len(outcome.losses) > 1 and outcome.finite:
@@ -86,7 +85,7 @@ class Monitor:
         if self.accelerator.is_main_process:
             self.folder.add_line({"step": step, **line})
         self.accelerator.log({key: value for key, value in line.items() if value is not None}, step=step)
-        shown = {"loss": line["loss"], "norm": line["grad_norm"], "images/s": images_per_second}
+        shown = {"loss": line["loss"], "norm": line["grad_norm"], "images/s": line["images_per_second"]}
         shown |= {"skipped": trainer.skipped} if trainer.skipped else {}
         self.bar.set_postfix({k: f"{value:.3g}" for k, value in shown.items() if value is not None}, refresh=False)
 
@@ -150,10 +149,8 @@ class Monitor:
         weights = {name: gather_shards(value) for name, value in average.items(self.config.training.ema_decays[0])}
         transformer.load_state_dict({**model.state_dict(), **weights}, assign=True)
         transformer.eval().requires_grad_(False)
-        scheduler = SiTScheduler(path=self.config.flow.path, prediction=self.config.flow.prediction)
-        pipe = SiTPipeline(transformer, scheduler, self.vae, id2label=dict(enumerate(self.class_names)))
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+        scheduler = SiTScheduler(self.config.flow.path, self.config.flow.prediction)
+        return SiTPipeline(transformer, scheduler, self.vae, id2label=dict(enumerate(self.class_names)))
 
     def _generate(self, pipe: SiTPipeline, labels: list[int]) -> Iterator[tuple[range, Tensor]]:
         evaluation = self.config.evaluation
@@ -180,11 +177,9 @@ class Monitor:
 
     def next_command(self) -> str:
         """Return the shell command that draws more images of the run's first class."""
-        run, name, output = map(
-            shlex.quote, (str(self.folder), self.class_names[0], str(self.folder.path / "more.png"))
-        )
-        images = f"--class {name} --num-images 8 --guidance-scale {self.config.sampling.guidance_scale:g}"
-        return f"vit5gen sample --checkpoint {run} {images} --output {output}"
+        run, name, output = self.folder.path, self.class_names[0], self.folder.path / "more.png"
+        images = ["--class", name, "--num-images", "8", "--guidance-scale", f"{self.config.sampling.guidance_scale:g}"]
+        return shlex.join(["vit5gen", "sample", "--checkpoint", str(run), *images, "--output", str(output)])
 
 
 def floor_note(earlier: list[dict[str, Any]], entry: dict[str, Any]) -> str | None:
