@@ -1,6 +1,5 @@
 """The process around the loop: accelerate, batch sizes, signals, and errors on which all processes agree."""
 
-import importlib.util
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from vit5gen.config import TrainingConfig
+from vit5gen.registry import missing_packages
 from vit5gen.system.cpu import keep_freed_memory
 from vit5gen.system.distributed import start_processes
 from vit5gen.system.errors import UserError
@@ -31,9 +31,8 @@ def make_accelerator(settings: TrainingConfig, output: Path) -> Accelerator:
     Mixed precision is left to `Precision.autocast`, which computes the same under DDP, FSDP2 and alone. FSDP2's own
     policy would round the time and sum gradients in bfloat16.
     """
-    for tracker in settings.trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise UserError(f"training.trackers: {tracker} is not installed; `pip install {tracker}`, or leave it out")
+    for tracker, remedy in missing_packages(settings.trackers).items():
+        raise UserError(f"training.trackers: {tracker} is not installed; `{remedy}`, or leave it out")
     start_processes()
     keep_freed_memory(large=not settings.gradient_checkpointing)
     PRECISIONS[settings.precision].set_products()
