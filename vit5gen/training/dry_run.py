@@ -20,7 +20,6 @@ from vit5gen.models.backbone import BACKBONES
 from vit5gen.system.distributed import on_main
 from vit5gen.training import cost
 from vit5gen.training.build import build_model, check_values
-from vit5gen.training.cost import GPUS, Cost, gpu_hours, largest_micro_batch, memory_bytes
 from vit5gen.training.data import micro_batches, open_source
 from vit5gen.training.folder import RunFolder
 from vit5gen.training.loop import build_trainer, train_step
@@ -75,7 +74,7 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     return 0
 
 
-def run_cost(config: Config) -> Cost:
+def run_cost(config: Config) -> cost.Cost:
     """Build the model on the meta device and return its cost; raise `UserError` when its sizes do not fit."""
     with torch.device("meta"):
         model = build_model(config)
@@ -98,32 +97,32 @@ def describe(config: Config, num_processes: int = 1) -> list[str]:
     ]
 
 
-def memory_line(config: Config, found: Cost, num_processes: int) -> str:
+def memory_line(config: Config, found: cost.Cost, num_processes: int) -> str:
     """Describe memory and traffic of each of so many GPUs; where 80 GB are too little, also a micro-batch that fits."""
     local = config.training.global_batch_size // num_processes
     micro = config.training.micro_batch_size or local
-    needed = _short(memory_bytes(found, config, micro, num_processes) / 1e9)
+    needed = _short(cost.memory_bytes(found, config, micro, num_processes) / 1e9)
     line = f"memory:   {num_processes} GPU{'s' if num_processes > 1 else ''} x {micro} images: {needed} GB"
     if num_processes > 1:
-        sharded = memory_bytes(found, config, micro, num_processes, sharded=True) / 1e9
+        sharded = cost.memory_bytes(found, config, micro, num_processes, sharded=True) / 1e9
         sent = cost.communication_bytes(found, config, local // micro, num_processes) / 1e9
         line += f" each (FSDP {_short(sharded)}), {_short(sent)} GB sent a step"
-    most = largest_micro_batch(found, config, num_processes, GPUS["A100"].memory)
+    most = cost.largest_micro_batch(found, config, num_processes, cost.GPUS["A100"].memory)
     if most < micro and (fitting := [n for n in range(1, min(local, most) + 1) if local % n == 0]):
-        fits = memory_bytes(found, config, fitting[-1], num_processes) / 1e9
+        fits = cost.memory_bytes(found, config, fitting[-1], num_processes) / 1e9
         line += f"; --training.micro_batch_size {fitting[-1]}: {_short(fits)} GB"
     return line
 
 
-def time_line(config: Config, found: Cost) -> str:
+def time_line(config: Config, found: cost.Cost) -> str:
     """Describe the GPU-hours of a run."""
     steps, batch, precision = config.training.num_steps, config.training.global_batch_size, config.training.precision
-    hours = [f"{_short(gpu_hours(found, steps * batch, gpu, precision))} on {gpu}" for gpu in ("A100", "H100")]
+    hours = [f"{_short(cost.gpu_hours(found, steps * batch, gpu, precision))} on {gpu}" for gpu in ("A100", "H100")]
     assumed = f"{precision}, {cost.ASSUMED_UTILISATION:.0%} of peak assumed"
     return f"time:     {steps:,} steps x {batch} images: GPU-hours {', '.join(hours)} ({assumed})"
 
 
-def disk_line(config: Config, found: Cost) -> str:
+def disk_line(config: Config, found: cost.Cost) -> str:
     """Describe what latents and run take on disk."""
     data = config.data
     count = cost.IMAGENET_IMAGES if data.num_classes == 1000 else 1000
@@ -191,7 +190,7 @@ def _peak_of_process() -> int | None:
 
 def utilisation(config: Config, images_per_second: float, device_name: str) -> str:
     """Return `` (MFU ...)`` for the speed of one GPU whose peak is known, else an empty string."""
-    gpu = next((name for name in GPUS if name in device_name), None)
+    gpu = next((name for name in cost.GPUS if name in device_name), None)
     if gpu is None:
         return ""
     return f" (MFU {cost.mfu(run_cost(config), images_per_second, gpu, config.training.precision):.1%} of {gpu})"
