@@ -14,6 +14,7 @@ from tiny_run import forget_processes, make_inputs
 from vit5gen.cli import main
 from vit5gen.config import Config, load_config
 from vit5gen.training.dry_run import utilisation
+from vit5gen.training.folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(ROOT.glob("configs/imagenet*/*.yaml"))
@@ -146,6 +147,43 @@ def test_dry_run_tries_real_steps_where_the_data_are(tmp_path: Path, capsys: pyt
     printed = dry_run(capsys, config, *accumulated)
     assert printed[-2].startswith(f"missing: {tmp_path / 'vae'} (")
     assert printed[-1] == "trial:    3 real steps, once nothing is missing"
+
+
+def test_dry_run_tells_where_a_run_would_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_inputs(tmp_path)
+    settings = ["--training.trackers", "[]", "--data.from_images", "true", "--evaluation.every", "null"]
+    output = ["--output", str(tmp_path / "run"), "--training.num_steps"]
+
+    def refused(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["train", str(config), *settings, *map(str, arguments)])
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    assert dry_run(capsys, config, *settings, *output, 2)[0] == f"start:    a new run in {tmp_path / 'run'}"
+    with pytest.raises(SystemExit):
+        main(["train", str(config), *settings, *output, "2"])
+    before, last = tree(tmp_path), tmp_path / "run/checkpoints/step_00000002"
+    assert dry_run(capsys, config, *settings, *output, 2)[-1].endswith("already trained to step 2; nothing to do")
+    printed = dry_run(capsys, config, *settings, *output, 3)
+    assert printed[0] == f"start:    resumes from {last} in {tmp_path / 'run'}"
+    assert printed[-1].startswith("trial:    3 real steps")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/a.txt").touch()
+    for bad, message in [
+        ([*output, 3, "--resume", "never"], "holds a run"),
+        ([*output, 3, "--resume", tmp_path / "run"], "checksums.json is missing"),
+        ([*output, 3, "--training.seed", 1], "training.seed: 0 -> 1"),
+        ([*output, 1], "beyond training.num_steps = 1"),
+        (["--output", tmp_path / "notes"], "holds other files"),
+        (["--resume", last], "required: --output"),
+    ]:
+        assert message in refused(*bad, "--dry-run")
+    (tmp_path / "notes/a.txt").unlink()
+    (tmp_path / "notes").rmdir()
+    assert tree(tmp_path) == before
+    with RunFolder(tmp_path / "run").locked():
+        assert "another process trains there" in refused(*output, 3, "--dry-run")
 
 
 @pytest.mark.parametrize("absent", ["nothing", "vae", "latents"])

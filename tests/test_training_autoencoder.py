@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vit5gen.config import DataConfig
+from vit5gen.config import AutoencoderTraining, DataConfig
 from vit5gen.data.autoencoders.kl import encode, load_autoencoder
 from vit5gen.data.images import open_images
 from vit5gen.system.errors import UserError
-from vit5gen.training.autoencoder import AutoencoderTraining, Shuffle, train_autoencoder
+from vit5gen.training.autoencoder import Shuffle, train_autoencoder
 from vit5gen.training.process import STOPPED
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors", "round_trips.png")

@@ -258,7 +258,7 @@ def test_latents_train_without_the_images(
         assert (tmp_path / "run" / file).exists(), file
     assert missing(config) == {}
     forget_processes()
-    plan(config)
+    plan(config, None, "auto", False)
     printed = capsys.readouterr().out
     assert f"not here ({tmp_path / 'data'})" in printed
     assert "3 real steps" in printed

@@ -4,7 +4,9 @@ import numpy as np
 import torch
 from scipy import stats
 
-from vit5gen.training.random import MicroBatches, TrainingSet, data_index, sample_draws
+from vit5gen.config import Config, TrainingConfig, validate
+from vit5gen.training.data import TrainingSet, batch_keys
+from vit5gen.training.random import data_index, sample_draws
 
 
 class Counting:
@@ -17,9 +19,14 @@ class Counting:
         return torch.full((1, 2, 2), index + 100.0 * flip), torch.zeros(1, 2, 2), index % 3
 
 
-def training_set(**changes: object) -> TrainingSet:
-    settings = {"seed": 0, "batch_size": 4, "null_label": 3, "drop_prob": 0.25, "flip": True} | changes
-    return TrainingSet(Counting(), (1, 2, 2), **settings)
+def training_set(flip: bool = True) -> TrainingSet:
+    sections = {
+        "model": {"preset": "S/2", "class_dropout_prob": 0.25},
+        "data": {"resolution": 2, "num_classes": 3, "horizontal_flip": flip},
+        "vae": {"latent_channels": 1, "downsample": 1},
+        "training": {"global_batch_size": 4},
+    }
+    return TrainingSet(Counting(), validate(Config, sections, "test"))
 
 
 def test_an_epoch_visits_every_sample_once_across_batches_that_do_not_divide_it():
@@ -51,7 +58,8 @@ def test_labels_drop_and_images_flip_at_their_rates():
 
 def test_processes_and_micro_batches_share_one_global_batch():
     def keys(micro: int, world: int) -> list[tuple[int, int]]:
-        batches = [list(MicroBatches(3, 5, 8, micro, rank, world)) for rank in range(world)]
+        settings = TrainingConfig(num_steps=5, global_batch_size=8, micro_batch_size=micro)
+        batches = [list(batch_keys(settings, 3, rank, world)) for rank in range(world)]
         return sorted(key for rank in batches for batch in rank for key in batch)
 
     whole = [(step, position) for step in (3, 4) for position in range(8)]

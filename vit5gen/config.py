@@ -251,6 +251,25 @@ class Config(Section):
         return self.vae.latent_channels, side, side
 
 
+class AutoencoderTraining(Section):
+    """How a small autoencoder is trained: a file of its own, e.g. configs/vae/emoji.yaml."""
+
+    data: DataConfig
+    held_out_split: str = Field("test", description="split of the data that only the final score sees")
+    block_out_channels: list[Width] = Field([24, 48, 96], min_length=1, description="width at each resolution")
+    layers_per_block: Layers = Field(1, description="residual blocks at each resolution of the encoder")
+    latent_channels: Width = Field(4, description="channels of a latent")
+    norm_num_groups: Width = Field(8, description="groups of a group norm; divides every width")
+    num_steps: Count = Field(6000, description="optimizer steps")
+    batch_size: Batch = Field(32, description="images of a step")
+    learning_rate: Positive = Field(2e-3, description="peak learning rate of AdamW; cosine to zero")
+    l1_weight: NonNegative = Field(0.05, description="weight of the absolute error; that of the squared error is 1")
+    kl_weight: NonNegative = Field(1e-3, description="weight of the divergence from the unit normal")
+    max_shift: Small = Field(2, description="training images move by up to so many pixels")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of convolutions")
+    seed: Natural = Field(0, description="fixes initialisation, order, augmentation and latent noise")
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which a key that is given twice is an error; PyYAML would take the last."""
 

@@ -1,7 +1,7 @@
 """`vit5gen autoencoder`."""
 
 from vit5gen.commands.options import Options, Utf8Path, argument
-from vit5gen.config import read_yaml, validate
+from vit5gen.config import AutoencoderTraining, read_yaml, validate
 
 
 class AutoencoderOptions(Options):
@@ -13,7 +13,7 @@ class AutoencoderOptions(Options):
 
 def run(options: AutoencoderOptions) -> int:
     """Train the autoencoder; return the exit code."""
-    from vit5gen.training.autoencoder import AutoencoderTraining, train_autoencoder
+    from vit5gen.training.autoencoder import train_autoencoder
 
     config = validate(AutoencoderTraining, read_yaml(options.config), f"configuration {options.config}")
     return train_autoencoder(config, options.output)

@@ -15,10 +15,10 @@ class TrainOptions(ConfigOptions):
 
 def run(options: TrainOptions) -> int:
     """Train, or tell what training would cost; return the exit code."""
-    if options.dry_run:
+    if options.dry_run and (options.output or not {"resume", "accept_changes"} & options.model_fields_set):
         from vit5gen.training.dry_run import plan
 
-        return plan(options.load())
+        return plan(options.load(), options.output, options.resume, options.accept_changes)
     if options.output is None:
         raise UserError("vit5gen train: the following arguments are required: --output")
     from vit5gen.training.loop import train

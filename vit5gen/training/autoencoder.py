@@ -5,32 +5,17 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from vit5gen.config import (
-    Batch,
-    Count,
-    DataConfig,
-    Layers,
-    Natural,
-    NonNegative,
-    Positive,
-    Section,
-    Small,
-    TrainingConfig,
-    Width,
-    read_yaml,
-)
+from vit5gen.config import AutoencoderTraining, TrainingConfig
 from vit5gen.data.autoencoders.kl import decode, encode, load_autoencoder, psnr, to_uint8
 from vit5gen.data.images import ImageSet, open_images
 from vit5gen.system.errors import UserError
@@ -38,29 +23,10 @@ from vit5gen.system.files import check_writable, clear_weights
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.training import checkpoint, process
 from vit5gen.training.folder import RunFolder, to_yaml
-from vit5gen.training.process import STOPPED
 from vit5gen.training.trainer import Outcome, Trainer
 
 _WARMUP = 100  # steps
-
-
-class AutoencoderTraining(Section):
-    """How a small autoencoder is trained: a file of its own, e.g. configs/vae/emoji.yaml."""
-
-    data: DataConfig
-    held_out_split: str = Field("test", description="split of the data that only the final score sees")
-    block_out_channels: list[Width] = Field([24, 48, 96], min_length=1, description="width at each resolution")
-    layers_per_block: Layers = Field(1, description="residual blocks at each resolution of the encoder")
-    latent_channels: Width = Field(4, description="channels of a latent")
-    norm_num_groups: Width = Field(8, description="groups of a group norm; divides every width")
-    num_steps: Count = Field(6000, description="optimizer steps")
-    batch_size: Batch = Field(32, description="images of a step")
-    learning_rate: Positive = Field(2e-3, description="peak learning rate of AdamW; cosine to zero")
-    l1_weight: NonNegative = Field(0.05, description="weight of the absolute error; that of the squared error is 1")
-    kl_weight: NonNegative = Field(1e-3, description="weight of the divergence from the unit normal")
-    max_shift: Small = Field(2, description="training images move by up to so many pixels")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of convolutions")
-    seed: Natural = Field(0, description="fixes initialisation, order, augmentation and latent noise")
+_SIZES = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")  # of diffusers' network
 
 
 class RoundTrip(nn.Module):
@@ -69,21 +35,12 @@ class RoundTrip(nn.Module):
     def __init__(self, config: AutoencoderTraining) -> None:
         super().__init__()
         self.config, levels = config, len(config.block_out_channels)
+        sizes = config.model_dump(include=set(_SIZES)) | {"sample_size": config.data.resolution}
+        blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+        fixed = {"mid_block_add_attention": False, "scaling_factor": 1.0, "shift_factor": 0.0, "force_upcast": False}
         with torch.random.fork_rng(devices=[]):  # diffusers initialises from the global generator
             torch.manual_seed(config.seed)
-            self.vae = AutoencoderKL(
-                down_block_types=["DownEncoderBlock2D"] * levels,
-                up_block_types=["UpDecoderBlock2D"] * levels,
-                block_out_channels=config.block_out_channels,
-                layers_per_block=config.layers_per_block,
-                latent_channels=config.latent_channels,
-                norm_num_groups=config.norm_num_groups,
-                mid_block_add_attention=False,
-                sample_size=config.data.resolution,
-                scaling_factor=1.0,
-                shift_factor=0.0,
-                force_upcast=False,
-            )
+            self.vae = AutoencoderKL(**sizes, **blocks, **fixed)
 
     def forward(self, target: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the loss of images (B, 3, H, W) in [-1, 1], and the divergence in it.
@@ -180,7 +137,7 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
                         clock.restart()
                     if outcome.stop:
                         accelerator.print(f"\nstopped by a signal after step {trainer.step}; the same command resumes")
-                        return STOPPED
+                        return process.STOPPED
             score = _finish(network.vae, images, held_out, folder)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{error}; fix it, and run the same command again") from error
@@ -191,20 +148,17 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
 def _check_sizes(config: AutoencoderTraining) -> None:
     """Raise `UserError` for sizes that do not divide."""
     groups, factor = config.norm_num_groups, 2 ** (len(config.block_out_channels) - 1)
-    if any(width % groups for width in config.block_out_channels):
-        raise UserError(
-            f"block_out_channels = {config.block_out_channels}: expected multiples of norm_num_groups {groups}"
-        )
-    if config.data.resolution % factor:
-        raise UserError(
-            f"data.resolution = {config.data.resolution}: expected a multiple of {factor}, for the "
-            f"{len(config.block_out_channels)} entries of block_out_channels"
-        )
+    widths, side = config.block_out_channels, config.data.resolution
+    if any(width % groups for width in widths):
+        raise UserError(f"block_out_channels = {widths}: expected multiples of norm_num_groups {groups}")
+    if side % factor:
+        what = f"a multiple of {factor}, for the {len(widths)} entries of block_out_channels"
+        raise UserError(f"data.resolution = {side}: expected {what}")
 
 
 def _resume(trainer: Trainer, shuffle: Shuffle, start: Path, config: AutoencoderTraining) -> None:
     """Restore a checkpoint of the same configuration and number of images; raise `UserError` for another one."""
-    recorded, now = read_yaml(start / checkpoint.CONFIG), config.model_dump(mode="json")
+    recorded, now = checkpoint.read_config(start), config.model_dump(mode="json")
     if changed := [key for key, value in now.items() if recorded.get(key) != value]:
         raise UserError(f"{start} was made with another {', '.join(changed)}; restore it, or choose another --output")
     trainer.restore(start)

@@ -13,17 +13,15 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decays: Iterable[float]) -> None:
-        parameters = dict(model.named_parameters())
-        self.names = list(parameters)
-        self._weights: list[Tensor] = list(parameters.values())
-        self.averages = {decay: [weight.detach().clone() for weight in self._weights] for decay in decays}
+        self._weights = dict(model.named_parameters())
+        self.averages = {decay: [weight.detach().clone() for weight in self._weights.values()] for decay in decays}
 
     @torch.no_grad()
     def update(self) -> None:
         """Move every average one step towards the present weights."""
         for decay, average in self.averages.items():
-            torch._foreach_lerp_(average, self._weights, 1 - decay)
+            torch._foreach_lerp_(average, list(self._weights.values()), 1 - decay)
 
     def items(self, decay: float) -> Iterator[tuple[str, Tensor]]:
         """Return the average of ``decay`` with the parameters' names; under FSDP, this process's shards of it."""
-        return zip(self.names, self.averages[decay], strict=True)
+        return zip(self._weights, self.averages[decay], strict=True)

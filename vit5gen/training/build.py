@@ -17,21 +17,16 @@ from vit5gen.training.optimizers import OPTIMIZERS
 
 def check_values(config: Config) -> None:
     """Raise `UserError` for values that the types of the configuration cannot tell to be wrong."""
-    channels, _, _ = config.latent_shape
+    (channels, _, _), sampling = config.latent_shape, config.sampling
     with torch.device("meta"):
-        model = build_model(config)
-        build_objectives(config.training, model, build_flow(config))
-    choose("sampling.sampler", config.sampling.sampler, SAMPLERS)
-    if (config.sampling.guidance_channels or 0) > channels:
-        raise UserError(
-            f"sampling.guidance_channels = {config.sampling.guidance_channels}: expected at most the {channels} of "
-            "vae.latent_channels"
-        )
-    if config.sampling.guidance_scale != 1 and config.model.class_dropout_prob == 0:
-        raise UserError(
-            f"sampling.guidance_scale = {config.sampling.guidance_scale}: needs a null label, which "
-            "model.class_dropout_prob = 0 does not train; set it above 0, or the scale to 1"
-        )
+        build_objectives(config.training, build_model(config), build_flow(config))
+    choose("sampling.sampler", sampling.sampler, SAMPLERS)
+    if (asked := sampling.guidance_channels or 0) > channels:
+        raise UserError(f"sampling.guidance_channels = {asked}: expected at most the {channels} of vae.latent_channels")
+    if sampling.guidance_scale != 1 and config.model.class_dropout_prob == 0:
+        untrained = "a null label, which model.class_dropout_prob = 0 does not train"
+        advice = "set it above 0, or the scale to 1"
+        raise UserError(f"sampling.guidance_scale = {sampling.guidance_scale}: needs {untrained}; {advice}")
     choose("evaluation.extractor", config.evaluation.extractor, extractor_names())
     choose("training.optimizer", config.training.optimizer, OPTIMIZERS.names())
     for name in config.training.objectives:

@@ -16,14 +16,28 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vit5gen.config import read_yaml
 from vit5gen.generation.card import versions
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import read_json, sha256, write_json
-from vit5gen.training.sharding import shard_like
 
 CONFIG = "config.yaml"
 _CHECKSUMS = "checksums.json"
+
+
+def gather_shards(value: Tensor) -> Tensor:
+    """Return a tensor gathered from all shards (a collective under FSDP); a plain one as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def shard_like(value: Tensor, example: Tensor) -> Tensor:
+    """Return a whole tensor on the device of ``example``, cut into shards where that is."""
+    value = value.to(example.device)
+    if isinstance(example, DTensor):
+        return distribute_tensor(value, example.device_mesh, example.placements)
+    return value
 
 
 @torch.no_grad()
@@ -36,9 +50,8 @@ def fill(targets: Iterable[tuple[str, Tensor]], folder: Path, file: str) -> None
     for name, value in targets:
         tensor = saved.pop(name, None)
         if tensor is None or tensor.shape != value.shape:
-            raise UserError(
-                f"checkpoint {folder}: {file} has no {name!r} of shape {list(value.shape)}; resume with the same model"
-            )
+            absent = f"{file} has no {name!r} of shape {list(value.shape)}"
+            raise UserError(f"checkpoint {folder}: {absent}; resume with the same model")
         value.copy_(shard_like(tensor, value))
     if saved:
         raise UserError(f"checkpoint {folder}: {file} has {min(saved)!r}, this model has not; resume with the same one")
@@ -61,9 +74,8 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
     try:
         temporary.mkdir(parents=True)
         for name, values in tensors.items():
-            safetensors.torch.save_file(
-                {key: value.contiguous() for key, value in values.items()}, temporary / f"{name}.safetensors"
-            )
+            whole = {key: value.contiguous() for key, value in values.items()}
+            safetensors.torch.save_file(whole, temporary / f"{name}.safetensors")
         write_json(temporary / "state.json", {"step": step, **state, "versions": versions()})
         (temporary / CONFIG).write_text(config, encoding="utf-8")
         files = sorted(temporary.iterdir())
@@ -130,9 +142,7 @@ def newest_valid(folder: Path) -> Path | None:
             return path
         print(f"warning: checkpoint {path} is passed over: {fault}", flush=True)
     if found:
-        raise UserError(
-            f"none of the {len(found)} checkpoints in {folder} is valid; restore one, or start in another folder"
-        )
+        raise UserError(f"none of the {len(found)} checkpoints in {folder} is valid; restore one, or use a new folder")
     return None
 
 
@@ -151,3 +161,8 @@ def prune(folder: Path, step: int, keep_last: int, keep_every: int | None) -> No
 def read_state(folder: Path) -> dict[str, Any]:
     """Return the ``state.json`` of a checkpoint."""
     return read_json(folder / "state.json", "checkpoint state")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration that a checkpoint was made by, as it is recorded."""
+    return read_yaml(folder / CONFIG)

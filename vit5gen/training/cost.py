@@ -103,10 +103,9 @@ def model_cost(model: SiTTransformer2DModel, precision: str = "fp32", recomputes
             output.sum().backward()
     except (RuntimeError, TypeError) as error:
         reason = str(error).split("\n")[0][:200]
-        raise UserError(
-            f"backbone {model.config.backbone!r} cannot run on torch's meta device, by which costs are counted "
-            f"({reason}); leave out what reads the values of tensors"
-        ) from error
+        fault = f"cannot run on torch's meta device, by which costs are counted ({reason})"
+        advice = "leave out what reads the values of tensors"
+        raise UserError(f"backbone {model.config.backbone!r} {fault}; {advice}") from error
 
     blocks = model.config.num_layers
     if recomputes:

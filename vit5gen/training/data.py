@@ -1,25 +1,34 @@
 """Where training samples come from: latent shards, or images that are encoded again in every step."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from vit5gen.config import Config
+from vit5gen.config import Config, TrainingConfig
 from vit5gen.data.autoencoders.kl import encode, load_autoencoder
 from vit5gen.data.encoding import ensure_latents
 from vit5gen.data.images import ImageSet, check_classes, drop_broken
 from vit5gen.data.latents import LatentDataset, identity, open_for, settings_of
+from vit5gen.system.distributed import on_main
 from vit5gen.system.precision import PRECISIONS
+from vit5gen.training.folder import check_data
 from vit5gen.training.objectives import OBJECTIVES, Batch
 from vit5gen.training.process import batch_sizes, signals_blocked
-from vit5gen.training.random import MicroBatches, Source, TrainingSet, data_index
+from vit5gen.training.random import data_index, sample_draws
+
+
+class Source(Protocol):
+    """What training reads: latents ``(mean, std, label)`` or images ``(uint8 image, label)``."""
+
+    def __len__(self) -> int: ...
+    def get(self, index: int, flip: bool) -> tuple[Any, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -42,14 +51,18 @@ class ImageSource:
 
 
 def open_source(
-    config: Config, accelerator: Accelerator, check: Callable[[dict[str, Any]], None] = lambda data: None
+    config: Config, accelerator: Accelerator, start: Path | None = None, accept_changes: bool = False
 ) -> tuple[ImageSource | LatentDataset, AutoencoderKL, dict[str, Any]]:
     """Open what a run trains on, encoding latents first where there are none yet, and its autoencoder.
 
     Returned last is what a checkpoint records of the data: their `identity`, and ``broken``, the number of images left
-    out. ``check`` gets either as early as it is known, the first before anything is encoded.
-    Raises `UserError` when data or autoencoder are absent or do not fit the configuration.
+    out. Either is compared with that of ``start`` as early as it is known, the first before anything is encoded.
+    Raises `UserError` when data or autoencoder are absent or do not fit the configuration, or ``start`` had others.
     """
+
+    def check(data: dict[str, Any]) -> None:
+        on_main(partial(check_data, start, accept_changes, data))
+
     vae = load_autoencoder(config.vae.name).to(accelerator.device)
     source: ImageSource | LatentDataset
     if config.data.latents is not None and not config.data.from_images:
@@ -94,58 +107,62 @@ def nonfinite_advice(config: Config, source: ImageSource | LatentDataset, vae: A
     return f"its samples were {indices}; lower training.learning_rate, or set training.max_grad_norm"
 
 
+@dataclass(frozen=True)
+class TrainingSet(Dataset[dict[str, Any]]):
+    """Samples by (step, position): the data with the draws that belong to it.
+
+    Yields ``x1`` (C, h, w) drawn from the latent's posterior, or ``image`` (3, H, W) uint8 and ``posterior`` noise;
+    and ``x0`` noise, ``uniform`` in [0, 1), ``label`` (already null where dropped) and ``index`` of the sample.
+    """
+
+    source: Source
+    config: Config
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        (step, position), config, seed = key, self.config, self.config.training.seed
+        draws = sample_draws(seed, step, position, config.latent_shape)
+        index = data_index(seed, step, position, config.training.global_batch_size, len(self.source))
+        *data, label = self.source.get(index, config.data.horizontal_flip and draws.flip)
+        sample = {"x0": draws.noise, "uniform": draws.uniform, "position": position, "index": index}
+        sample["label"] = config.data.num_classes if draws.drop < config.model.class_dropout_prob else int(label)
+        if len(data) == 2:
+            mean, std = data
+            return sample | {"x1": mean + std * draws.posterior}
+        return sample | {"image": data[0], "posterior": draws.posterior}
+
+
+def batch_keys(settings: TrainingConfig, first_step: int, rank: int, world: int) -> Iterator[list[tuple[int, int]]]:
+    """Yield the (step, position) keys of one process, micro-batch after micro-batch."""
+    size, accumulation = batch_sizes(settings, world)
+    for step in range(first_step, settings.num_steps):
+        for micro in range(rank * accumulation, (rank + 1) * accumulation):
+            yield [(step, micro * size + k) for k in range(size)]
+
+
 def micro_batches(
-    config: Config,
-    source: Source,
-    vae: AutoencoderKL | None,
-    accelerator: Accelerator,
-    first_step: int = 0,
+    config: Config, source: Source, vae: AutoencoderKL | None, accelerator: Accelerator, first_step: int = 0
 ) -> Generator[Batch]:
     """Yield this process's micro-batches (see `TrainingSet`) from ``first_step`` to the last, images encoded."""
-    settings = config.training
-    samples = TrainingSet(
-        source,
-        config.latent_shape,
-        settings.seed,
-        settings.global_batch_size,
-        null_label=config.data.num_classes,
-        drop_prob=config.model.class_dropout_prob,
-        flip=config.data.horizontal_flip,
-    )
+    settings, workers, on_gpu = config.training, config.data.num_workers, accelerator.device.type == "cuda"
     dtype = PRECISIONS[settings.precision].weights
     keeps_image = any(OBJECTIVES.get(name).needs_image for name in settings.objectives)
-    size, _ = batch_sizes(settings, accelerator.num_processes)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    keys = MicroBatches(first_step, settings.num_steps, settings.global_batch_size, size, rank, world)
-    loader = DataLoader(
-        samples,
-        batch_sampler=keys,
-        num_workers=config.data.num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        # Forked, workers would inherit the state of CUDA and of the trainer's threads.
-        multiprocessing_context="spawn" if config.data.num_workers else None,
-    )
+    keys = batch_keys(settings, first_step, accelerator.process_index, accelerator.num_processes)
+    # Forked, workers would inherit the state of CUDA and of the trainer's threads.
+    start: dict[str, Any] = {"num_workers": workers, "multiprocessing_context": "spawn"} if workers else {}
     with signals_blocked():
-        batches = iter(loader)
+        batches = iter(DataLoader(TrainingSet(source, config), batch_sampler=keys, pin_memory=on_gpu, **start))
     try:
         for sample in batches:
             first = int(sample["position"][0])
             sample = {name: value.to(accelerator.device, non_blocking=True) for name, value in sample.items()}
             image = sample.get("image")
-            x1 = sample["x1"] if image is None else encode_batch(vae, image, sample["posterior"])
-            x1, x0 = x1.to(dtype), sample["x0"].to(dtype)
-            image = image if keeps_image else None
-            empty = x1.new_empty(0)
-            yield Batch(
-                x1, x0, sample["label"], sample["uniform"], sample["position"], first, image, empty, empty, empty
-            )
+            if image is not None and vae is not None:  # its latents, drawn with the given noise
+                mean, std = encode(vae, image)
+                sample["x1"] = mean + std * sample["posterior"]
+            x1, x0, empty = sample["x1"].to(dtype), sample["x0"].to(dtype), sample["x1"].new_empty(0)
+            draws = (sample["uniform"], sample["position"], first)
+            yield Batch(x1, x0, sample["label"], *draws, image if keeps_image else None, empty, empty, empty)
     finally:
-        if config.data.num_workers:
+        if workers:
             # Left to garbage collection, workers that SIGTERM does not reach would keep a failed trainer from exiting.
             batches._shutdown_workers()  # type: ignore[attr-defined]
-
-
-def encode_batch(vae: AutoencoderKL, images: Tensor, noise: Tensor) -> Tensor:
-    """Draw latents (B, C, h, w) of uint8 images (B, 3, H, W) with the given normal noise, in the model's scale."""
-    mean, std = encode(vae, images)
-    return mean + std * noise

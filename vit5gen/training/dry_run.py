@@ -2,6 +2,8 @@
 
 import sys
 import time
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +17,11 @@ from vit5gen.data.images import make_source, open_training_images
 from vit5gen.data.latents import MANIFEST, check_autoencoder
 from vit5gen.evaluation.features import EXTRACTORS
 from vit5gen.models.backbone import BACKBONES
+from vit5gen.system.distributed import on_main
 from vit5gen.training import cost
 from vit5gen.training.build import build_model, check_values
-from vit5gen.training.cost import GPUS, Cost, gpu_hours, largest_micro_batch, memory_bytes
 from vit5gen.training.data import micro_batches, open_source
+from vit5gen.training.folder import RunFolder
 from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.objectives import OBJECTIVES
 from vit5gen.training.process import batch_sizes, make_accelerator
@@ -26,39 +29,52 @@ from vit5gen.training.process import batch_sizes, make_accelerator
 TRIAL_STEPS = 3
 
 
-def plan(config: Config) -> int:
+def plan(config: Config, output: str | None, resume: str, accept_changes: bool) -> int:
     """Check every value, print what the run costs and what is missing, and try 3 steps where nothing is; return 0.
 
+    output, resume, accept_changes: as in training, whose start is told where ``output`` is known.
     Raises `UserError` for a value that does not fit, as training would.
     """
     accelerator = make_accelerator(config.training, Path())
     batch_sizes(config.training, accelerator.num_processes)
     check_values(config)
+    start = None
+    if output is not None:
+        folder = RunFolder(output)
+        with ExitStack() as stack:
+            on_main(lambda: stack.enter_context(folder.locked(write=False)))
+            start, config = on_main(partial(folder.find_start, config, resume, accept_changes))
+        if folder.finished(config, start):
+            accelerator.print(f"{folder} is already trained to step {config.training.num_steps}; nothing to do")
+            return 0
+        accelerator.print(f"start:    {'a new run' if start is None else f'resumes from {start}'} in {folder}")
     for line in describe(config, accelerator.num_processes):
         accelerator.print(line)
     absent = missing(config)
     for path, remedy in absent.items():
         accelerator.print(f"missing: {path} ({remedy})")
-    without_images = next(iter(make_source(config.data).missing()), None) if _latents_suffice(config.data) else None
-    if without_images is not None:
-        accelerator.print(f"images:   not here ({without_images}): evaluations of the latents' model have no distance")
-    vae = None if config.vae.name in absent else kl.load_autoencoder(config.vae.name)
-    if vae is not None:
-        check_autoencoder(config, vae)
-    if config.data.path is not None and not make_source(config.data).missing():
+    source = make_source(config.data)
+    images = source.missing()
+    if images and _latents_suffice(config.data):
+        reason = next(iter(images))
+        accelerator.print(f"images:   not here ({reason}): evaluations of the latents' model have no distance")
+    if config.vae.name not in absent:
+        check_autoencoder(config, kl.load_autoencoder(config.vae.name))
+    if config.data.path is not None and not images:
         open_training_images(config.data)
     if absent:
-        accelerator.print(f"trial:    {TRIAL_STEPS} real steps, once nothing is missing")
+        trial = f"{TRIAL_STEPS} real steps, once nothing is missing"
     elif config.data.latents is None and not config.data.from_images:
-        accelerator.print("trial:    none before the latents are encoded; `vit5gen encode`, then --data.latents FOLDER")
-    elif preparation := make_source(config.data).preparation():
-        accelerator.print(f"trial:    none before {preparation}, which training does")
+        trial = "none before the latents are encoded; `vit5gen encode`, then --data.latents FOLDER"
+    elif preparation := source.preparation():
+        trial = f"none before {preparation}, which training does"
     else:
-        accelerator.print(f"trial:    {_trial(config, accelerator)}")
+        trial = _trial(config, accelerator, start, accept_changes)
+    accelerator.print(f"trial:    {trial}")
     return 0
 
 
-def run_cost(config: Config) -> Cost:
+def run_cost(config: Config) -> cost.Cost:
     """Build the model on the meta device and return its cost; raise `UserError` when its sizes do not fit."""
     with torch.device("meta"):
         model = build_model(config)
@@ -67,8 +83,7 @@ def run_cost(config: Config) -> Cost:
 
 def describe(config: Config, num_processes: int = 1) -> list[str]:
     """Return the lines on size, memory, time and disk, for the present number of processes and for 1 and 8 GPUs."""
-    found, section = run_cost(config), config.model
-    settings = config.training
+    found, section, settings = run_cost(config), config.model, config.training
     unit = settings.micro_batch_size or 1
     processes = sorted({num_processes} | {n for n in (1, 8) if settings.global_batch_size % (n * unit) == 0})
     size = section.preset or f"{section.num_layers}x{section.hidden_size}"
@@ -82,34 +97,32 @@ def describe(config: Config, num_processes: int = 1) -> list[str]:
     ]
 
 
-def memory_line(config: Config, found: Cost, num_processes: int) -> str:
+def memory_line(config: Config, found: cost.Cost, num_processes: int) -> str:
     """Describe memory and traffic of each of so many GPUs; where 80 GB are too little, also a micro-batch that fits."""
     local = config.training.global_batch_size // num_processes
     micro = config.training.micro_batch_size or local
-    needed = _short(memory_bytes(found, config, micro, num_processes) / 1e9)
+    needed = _short(cost.memory_bytes(found, config, micro, num_processes) / 1e9)
     line = f"memory:   {num_processes} GPU{'s' if num_processes > 1 else ''} x {micro} images: {needed} GB"
     if num_processes > 1:
-        sharded = memory_bytes(found, config, micro, num_processes, sharded=True) / 1e9
+        sharded = cost.memory_bytes(found, config, micro, num_processes, sharded=True) / 1e9
         sent = cost.communication_bytes(found, config, local // micro, num_processes) / 1e9
         line += f" each (FSDP {_short(sharded)}), {_short(sent)} GB sent a step"
-    most = largest_micro_batch(found, config, num_processes, GPUS["A100"].memory)
+    most = cost.largest_micro_batch(found, config, num_processes, cost.GPUS["A100"].memory)
     if most < micro and (fitting := [n for n in range(1, min(local, most) + 1) if local % n == 0]):
-        fits = memory_bytes(found, config, fitting[-1], num_processes) / 1e9
+        fits = cost.memory_bytes(found, config, fitting[-1], num_processes) / 1e9
         line += f"; --training.micro_batch_size {fitting[-1]}: {_short(fits)} GB"
     return line
 
 
-def time_line(config: Config, found: Cost) -> str:
+def time_line(config: Config, found: cost.Cost) -> str:
     """Describe the GPU-hours of a run."""
-    settings, images = config.training, config.training.num_steps * config.training.global_batch_size
-    hours = [f"{_short(gpu_hours(found, images, gpu, settings.precision))} on {gpu}" for gpu in ("A100", "H100")]
-    return (
-        f"time:     {settings.num_steps:,} steps x {settings.global_batch_size} images: GPU-hours {', '.join(hours)} "
-        f"({settings.precision}, {cost.ASSUMED_UTILISATION:.0%} of peak assumed)"
-    )
+    steps, batch, precision = config.training.num_steps, config.training.global_batch_size, config.training.precision
+    hours = [f"{_short(cost.gpu_hours(found, steps * batch, gpu, precision))} on {gpu}" for gpu in ("A100", "H100")]
+    assumed = f"{precision}, {cost.ASSUMED_UTILISATION:.0%} of peak assumed"
+    return f"time:     {steps:,} steps x {batch} images: GPU-hours {', '.join(hours)} ({assumed})"
 
 
-def disk_line(config: Config, found: Cost) -> str:
+def disk_line(config: Config, found: cost.Cost) -> str:
     """Describe what latents and run take on disk."""
     data = config.data
     count = cost.IMAGENET_IMAGES if data.num_classes == 1000 else 1000
@@ -126,16 +139,13 @@ def _short(value: float) -> str:
 
 def missing(config: Config) -> dict[str, str]:
     """Return what the run needs and this machine lacks, each with how to get it."""
-    data = config.data
-    unneeded = _latents_suffice(data)
-    images = make_source(data).missing()
+    data, images, unneeded = config.data, make_source(config.data).missing(), _latents_suffice(config.data)
     absent = {} if unneeded else images
     if data.latents is not None and not (Path(data.latents).expanduser() / MANIFEST).is_file():
         absent[data.latents] = f"vit5gen encode CONFIG --output {data.latents}"
     absent |= kl.missing(config.vae.name)
-    extractor = None if unneeded and images else config.evaluation.extractor  # without images there is no distance
-    if extractor is not None:
-        absent |= registry.missing(EXTRACTORS.get(extractor))
+    if not (unneeded and images):  # without images there is no distance
+        absent |= registry.missing(EXTRACTORS.get(config.evaluation.extractor))
     for name in config.training.objectives:
         absent |= OBJECTIVES.get(name).missing()
     return absent | registry.missing(BACKBONES.get(config.model.backbone))
@@ -146,28 +156,27 @@ def _latents_suffice(data: DataConfig) -> bool:
     return data.latents is not None and not data.from_images and (Path(data.latents).expanduser() / MANIFEST).is_file()
 
 
-def _trial(config: Config, accelerator: Accelerator) -> str:
-    """Train a few steps of the run, and say what they took and how long all of them will."""
-    short = config.model_copy(update={"training": config.training.model_copy(update={"num_steps": TRIAL_STEPS})})
-    settings, device = short.training, accelerator.device
-    source, vae, _ = open_source(short, accelerator)
-    trainer = build_trainer(short, accelerator)
-    batches, start = micro_batches(short, source, vae, accelerator), 0.0
+def _trial(config: Config, accelerator: Accelerator, start: Path | None, accept_changes: bool) -> str:
+    """Train a few steps of the run from ``start``, and say what they took and how long all of them will."""
+    source, vae, _ = open_source(config, accelerator, start, accept_changes)
+    trainer, device = build_trainer(config, accelerator), accelerator.device
+    if start is not None:
+        trainer.restore(start)
+    num_steps = {"num_steps": trainer.step + TRIAL_STEPS}
+    short = config.model_copy(update={"training": config.training.model_copy(update=num_steps)})
+    batches, begun = micro_batches(short, source, vae, accelerator, trainer.step), 0.0
     for _ in range(TRIAL_STEPS):
         train_step(trainer, short, batches)
-        start = start or time.perf_counter()  # after the first step, which compiles and allocates
-    seconds = (time.perf_counter() - start) / (TRIAL_STEPS - 1)
-    speed, used, peak = settings.global_batch_size / seconds, "", _peak_of_process()
+        begun = begun or time.perf_counter()  # after the first step, which compiles and allocates
+    seconds = (time.perf_counter() - begun) / (TRIAL_STEPS - 1)
+    speed, used, peak = config.training.global_batch_size / seconds, "", _peak_of_process()
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         used = utilisation(config, speed / accelerator.num_processes, torch.cuda.get_device_name(device))
     steps = config.training.num_steps
     memory = "" if peak is None else f"peak memory {_short(peak / 1e9)} GB, "
-    return (
-        f"{TRIAL_STEPS} real steps: {memory}"
-        f"{_short(speed)} images/s{used}; "
-        f"{steps:,} steps will take {_short(steps * seconds / 3600)} hours"
-    )
+    hours = f"{steps:,} steps will take {_short(steps * seconds / 3600)} hours"
+    return f"{TRIAL_STEPS} real steps: {memory}{_short(speed)} images/s{used}; {hours}"
 
 
 def _peak_of_process() -> int | None:
@@ -181,7 +190,7 @@ def _peak_of_process() -> int | None:
 
 def utilisation(config: Config, images_per_second: float, device_name: str) -> str:
     """Return `` (MFU ...)`` for the speed of one GPU whose peak is known, else an empty string."""
-    gpu = next((name for name in GPUS if name in device_name), None)
+    gpu = next((name for name in cost.GPUS if name in device_name), None)
     if gpu is None:
         return ""
     return f" (MFU {cost.mfu(run_cost(config), images_per_second, gpu, config.training.precision):.1%} of {gpu})"

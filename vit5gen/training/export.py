@@ -18,21 +18,18 @@ from vit5gen.models.loading import check_finite, load_exactly
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import read_json
 from vit5gen.training.build import build_model
-from vit5gen.training.checkpoint import find_damage, load_tensors, newest_valid
+from vit5gen.training.checkpoint import CONFIG, find_damage, load_tensors, newest_valid
+from vit5gen.training.folder import RunFolder
 
 
 def export_pipeline(
-    checkpoint: str | Path,
-    output: str | Path,
-    vae: str | None = None,
-    weights: str | None = None,
-    num_attention_heads: int | None = None,
+    checkpoint: str | Path, output: str | Path, vae: str | None, weights: str | None, num_attention_heads: int | None
 ) -> None:
     """Write the pipeline folder ``output``, whole or not at all.
 
     checkpoint: a file in SiT's published layout, or RUN or RUN/checkpoints/step_XXXXXXXX of the trainer.
-    vae: name or folder of the autoencoder, default SiT's or the run's; "none" leaves it out (latents only).
-    weights: of a run, ``ema_<decay>`` or ``model``, default its first average.
+    vae: name or folder of the autoencoder, None SiT's or the run's; "none" leaves it out (latents only).
+    weights: of a run, ``ema_<decay>`` or ``model``, None its first average.
     num_attention_heads: of a SiT whose width is no preset's.
     Raises `UserError` for anything that is not such a checkpoint, and for an output that exists.
     """
@@ -46,11 +43,9 @@ def export_pipeline(
     else:
         if weights is not None:
             raise UserError(f"--weights = {weights!r} goes with a checkpoint folder of a run; a SiT file holds one set")
-        model = load_sit(source, num_attention_heads)
-        classes = model.config.num_classes
-        names = imagenet_names(ImageNetInfo().label_names()) if classes == 1000 else []
+        model, origin = load_sit(source, num_attention_heads), source.name
+        names = imagenet_names(ImageNetInfo().label_names()) if model.config.num_classes == 1000 else []
         pipe = _assemble(model, SiTScheduler(), vae or VaeConfig().name, dict(enumerate(names)))
-        origin = source.name
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         pipe.save_pretrained(temporary, facts=TrainingFacts(command=f"converted from {origin}"))
@@ -65,20 +60,19 @@ def export_pipeline(
 
 def _from_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPipeline, str]:
     """Return the pipeline, and in words which weights of which checkpoint it holds."""
-    folder = newest_valid(source / "checkpoints") if (source / "checkpoints").is_dir() else source
-    if folder is None or not (folder / "config.yaml").is_file():
-        raise UserError(
-            f"checkpoint {source} is no run and no checkpoint folder; expected RUN or RUN/checkpoints/step_..."
-        )
-    if (fault := find_damage(folder)) is not None:
+    run = RunFolder(source)
+    folder = newest_valid(run.checkpoints) if run.checkpoints.is_dir() else source
+    if folder is None or not (folder / CONFIG).is_file():
+        raise UserError(f"checkpoint {source}: no run and no checkpoint folder; expected RUN or one of RUN/checkpoints")
+    if fault := find_damage(folder):
         raise UserError(f"checkpoint {folder}: {fault}; take another one of the run")
-    config = load_recorded(folder / "config.yaml")
+    config = load_recorded(folder / CONFIG)
     model = build_model(config)
     averages = [f"ema_{decay}" for decay in config.training.ema_decays]
     chosen = choose("weights", weights or averages[0], [*averages, "model"])
     # An average holds parameters only; buffers come from the model.
     load_exactly(model, {**load_tensors(folder, "model"), **load_tensors(folder, chosen)})
-    index = folder.parent.parent / "pipeline" / "model_index.json"
+    index = RunFolder(folder.parent.parent).pipeline / "model_index.json"
     names = read_json(index, "pipeline").get("id2label", {}) if index.is_file() else {}
     scheduler = SiTScheduler(config.flow.path, config.flow.prediction)
     return _assemble(model, scheduler, vae or config.vae.name, names), f"{chosen} of {folder}"
@@ -86,11 +80,10 @@ def _from_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPi
 
 def _assemble(model: SiTTransformer2DModel, scheduler: SiTScheduler, vae: str, names: dict[int, str]) -> SiTPipeline:
     autoencoder = None if vae == "none" else load_autoencoder(vae)
-    if autoencoder is not None and autoencoder.config.latent_channels != model.config.in_channels:
-        raise UserError(
-            f"vae {vae!r} has latents of {autoencoder.config.latent_channels} channels, the model takes"
-            f" {model.config.in_channels}; give the --vae that it was trained with, or 'none'"
-        )
     if autoencoder is not None:
+        found, taken = autoencoder.config.latent_channels, model.config.in_channels
+        if found != taken:
+            advice = "give the --vae that it was trained with, or 'none'"
+            raise UserError(f"vae {vae!r} has latents of {found} channels, the model takes {taken}; {advice}")
         check_finite(f"vae {vae!r}", autoencoder.state_dict())
     return SiTPipeline(model.eval(), scheduler, autoencoder, id2label=names)

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,13 @@ from vit5gen.generation.loading import PIPELINE
 from vit5gen.system.errors import UserError, short
 from vit5gen.system.files import locked_file, read_json, write_json, write_text
 from vit5gen.training import checkpoint
-from vit5gen.training.checkpoint import CONFIG
 
 # Sections and keys that may differ when a run is resumed: they change what is kept and shown, not what is computed.
-CHANGEABLE = {
-    "evaluation",
-    "sampling",
-    "data.num_workers",
-    "data.latents",
-    "training.num_steps",
-    "training.micro_batch_size",
-    "training.gradient_checkpointing",
-    "training.checkpoint_every",
-    "training.checkpoint_minutes",
-    "training.keep_last",
-    "training.keep_every",
-    "training.log_every",
-    "training.trackers",
-    "training.max_nonfinite_steps",
-}
+_HOW_FAR = {"training.num_steps", "training.max_nonfinite_steps"}
+_WITH_WHAT = {"data.num_workers", "data.latents", "training.micro_batch_size", "training.gradient_checkpointing"}
+_KEPT = {"training.checkpoint_every", "training.checkpoint_minutes", "training.keep_last", "training.keep_every"}
+_SHOWN = {"evaluation", "sampling", "training.log_every", "training.trackers"}
+CHANGEABLE = _HOW_FAR | _WITH_WHAT | _KEPT | _SHOWN
 
 
 def to_yaml(config: Section) -> str:
@@ -56,10 +44,8 @@ def differences(old: dict[str, Any], config: Config, changeable: Collection[str]
 def _accept(start: Path, fault: str, changes: list[str], accept_changes: bool) -> None:
     """Refuse to resume ``start`` under changed conditions unless the user accepts that."""
     if changes and not accept_changes:
-        raise UserError(
-            f"{start} {fault}: {'; '.join(changes)}. "
-            "Restore what it had, choose another --output, or add --accept-changes to resume with what there is now"
-        )
+        advice = "Restore what it had, choose another --output, or add --accept-changes to resume with what is there"
+        raise UserError(f"{start} {fault}: {'; '.join(changes)}. {advice}")
     for change in changes:
         print(f"note: resuming with {change}", flush=True)
 
@@ -91,7 +77,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.checkpoints, self.nonfinite = self.path / "checkpoints", self.path / "nonfinite"
-        self.config, self.data = self.path / CONFIG, self.path / "data.json"
+        self.config, self.data = self.path / checkpoint.CONFIG, self.path / "data.json"
         self.log, self.metrics = self.path / "log.jsonl", self.path / "metrics.json"
         self.samples, self.loss_curve = self.path / "samples.png", self.path / "loss.png"
         self.pipeline, self._pipeline_before = self.path / PIPELINE, self.path / f".{PIPELINE}.old"
@@ -100,39 +86,37 @@ class RunFolder:
         return str(self.path)
 
     @contextmanager
-    def locked(self, marks: Sequence[str] = ("checkpoints", "metrics.json")) -> Iterator[None]:
+    def locked(self, marks: Sequence[str] = ("checkpoints", "metrics.json"), write: bool = True) -> Iterator[None]:
         """Hold the kernel's lock on the folder, which is gone when this process is; make the folder if need be.
 
         marks: patterns of files by which a run that has begun is known. Bad input that shows before leaves no new
-        folder behind. Raises `UserError` when another process trains in this folder, it holds other files, or cannot
-        be written or locked.
+        folder behind. write: False makes nothing, and locks where there is a lock. Raises `UserError` when another
+        process trains in this folder, it holds other files, or cannot be written or locked.
         """
-        folder, lock = self.path, self.path / ".lock"
+        folder, lock, existed = self.path, self.path / ".lock", self.path.exists()
 
         def begun() -> bool:
             return any(found for pattern in marks for found in folder.glob(pattern))
 
-        existed = folder.exists()
         of_a_run = lock.exists() or begun()  # copies often lack hidden files
         if existed and not of_a_run and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"--output {folder}: holds other files; choose a new folder or that of an earlier run")
         with ExitStack() as stack:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked_file(lock, wait=False))
+                if write:
+                    folder.mkdir(parents=True, exist_ok=True)
+                if write or lock.exists():
+                    stack.enter_context(locked_file(lock, wait=False))
             except BlockingIOError:
-                raise UserError(
-                    f"--output {folder}: another process trains there; wait for it or choose another folder"
-                ) from None
+                advice = "another process trains there; wait for it or choose another folder"
+                raise UserError(f"--output {folder}: {advice}") from None
             except OSError as error:
-                raise UserError(
-                    f"--output {folder}: {error.strerror}; choose a folder that can be written, on a file system with "
-                    "locks"
-                ) from error
+                advice = "choose a folder that can be written, on a file system with locks"
+                raise UserError(f"--output {folder}: {error.strerror}; {advice}") from error
             try:
                 yield
             except UserError:
-                if not existed and not begun():
+                if write and not existed and not begun():
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
 
@@ -141,30 +125,24 @@ class RunFolder:
 
         Raises `UserError` when the folder holds another run, or the checkpoint does not fit the configuration.
         """
+        start, last = None, config.training.num_steps
         if resume == "auto":
             start = checkpoint.newest_valid(self.checkpoints)
-        elif resume == "never":
-            if checkpoint.steps(self.checkpoints):
-                raise UserError(f"--output {self}: holds a run; choose a new folder, or --resume auto to resume it")
-            start = None
-        else:
+        elif resume != "never":
             start = Path(resume)
             if fault := checkpoint.find_damage(start):
-                raise UserError(
-                    f"--resume {start}: {fault}; expected a valid checkpoint such as RUN/checkpoints/step_00000010"
-                )
+                raise UserError(f"--resume {start}: {fault}; expected e.g. RUN/checkpoints/step_00000010, undamaged")
+        elif checkpoint.steps(self.checkpoints):
+            raise UserError(f"--output {self}: holds a run; choose a new folder, or --resume auto to resume it")
         if start is not None:
-            recorded = read_yaml(start / CONFIG)
+            recorded = checkpoint.read_config(start)
             _accept(start, "was made by another configuration", differences(recorded, config), accept_changes)
             config = as_recorded(config, recorded)
-            step = checkpoint.read_state(start)["step"]
-            if step > config.training.num_steps:
-                raise UserError(
-                    f"{start} is beyond training.num_steps = {config.training.num_steps}; ask for {step} or more"
-                )
+            if (step := checkpoint.read_state(start)["step"]) > last:
+                raise UserError(f"{start} is beyond training.num_steps = {last}; ask for {step} or more")
         values = config.model_dump()
         if values["training"]["checkpoint_every"] is None:
-            values["training"]["checkpoint_every"] = max(1, min(10_000, math.ceil(config.training.num_steps / 4)))
+            values["training"]["checkpoint_every"] = max(1, min(10_000, math.ceil(last / 4)))
         return start, validate(Config, values, "configuration")  # in which every key counts as given
 
     def record(self, config: Config, step: int, data: dict[str, Any]) -> None:
@@ -195,11 +173,11 @@ class RunFolder:
     def lines(self) -> list[dict[str, Any]]:
         """Return the lines of the log; those that a kill cut short or a disk damaged are left out."""
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
-        return [
-            line
-            for line in map(_parsed, text.split("\n")[:-1])
-            if isinstance(line, dict) and isinstance(line.get("step"), int)
-        ]
+        lines: list[Any] = []
+        for line in text.split("\n")[:-1]:
+            with suppress(ValueError, RecursionError):
+                lines.append(json.loads(line))
+        return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
     def add_line(self, line: dict[str, Any]) -> None:
         """Add a line to the log."""
@@ -241,10 +219,3 @@ class RunFolder:
         """Put the former ``pipeline/`` back where a kill came between the two."""
         if self._pipeline_before.exists() and not self.pipeline.exists():
             os.replace(self._pipeline_before, self.pipeline)
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None

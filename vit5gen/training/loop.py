@@ -21,7 +21,7 @@ from vit5gen.system.precision import PRECISIONS
 from vit5gen.training import process
 from vit5gen.training.build import build_flow, build_model_to_train, check_values
 from vit5gen.training.data import micro_batches, nonfinite_advice, open_source
-from vit5gen.training.folder import RunFolder, check_data, to_yaml
+from vit5gen.training.folder import RunFolder, to_yaml
 from vit5gen.training.monitor import Monitor
 from vit5gen.training.objectives import Batch, build_objectives
 from vit5gen.training.optimizers import build_optimizer, learning_rate
@@ -76,7 +76,7 @@ def train_step(
     for group in trainer.optimizer.param_groups:
         group["lr"] = learning_rate(step, settings)
     trainer.network.train()
-    total = torch.zeros(len(learner.objectives), device=accelerator.device, dtype=trainer.dtype)
+    total = torch.zeros(len(learner.objectives), device=accelerator.device, dtype=learner.model.dtype)
     with fast_products(), process.memory_hint(micro_batch_size):
         for micro in range(accumulation):
             batch = next(batches)
@@ -112,7 +112,7 @@ def train_step(
     return outcome
 
 
-def train(config: Config, output: str | Path, resume: str = "auto", accept_changes: bool = False) -> int:
+def train(config: Config, output: str | Path, resume: str, accept_changes: bool = False) -> int:
     """Train to ``training.num_steps`` in the folder ``output`` and return the exit code.
 
     A run is a function of its configuration: every draw depends on (seed, step, position in the global batch) alone,
@@ -144,8 +144,7 @@ def train(config: Config, output: str | Path, resume: str = "auto", accept_chang
 def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: Path | None, accept: bool) -> int:
     # What is trained, on which data, and from where.
     settings, trainer = config.training, build_trainer(config, accelerator)
-    check = lambda data: on_main(partial(check_data, start, accept, data))  # noqa: E731
-    source, vae, data = open_source(config, accelerator, check)
+    source, vae, data = open_source(config, accelerator, start, accept)
     if start is not None:
         trainer.restore(start)
     trainer.data |= {key: value for key, value in data.items() if value is not None}  # old latents know no digest
@@ -155,7 +154,8 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
 
     stop, saved_step, nonfinite_in_a_row, clock = False, trainer.step, 0, process.SaveClock(settings.checkpoint_minutes)
     with process.stop_signals() as stop_asked, closing(batches), ExitStack() as stack:
-        monitor = stack.enter_context(closing(Monitor(config, folder, trainer, vae, source.class_names, stop_asked)))
+        monitor = Monitor(config, folder, trainer, vae, source.class_names, stop_asked)
+        stack.enter_context(monitor.bar)
         while True:
             # Evaluate the averages, at the first and the last step too; a signal ends it.
             if not stop and monitor.due(trainer.step):

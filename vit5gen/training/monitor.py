@@ -30,13 +30,13 @@ from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.models import SiTTransformer2DModel
-from vit5gen.system.distributed import gather_objects, gather_rows, on_main
+from vit5gen.system.distributed import gather_objects, on_main
 from vit5gen.system.files import atomic
 from vit5gen.system.precision import PRECISIONS
+from vit5gen.training.checkpoint import gather_shards
 from vit5gen.training.folder import RunFolder
 from vit5gen.training.optimizers import learning_rate
 from vit5gen.training.reference import Reference, build_reference
-from vit5gen.training.sharding import gather_shards
 from vit5gen.training.trainer import Outcome, Trainer
 
 
@@ -68,21 +68,16 @@ class Monitor:
         self.bar = tqdm(total=total, initial=trainer.step, unit="step", disable=hidden)
         self._since = time.perf_counter(), trainer.step
 
-    def close(self) -> None:
-        """End the progress bar."""
-        self.bar.close()
-
     def write(self, outcome: Outcome) -> None:
         """Add a line on the steps since the last one to the log and the trackers, and show it beside the bar."""
         trainer, step = self.trainer, self.trainer.step
-        before, self._since = self._since, (time.perf_counter(), step)
-        num_images = (step - before[1]) * self.config.training.global_batch_size
-        images_per_second = num_images / (self._since[0] - before[0])
+        (begun, first), self._since = self._since, (time.perf_counter(), step)
+        num_images = (step - first) * self.config.training.global_batch_size
         line = {
             "loss": trainer.mean_loss(),
             "grad_norm": outcome.grad_norm if outcome.finite else None,
             "learning_rate": learning_rate(step - 1, self.config.training),
-            "images_per_second": images_per_second,
+            "images_per_second": num_images / (self._since[0] - begun),
             "skipped": trainer.skipped,
         }
         if len(outcome.losses) > 1 and outcome.finite:
@@ -90,7 +85,7 @@ class Monitor:
         if self.accelerator.is_main_process:
             self.folder.add_line({"step": step, **line})
         self.accelerator.log({key: value for key, value in line.items() if value is not None}, step=step)
-        shown = {"loss": line["loss"], "norm": line["grad_norm"], "images/s": images_per_second}
+        shown = {"loss": line["loss"], "norm": line["grad_norm"], "images/s": line["images_per_second"]}
         shown |= {"skipped": trainer.skipped} if trainer.skipped else {}
         self.bar.set_postfix({k: f"{value:.3g}" for k, value in shown.items() if value is not None}, refresh=False)
 
@@ -128,41 +123,34 @@ class Monitor:
             self.accelerator.log({self._extractor.metric: report["value"]}, step=step)
         classes = range(min(len(self.class_names), self.config.evaluation.grid_classes))
         labels = [label for label in classes for _ in range(self.config.evaluation.images_per_class)]
-        parts = list(self._generate(pipe, labels))
-        empty = torch.empty(0, 3, self.config.data.resolution, self.config.data.resolution, dtype=torch.uint8)
-        indices = torch.tensor([i for indices, _ in parts for i in indices], dtype=torch.int64)
-        grid = gather_rows(torch.cat([empty, *(images for _, images in parts)]), indices)
+        parts = [part for share in gather_objects(list(self._generate(pipe, labels))) for part in share]
+        grid = torch.cat([images for _, images in sorted(parts, key=lambda part: part[0].start)])
         if self.accelerator.is_main_process:
             picture = self.folder.samples
             save_grid(picture, grid, [self.class_names[label] for label in labels])
             save_loss_curve(self.folder.loss_curve, self.folder.lines())
-            self._track_picture(picture, step)
-            self._export(pipe, entry, picture)
+            for tracker in self.accelerator.trackers:
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                pixels = np.asarray(Image.open(picture).convert("RGB"))[None]
+                tracker.log_images({"samples": pixels}, step=step, **layout)
+            command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+            with self.folder.new_pipeline() as new:
+                pipe.save_pretrained(new, facts=TrainingFacts(command=command, metrics=entry, picture=picture))
             if note := floor_note(self.folder.evaluations(), entry):
                 print(f"\nnote: {note}", flush=True)
             # Last of all: an evaluation that stands in metrics.json has left everything else behind.
             self.folder.add_evaluation(entry)
         self.accelerator.wait_for_everyone()
 
-    def _track_picture(self, picture: Path, step: int) -> None:
-        pixels = np.asarray(Image.open(picture).convert("RGB"))[None]
-        for tracker in self.accelerator.trackers:
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": pixels}, step=step, **layout)
-
     def _pipeline(self) -> SiTPipeline:
-        model, config = self.trainer.model, self.trainer.model.config
+        model, average = self.trainer.model, self.trainer.averages["model"]
         with torch.device("meta"):
-            transformer = SiTTransformer2DModel.from_config(config)
-        weights = {
-            name: gather_shards(value) for name, value in self.trainer.averaged(self.config.training.ema_decays[0])
-        }
+            transformer = SiTTransformer2DModel.from_config(model.config)
+        weights = {name: gather_shards(value) for name, value in average.items(self.config.training.ema_decays[0])}
         transformer.load_state_dict({**model.state_dict(), **weights}, assign=True)
         transformer.eval().requires_grad_(False)
-        scheduler = SiTScheduler(path=self.config.flow.path, prediction=self.config.flow.prediction)
-        pipe = SiTPipeline(transformer, scheduler, self.vae, id2label=dict(enumerate(self.class_names)))
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+        scheduler = SiTScheduler(self.config.flow.path, self.config.flow.prediction)
+        return SiTPipeline(transformer, scheduler, self.vae, id2label=dict(enumerate(self.class_names)))
 
     def _generate(self, pipe: SiTPipeline, labels: list[int]) -> Iterator[tuple[range, Tensor]]:
         evaluation = self.config.evaluation
@@ -189,33 +177,20 @@ class Monitor:
 
     def next_command(self) -> str:
         """Return the shell command that draws more images of the run's first class."""
-        words = ["--checkpoint", self.folder.path, "--class", self.class_names[0], "--num-images", 8]
-        words += [
-            "--guidance-scale",
-            f"{self.config.sampling.guidance_scale:g}",
-            "--output",
-            self.folder.path / "more.png",
-        ]
-        return shlex.join(map(str, ["vit5gen", "sample", *words]))
-
-    def _export(self, pipe: SiTPipeline, entry: dict[str, Any], picture: Path) -> None:
-        """Replace ``pipeline/`` by the present one."""
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        with self.folder.new_pipeline() as new:
-            pipe.save_pretrained(new, facts=TrainingFacts(command=command, metrics=entry, picture=picture))
+        run, name, output = self.folder.path, self.class_names[0], self.folder.path / "more.png"
+        images = ["--class", name, "--num-images", "8", "--guidance-scale", f"{self.config.sampling.guidance_scale:g}"]
+        return shlex.join(["vit5gen", "sample", "--checkpoint", str(run), *images, "--output", str(output)])
 
 
 def floor_note(earlier: list[dict[str, Any]], entry: dict[str, Any]) -> str | None:
     """Say that the last of the ``earlier`` evaluations that has ``entry``'s distance has another floor beside it."""
-    for name, report in entry.items():
-        before = next((old for old in reversed(earlier) if name in old), None)
-        if name != "step" and before is not None:
-            was, now = before[name]["floor"], report["floor"]
-            if was != now and (None in (was, now) or not math.isclose(was, now, rel_tol=1e-3)):
-                return (
-                    f"{name}: the floor is {now}, at step {before['step']} it was {was}: the real images, or the "
-                    "settings of evaluation, have changed; distances before and after do not compare"
-                )
+    for name in entry.keys() - {"step"}:
+        before = next((old for old in reversed(earlier) if name in old), entry)
+        was, now = before[name]["floor"], entry[name]["floor"]
+        if was != now and (None in (was, now) or not math.isclose(was, now, rel_tol=1e-3)):
+            changed = "the real images, or the settings of evaluation, have changed"
+            what = f"the floor is {now}, at step {before['step']} it was {was}: {changed}"
+            return f"{name}: {what}; distances before and after do not compare"
     return None
 
 

@@ -1,6 +1,5 @@
 """The process around the loop: accelerate, batch sizes, signals, and errors on which all processes agree."""
 
-import importlib.util
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from vit5gen.config import TrainingConfig
+from vit5gen.registry import missing_packages
 from vit5gen.system.cpu import keep_freed_memory
 from vit5gen.system.distributed import start_processes
 from vit5gen.system.errors import UserError
@@ -31,9 +31,8 @@ def make_accelerator(settings: TrainingConfig, output: Path) -> Accelerator:
     Mixed precision is left to `Precision.autocast`, which computes the same under DDP, FSDP2 and alone. FSDP2's own
     policy would round the time and sum gradients in bfloat16.
     """
-    for tracker in settings.trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise UserError(f"training.trackers: {tracker} is not installed; `pip install {tracker}`, or leave it out")
+    for tracker, remedy in missing_packages(settings.trackers).items():
+        raise UserError(f"training.trackers: {tracker} is not installed; `{remedy}`, or leave it out")
     start_processes()
     keep_freed_memory(large=not settings.gradient_checkpointing)
     PRECISIONS[settings.precision].set_products()
@@ -49,20 +48,16 @@ def make_accelerator(settings: TrainingConfig, output: Path) -> Accelerator:
     return accelerator
 
 
-def batch_sizes(settings: TrainingConfig, num_processes: int) -> tuple[int, int]:
+def batch_sizes(settings: TrainingConfig, world_size: int) -> tuple[int, int]:
     """Return (micro-batch size of a process, micro-batches a step); raise `UserError` when they do not divide."""
     total = settings.global_batch_size
-    local, rest = divmod(total, num_processes)
+    local, rest = divmod(total, world_size)
     if rest:
-        raise UserError(
-            f"training.global_batch_size = {total} is not a multiple of {num_processes} processes; choose one"
-        )
+        raise UserError(f"training.global_batch_size = {total} is not a multiple of {world_size} processes; choose one")
     micro = settings.micro_batch_size or local
     if local % micro:
-        raise UserError(
-            f"training.micro_batch_size = {micro} does not divide the {local} samples of a process "
-            f"(global_batch_size {total} over {num_processes} processes); choose a divisor"
-        )
+        share = f"the {local} samples of a process (global_batch_size {total} over {world_size} processes)"
+        raise UserError(f"training.micro_batch_size = {micro} does not divide {share}; choose a divisor")
     return micro, local // micro
 
 
@@ -127,11 +122,9 @@ def memory_hint(micro_batch_size: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         smaller = next((size for size in range(micro_batch_size // 2, 0, -1) if micro_batch_size % size == 0), None)
-        advice = (
-            f"try --training.micro_batch_size {smaller}, which computes the same with less memory"
-            if smaller
-            else "try --training.gradient_checkpointing true, or shard the model: configs/accelerate/fsdp2.yaml"
-        )
+        advice = "try --training.gradient_checkpointing true, or shard the model: configs/accelerate/fsdp2.yaml"
+        if smaller:
+            advice = f"try --training.micro_batch_size {smaller}, which computes the same with less memory"
         raise UserError(f"out of memory with training.micro_batch_size {micro_batch_size}; {advice}") from error
 
 

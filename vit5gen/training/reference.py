@@ -1,11 +1,9 @@
 """What generated images are compared with while training: statistics of real images, and the floor beside them."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from vit5gen.config import Config
 from vit5gen.data.images import ImageSet, open_held_out, open_images, readable
@@ -39,7 +37,10 @@ def build_reference(config: Config, extractor: Extractor) -> Reference:
         return readable(images.select(torch.from_numpy(order.permutation(len(images))[:most])), config.data)
 
     def statistics(images: ImageSet) -> FeatureStatistics:
-        return frechet_of(_batches(images, evaluation.batch_size), extractor).all_reduce()
+        rank, world_size = rank_and_world()
+        chunks = torch.arange(len(images)).split(evaluation.batch_size)[rank::world_size]
+        batches = (torch.stack([images.read(int(i)) for i in chunk]) for chunk in chunks)
+        return frechet_of(batches, extractor).all_reduce()
 
     training = choose(open_images(config.data), evaluation.num_reference)
     distance = FrechetReference.of(statistics(training))
@@ -54,9 +55,3 @@ def build_reference(config: Config, extractor: Extractor) -> Reference:
         return Reference(distance, training.labels[: evaluation.num_images].tolist(), floor=None)
     real = statistics(held_out)
     return Reference(distance, held_out.labels.tolist(), distance.distance(real.mean, real.covariance))
-
-
-def _batches(images: ImageSet, size: int) -> Iterator[Tensor]:
-    rank, world_size = rank_and_world()
-    for start in range(rank * size, len(images), world_size * size):
-        yield torch.stack([images.read(i) for i in range(start, min(start + size, len(images)))])

@@ -16,7 +16,7 @@ from vit5gen.system.distributed import on_main
 from vit5gen.system.errors import UserError
 from vit5gen.training import checkpoint
 from vit5gen.training.averages import EMA
-from vit5gen.training.sharding import gather_shards, shard_like
+from vit5gen.training.checkpoint import gather_shards, shard_like
 
 _COUNTERS = ("step", "skipped", "loss_sum", "loss_count", "data")
 
@@ -58,21 +58,15 @@ class Trainer:
         parts: Mapping[str, nn.Module],
         decays: Iterable[float] = (),
     ) -> None:
-        self.accelerator = accelerator
+        self.accelerator, self.model = accelerator, parts["model"]
         self.module: Any = network  # what DDP wraps
         self.network, self.optimizer = accelerator.prepare(network, optimizer)
-        self.model = parts["model"]
         self.parts = {name: part for name, part in parts.items() if part.state_dict()}
         # The averages are of the parameters as prepared: sharded under FSDP.
         learning = {name: part for name, part in self.parts.items() if any(True for _ in part.parameters())}
         self.averages = {name: EMA(part, decays) for name, part in learning.items()}
         self.step, self.skipped, self.loss_sum, self.loss_count = 0, 0, 0.0, 0
         self.data: dict[str, Any] = {}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the parameters."""
-        return next(self.model.parameters()).dtype
 
     def sharing_gradients(self, last: bool) -> AbstractContextManager:
         """Return the context of a backward pass: only the ``last`` of a step joins the gradients of the processes."""
@@ -101,10 +95,6 @@ class Trainer:
         self.loss_sum, self.loss_count = 0.0, 0
         return mean
 
-    def averaged(self, decay: float) -> Iterator[tuple[str, Tensor]]:
-        """Return the average of the model's weights with their names; under FSDP, this process's shards of it."""
-        return self.averages["model"].items(decay)
-
     def save(self, folder: Path, config: str, keep_last: int = 1, keep_every: int | None = None) -> bool:
         """Write a checkpoint into ``folder`` and delete those that are not kept; every process calls this.
 
@@ -126,18 +116,12 @@ class Trainer:
 
     def _gather(self) -> dict[str, dict[str, Tensor]]:
         """Collect whole tensors on the CPU by file name: a collective, of which the main process keeps the result."""
-        keep = self.accelerator.is_main_process
-
-        def collect(values: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        states = ((name, self.optimizer.optimizer.state[parameter]) for name, parameter in self._parameters())
+        moments = ((f"{name}/{key}", value) for name, state in states for key, value in state.items())
+        files: dict[str, dict[str, Tensor]] = {}
+        for file, values in (*self._files(), ("optimizer", moments)):
             gathered = ((name, gather_shards(value)) for name, value in values)
-            return {name: value.cpu() for name, value in gathered if keep}
-
-        files = {file: collect(values) for file, values in self._files()}
-        files["optimizer"] = collect(
-            (f"{name}/{key}", value)
-            for name, parameter in self._parameters()
-            for key, value in self.optimizer.optimizer.state[parameter].items()
-        )
+            files[file] = {name: value.cpu() for name, value in gathered if self.accelerator.is_main_process}
         return files
 
     def restore(self, folder: Path) -> None:

@@ -79,7 +79,7 @@ def _config(path: str | Path, study: StudyConfig, levels: tuple[str, ...]) -> Co
     try:
         config = load_config(Path(path).parent / study.base, overrides)
         check_values(config)
-        batch_sizes(config.training, num_processes=1)
+        batch_sizes(config.training, world_size=1)
         if config.training.num_steps == 0:
             raise UserError("training.num_steps = 0; expected at least 1")
     except UserError as error:

@@ -92,8 +92,7 @@ def build_objectives(
     for name, objective in objectives.items():
         objective.to(next(model.parameters()).dtype)
         if beyond := [k for k in objective.taps if not 1 <= k <= model.config.num_layers]:
-            raise UserError(
-                f"training.objectives.{name}: tap {beyond[0]} is no block; expected 1 to {model.config.num_layers}"
-            )
+            found = f"tap {beyond[0]} is no block; expected 1 to {model.config.num_layers}"
+            raise UserError(f"training.objectives.{name}: {found}")
     weights = {name: weight for name, (weight, _) in checked.items()}
     return weights, nn.ModuleDict(objectives), {name: tuple(one.taps) for name, one in objectives.items()}
