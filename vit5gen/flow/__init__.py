@@ -14,22 +14,3 @@ from vit5gen.flow.solvers import (
     sde_steps,
 )
 from vit5gen.flow.times import shift_time, time_grid, to_diffusers
-
-__all__ = [
-    "ODE_METHODS",
-    "SDE_METHODS",
-    "Flow",
-    "GuidedModel",
-    "NonFiniteError",
-    "Steps",
-    "draw_timesteps",
-    "log_likelihood",
-    "ode_steps",
-    "offer",
-    "sample_ode",
-    "sample_sde",
-    "sde_steps",
-    "shift_time",
-    "time_grid",
-    "to_diffusers",
-]

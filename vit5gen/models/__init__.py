@@ -1,11 +1,8 @@
 """Generator, classifier, backbones and the loaders of published checkpoints."""
 
-from vit5gen.models import sit, vit5  # noqa: F401 (registers the two backbones)
+from vit5gen.models import sit, vit5  # registers the two backbones
 from vit5gen.models.backbone import Backbone, backbone_names, register_backbone
 from vit5gen.models.classifier import ViT5
 from vit5gen.models.published import load_sit, load_vit5
 from vit5gen.models.transformer import PRESETS, SiTTransformer2DModel
 from vit5gen.models.vit5 import VARIANTS, ViT5Block
-
-__all__ = ["PRESETS", "VARIANTS", "Backbone", "SiTTransformer2DModel", "ViT5", "ViT5Block"]
-__all__ += ["backbone_names", "load_sit", "load_vit5", "register_backbone"]
