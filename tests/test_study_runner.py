@@ -121,9 +121,7 @@ def test_a_run_that_diverges_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, train = write_study(tmp_path), runner.train
-    monkeypatch.setattr(
-        runner, "train", lambda config, folder: 70 if "sit, seed 0" in folder.name else train(config, folder)
-    )
+    monkeypatch.setattr(runner, "train", lambda *args: 70 if "sit, seed 0" in args[1].name else train(*args))
     assert study(path, tmp_path / "out") == 70
     assert [row["run"] for row in rows(tmp_path)] == ["vit5, seed 0", "vit5, seed 1", "sit, seed 1"]
     assert "run sit, seed 0 ended with exit code 70" in capsys.readouterr().out

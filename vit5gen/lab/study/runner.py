@@ -112,7 +112,7 @@ def _train(run: Run, folder: Path) -> int:
     begun = RunFolder(folder).config
     if begun.exists() and (changes := differences(read_yaml(begun), config, CHANGEABLE - {"training.num_steps"})):
         raise UserError(f"{folder} was begun with other settings: {'; '.join(changes)}; delete that folder")
-    return train(config, folder, resume="auto")
+    return train(config, folder, "auto")
 
 
 def _row(run: Run, folder: Path, references: References, revision: str) -> Row:
