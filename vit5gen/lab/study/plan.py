@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
-from vit5gen.config import Config, Natural, Section, load_config, read_yaml, validate
+from vit5gen.config import Config, Natural, Section, find_config, load_config, read_yaml, validate
 from vit5gen.system.errors import UserError, choose
 from vit5gen.training.build import check_values
 from vit5gen.training.process import batch_sizes
@@ -76,7 +76,7 @@ def _config(path: str | Path, study: StudyConfig, levels: tuple[str, ...]) -> Co
     if "training.seed" in overrides:
         raise UserError(f"{where}: sets training.seed; expected under seeds of the study, move it there")
     try:
-        config = load_config(Path(path).parent / study.base, overrides)
+        config = load_config(find_config(path).parent / study.base, overrides)
         check_values(config)
         batch_sizes(config.training, num_processes=1)
         if config.training.num_steps == 0:
