@@ -71,7 +71,9 @@ def test_a_killed_benchmark_leaves_no_process_at_work(tmp_path: Path) -> None:
         "from test_benchmark_processes import fresh, tell_and_sleep\n"
         f"if __name__ == '__main__':\n    fresh(tell_and_sleep, {str(pid)!r})\n"
     )
-    parent = subprocess.Popen([sys.executable, script], env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)})
+    tests = Path(__file__).parent
+    paths = {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
+    parent = subprocess.Popen([sys.executable, script], env=os.environ | paths)
     wait_for(lambda: pid.is_file() and pid.read_text() != "")
     state = Path(f"/proc/{pid.read_text()}/stat")
     parent.kill()

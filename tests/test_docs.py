@@ -32,7 +32,7 @@ from vit5gen.config import AutoencoderTraining, Config, load_config, validate
 ROOT = Path(__file__).parents[1]
 FIRST = ["README", "training", "sampling", "evaluation"]  # later ones use what these leave behind
 PAGES = sorted(
-    [ROOT / "README.md", *ROOT.glob("docs/*.md")],
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")],
     key=lambda page: (FIRST.index(page.stem) if page.stem in FIRST else len(FIRST), page.stem),
 )
 SHORTER = {"step_00002400": "step_00000010", "--num-images 200": "--num-images 12", "--batch-size 50": "--batch-size 6"}

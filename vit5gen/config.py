@@ -301,13 +301,21 @@ def parse_yaml(text: str) -> Any:
     return value
 
 
+def find_config(path: str | Path) -> Path:
+    """Return ``path``, or the configuration of that name that ships with the package: ``quickstart``, ``vae/emoji``."""
+    # An installed package holds them; in a clone they stand beside it.
+    folders = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
+    shipped = [folder / f"{path}.yaml" for folder in folders]
+    return next((file for file in shipped if file.is_file() and not Path(path).exists()), Path(path))
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping; raise `UserError` when the file is missing, unreadable or no mapping."""
+    """Read a YAML mapping (see `find_config`); `UserError` when the file is missing, unreadable or no mapping."""
     try:
-        data = parse_yaml(Path(path).read_text(encoding="utf-8"))
+        data = parse_yaml(find_config(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"configuration {path}: {error.strerror}; expected a YAML file, e.g. configs/quickstart.yaml"
+            f"configuration {path}: {error.strerror}; expected a YAML file, or one that ships, e.g. quickstart"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         detail = " ".join(str(error).split())

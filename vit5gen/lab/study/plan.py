@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from vit5gen.config import Config, Natural, Section, load_config, read_yaml, recorded_values, validate
+from vit5gen.config import Config, Natural, Section, find_config, load_config, read_yaml, recorded_values, validate
 from vit5gen.system.errors import UserError, choose
 from vit5gen.training.build import check_values
 from vit5gen.training.folder import differences
@@ -77,7 +77,7 @@ def _config(path: str | Path, study: StudyConfig, levels: tuple[str, ...]) -> Co
     if "training.seed" in overrides:
         raise UserError(f"{where}: sets training.seed; expected under seeds of the study, move it there")
     try:
-        config = load_config(Path(path).parent / study.base, overrides)
+        config = load_config(find_config(path).parent / study.base, overrides)
         check_values(config)
         batch_sizes(config.training, world_size=1)
         if config.training.num_steps == 0:
