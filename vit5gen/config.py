@@ -151,7 +151,9 @@ class TrainingConfig(Section):
         None, description="samples of one forward, per process; default: all at once"
     )
     seed: Natural = Field(0, description="fixes initialisation, data order and every draw")
-    precision: Literal["fp64", "fp32", "tf32", "bf16"] = Field("tf32", description="arithmetic of matrix products")
+    precision: Literal["auto", "fp64", "fp32", "tf32", "bf16"] = Field(
+        "tf32", description="arithmetic of matrix products; auto: bf16 where the machine is fast at it"
+    )
     objectives: dict[str, Options] = Field(
         {"flow": {}}, min_length=1, description="what is minimised: objectives by name, with weight and own options"
     )
@@ -165,7 +167,9 @@ class TrainingConfig(Section):
     ema_decays: list[Decay] = Field(
         [0.9999], min_length=1, description="decays of the weight averages; the first is used"
     )
-    compile: bool = Field(False, description="torch.compile every block")
+    compile: bool | Literal["auto"] = Field(
+        False, description="torch.compile every block; auto: where the machine computes in bf16 and has a compiler"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     checkpoint_every: Count | None = Field(
         None, description="steps between checkpoints; default: a quarter of num_steps, at most 10000"

@@ -1,5 +1,8 @@
 """What fp64, fp32, tf32 and bf16 mean in training, sampling, costs and cards; exact fp32 for what is compared."""
 
+import importlib.util
+import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -73,6 +76,13 @@ def resolve(name: str, device: torch.device) -> str:
     on_gpu = device.type == "cuda"
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu.has_bf16()
     return "bf16" if has_bf16 else "tf32" if on_gpu else "fp32"
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile can make code for the device: on a CPU by a C++ compiler, else by Triton."""
+    if device.type != "cpu":
+        return importlib.util.find_spec("triton") is not None
+    return any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++")))
 
 
 def precision_of(network: nn.Module) -> str:

@@ -100,6 +100,8 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
     _check_sizes(config)
     settings = TrainingConfig(precision=config.precision, trackers=[])
     accelerator = process.make_accelerator(settings, folder.path)
+    PRECISIONS[config.precision].set_products()
+    PRECISIONS[config.precision].warn_if_slow(accelerator.device, accelerator.print)
     images, held_out = open_images(config.data), open_images(config.data, config.held_out_split)
     with folder.locked(("checkpoints", "config.json")):
         check_writable(folder.path / "config.json")

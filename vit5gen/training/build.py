@@ -1,5 +1,7 @@
 """What a configuration stands for: the model and the flow, and whether its values fit together."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -9,8 +11,9 @@ from vit5gen.evaluation.features import extractor_names
 from vit5gen.flow import Flow
 from vit5gen.generation.scheduler import SAMPLERS
 from vit5gen.models import SiTTransformer2DModel
+from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError, choose
-from vit5gen.system.precision import PRECISIONS
+from vit5gen.system.precision import PRECISIONS, has_compiler, resolve
 from vit5gen.training.objectives import OBJECTIVES, build_objectives
 from vit5gen.training.optimizers import OPTIMIZERS
 
@@ -35,6 +38,27 @@ def check_values(config: Config) -> None:
     source = make_source(config.data)
     if source.splits is not None:
         choose("data.split", config.data.split, source.splits)
+
+
+def settle(config: Config, recorded: dict[str, Any]) -> Config:
+    """Replace `auto` by what the ``recorded`` configuration of a checkpoint has, else by what suits the machine.
+
+    Prints a note where that precision is slow here. Raises `UserError` where blocks are to be compiled and there is no
+    compiler.
+    """
+    settings, before, device = config.training, recorded.get("training", {}), processes().device
+    precision: str = settings.precision
+    if precision == "auto":
+        precision = before.get("precision") or resolve(precision, device)
+    compiled: Any = settings.compile
+    if compiled == "auto":
+        compiled = before.get("compile", precision == "bf16" and has_compiler(device))
+    if compiled and not has_compiler(device):
+        advice = "install one, or set it to false (a run that began with it resumes so with --accept-changes)"
+        raise UserError(f"training.compile: no compiler for {device.type} on this machine; {advice}")
+    PRECISIONS[precision].warn_if_slow(device)
+    values = {"precision": precision, "compile": compiled}
+    return config.model_copy(update={"training": settings.model_copy(update=values)})
 
 
 def build_model(config: Config) -> SiTTransformer2DModel:

@@ -19,7 +19,7 @@ from vit5gen.evaluation.features import EXTRACTORS
 from vit5gen.models.backbone import BACKBONES
 from vit5gen.system.distributed import on_main
 from vit5gen.training import cost
-from vit5gen.training.build import build_model, check_values
+from vit5gen.training.build import build_model, check_values, settle
 from vit5gen.training.data import micro_batches, open_source
 from vit5gen.training.folder import RunFolder
 from vit5gen.training.loop import build_trainer, train_step
@@ -39,7 +39,9 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     batch_sizes(config.training, accelerator.num_processes)
     check_values(config)
     start = None
-    if output is not None:
+    if output is None:
+        config = settle(config, {})
+    else:
         folder = RunFolder(output)
         with ExitStack() as stack:
             on_main(lambda: stack.enter_context(folder.locked(write=False)))

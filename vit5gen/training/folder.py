@@ -16,6 +16,7 @@ from vit5gen.generation.loading import PIPELINE
 from vit5gen.system.errors import UserError, short
 from vit5gen.system.files import locked_file, read_json, write_json, write_text
 from vit5gen.training import checkpoint
+from vit5gen.training.build import settle
 
 # Sections and keys that may differ when a run is resumed: they change what is kept and shown, not what is computed.
 _HOW_FAR = {"training.num_steps", "training.max_nonfinite_steps"}
@@ -134,8 +135,9 @@ class RunFolder:
                 raise UserError(f"--resume {start}: {fault}; expected e.g. RUN/checkpoints/step_00000010, undamaged")
         elif checkpoint.steps(self.checkpoints):
             raise UserError(f"--output {self}: holds a run; choose a new folder, or --resume auto to resume it")
+        recorded = {} if start is None else checkpoint.read_config(start)
+        config = settle(config, recorded)
         if start is not None:
-            recorded = checkpoint.read_config(start)
             _accept(start, "was made by another configuration", differences(recorded, config), accept_changes)
             config = as_recorded(config, recorded)
             if (step := checkpoint.read_state(start)["step"]) > last:

@@ -149,6 +149,8 @@ class Monitor:
         weights = {name: gather_shards(value) for name, value in average.items(self.config.training.ema_decays[0])}
         transformer.load_state_dict({**model.state_dict(), **weights}, assign=True)
         transformer.eval().requires_grad_(False)
+        if self.config.training.compile:
+            transformer.compile_repeated_blocks()
         scheduler = SiTScheduler(self.config.flow.path, self.config.flow.prediction)
         return SiTPipeline(transformer, scheduler, self.vae, id2label=dict(enumerate(self.class_names)))
 

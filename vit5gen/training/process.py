@@ -18,7 +18,6 @@ from vit5gen.registry import missing_packages
 from vit5gen.system.cpu import keep_freed_memory
 from vit5gen.system.distributed import start_processes
 from vit5gen.system.errors import UserError
-from vit5gen.system.precision import PRECISIONS
 
 STOPPED = 75  # exit code after SIGTERM or SIGINT: saved, the same command resumes (EX_TEMPFAIL)
 NONFINITE = 70  # exit code after too many non-finite steps in a row (EX_SOFTWARE)
@@ -35,17 +34,14 @@ def make_accelerator(settings: TrainingConfig, output: Path) -> Accelerator:
         raise UserError(f"training.trackers: {tracker} is not installed; `{remedy}`, or leave it out")
     start_processes()
     keep_freed_memory(large=not settings.gradient_checkpointing)
-    PRECISIONS[settings.precision].set_products()
     # A part of an objective need not have a gradient in every step.
     parts_unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(
+    return Accelerator(
         mixed_precision="no",
         kwargs_handlers=[parts_unused] if list(settings.objectives) != ["flow"] else None,
         log_with=list(settings.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
     )
-    PRECISIONS[settings.precision].warn_if_slow(accelerator.device, accelerator.print)
-    return accelerator
 
 
 def batch_sizes(settings: TrainingConfig, world_size: int) -> tuple[int, int]:
