@@ -1,0 +1,89 @@
+"""`auto`: the precision and the compilation that suit a machine, settled when a run begins and kept from then on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny_run import assert_identical, make_inputs, run, weights
+
+from vit5gen.config import Config, load_config, validate
+from vit5gen.system import cpu
+from vit5gen.system.errors import UserError
+from vit5gen.training import build
+from vit5gen.training.build import settle
+from vit5gen.training.reference import build_reference
+
+AUTO = {"precision": "auto", "compile": "auto"}
+
+
+def settled(recorded: dict | None = None, **training: object) -> tuple[str, object]:
+    config = validate(Config, {"model": {"preset": "S/2"}, "training": training}, "test")
+    found = settle(config, {} if recorded is None else {"training": recorded}).training
+    return found.precision, found.compile
+
+
+@pytest.mark.parametrize(
+    ("bf16", "compiler", "expected"),
+    [(True, True, ("bf16", True)), (True, False, ("bf16", False)), (False, True, ("fp32", False))],
+)
+def test_auto_is_what_the_cpu_is_fast_at(
+    bf16: bool, compiler: bool, expected: tuple[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "has_bf16", lambda: bf16)
+    monkeypatch.setattr(build, "has_compiler", lambda device: compiler)
+    assert settled(**AUTO) == expected
+    assert settled({"precision": "fp32", "compile": False}, **AUTO) == ("fp32", False)  # a resumed run
+    assert settled(precision="tf32") == ("tf32", False)
+    if not compiler:
+        with pytest.raises(UserError, match=r"training\.compile: no compiler for cpu"):
+            settled({"precision": "bf16", "compile": True}, **AUTO)
+
+
+def test_a_resumed_run_says_that_this_machine_is_slow_at_its_precision(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cpu, "has_bf16", lambda: False)
+    assert settled({"precision": "bf16", "compile": False}, **AUTO) == ("bf16", False)
+    assert capsys.readouterr().out.count("slower than fp32") == 1
+
+
+def test_auto_is_settled_at_the_first_step_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config_file, auto = make_inputs(tmp_path), {f"training__{key}": value for key, value in AUTO.items()}
+    monkeypatch.setattr(cpu, "has_bf16", lambda: False)
+    run(config_file, tmp_path / "plain", training__num_steps=5)
+    run(config_file, tmp_path / "auto", training__num_steps=3, **auto)
+    recorded = yaml.safe_load((tmp_path / "auto/config.yaml").read_text())["training"]
+    assert (recorded["precision"], recorded["compile"]) == ("fp32", False)
+
+    # Resumed on a machine that is fast at bf16: what was recorded holds, bit for bit.
+    monkeypatch.setattr(cpu, "has_bf16", lambda: True)
+    run(config_file, tmp_path / "auto", training__num_steps=5, **auto)
+    assert_identical(weights(tmp_path / "plain", 5), weights(tmp_path / "auto", 5))
+
+
+def test_real_images_are_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vit5gen.evaluation import load_extractor
+
+    monkeypatch.setenv("VIT5GEN_CACHE", str(tmp_path / "cache"))
+    config, extractor = load_config(make_inputs(tmp_path)), load_extractor("effnet-lite0")
+    first = build_reference(config, extractor)
+    files = sorted((tmp_path / "cache").glob("reference-*.safetensors"))
+    assert len(files) == 2  # training images, held-out images
+    with monkeypatch.context() as patch:
+        patch.setattr("vit5gen.training.reference.frechet_of", None)  # nothing is extracted again
+        again = build_reference(config, extractor)
+    assert (again.floor, again.labels) == (first.floor, first.labels)
+    assert torch.equal(again.distance.mean, first.distance.mean)
+    assert torch.equal(again.distance.covariance, first.distance.covariance)
+
+    # Another choice or another picture is another entry; a damaged one is made again.
+    build_reference(
+        config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"seed": 1})}), extractor
+    )
+    assert len(list((tmp_path / "cache").glob("reference-*"))) == 4
+    for file in files:
+        file.write_bytes(b"damaged")
+    assert build_reference(config, extractor).floor == first.floor
+    assert set(load_file(files[0])) == {"mean", "covariance"}
