@@ -1,5 +1,6 @@
 """The plugs that docs/extending.md writes down, and packages that offer plugs."""
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -93,6 +94,30 @@ def test_a_broken_package_is_named_and_hinders_nobody_else(tmp_path: Path, monke
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=r"'exits' of the package .* cannot be imported \(SystemExit: 0\)"):
         registry.get("exits")
+
+
+def test_a_package_may_offer_what_its_inner_module_defines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by its entry point again and again, and no function or class."""
+    entry = importlib.metadata.EntryPoint("relay", "torch.nn.functional:relu", "group")
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda **params: importlib.metadata.EntryPoints([entry]).select(**params)
+    )
+    registry: Registry = Registry("plug", "group")
+    assert registry.get("relay") is registry.get("relay") is torch.nn.functional.relu
+    registry.register("part")(functools.partial(torch.add))
+    with pytest.raises(UserError, match=r"'part' is already registered by functools; rename yours"):
+        registry.register("part")(functools.partial(torch.mul))
+
+
+def test_two_packages_that_offer_one_plug_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("first", "second"):
+        folder = tmp_path / f"{name}-1.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (folder / "entry_points.txt").write_text("[vit5gen.tests]\nsame = torch:add\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="'same' is offered by the packages first and second"):
+        Registry("plug", "vit5gen.tests").get("same")
 
 
 def test_the_kinds_of_options_that_a_checker_alone_can_read_are_those_of_the_defaults() -> None:

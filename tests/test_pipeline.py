@@ -140,7 +140,7 @@ def test_equals_a_plain_euler_loop_with_guided_channels(pipe: SiTPipeline) -> No
     torch.testing.assert_close(result, x, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS.names())
 @pytest.mark.parametrize("prediction", ["velocity", "noise"])
 def test_equals_the_flows_own_solver(pipe: SiTPipeline, sampler: str, prediction: str) -> None:
     pipe.scheduler = SiTScheduler(prediction=prediction)
@@ -404,7 +404,7 @@ def test_callback_may_interrupt(pipe: SiTPipeline) -> None:
     assert not pipe.interrupt
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS.names())
 def test_callback_may_change_the_guidance(pipe: SiTPipeline, sampler: str) -> None:
     options = {"num_inference_steps": 4, "sampler": sampler, "output_type": "latent"}
     scales = {0: 3.0, 1: 1.0, 2: 0.0}  # on, off, unconditional; from the step after that one

@@ -1,11 +1,14 @@
 """What each precision means, once for training, sampling, costs and cards."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 from vit5gen.config import TrainingConfig
-from vit5gen.system.precision import PRECISIONS, precision_of, resolve
+from vit5gen.system import cpu
+from vit5gen.system.precision import PRECISIONS, exact_float32, precision_of, resolve
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +19,7 @@ def products():
 
 
 def test_configuration_and_table_name_the_same():
-    assert set(PRECISIONS) == set(TrainingConfig.model_fields["precision"].annotation.__args__)
+    assert {"auto", *PRECISIONS} == set(TrainingConfig.model_fields["precision"].annotation.__args__)
 
 
 @pytest.mark.parametrize(
@@ -52,3 +55,27 @@ def test_auto_is_what_the_device_has_arithmetic_for(has, monkeypatch):
     found = [resolve("auto", torch.device(device)) for device in ("cpu", "cuda")]
     assert found == (["bf16", "bf16"] if has else ["fp32", "tf32"])
     assert resolve("fp64", torch.device("cpu")) == "fp64"
+
+
+def test_a_setting_of_one_thread_waits_for_the_exact_part_of_another() -> None:
+    network = nn.Linear(2, 2)
+    PRECISIONS["fp32"].set_products()
+    inside, leave = threading.Event(), threading.Event()
+
+    def work(context) -> None:
+        with context:
+            inside.set()
+            leave.wait()
+
+    for context in (cpu.fast_products(), exact_float32(torch.device("cpu"))):
+        inside.clear()
+        leave.clear()
+        other = threading.Thread(target=work, args=(context,))
+        other.start()
+        inside.wait()
+        assert precision_of(network) == "fp32"  # whatever the other thread computes by
+        PRECISIONS["tf32"].set_products()
+        leave.set()
+        other.join()
+        assert precision_of(network) == "tf32"  # nor does its end undo what was set meanwhile
+        PRECISIONS["fp32"].set_products()

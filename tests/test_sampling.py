@@ -466,4 +466,4 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
 
 def test_the_documentation_lists_all_samplers() -> None:
     text = Path(__file__).parent.with_name("docs").joinpath("sampling.md").read_text()
-    assert all(f"`{sampler}`" in text for sampler in SAMPLERS)
+    assert all(f"`{sampler}`" in text for sampler in SAMPLERS.names())

@@ -25,16 +25,15 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, group: str | None = None, most: int = 2**63 - 1) -> None:
         self.kind, self.group, self.most = kind, group, most
         self._known: dict[str, T] = {}
+        self._loaded: set[str] = set()  # names that came from a package's entry point
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorate a plug to make it known as ``name``; `UserError` when another one has that name already."""
 
         def add(plug: T) -> T:
             known = self._known.setdefault(name, plug)
-            if (known.__module__, known.__qualname__) != (plug.__module__, plug.__qualname__):
-                raise UserError(
-                    f"{self.kind}: {name!r} is already registered by {known.__module__}; choose another name."
-                )
+            if _identity(known) != _identity(plug):
+                raise UserError(f"{self.kind}: {name!r} is already registered by {_identity(known)[0]}; rename yours.")
             self._known[name] = plug  # a reloaded module replaces its own
             return plug
 
@@ -53,8 +52,12 @@ class Registry(Generic[T]):
         """Return the plug called ``name``; `UserError` for an unknown name, a broken package, or two that offer it."""
         entries = list(importlib.metadata.entry_points(group=self.group or "", name=name))
         known = self._known.get(name)
-        own = {f"{known.__module__}:{known.__qualname__}": known.__module__.split(".")[0]} if known is not None else {}
-        offers = own | {one.value: one.dist.name if one.dist else one.module for one in entries}
+        offers = {
+            one.dist.name if one.dist else one.value: one.dist.name if one.dist else one.module for one in entries
+        }
+        if known is not None and name not in self._loaded:  # registered by a module, which may be that of an entry
+            own = _identity(known)[0].split(".")[0]
+            offers |= {} if own in {one.module.split(".")[0] for one in entries} else {own: own}
         if len(offers) > 1:
             packages = " and ".join(sorted(set(offers.values())))
             raise UserError(f"{self.kind}: {name!r} is offered by the packages {packages}; uninstall all but one.")
@@ -66,11 +69,10 @@ class Registry(Generic[T]):
             if not callable(plug):
                 raise TypeError("it is no class or function")
         except (Exception, SystemExit) as error:  # what a stranger's module raises when it is imported can be anything
-            raise UserError(
-                f"{self.kind}: {name!r} of the package {next(iter(offers.values()))} cannot be imported "
-                f"({type(error).__name__}: {error}); repair or uninstall that package."
-            ) from error
-        return self.register(name)(plug)
+            fault = f"cannot be imported ({type(error).__name__}: {error}); repair or uninstall that package."
+            raise UserError(f"{self.kind}: {name!r} of the package {next(iter(offers.values()))} {fault}") from error
+        self._loaded.add(name)
+        return self._known.setdefault(name, plug)
 
     def check(self, name: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Return the options as the plug gets them, "1e-4" as a number.
@@ -116,6 +118,11 @@ class Registry(Generic[T]):
             whole_or_not = isinstance(default, int) and not isinstance(default, bool)
             kind = int | number if whole_or_not else Any if default in (None, option.empty) else type(default)
         return {int: Annotated[int, Field(ge=-self.most, le=self.most)], float: number}.get(kind, kind)
+
+
+def _identity(plug: Any) -> tuple[str, str]:
+    """Return module and name of a plug, which one that is no class or function may lack."""
+    return getattr(plug, "__module__", type(plug).__module__), getattr(plug, "__qualname__", repr(plug))
 
 
 def needs(missing: Callable[..., dict[str, str]]) -> Callable[[T], T]:

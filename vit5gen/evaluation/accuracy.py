@@ -16,6 +16,7 @@ from vit5gen.models import load_vit5
 from vit5gen.models.classifier import default_cfgs
 from vit5gen.system.distributed import start_processes
 from vit5gen.system.errors import UserError, choose, listed
+from vit5gen.system.precision import PRECISIONS
 
 
 def classify(
@@ -43,7 +44,7 @@ def classify(
     hits = torch.zeros(2, dtype=torch.int64)
     with torch.inference_mode():
         for pixels, labels in DataLoader(images, batch_size, num_workers=num_workers):
-            with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
+            with PRECISIONS["bf16" if where.type == "cuda" else "fp32"].autocast(where):
                 logits = net(pixels.to(where))
             best = logits.topk(min(5, net.num_classes)).indices.cpu() == labels[:, None]
             hits += torch.stack([best[:, 0].sum(), best.sum()])

@@ -81,7 +81,7 @@ def open_pipeline(checkpoint: str | Path, draw: DrawConfig, device: torch.device
     The precision is that of the networks; state, decoding and rounding are always fp32.
     Raises `UserError` when there is no pipeline, or it draws latents alone.
     """
-    choose("sampler", draw.sampler, SAMPLERS)
+    SAMPLERS.get(draw.sampler)  # raises where there is none of that name
     pipe = load_pipeline(checkpoint)
     if pipe.vae is None:
         raise UserError(f"checkpoint {checkpoint} has no autoencoder; convert it again with --vae NAME_OR_FOLDER")

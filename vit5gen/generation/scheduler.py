@@ -15,9 +15,14 @@ from torch import Tensor
 from vit5gen.config import FlowConfig
 from vit5gen.flow import ODE_METHODS, SDE_METHODS, Flow, Steps, ode_steps, offer, sde_steps, shift_time, to_diffusers
 from vit5gen.models.layers import check_positive
-from vit5gen.system.errors import UserError, choose
+from vit5gen.registry import Registry
+from vit5gen.system.errors import UserError
 
-SAMPLERS = (*(f"ode-{method}" for method in ODE_METHODS), *(f"sde-{method}" for method in SDE_METHODS))
+SAMPLERS: Registry[Callable[..., Steps]] = Registry("sampler")
+for _kind, _solver, _methods in (("ode", ode_steps, ODE_METHODS), ("sde", sde_steps, SDE_METHODS)):
+    for _method in _methods:
+        SAMPLERS.register(f"{_kind}-{_method}")(partial(_solver, method=_method))
+
 _FLOW = FlowConfig()
 _DEFAULT = {
     name: one.default for solver in (ode_steps, sde_steps) for name, one in signature(solver).parameters.items()
@@ -55,11 +60,11 @@ class SiTScheduler(SchedulerMixin, ConfigMixin):
 
         sampler: ``ode-<method>`` or ``sde-<method>``, which takes a last step more unless ``last_step`` is none.
         """
-        kind, method = choose("sampler", sampler, SAMPLERS).split("-")
-        solver: Callable[..., Steps] = ode_steps if kind == "ode" else partial(sde_steps, noise=noise)
-        settings = {name: self.config[name] for name in signature(solver).parameters.keys() & self.config}
-        total = num_steps + (kind == "sde" and str(self.config.last_step).lower() != "none")
-        return 0 if method == "dopri5" else total, solver(self.flow, model_fn, x, num_steps, method, **settings)
+        solver = SAMPLERS.get(sampler)
+        options = dict(self.config) | {"noise": noise}
+        settings = {name: options[name] for name in signature(solver).parameters.keys() & options}
+        last = "noise" in settings and str(self.config.last_step).lower() != "none"
+        return 0 if sampler == "ode-dopri5" else num_steps + last, solver(self.flow, model_fn, x, num_steps, **settings)
 
 
 def foreign_steps(

@@ -56,6 +56,25 @@ def plain_products() -> Iterator[None]:
             _CHANGED.notify_all()
 
 
+def get_products() -> str:
+    """Return how products of fp32 were last set to be computed, whatever another thread computes by just now.
+
+    Raises `RuntimeError` where the user chose by torch's newer settings.
+    """
+    with _CHANGED:
+        known = _OPEN[-1] if _OPEN else None
+        return torch.get_float32_matmul_precision() if known is None else known
+
+
+def set_products(precision: str) -> None:
+    """Set how products of fp32 are computed, as soon as no thread computes by `fast_products`."""
+    with _CHANGED:
+        if _OPEN and _OPEN[-1] is not None:
+            _OPEN[:] = [precision] * len(_OPEN)
+        else:
+            torch.set_float32_matmul_precision(precision)
+
+
 def _enter(free: Callable[[], bool]) -> None:
     """Wait until it is free, except in a thread that is in such a context: two of them would wait for ever."""
     if not getattr(_HELD, "depth", 0):

@@ -47,11 +47,11 @@ class Precision:
 
     def set_products(self) -> None:
         """Set for the whole process how products of fp32 are computed."""
-        torch.set_float32_matmul_precision(self.products)
+        _set_products(self.products)
 
     def cast_for_sampling(self, *networks: nn.Module) -> None:
         """Cast the weights and set the products: beside cast weights, what is left in fp32 is exact."""
-        torch.set_float32_matmul_precision(self.products if self.rounded is None else "highest")
+        _set_products(self.products if self.rounded is None else "highest")
         for network in networks if self.rounded is not None else ():
             nn.Module.to(network, self.rounded)  # `to` of diffusers warns of modules that would stay in fp32
 
@@ -85,11 +85,20 @@ def has_compiler(device: torch.device) -> bool:
     return any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++")))
 
 
+def _set_products(products: str) -> None:
+    """Set how products of fp32 are computed, at the end of `exact_float32` where any thread is inside."""
+    with _LOCK:
+        if _OPEN:
+            _OPEN[0].append(partial(cpu.set_products, products))
+        else:
+            cpu.set_products(products)
+
+
 def precision_of(network: nn.Module) -> str:
     """Return in what a network computes: its weights' type, and for fp32 whether its products may be rounded (tf32)."""
     dtype = next(network.parameters()).dtype
     try:
-        rounded = torch.get_float32_matmul_precision() != "highest"
+        rounded = cpu.get_products() != "highest"
     except RuntimeError:  # the user chose by torch's newer settings
         rounded = cast(Any, torch.backends.cuda.matmul).fp32_precision == "tf32"
     if dtype == torch.float32:

@@ -7,7 +7,7 @@ from torch import nn
 
 from vit5gen.config import Config
 from vit5gen.data.images import make_source
-from vit5gen.evaluation.features import extractor_names
+from vit5gen.evaluation.features import EXTRACTORS
 from vit5gen.flow import Flow
 from vit5gen.generation.scheduler import SAMPLERS
 from vit5gen.models import SiTTransformer2DModel
@@ -23,14 +23,14 @@ def check_values(config: Config) -> None:
     (channels, _, _), sampling = config.latent_shape, config.sampling
     with torch.device("meta"):
         build_objectives(config.training, build_model(config), build_flow(config))
-    choose("sampling.sampler", sampling.sampler, SAMPLERS)
+    choose("sampling.sampler", sampling.sampler, SAMPLERS.names())
     if (asked := sampling.guidance_channels or 0) > channels:
         raise UserError(f"sampling.guidance_channels = {asked}: expected at most the {channels} of vae.latent_channels")
     if sampling.guidance_scale != 1 and config.model.class_dropout_prob == 0:
         untrained = "a null label, which model.class_dropout_prob = 0 does not train"
         advice = "set it above 0, or the scale to 1"
         raise UserError(f"sampling.guidance_scale = {sampling.guidance_scale}: needs {untrained}; {advice}")
-    choose("evaluation.extractor", config.evaluation.extractor, extractor_names())
+    EXTRACTORS.get(config.evaluation.extractor)  # raises where it is unknown, or its package broken
     choose("training.optimizer", config.training.optimizer, OPTIMIZERS.names())
     for name in config.training.objectives:
         if OBJECTIVES.get(name).needs_image and not config.data.from_images:

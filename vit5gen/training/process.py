@@ -18,6 +18,7 @@ from vit5gen.registry import missing_packages
 from vit5gen.system.cpu import keep_freed_memory
 from vit5gen.system.distributed import start_processes
 from vit5gen.system.errors import UserError
+from vit5gen.training.objectives import OBJECTIVES
 
 STOPPED = 75  # exit code after SIGTERM or SIGINT: saved, the same command resumes (EX_TEMPFAIL)
 NONFINITE = 70  # exit code after too many non-finite steps in a row (EX_SOFTWARE)
@@ -35,10 +36,11 @@ def make_accelerator(settings: TrainingConfig, output: Path) -> Accelerator:
     start_processes()
     keep_freed_memory(large=not settings.gradient_checkpointing)
     # A part of an objective need not have a gradient in every step.
+    train_all = all(OBJECTIVES.get(name).trains_all for name in settings.objectives)
     parts_unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(
         mixed_precision="no",
-        kwargs_handlers=[parts_unused] if list(settings.objectives) != ["flow"] else None,
+        kwargs_handlers=None if train_all else [parts_unused],
         log_with=list(settings.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
     )

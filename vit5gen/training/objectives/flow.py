@@ -11,6 +11,8 @@ from vit5gen.training.objectives.objective import Batch, Objective, register_obj
 class FlowMatching(Objective):
     """``|v(x_t, t) - (x1 - x0)|^2`` on the linear path; the section ``flow`` names other paths and predictions."""
 
+    trains_all = True
+
     def __init__(self, model: SiTTransformer2DModel, flow: Flow) -> None:
         super().__init__(model, flow)
         self.flow = flow

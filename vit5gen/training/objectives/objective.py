@@ -42,10 +42,12 @@ class Objective(nn.Module):
     prediction (B, C, h, w) is the model's; hidden holds ``{k: state (B, N, D) after k blocks}`` for k in ``taps``,
     which the constructor sets; step is 0-based. Its parameters are optimised, averaged, checkpointed and resumed beside
     the model's, and no part of the pipeline. Options are the keyword-only arguments of the constructor.
-    needs_image: the batch is to hold the image, for which the run needs ``data.from_images``.
+    needs_image: the batch is to hold the image, for which the run needs ``data.from_images``.  trains_all: every step
+    gives each parameter, the model's too, a gradient, so that processes need not look for those without.
     """
 
     needs_image: ClassVar[bool] = False
+    trains_all: ClassVar[bool] = False
     taps: tuple[int, ...] = ()
 
     def __init__(self, model: SiTTransformer2DModel, flow: Flow) -> None:
