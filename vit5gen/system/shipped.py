@@ -13,5 +13,5 @@ def shipped_names() -> list[str]:
 
 
 def shipped(name: str) -> str:
-    """Return the folder of a generator that ships, for ``SiTPipeline.from_pretrained``; `UserError` for another name."""
+    """Return the folder of a generator that ships, for ``from_pretrained``; raise `UserError` for another name."""
     return str(FOLDER / choose("shipped generator", name, shipped_names()))
