@@ -15,7 +15,9 @@ from tiny_run import run as train
 
 import vit5gen
 from vit5gen import SiTPipeline
+from vit5gen.config import load_config
 from vit5gen.data.autoencoders.kl import load_autoencoder, missing
+from vit5gen.evaluation.samples import open_source
 from vit5gen.generation.card import pipeline_hash
 from vit5gen.generation.loading import find_pipeline, load_pipeline
 from vit5gen.system import shipped
@@ -161,7 +163,17 @@ def test_evaluation_draws_from_a_name(tiny: Path, tmp_path: Path) -> None:
         "num_inference_steps": 1,
         "metrics": ["fid"],
     }
+    options |= {"guide": "tiny", "autoguidance_scale": 1.5}
     call_evaluate("tiny", output=tmp_path / "scores.json", **options)
     scored = json.loads((tmp_path / "scores.json").read_text())["samples"][0]
     assert (scored["path"], scored["sha256"]) == ("tiny", pipeline_hash(tiny))
     assert scored["sampling"]["attribution"] == CREDIT
+    assert scored["sampling"]["guide_sha256"] == pipeline_hash(tiny)
+
+
+def test_a_reference_may_be_a_configuration_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vit5gen.evaluation.samples.open_data", lambda data, batch_size: data)
+    assert open_source("quickstart", 8) == load_config("quickstart").data
+    with pytest.raises(UserError, match="quickstrat: expected an npz"):
+        open_source("quickstrat", 8)
