@@ -11,6 +11,7 @@ import pytest
 import yaml
 from tiny_run import make_inputs
 
+from vit5gen import __version__
 from vit5gen.cli import exit_on_bad_input, main
 from vit5gen.system.errors import UserError
 
@@ -46,8 +47,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # What is typed (TINY, OUT: folders), and what the one line must name.
 BAD = {
-    "no command": ("", ["COMMAND"]),
-    "unknown command": ("trian", ["trian", "train"]),
+    "unknown command": ("smaple", ["'smaple' is not known", "autoencoder", "Did you mean 'sample'?"]),
+    "option without a command": ("--seed 1", ["COMMAND"]),
     "no configuration": ("train --output OUT", ["CONFIG"]),
     "configuration is missing": ("train TINY/none.yaml --output OUT", ["none.yaml", "No such file"]),
     "configuration with a key twice": (
@@ -239,6 +240,16 @@ def test_bad_input_is_one_line_and_exit_code_2(
         assert name in message, message
     assert sorted(tiny.rglob("*")) == before
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(("words", "begins"), [([], "usage: vit5gen"), (["--version"], f"vit5gen {__version__}\n")])
+def test_what_is_no_command_answers(words: list[str], begins: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 0
+    said = capsys.readouterr()
+    assert said.out.startswith(begins)
+    assert not said.err
 
 
 def test_an_error_is_a_single_line_without_traceback(tiny: Path) -> None:

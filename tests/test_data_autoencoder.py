@@ -84,7 +84,7 @@ def test_names_that_cannot_be_loaded(name: str, monkeypatch: pytest.MonkeyPatch)
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr("vit5gen.data.autoencoders.kl.model_info", unreachable)
-    with pytest.raises(UserError, match=r"vae\.name .*expected 'emoji'") as raised:
+    with pytest.raises(UserError, match=r"vae\.name .*expected the folder of one") as raised:
         load_autoencoder(name)
     assert "\n" not in str(raised.value)
 

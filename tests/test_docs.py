@@ -230,7 +230,7 @@ def test_commands_and_options_in_the_text_exist(page: Path) -> None:
     code = re.findall(r"`([^`\n]+)`", text)
     subcommands = next(action.choices for action in build_parser()._actions if action.choices)
     known = {option for sub in subcommands.values() for option in sub._option_string_actions}
-    known |= launch_command_parser()._option_string_actions.keys()
+    known |= {*launch_command_parser()._option_string_actions, *build_parser()._option_string_actions}
     for span in code:
         words = shlex.split(span) if span.startswith(("vit5gen ", "python ", "accelerate launch ")) else []
         if words[:1] == ["vit5gen"] and words[1] != "COMMAND":

@@ -10,6 +10,7 @@ _EXPORTS = {
     "ViT5": "vit5gen.models",
     "SiTPipeline": "vit5gen.generation.pipeline",
     "SiTScheduler": "vit5gen.generation.scheduler",
+    "shipped": "vit5gen.system.shipped",
 }
 _SUBMODULES = ("config", "data", "evaluation", "flow", "generation", "models", "training")
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]

@@ -16,9 +16,10 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
+from vit5gen import __version__
 from vit5gen.commands.options import ConfigOptions, Options, dashed
 from vit5gen.config import Config, SamplingConfig, parse_yaml, validate
-from vit5gen.system.errors import UserError, nearest, short
+from vit5gen.system.errors import UserError, choose, nearest, short
 
 COMMANDS = ("train", "encode", "sample", "evaluate", "convert", "classify", "study", "autoencoder", "benchmark")
 _AS_YAML = {"guidance_interval"}  # a list that is one value
@@ -109,6 +110,7 @@ def build_parser() -> Parser:
     """Build the parser of all commands from their sections."""
     about = "Train, sample and evaluate class-conditional image generators. Exit code 2: bad input, told in one line."
     parser = Parser(prog="vit5gen", description=about)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     for name in COMMANDS:
         module = importlib.import_module(f"vit5gen.commands.{name}")
@@ -153,7 +155,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 done, 2 bad input (one line on standard error), 130 Ctrl-C, or a code of its own."""
     try:
         with exit_on_bad_input():
-            args, unknown = build_parser().parse_known_args(argv)
+            parser, words = build_parser(), list(sys.argv[1:] if argv is None else argv)
+            if not words:  # as pip does: the help is the answer, not an error
+                parser.print_help()
+                sys.exit(0)
+            if not words[0].startswith("-"):
+                choose("command", words[0], COMMANDS)
+            args, unknown = parser.parse_known_args(words)
             if unknown:
                 prog, first = args.parser.prog, short(unknown[0])
                 hint = nearest(unknown[0].split("=")[0], args.parser._option_string_actions)

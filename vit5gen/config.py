@@ -110,7 +110,7 @@ class FlowConfig(Section):
 class VaeConfig(Section):
     """The autoencoder between images and latents."""
 
-    name: str = Field("stabilityai/sd-vae-ft-ema", description="hub name, folder, or 'emoji' (ships with the package)")
+    name: str = Field("stabilityai/sd-vae-ft-ema", description="hub name, folder, or one that ships: emoji, emoji-64")
     latent_channels: Width = Field(4, description="channels of a latent; checked against the autoencoder")
     downsample: Side = Field(8, description="image pixels along a side of a latent pixel; checked likewise")
     batch_size: Batch = Field(16, description="images encoded at once, per process")

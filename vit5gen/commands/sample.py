@@ -12,7 +12,7 @@ _EVALUATION = EvaluationConfig()
 class SampleOptions(DrawConfig, Options):
     """Draw images from a run or a pipeline folder; run again, it resumes where it stopped."""
 
-    checkpoint: str = argument(..., "RUN", "folder of a run, or a pipeline folder")
+    checkpoint: str = argument(..., "RUN", "folder of a run, a pipeline folder, or a generator that ships: emoji-64")
     num_images: Images = argument(..., "N", "number of images")
     output: str = argument(..., "FILE|FOLDER", "FILE.png (grid), FILE.npz, or a folder")
     seed: Natural = argument(_EVALUATION.seed, "N", "fixes labels, noise and what a solver draws")
@@ -44,6 +44,7 @@ def run(options: SampleOptions) -> None:
         "settings": describe_job(pipe, job, draw) | {"num_images": num_images},
         "checkpoint_sha256": pipeline_hash(folder),
         "versions": versions(),
+        "attribution": pipe.config.get("attribution"),
         "run": {
             "checkpoint": str(folder),
             "vae": pipe.vae.config.get("_name_or_path"),

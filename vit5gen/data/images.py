@@ -58,6 +58,7 @@ class Source:
     """
 
     splits: tuple[str, ...] | None = None  # None: whatever is there
+    attribution: str | None = None  # the line that its licence wants beside all that is made of the images
     reads_files = True  # whether `data.exif` and `data.rules` have a say in the pixels
 
     def __init__(self, data: DataConfig) -> None:

@@ -39,6 +39,7 @@ def samples_from_pipeline(pipe: SiTPipeline, path: str | Path, job: SamplingJob,
         "batch_size": job.batch_size,
         "device": pipe.device.type,
         "vae": None if pipe.vae is None else pipe.vae.config.get("_name_or_path"),
+        "attribution": pipe.config.get("attribution"),
     }
 
     def chunks() -> Iterable[tuple[int, Tensor]]:

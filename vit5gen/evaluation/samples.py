@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vit5gen.config import DataConfig, Exif, load_config
+from vit5gen.config import DataConfig, Exif, find_config, load_config
 from vit5gen.data.images import open_images
 from vit5gen.data.pictures import UNREADABLE, find_images, listing_digest, tell_left_out, upright
 from vit5gen.system.distributed import rank_and_world
@@ -47,11 +47,11 @@ class Samples:
 
 
 def open_source(path: str | Path, batch_size: int, protocol: str | None = None) -> Samples:
-    """Open an npz, a folder of images, or the data section of a configuration.
+    """Open an npz, a folder of images, or the data section of a configuration (see `find_config`).
 
     Under ADM's ``protocol`` images stay as they are stored, whatever EXIF says of their orientation.
     """
-    path, as_stored = Path(path), protocol == "adm"
+    path, as_stored = find_config(path), protocol == "adm"
     if path.suffix in (".yaml", ".yml"):
         data = load_config(path).data
         return open_data(data.model_copy(update={"exif": "ignore"}) if as_stored else data, batch_size)

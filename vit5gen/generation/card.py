@@ -56,8 +56,14 @@ def pipeline_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def model_card(transformer: dict[str, Any], scheduler: dict[str, Any], vae: str, facts: TrainingFacts) -> str:
-    """Return the README of a pipeline folder: front matter for the hub, use, configuration, training, metrics."""
+def model_card(
+    transformer: dict[str, Any],
+    scheduler: dict[str, Any],
+    vae: str,
+    facts: TrainingFacts,
+    attribution: str | None,
+) -> str:
+    """Return the README of a pipeline folder: front matter for the hub, use, metrics, training, attribution, sizes."""
     parts = [
         "---\nlibrary_name: diffusers\npipeline_tag: unconditional-image-generation\n"
         "tags:\n- vit5gen\n- flow-matching\n- class-conditional\n---",
@@ -77,6 +83,8 @@ def model_card(transformer: dict[str, Any], scheduler: dict[str, Any], vae: str,
         parts.append(f"## Metrics\n\n| metric | value |\n|---|---|\n{rows}")
     if facts.command:
         parts.append(f"## Training\n\n```\n{facts.command}\n```")
+    if attribution:
+        parts.append(f"## Attribution\n\n{attribution}\n\nThis line goes with the weights and with all that they draw.")
     shown = {"transformer": _plain(transformer), "scheduler": _plain(scheduler), "versions": versions()}
     parts.append(f"## Configuration\n\n```json\n{json.dumps(shown, indent=2, default=str)}\n```")
     return "\n\n".join(parts) + "\n"

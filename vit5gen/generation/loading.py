@@ -9,16 +9,17 @@ from torch import nn
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.models.loading import check_finite
-from vit5gen.system.errors import UserError, short
+from vit5gen.system.errors import UserError, nearest, short
 from vit5gen.system.files import read_json
+from vit5gen.system.shipped import shipped, shipped_names
 
 PIPELINE = "pipeline"  # its folder in that of a run
 
 
 def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
-    """Load the pipeline of a run (RUN or RUN/pipeline) or a pipeline folder.
+    """Load the pipeline of a run (RUN or RUN/pipeline), a pipeline folder, or the name of one that ships.
 
-    Raises `UserError` if it is neither, does not load, or has weights that are not finite.
+    Raises `UserError` if it is none of them, does not load, or has weights that are not finite.
     """
     folder = pipeline_folder(checkpoint)
     for name, entry in read_json(folder / "model_index.json", "pipeline").items():
@@ -50,11 +51,18 @@ def pipeline_folder(checkpoint: str | Path) -> Path:
     """Return what `find_pipeline` does; raise `UserError` where there is none."""
     if (folder := find_pipeline(checkpoint)) is None:
         found = f"checkpoint {checkpoint} is neither a run nor a pipeline folder (no model_index.json)"
-        raise UserError(f"{found}; expected the --output of `vit5gen train` or `vit5gen convert`")
+        names = shipped_names()
+        expected = f"the --output of `vit5gen train` or `vit5gen convert`, or one that ships: {', '.join(names)}"
+        raise UserError(f"{found}; expected {expected}.{nearest(str(checkpoint), names)}")
     return folder
 
 
 def find_pipeline(path: str | Path) -> Path | None:
-    """Return the folder that holds ``model_index.json``: the ``pipeline`` in a path, the path itself, or None."""
+    """Return the folder that holds ``model_index.json``: the ``pipeline`` in a path, the path itself, or None.
+
+    The name of a generator that ships stands for its folder where there is no such path.
+    """
+    if not Path(path).exists() and str(path) in shipped_names():
+        return Path(shipped(str(path)))
     folders = (Path(path) / PIPELINE, Path(path))
     return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)

@@ -90,6 +90,7 @@ class SiTPipeline(DiffusionPipeline):
     scheduler: `SiTScheduler`, or a flow-match scheduler of diffusers, whose ``step`` is then used.
     vae: decodes latents; without it only ``output_type="latent"`` works.
     guide: the weaker model of autoguidance (arXiv 2406.02507).  id2label: names of the classes by id.
+    attribution: the line that the licence of the training images wants beside the weights and all that they draw.
     """
 
     model_cpu_offload_seq = "transformer->guide->vae"
@@ -103,6 +104,7 @@ class SiTPipeline(DiffusionPipeline):
         vae: AutoencoderKL | None = None,
         guide: SiTTransformer2DModel | None = None,
         id2label: dict | None = None,
+        attribution: str | None = None,
     ) -> None:
         super().__init__()
         for module in filter(None, (transformer, vae, guide)):
@@ -110,7 +112,7 @@ class SiTPipeline(DiffusionPipeline):
         if vae is not None:
             scaling(vae)  # raises where it is none that `decode` knows
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, guide=guide)
-        self.register_to_config(id2label=names_by_id(id2label))
+        self.register_to_config(id2label=names_by_id(id2label), **({"attribution": attribution} if attribution else {}))
         self._flow = scheduler.flow if isinstance(scheduler, SiTScheduler) else Flow()
         self._calls = _Calls([_Call()])
 
@@ -321,7 +323,8 @@ class SiTPipeline(DiffusionPipeline):
         if facts.picture is not None:
             shutil.copyfile(facts.picture, folder / facts.picture.name)
         name = None if self.vae is None else self.vae.config.get("_name_or_path") or type(self.vae).__name__
-        card = model_card(dict(self.transformer.config), dict(self.scheduler.config), name or "none", facts)
+        configs = dict(self.transformer.config), dict(self.scheduler.config)
+        card = model_card(*configs, name or "none", facts, self.config.get("attribution"))
         write_text(folder / "README.md", card)
 
 

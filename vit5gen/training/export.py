@@ -73,12 +73,19 @@ def _from_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPi
     # An average holds parameters only; buffers come from the model.
     load_exactly(model, {**load_tensors(folder, "model"), **load_tensors(folder, chosen)})
     index = RunFolder(folder.parent.parent).pipeline / "model_index.json"
-    names = read_json(index, "pipeline").get("id2label", {}) if index.is_file() else {}
+    told = read_json(index, "pipeline") if index.is_file() else {}
     scheduler = SiTScheduler(config.flow.path, config.flow.prediction)
-    return _assemble(model, scheduler, vae or config.vae.name, names), f"{chosen} of {folder}"
+    names, attribution = told.get("id2label", {}), told.get("attribution")
+    return _assemble(model, scheduler, vae or config.vae.name, names, attribution), f"{chosen} of {folder}"
 
 
-def _assemble(model: SiTTransformer2DModel, scheduler: SiTScheduler, vae: str, names: dict[int, str]) -> SiTPipeline:
+def _assemble(
+    model: SiTTransformer2DModel,
+    scheduler: SiTScheduler,
+    vae: str,
+    names: dict[int, str],
+    attribution: str | None = None,
+) -> SiTPipeline:
     autoencoder = None if vae == "none" else load_autoencoder(vae)
     if autoencoder is not None:
         found, taken = autoencoder.config.latent_channels, model.config.in_channels
@@ -86,4 +93,4 @@ def _assemble(model: SiTTransformer2DModel, scheduler: SiTScheduler, vae: str, n
             advice = "give the --vae that it was trained with, or 'none'"
             raise UserError(f"vae {vae!r} has latents of {found} channels, the model takes {taken}; {advice}")
         check_finite(f"vae {vae!r}", autoencoder.state_dict())
-    return SiTPipeline(model.eval(), scheduler, autoencoder, id2label=names)
+    return SiTPipeline(model.eval(), scheduler, autoencoder, id2label=names, attribution=attribution)

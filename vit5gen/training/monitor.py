@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vit5gen.config import Config
+from vit5gen.data.images import make_source
 from vit5gen.data.latents import images_beside
 from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
 from vit5gen.generation.card import TrainingFacts
@@ -152,7 +153,8 @@ class Monitor:
         if self.config.training.compile:
             transformer.compile_repeated_blocks()
         scheduler = SiTScheduler(self.config.flow.path, self.config.flow.prediction)
-        return SiTPipeline(transformer, scheduler, self.vae, id2label=dict(enumerate(self.class_names)))
+        names, attribution = dict(enumerate(self.class_names)), make_source(self.config.data).attribution
+        return SiTPipeline(transformer, scheduler, self.vae, id2label=names, attribution=attribution)
 
     def _generate(self, pipe: SiTPipeline, labels: list[int]) -> Iterator[tuple[range, Tensor]]:
         evaluation = self.config.evaluation

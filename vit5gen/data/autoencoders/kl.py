@@ -14,17 +14,20 @@ from torch.overrides import TorchFunctionMode
 
 from vit5gen.system.errors import UserError
 from vit5gen.system.precision import exact_float32
+from vit5gen.system.shipped import shipped, shipped_names
 
 _HALF = (torch.bfloat16, torch.float16)
 EMOJI = Path(__file__).parents[1] / "emoji_vae"
 
 
 def load_autoencoder(name: str) -> AutoencoderKL:
-    """Load a frozen fp32 autoencoder: ``"emoji"`` (shipped, 32 px), a folder, or a name on the Hugging Face hub.
+    """Load a frozen fp32 autoencoder: a folder, one that ships, or a name on the Hugging Face hub.
+
+    ``"emoji"`` (32 px) ships, and under the name of each `vit5gen.shipped` generator its autoencoder.
 
     Raises `UserError` when there is no such autoencoder or it cannot be fetched.
     """
-    source = EMOJI if name == "emoji" else Path(name).expanduser()
+    source = _folder(name)
     try:
         here, weights = not missing(name), source if source.is_dir() else name
         if not here:
@@ -34,16 +37,25 @@ def load_autoencoder(name: str) -> AutoencoderKL:
             raise ValueError(f"it lacks {len(lacking)} weights of an AutoencoderKL")
     except Exception as error:  # file, hub and http errors are those of many libraries
         detail = " ".join(str(error).split())[:120]
-        wanted = "'emoji', the folder of one (config.json, safetensors), or a hub name and a network"
+        ships = ", ".join(["emoji", *shipped_names()])
+        wanted = f"the folder of one (config.json, safetensors), one that ships ({ships}), or a hub name and a network"
         raise UserError(f"vae.name {name!r}: no autoencoder can be loaded ({detail}); expected {wanted}") from error
     vae.register_to_config(_name_or_path=name)  # as it was asked for: pipelines tell it, not this machine's folder
     scaling(vae)  # raises where it is none that `encode` and `decode` know
     return vae.float().eval().requires_grad_(False)
 
 
+def _folder(name: str) -> Path:
+    """Return the folder of an autoencoder that ships, else the path of that name."""
+    folder = Path(name).expanduser()
+    if name in shipped_names() and not folder.exists():
+        return Path(shipped(name)) / "vae"
+    return EMOJI if name == "emoji" else folder
+
+
 def missing(name: str) -> dict[str, str]:
     """Return an autoencoder that is neither a folder here nor fetched yet, with how to get it."""
-    if name == "emoji" or Path(name).expanduser().is_dir():
+    if _folder(name).is_dir():
         return {}
     with suppress(HFValidationError):  # of what is no name on the hub either
         if isinstance(try_to_load_from_cache(name, "config.json"), str):

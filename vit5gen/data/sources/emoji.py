@@ -34,6 +34,7 @@ class EmojiSource(Source):
 
     splits = ("train", "test")
     reads_files = False
+    attribution = "Emoji by OpenMoji (openmoji.org), CC BY-SA 4.0"
 
     def open(self, split: str) -> ImageSet:
         images, labels = load_emoji(self.data.resolution, split)

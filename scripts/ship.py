@@ -1,0 +1,133 @@
+"""Make a generator that ships out of a finished run: average (EMA) and autoencoder in fp16, README.md, card.json.
+
+The figures are those of metrics.json, of the card of `vit5gen evaluate RUN` (or NAME, once it ships) and of the JSON of
+scripts/judge_emoji.py; the held-out PSNR of the autoencoder is computed here. A run gives the same weights every time:
+ship it, evaluate NAME, and ship it again with that card.
+
+usage: python scripts/ship.py RUN NAME --command "..." --commit HASH [--evaluation CARD.json] [--judge JUDGE.json]
+"""
+
+import argparse
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from vit5gen.cli import exit_on_bad_input
+from vit5gen.config import SamplingConfig, load_recorded
+from vit5gen.data.autoencoders.kl import decode, encode, psnr, to_uint8
+from vit5gen.data.images import ImageSet, make_source, open_images
+from vit5gen.generation.card import TrainingFacts, pipeline_hash
+from vit5gen.generation.loading import load_pipeline
+from vit5gen.models.loading import check_finite
+from vit5gen.system.errors import UserError
+from vit5gen.system.files import read_json, write_json
+from vit5gen.system.shipped import FOLDER
+from vit5gen.training.folder import RunFolder
+
+MOST_BYTES = 12e6  # of all files
+_DRAWN = {*SamplingConfig.model_fields, "seed", "precision"}
+
+
+def ship(
+    run: RunFolder, name: str, command: str, commit: str, evaluation: Path | None = None, judge: Path | None = None
+) -> Path:
+    """Write ``vit5gen/shipped/NAME``, whole or not at all, in place of an earlier one; return it.
+
+    Raises `UserError` for a run that is not finished, an evaluation of other weights, or too many bytes.
+    """
+    config = load_recorded(run.config)
+    if not run.evaluated(config.training.num_steps):
+        raise UserError(f"{run}: no evaluation of step {config.training.num_steps}; finish the run first")
+    last = next(entry for entry in run.evaluations() if entry["step"] == config.training.num_steps)
+    pipe = load_pipeline(run.pipeline)
+    scored = read_json(evaluation, "evaluation card") if evaluation is not None else None
+
+    # The weights, rounded: loaded again they compute in fp32.
+    networks = {"transformer": pipe.transformer, "vae": pipe.vae}
+    for parameter in (one for network in networks.values() for one in network.parameters()):
+        parameter.data = parameter.data.half().float()
+    for part, network in networks.items():
+        check_finite(f"{part} in fp16", network.state_dict())
+
+    # What is told of them, in README.md and card.json.
+    attribution = make_source(config.data).attribution
+    held_out = open_images(config.data, config.evaluation.held_out_split)
+    figures = {
+        "evaluation in training": last,
+        "autoencoder, held-out PSNR (dB)": _psnr(pipe.vae, held_out),
+        **(_figures(scored) if scored is not None else {}),
+        **(_judged(read_json(judge, "judgement")) if judge is not None else {}),
+    }
+    made = {"command": command, "commit": commit, "seed": config.training.seed, "attribution": attribution}
+    for part in (pipe, *networks.values()):
+        part.register_to_config(_name_or_path=name)  # instead of this machine's folder
+    pipe.register_to_config(attribution=attribution)
+    for parameter in (one for network in networks.values() for one in network.parameters()):
+        parameter.data = parameter.data.half()
+    FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=FOLDER) as temporary:
+        new = Path(temporary) / name
+        told = f"{command}\n# commit {commit}, seed {config.training.seed}"
+        pipe.save_pretrained(new, facts=TrainingFacts(command=told, metrics=figures))
+        write_json(new / "card.json", {**made, "figures": figures, "checkpoint_sha256": pipeline_hash(new)})
+        if scored is not None:
+            _check_weights(scored, {pipeline_hash(run.pipeline), pipeline_hash(new)})
+        if (size := sum(file.stat().st_size for file in new.rglob("*") if file.is_file())) >= MOST_BYTES:
+            raise UserError(f"{name}: {size / 1e6:.2f} MB; expected under {MOST_BYTES / 1e6:g}: train a smaller model")
+        load_pipeline(new)
+        shutil.rmtree(FOLDER / name, ignore_errors=True)
+        os.replace(new, FOLDER / name)
+    print(f"{FOLDER / name}: {size / 1e6:.2f} MB")
+    return FOLDER / name
+
+
+def _psnr(vae: AutoencoderKL, images: ImageSet) -> float:
+    """Return the mean PSNR of round trips in dB."""
+    scores = []
+    for chunk in torch.arange(len(images)).split(64):
+        originals = torch.stack([images.read(int(i)) for i in chunk])
+        scores.append(psnr(originals, to_uint8(decode(vae, encode(vae, originals)[0]))))
+    return torch.cat(scores).mean().item()
+
+
+def _figures(scored: dict[str, Any]) -> dict[str, Any]:
+    """Return the scores of an evaluation card, and how the first set of its samples was drawn; no path of a machine."""
+    one = scored["samples"][0]
+    drawn = (one["sampling"] or {}).get("settings", one["sampling"] or {})
+    settings = {key: value for key, value in drawn.items() if key in _DRAWN}
+    return {"drawn": {"images": one["count"], **settings}, **scored["metrics"]}
+
+
+def _judged(judge: dict[str, Any]) -> dict[str, Any]:
+    """Return which part of each set of samples, and of the held-out pictures, the judge recognises."""
+    sets = {Path(key).name: value for key, value in judge.items() if isinstance(value, dict) and "share" in value}
+    if not sets:
+        raise UserError("judgement: no set of samples with a 'share'; expected the output of scripts/judge_emoji.py")
+    return {f"recognised, {name}": value["share"] for name, value in sets.items()}
+
+
+def _check_weights(scored: dict[str, Any], expected: set[str]) -> None:
+    for one in scored["samples"]:
+        if (one.get("sha256") or (one["sampling"] or {}).get("checkpoint_sha256")) not in expected:
+            raise UserError(f"evaluation of {one['path']}: of other weights; score RUN, or what ships")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", type=RunFolder, metavar="RUN")
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--command", required=True, help="that trained the run, as it is typed in a clone")
+    parser.add_argument("--commit", required=True, help="of the code that trained it")
+    parser.add_argument("--evaluation", type=Path, metavar="CARD.json", help="of `vit5gen evaluate`")
+    parser.add_argument("--judge", type=Path, metavar="JUDGE.json", help="of scripts/judge_emoji.py")
+    with exit_on_bad_input():
+        ship(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
