@@ -85,3 +85,22 @@ def test_bad_sizes_and_outputs_are_refused_before_any_work(
     (tmp_path / "out" / "config.json").mkdir(parents=True)
     with pytest.raises(UserError, match=message):
         train_autoencoder(config.model_copy(update=changes), tmp_path / "out")
+
+
+def test_what_comes_after_the_last_step_may_be_cut_and_a_trained_one_is_left_alone(
+    config: AutoencoderTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(*_: object) -> None:
+        raise SystemExit(143)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("vit5gen.training.autoencoder._finish", killed)
+        train_autoencoder(config, tmp_path / "a")
+    assert [path.name for path in (tmp_path / "a/checkpoints").iterdir()] == ["step_00000005"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Shuffle, "batch", None)  # no step is left
+        assert train_autoencoder(config, tmp_path / "a") == 0
+    before = {name: (tmp_path / "a" / name).read_bytes() for name in FILES}
+    assert train_autoencoder(config, tmp_path / "a") == 0
+    assert "holds a trained autoencoder; nothing to do" in capsys.readouterr().out
+    assert before == {name: (tmp_path / "a" / name).read_bytes() for name in FILES}

@@ -93,7 +93,8 @@ class Shuffle(nn.Module):
 def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
     """Train an `AutoencoderKL`, save it with fp16 weights and a picture of round trips; return the exit code.
 
-    A signal saves a checkpoint, from which the same command resumes, bit for bit. In the end scale and shift give
+    A signal saves a checkpoint, from which the same command resumes, bit for bit; a folder that holds a trained one is
+    left alone. In the end scale and shift give
     latents of the training images mean 0 and standard deviation 1. Raises `UserError` for input that does not fit.
     """
     folder, begun = RunFolder(output), time.perf_counter()
@@ -105,6 +106,9 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
     images, held_out = open_images(config.data), open_images(config.data, config.held_out_split)
     with folder.locked(("checkpoints", "config.json")):
         check_writable(folder.path / "config.json")
+        if (folder.path / "config.json").exists() and not checkpoint.steps(folder.checkpoints):
+            accelerator.print(f"{folder} holds a trained autoencoder; nothing to do (--output names another folder)")
+            return 0
         try:
             # The network, its optimizer and its batches, resumed where there is a checkpoint.
             network, shuffle = RoundTrip(config), Shuffle(images, config)
@@ -132,8 +136,8 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
                     if trainer.step % 100 == 1:
                         progress.set_postfix(loss=f"{loss.item():.4f}", kl=f"{divergence.item():.2f}")
 
-                    # A checkpoint, by the clock or for a signal.
-                    if outcome.stop or outcome.save:
+                    # A checkpoint: by the clock, for a signal, and before what comes after the last step.
+                    if outcome.stop or outcome.save or trainer.step == config.num_steps:
                         shuffle.state = shuffle.generator.get_state()
                         trainer.save(folder.checkpoints, to_yaml(config))
                         clock.restart()

@@ -1,6 +1,7 @@
 """The autoencoder between images and latents: load any AutoencoderKL, encode, decode."""
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from numbers import Real
 from pathlib import Path
@@ -12,12 +13,17 @@ from huggingface_hub import model_info, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch.overrides import TorchFunctionMode
 
+from vit5gen.registry import Registry
 from vit5gen.system.errors import UserError
 from vit5gen.system.precision import exact_float32
 from vit5gen.system.shipped import shipped, shipped_names
 
 _HALF = (torch.bfloat16, torch.float16)
 EMOJI = Path(__file__).parents[1] / "emoji_vae"
+
+# Autoencoders that have a name, each a function that returns its folder; beside them, those of generators that ship.
+AUTOENCODERS: Registry[Callable[[], Path]] = Registry("autoencoder")
+AUTOENCODERS.register("emoji")(lambda: EMOJI)
 
 
 def load_autoencoder(name: str) -> AutoencoderKL:
@@ -37,7 +43,7 @@ def load_autoencoder(name: str) -> AutoencoderKL:
             raise ValueError(f"it lacks {len(lacking)} weights of an AutoencoderKL")
     except Exception as error:  # file, hub and http errors are those of many libraries
         detail = " ".join(str(error).split())[:120]
-        ships = ", ".join(["emoji", *shipped_names()])
+        ships = ", ".join([*AUTOENCODERS.names(), *shipped_names()])
         wanted = f"the folder of one (config.json, safetensors), one that ships ({ships}), or a hub name and a network"
         raise UserError(f"vae.name {name!r}: no autoencoder can be loaded ({detail}); expected {wanted}") from error
     vae.register_to_config(_name_or_path=name)  # as it was asked for: pipelines tell it, not this machine's folder
@@ -47,10 +53,10 @@ def load_autoencoder(name: str) -> AutoencoderKL:
 
 def _folder(name: str) -> Path:
     """Return the folder of an autoencoder that ships, else the path of that name."""
+    if name in AUTOENCODERS.names():
+        return AUTOENCODERS.get(name)()
     folder = Path(name).expanduser()
-    if name in shipped_names() and not folder.exists():
-        return Path(shipped(name)) / "vae"
-    return EMOJI if name == "emoji" else folder
+    return Path(shipped(name)) / "vae" if name in shipped_names() and not folder.exists() else folder
 
 
 def missing(name: str) -> dict[str, str]:
