@@ -183,7 +183,7 @@ BAD = {
     "latents are missing": ("train TINY/run.yaml --output OUT --data.latents TINY/nolatents", ["nolatents"]),
     "sampler is unknown": ("train TINY/run.yaml --output OUT --sampling.sampler ode-hune", ["ode-hune", "ode-heun"]),
     "extractor is unknown": ("train TINY/run.yaml --output OUT --evaluation.extractor resnet", ["resnet"]),
-    "output holds other files": ("train TINY/run.yaml --output TINY/notes", ["notes", "other files"]),
+    "output holds other files": ("train TINY/run.yaml --output TINY/notes", ["notes", "not a run"]),
     "checkpoint to resume is none": (
         "train TINY/run.yaml --output OUT --resume TINY/notes",
         ["notes", "checksums.json"],
@@ -203,7 +203,7 @@ BAD = {
     ),
     "card of statistics": (
         "evaluate TINY/broken_images --save-statistics OUT.npz --output OUT.json",
-        ["--output", "no effect beside --save-statistics"],
+        ["--output", "no effect with --save-statistics"],
     ),
     "card is a folder": ("evaluate TINY/notes --reference TINY/notes --output .", [".: a folder"]),
     "SiT file is missing": ("convert TINY/none.pt --output OUT", ["none.pt"]),

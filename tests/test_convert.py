@@ -128,18 +128,18 @@ def test_bad_checkpoints_leave_nothing_behind(run: Path, tmp_path: Path, vae: st
     cases: list[tuple[Path, dict, str]] = [
         (tmp_path / "absent.pt", {}, "absent.pt"),
         (tmp_path / "notes.pt", {}, "notes.pt"),
-        (tmp_path / "empty", {}, "no run and no checkpoint folder"),
+        (tmp_path / "empty", {}, "neither a run nor a checkpoint folder"),
         (broken, {}, "ema_0.9.safetensors is damaged"),
         (file, {"vae": vae}, "give num_attention_heads"),
         (
             file,
             {"num_attention_heads": heads, "weights": "model"},
-            "--weights has no effect beside --num-attention-heads|--weights = 'model' goes with",
+            "--weights has no effect with --num-attention-heads|--weights model is only for",
         ),
         (file, {"num_attention_heads": heads, "vae": str(tmp_path / "empty")}, "no autoencoder can be loaded"),
         (run, {"weights": "ema_0.5"}, "weights: 'ema_0.5' is not known; expected one of ema_0.9, ema_0.99, model"),
         (run, {"weights": "optimizer"}, "weights: 'optimizer' is not known"),
-        (run, {"num_attention_heads": 2}, "--num-attention-heads goes with"),
+        (run, {"num_attention_heads": 2}, "--num-attention-heads is only for"),
         (run, {"vae": str(tmp_path / "wide")}, "latents of 8 channels, the model takes 4"),
     ]
     before = set(tmp_path.iterdir())

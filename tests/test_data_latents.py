@@ -248,7 +248,7 @@ def test_broken_images_are_fatal_or_listed(config: Config, tmp_path: Path, capsy
     dataset = LatentDataset(tmp_path / "out")
     assert (len(dataset), dataset.manifest["counts"]) == (10, [5, 5])
     assert "02.png" in dataset.manifest["shards"][0]["broken"][0]
-    assert "left out 1 broken images" in capsys.readouterr().out
+    assert "skipped 1 broken images" in capsys.readouterr().out
     images = open_for(config, tiny_vae())
     mean, _ = encode(tiny_vae(), images[3][0][None])
     torch.testing.assert_close(dataset.get(2)[0], mean[0], rtol=1e-3, atol=1e-3)  # the next one moves up
@@ -269,9 +269,9 @@ def spoil(config: Config, **values: float) -> None:
         (
             "float16",
             {"scaling_factor": 1e6},
-            r"a latent of \d.* overflows float16, which ends at 65504; set data\.shard_d",
+            r"a latent of \d.* overflows float16, whose maximum is 65504; set data\.shard_d",
         ),
-        ("float16", {"bias": float("nan")}, "the autoencoder makes latents of it that are not finite; check vae.name"),
+        ("float16", {"bias": float("nan")}, "the autoencoder's latents of this image are not finite; check vae.name"),
         pytest.param("bfloat16", {"bias": float("inf")}, "the autoencoder makes latents", marks=pytest.mark.slow),
         ("bfloat16", {"scaling_factor": 1e6}, None),
         pytest.param("float32", {"scaling_factor": 1e6}, None, marks=pytest.mark.slow),
@@ -426,7 +426,7 @@ def test_cache_is_used_again(config: Config, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        ("data", {"num_classes": 5}, "num_classes = 5: the data have 2 classes"),
+        ("data", {"num_classes": 5}, "num_classes = 5: the data set has 2"),
         ("vae", {"downsample": 8}, r"vae\.downsample = 8: .* has 2"),
         ("vae", {"latent_channels": 16}, r"vae\.latent_channels = 16: .* has 4"),
         ("data", {"resolution": 9}, r"resolution = 9 is not a multiple of vae\.downsample = 2"),

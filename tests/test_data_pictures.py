@@ -229,7 +229,7 @@ def test_a_class_of_broken_images_alone_stops(pets: Path) -> None:
 def test_a_wrong_number_of_classes_lists_them(tmp_path: Path) -> None:
     for name in ("car", "plane", "train"):
         save(tmp_path / name / "1.png")
-    with pytest.raises(UserError, match=r"num_classes = 1000: the data have 3 classes \(car, plane, train\)"):
+    with pytest.raises(UserError, match=r"num_classes = 1000: the data set has 3 \(car, plane, train\)"):
         open_training_images(data(tmp_path))
     for k in range(20):
         save(tmp_path / f"bus{k:02}" / "1.png")

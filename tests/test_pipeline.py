@@ -113,7 +113,7 @@ def test_a_number_is_no_id_where_all_names_are_numbers(pipe: SiTPipeline, given:
 
 
 def test_a_number_beside_other_names_is_an_id_but_not_in_silence(pipe: SiTPipeline) -> None:
-    with pytest.warns(UserWarning, match="no class is called '4': taken for the id 4"):
+    with pytest.warns(UserWarning, match="no class is named '4'; using it as id 4"):
         assert pipe.class_ids("4") == [4]
 
 

@@ -193,7 +193,7 @@ def test_batch_size_may_change_on_resume(checkpoint: Path, tmp_path: Path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(Output, "write", fail)
-        with pytest.raises(UserError, match="No space left on device; what is drawn is kept"):
+        with pytest.raises(UserError, match="No space left on device; images drawn so far are kept"):
             draw(checkpoint, target)
     assert not target.exists()
     draw(checkpoint, target, batch_size=4)

@@ -260,7 +260,7 @@ def test_latents_train_without_the_images(
     forget_processes()
     plan(config, None, "auto", False)
     printed = capsys.readouterr().out
-    assert f"not here ({tmp_path / 'data'})" in printed
+    assert f"not found ({tmp_path / 'data'})" in printed
     assert "3 real steps" in printed
     for keys, message in [
         ({"data__classes": ["square", "circle", "star"]}, r"made with classes \['circle', .*has \['square'"),
@@ -280,7 +280,7 @@ def test_images_that_are_not_those_of_the_latents_are_told(
     encode_images(load_config(inputs), tmp_path / "latents")
     add(tmp_path)
     assert run(inputs, tmp_path / "run", training__num_steps=1, data__latents=str(tmp_path / "latents")) == 0
-    assert "are of 21 images, but the data have 22" in capsys.readouterr().out
+    assert "are of 21 images, but the data set has 22" in capsys.readouterr().out
 
 
 def test_an_autoencoder_that_is_not_finite_is_blamed_for_losses_that_are_not(

@@ -134,7 +134,7 @@ def test_the_lock_dies_with_the_trainer_and_workers_change_nothing(config_file: 
     process = start(config_file, tmp_path / "killed", *options)
     wait_for_step(process, tmp_path / "killed", 30)
     os.kill(process.pid, signal.SIGSTOP)
-    with pytest.raises(UserError, match="another process trains there"):
+    with pytest.raises(UserError, match="another process is training"):
         run(config_file, tmp_path / "killed", **steps)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()

@@ -48,7 +48,7 @@ def exit_on_bad_input() -> Iterator[None]:
     except UserError as error:
         _exit(str(error))
     except OSError as error:
-        _exit(f"{error.filename or 'this machine'}: {error.strerror or error}; check the path, its rights and the disk")
+        _exit(f"{error.filename or 'this machine'}: {error.strerror or error}; check path, permissions and disk")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
@@ -107,7 +107,7 @@ def _parse(option: str, text: str) -> Any:
 
 def build_parser() -> Parser:
     """Build the parser of all commands from their sections."""
-    about = "Train, sample and evaluate class-conditional image generators. Exit code 2: bad input, told in one line."
+    about = "Train, sample and evaluate class-conditional image generators. Exit code 2 means bad input."
     parser = Parser(prog="vit5gen", description=about)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     for name in COMMANDS:

@@ -14,7 +14,7 @@ def _check_utf8(path: str) -> str:
     try:
         path.encode()
     except UnicodeEncodeError:
-        raise ValueError("expected a path in UTF-8, which weights need; choose another one") from None
+        raise ValueError("expected a path in UTF-8, as files of weights need; choose another path") from None
     return path
 
 
@@ -46,7 +46,7 @@ class Options(Section):
         given = {name for name in self.model_fields_set if getattr(self, name) is not None}
         for name, others in self.excludes.items():
             if name in given and (idle := sorted(given & set(others))):
-                raise ValueError(f"{self.spell(idle)} has no effect beside --{dashed(name)}; leave it out")
+                raise ValueError(f"{self.spell(idle)} has no effect with --{dashed(name)}; omit it")
         return self
 
     def part(self, section: type[S]) -> S:

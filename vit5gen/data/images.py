@@ -74,7 +74,7 @@ class Source:
     def missing_folder(self, remedy: str) -> dict[str, str]:
         """Return `path` with the remedy unless it is a folder; what to set when none is given."""
         if self.path is None:
-            return {"data.path": "set it to a folder of class folders, or the name of a Hugging Face data set"}
+            return {"data.path": "set data.path to a folder of class folders or the name of a Hugging Face data set"}
         return {} if Path(self.path).expanduser().is_dir() else {self.path: remedy}
 
     def open(self, split: str) -> ImageSet:
@@ -141,8 +141,8 @@ def open_training_images(data: DataConfig) -> ImageSet:
     """Open the images that a run trains on; raise `UserError` when their classes are not `data.num_classes`."""
     images = open_images(data)
     if (found := len(images.class_names)) != data.num_classes:
-        classes = f"{found} classes ({listed(images.class_names)})"
-        raise UserError(f"data.num_classes = {data.num_classes}: the data have {classes}; set that")
+        classes = f"data.num_classes = {data.num_classes}: the data set has {found} ({listed(images.class_names)})"
+        raise UserError(f"{classes}; set data.num_classes to {found}")
     return images
 
 
@@ -171,7 +171,7 @@ def open_held_out(data: DataConfig, split: str, class_names: list[str]) -> Image
     images = open_images(data, split)
     if unknown := [name for name in images.class_names if name not in class_names]:
         found = f"split {split!r} has classes that split {data.split!r} lacks, such as {unknown[0]!r}"
-        raise UserError(f"data: {found}; expected the same ones: rename or remove them, or set data.classes")
+        raise UserError(f"data: {found}; expected the same classes: rename or remove them, or set data.classes")
     return _keep_classes(images, class_names)
 
 

@@ -60,7 +60,7 @@ def check_autoencoder(config: Config, vae: AutoencoderKL) -> None:
         ("downsample", config.vae.downsample, downsample(vae)),
     ]:
         if expected != found:
-            raise UserError(f"vae.{key} = {expected}: the autoencoder {config.vae.name} has {found}; set that")
+            raise UserError(f"vae.{key} = {expected}, but {config.vae.name} has {found}; set vae.{key} to {found}")
     _ = config.latent_shape  # raises where the resolution does not fit
 
 
@@ -80,16 +80,16 @@ class LatentDataset:
             self._ends = list(accumulate(check_whole("images =", shard["images"], 0) for shard in shards or []))
             sizes = {self.folder / shard["file"]: shard["bytes"] for shard in shards or []}
         except (KeyError, TypeError, AttributeError, UserError) as error:
-            fault = f"{MANIFEST} is not one of latents ({error!r})"
+            fault = f"{MANIFEST} is not a manifest of latents ({error!r})"
             raise UserError(f"latents {self.folder}: {fault}; encode again") from error
         if shards is None:
-            raise UserError(f"latents {self.folder}: encoding was interrupted; run the same `vit5gen encode` to end it")
+            raise UserError(f"latents {self.folder}: encoding was interrupted; run `vit5gen encode` again to finish")
         for path, size in sizes.items():
             found = path.stat().st_size if path.is_file() else "no file"
             if found != size:
                 raise UserError(f"latents: {path} has {found} bytes, its manifest says {size}; encode again to fix it")
         if not sum(shard["images"] for shard in shards):
-            raise UserError(f"latents {self.folder}: hold no images; encode again")
+            raise UserError(f"latents {self.folder}: no images; encode again")
         self._open: dict[int, Any] = {}  # shards by number; a process maps one when it first reads there
 
     def __len__(self) -> int:
@@ -150,16 +150,16 @@ class LatentDataset:
         if self.manifest.get("horizontal_flip") not in ([True] if config.data.horizontal_flip else [True, False]):
             self._compare("horizontal_flip", False, True)
         if images is not None and len(images) != (count := self.manifest.get("images")):
-            found = f"latents {self.folder} are of {count} images, but the data have {len(images)}"
-            processes().print(f"note: {found}: the distances compare with these")
+            found = f"latents {self.folder} are of {count} images, but the data set has {len(images)}"
+            processes().print(f"note: {found}; distances are computed to the data set")
         for key, value in _reading(config).items():
             if (found := self.manifest.get(key, READ_BEFORE[key])) != value:
                 made = f"latents {self.folder} were made with data.{key} {found}, the run has {value}"
-                processes().print(f"note: {made}: so it reads the images that it compares with")
+                processes().print(f"note: {made}, which it uses to read the images for evaluation")
 
     def _compare(self, key: str, found: Any, wanted: Any, more: str = "") -> None:
         if found != wanted:
-            made = f"made with {key} {short(found)}, the run has {short(wanted)}{more}"
+            made = f"made with {key} {short(found)}, but the run has {short(wanted)}{more}"
             raise UserError(f"latents {self.folder}: {made}; encode again or change the configuration")
 
     def _shard(self, number: int) -> Any:
@@ -224,4 +224,4 @@ def find_damage(path: Path, checksum: str | None) -> str:
         return "does not match its checksum; encode again to fix it"
     with safe_open(path, framework="pt") as shard:
         finite = all(all_finite(shard.get_tensor(name)) for name in ("mean", "std"))
-    return "" if finite else "has values that are not finite; encode again, which names the image"
+    return "" if finite else "has values that are not finite; run `vit5gen encode` again; it will name the image"

@@ -40,7 +40,7 @@ def _class_id(label: object, names: dict[int, str], count: int) -> int:
             expected = f"one of {listed}{an_id}" if names else f"an id in 0..{count - 1} (there are no class names)"
             raise UserError(f"class {label!r} does not exist; expected {expected}.{nearest(label, known)}")
         if not matches and any(numbers) and int(label) < count:
-            warnings.warn(f"no class is called {label!r}: taken for the id {int(label)}", stacklevel=4)
+            warnings.warn(f"no class is named {label!r}; using it as id {int(label)}", stacklevel=4)
         label = min(matches) if matches else int(label)
     if isinstance(label, bool) or not isinstance(label, int | np.integer):
         raise UserError(f"class_labels: {label!r} is neither an id nor a name; expected one of them, or a flat list")

@@ -13,6 +13,7 @@ from vit5gen.system.errors import UserError, short
 from vit5gen.system.files import read_json
 
 PIPELINE = "pipeline"  # its folder in that of a run
+_REMEDY = "create it again with `vit5gen train` or `vit5gen convert`"
 
 
 def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
@@ -25,7 +26,7 @@ def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
         # diffusers would import any module that stands there
         if isinstance(entry, list) and entry[:1] not in ([None], ["vit5gen"], ["diffusers"]):
             told = f"checkpoint {folder}: {name} = {short(entry)}"
-            raise UserError(f"{told} is not of vit5gen or diffusers; make it again")
+            raise UserError(f"{told} is not a part of vit5gen or diffusers; {_REMEDY}")
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # of three files read
     try:
@@ -36,7 +37,7 @@ def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
                 raise UserError(f"{name} is a {type(part).__name__}, expected a {kind.__name__}")
     except Exception as error:  # what diffusers makes of files with values of other types has no end
         reason = " ".join(str(error).split()) or repr(error)
-        raise UserError(f"checkpoint {folder} does not load: {reason}; make it again") from error
+        raise UserError(f"checkpoint {folder} does not load: {reason}; {_REMEDY}") from error
     finally:
         if shown:
             logging.enable_progress_bar()

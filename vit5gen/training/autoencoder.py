@@ -136,11 +136,11 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
                         trainer.save(folder.checkpoints, to_yaml(config))
                         clock.restart()
                     if outcome.stop:
-                        accelerator.print(f"\nstopped by a signal after step {trainer.step}; the same command resumes")
+                        accelerator.print(f"\nstopped by a signal after step {trainer.step}; {process.RESUME}")
                         return process.STOPPED
             score = _finish(network.vae, images, held_out, folder)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{error}; fix it, and run the same command again") from error
+            raise UserError(f"{error}; fix this, then {process.RESUME}") from error
     accelerator.print(f"{folder}: held-out PSNR {score:.2f} dB after {time.perf_counter() - begun:.0f} s")
     return 0
 

@@ -44,7 +44,7 @@ def differences(old: dict[str, Any], config: Config, changeable: Collection[str]
 def _accept(start: Path, fault: str, changes: list[str], accept_changes: bool) -> None:
     """Refuse to resume ``start`` under changed conditions unless the user accepts that."""
     if changes and not accept_changes:
-        advice = "Restore what it had, choose another --output, or add --accept-changes to resume with what is there"
+        advice = "Restore the recorded values, choose another --output, or add --accept-changes to resume with the new"
         raise UserError(f"{start} {fault}: {'; '.join(changes)}. {advice}")
     for change in changes:
         print(f"note: resuming with {change}", flush=True)
@@ -100,7 +100,8 @@ class RunFolder:
 
         of_a_run = lock.exists() or begun()  # copies often lack hidden files
         if existed and not of_a_run and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--output {folder}: holds other files; choose a new folder or that of an earlier run")
+            advice = "choose a new folder or the folder of an earlier run"
+            raise UserError(f"--output {folder}: contains files that are not a run; {advice}")
         with ExitStack() as stack:
             try:
                 if write:
@@ -108,10 +109,10 @@ class RunFolder:
                 if write or lock.exists():
                     stack.enter_context(locked_file(lock, wait=False))
             except BlockingIOError:
-                advice = "another process trains there; wait for it or choose another folder"
+                advice = "another process is training in this folder; wait for it or choose another folder"
                 raise UserError(f"--output {folder}: {advice}") from None
             except OSError as error:
-                advice = "choose a folder that can be written, on a file system with locks"
+                advice = "choose a writable folder on a file system that supports locks"
                 raise UserError(f"--output {folder}: {error.strerror}; {advice}") from error
             try:
                 yield
@@ -133,13 +134,13 @@ class RunFolder:
             if fault := checkpoint.find_damage(start):
                 raise UserError(f"--resume {start}: {fault}; expected e.g. RUN/checkpoints/step_00000010, undamaged")
         elif checkpoint.steps(self.checkpoints):
-            raise UserError(f"--output {self}: holds a run; choose a new folder, or --resume auto to resume it")
+            raise UserError(f"--output {self}: contains a run; choose a new folder, or --resume auto to resume it")
         if start is not None:
             recorded = checkpoint.read_config(start)
             _accept(start, "was made by another configuration", differences(recorded, config), accept_changes)
             config = as_recorded(config, recorded)
             if (step := checkpoint.read_state(start)["step"]) > last:
-                raise UserError(f"{start} is beyond training.num_steps = {last}; ask for {step} or more")
+                raise UserError(f"{start} is past training.num_steps = {last}; set it to {step} or more")
         values = config.model_dump()
         if values["training"]["checkpoint_every"] is None:
             values["training"]["checkpoint_every"] = max(1, min(10_000, math.ceil(last / 4)))
@@ -192,7 +193,7 @@ class RunFolder:
         try:
             return [entry for entry in content["evaluations"] if entry["step"] >= 0]
         except (KeyError, TypeError) as error:
-            raise UserError(f"metrics {self.metrics}: no list of evaluations; restore or remove the file") from error
+            raise UserError(f"metrics {self.metrics}: not a list of evaluations; restore or remove the file") from error
 
     def evaluated(self, step: int) -> bool:
         """Tell whether there is an evaluation of this step."""

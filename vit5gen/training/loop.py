@@ -136,7 +136,7 @@ def train(config: Config, output: str | Path, resume: str, accept_changes: bool 
         try:
             code = _train(config, folder, accelerator, start, accept_changes)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{error}; checkpoints stay valid: fix it, and the same command resumes") from error
+            raise UserError(f"{error}; checkpoints are still valid: fix this, then {process.RESUME}") from error
         accelerator.end_training()
         return code
 
@@ -167,7 +167,7 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
                 saved_step = trainer.step
             if stop:
                 there = "there" if saved_step == trainer.step else "its newest checkpoint"
-                accelerator.print(f"\nstopped by a signal after step {trainer.step}; the same command resumes {there}")
+                accelerator.print(f"\nstopped by a signal after step {trainer.step}; {process.RESUME} from {there}")
                 return process.STOPPED
             if last:
                 break
@@ -189,11 +189,11 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
             # Give up where nothing is learnt any more.
             if nonfinite_in_a_row == min(settings.max_nonfinite_steps, settings.num_steps):
                 save(folder.nonfinite)
-                what = f"loss or gradient was not finite in {nonfinite_in_a_row} steps in a row, the last one step"
+                what = f"loss or gradient was not finite in {nonfinite_in_a_row} steps in a row, up to step"
                 advice = nonfinite_advice(config, source, vae, trainer.step - 1)
                 accelerator.print(f"\nerror: {what} {trainer.step}; state saved in {folder.nonfinite}; {advice}")
                 return process.NONFINITE
     if saved_step < settings.num_steps:
-        raise UserError(f"{folder.checkpoints}: the last step is not saved; make room, and run it again")
+        raise UserError(f"{folder}: the last step was not saved; free some disk space and run the same command again")
     accelerator.print(f"{folder}: samples.png, loss.png, metrics.json, pipeline/. Try next:\n{monitor.next_command()}")
     return 0

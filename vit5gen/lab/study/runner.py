@@ -27,7 +27,7 @@ from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.dry_run import run_cost
 from vit5gen.training.folder import CHANGEABLE, RunFolder, differences
 from vit5gen.training.loop import train
-from vit5gen.training.process import NONFINITE, STOPPED
+from vit5gen.training.process import NONFINITE, RESUME, STOPPED
 from vit5gen.training.reference import Reference, build_reference
 
 NUM_HELD_OUT = 2048  # images of the held-out loss, where there are as many
@@ -50,7 +50,7 @@ def run_study(path: str | Path, output: str | Path) -> int:
         try:
             return _run_study(study, runs, output)
         except OSError as error:
-            raise UserError(f"{error}; the rows so far are kept: fix it, and the same command resumes") from error
+            raise UserError(f"{error}; the rows so far are kept: fix this, then {RESUME}") from error
 
 
 def _run_study(study: StudyConfig, runs: list[Run], output: Path) -> int:

@@ -69,11 +69,11 @@ def _check_objective(name: str, given: Mapping[str, Any]) -> tuple[float, dict[s
     """
     where = f"training.objectives.{name}"
     if "." in name or hasattr(nn.ModuleDict, name):
-        raise UserError(f"{where}: no name that a module can have; choose another one")
+        raise UserError(f"{where}: {name!r} is not a valid module name; choose another name")
     options = dict(given)
     weight = options.pop("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= 1e6:
-        raise UserError(f"{where}.weight = {weight!r}; expected a number above 0, at most 1e6, or leave it out")
+        raise UserError(f"{where}.weight = {weight!r}; expected a number above 0 and at most 1e6, or omit weight")
     return float(weight), OBJECTIVES.check(name, options, where)
 
 
@@ -83,7 +83,7 @@ def build_objectives(
     """Return weights, objectives and the taps that each asks for, by name, as ``training.objectives`` lists them.
 
     Parameters start from ``training.seed``, in the model's type. Raises `UserError` for an unknown name, options that
-    do not fit, or a tap that the model has not.
+    do not fit, or a tap that the model lacks.
     """
     checked = {name: _check_objective(name, given) for name, given in training.objectives.items()}
     with torch.random.fork_rng(devices=[]):
@@ -92,7 +92,7 @@ def build_objectives(
     for name, objective in objectives.items():
         objective.to(next(model.parameters()).dtype)
         if beyond := [k for k in objective.taps if not 1 <= k <= model.config.num_layers]:
-            found = f"tap {beyond[0]} is no block; expected 1 to {model.config.num_layers}"
+            found = f"tap {beyond[0]} does not exist; expected 1 to {model.config.num_layers}"
             raise UserError(f"training.objectives.{name}: {found}")
     weights = {name: weight for name, (weight, _) in checked.items()}
     return weights, nn.ModuleDict(objectives), {name: tuple(one.taps) for name, one in objectives.items()}
