@@ -130,7 +130,7 @@ def test_bad_checkpoints_leave_nothing_behind(run: Path, tmp_path: Path, vae: st
         (tmp_path / "notes.pt", {}, "notes.pt"),
         (tmp_path / "empty", {}, "neither a run nor a checkpoint folder"),
         (broken, {}, "ema_0.9.safetensors is damaged"),
-        (file, {"vae": vae}, "give num_attention_heads"),
+        (file, {"vae": vae}, "set num_attention_heads"),
         (
             file,
             {"num_attention_heads": heads, "weights": "model"},
@@ -188,7 +188,7 @@ def test_an_average_that_is_not_finite_is_refused(run: Path, tmp_path: Path) -> 
         {},
         (broken / "config.yaml").read_text(),
     )
-    with pytest.raises(UserError, match=rf"2 of the \d+ values of {name} are not finite.* take an earlier checkpoint"):
+    with pytest.raises(UserError, match=rf"2 of the \d+ values of {name} are not finite.* use an earlier checkpoint"):
         call_convert(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     call_convert(broken, tmp_path / "out")

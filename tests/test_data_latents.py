@@ -139,7 +139,7 @@ def test_goes_on_after_a_kill(config: Config, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(encoding, "_write_shard", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         encode_images(config, tmp_path / "out")
-    with pytest.raises(UserError, match="interrupted; run the same"):
+    with pytest.raises(UserError, match="interrupted; run `vit5gen encode` again"):
         LatentDataset(tmp_path / "out")
     (tmp_path / "out" / ".shard_00002.safetensors.1.tmp").write_bytes(b"half")
     written[1].write_bytes(b"damaged")
@@ -272,7 +272,7 @@ def spoil(config: Config, **values: float) -> None:
             r"a latent of \d.* overflows float16, whose maximum is 65504; set data\.shard_d",
         ),
         ("float16", {"bias": float("nan")}, "the autoencoder's latents of this image are not finite; check vae.name"),
-        pytest.param("bfloat16", {"bias": float("inf")}, "the autoencoder makes latents", marks=pytest.mark.slow),
+        pytest.param("bfloat16", {"bias": float("inf")}, "the autoencoder's latents", marks=pytest.mark.slow),
         ("bfloat16", {"scaling_factor": 1e6}, None),
         pytest.param("float32", {"scaling_factor": 1e6}, None, marks=pytest.mark.slow),
     ],
@@ -308,7 +308,7 @@ def test_the_image_that_is_not_finite_is_named_behind_a_broken_one(
 
     monkeypatch.setattr(encoding, "encode", encode_badly)
     config = change(change(config, "data", on_broken_image="skip"), "vae", batch_size=3)
-    with pytest.raises(UserError, match=r"image .*cat.08\.png: the autoencoder makes"):
+    with pytest.raises(UserError, match=r"image .*cat.08\.png: the autoencoder's latents"):
         encode_images(config, tmp_path / "out")
 
 
@@ -323,7 +323,9 @@ def test_shards_of_earlier_versions_that_are_not_finite_are_made_again(config: C
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["shards"][1]["sha256"] = sha256(shard)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"shard_00001\.safetensors has values that are not finite; encode again"):
+    with pytest.raises(
+        UserError, match=r"shard_00001\.safetensors has values that are not finite; run `vit5gen encode`"
+    ):
         LatentDataset(folder).verify()
     encode_images(config, folder)
     assert contents(folder) == whole
@@ -442,8 +444,8 @@ def test_settings_that_do_not_fit(config: Config, section: str, values: dict, me
     [
         (lambda text: "{", "is not valid JSON"),
         (lambda text: "[]", "holds a list; expected an object"),
-        (lambda text: text.replace("id2label", "names"), "not one of latents"),
-        (lambda text: text.replace('"images": 3', '"images": "3"'), "not one of latents"),
+        (lambda text: text.replace("id2label", "names"), "not a manifest of latents"),
+        (lambda text: text.replace('"images": 3', '"images": "3"'), "not a manifest of latents"),
     ],
 )
 def test_bad_manifests(config: Config, tmp_path: Path, spoil: Callable[[str], str], message: str) -> None:
@@ -543,6 +545,6 @@ def test_published_autoencoder_encodes(tmp_path: Path) -> None:
 def test_a_manifest_with_values_of_other_types_is_refused(tmp_path: Path, damage: dict) -> None:
     manifest = {"id2label": {"0": "cat"}, "shards": [], "counts": [0]}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | damage))
-    with pytest.raises(UserError, match="not one of latents") as refused:
+    with pytest.raises(UserError, match="not a manifest of latents") as refused:
         LatentDataset(tmp_path)
     assert "\n" not in str(refused.value)

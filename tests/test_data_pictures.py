@@ -65,7 +65,7 @@ def test_what_systems_leave_behind_is_no_data(pets: Path, name: str, capsys: pyt
     assert counted(pets) == {"cat": 2, "dog": 1}
     assert open_images(data(pets)).digest() == before
     assert open_folder(pets, 1).count == 3
-    assert capsys.readouterr().err == f"note: {pets}: 1 file left out (1 hidden)\n"
+    assert capsys.readouterr().err == f"note: {pets}: 1 file skipped (1 hidden)\n"
 
 
 def test_a_hidden_folder_above_the_data_is_the_users_choice(pets: Path, tmp_path: Path) -> None:
@@ -85,7 +85,9 @@ def test_what_is_no_regular_file_is_not_opened(pets: Path, capsys: pytest.Captur
     (pets / "loose.png").touch()
     assert counted(pets) == {"cat": 2, "dog": 1}
     told = capsys.readouterr().err
-    assert told == f"note: {pets}: 7 files left out (4 no regular file, 2 broken link, 1 image in no class folder)\n"
+    assert (
+        told == f"note: {pets}: 7 files skipped (4 not a regular file, 2 broken link, 1 image outside class folders)\n"
+    )
     assert [pixels.shape[0] for pixels, _ in open_images(data(pets))] == [3, 3, 3]
     assert capsys.readouterr().err == ""  # told once
 
@@ -260,7 +262,7 @@ def test_a_split_is_a_folder_among_splits(
 @pytest.mark.parametrize(
     ("files", "split", "message"),
     [
-        (["train/a/1.png", "val/a/1.png", "meta/1.png"], None, "'train' holds folders .*beside it stand meta"),
+        (["train/a/1.png", "val/a/1.png", "meta/1.png"], None, "'train' contains folders .*not splits: meta"),
         (["val/a/1.png", "test/a/1.png"], None, "no folder 'train'"),
         (["car/1.png", "test/1.png", "train/1.png"], "test", "no folder 'test'"),
         (["Train/a/1.png", "Test/a/1.png"], None, r"no folder 'train' \(it has Test, Train\)"),

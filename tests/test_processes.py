@@ -74,7 +74,7 @@ def test_what_is_obeyed(given: dict[str, str], num_gpus: int | None) -> None:
         ({"LOCAL_RANK": ""}, "LOCAL_RANK = ''"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "4 processes"),
         ({"PMI_SIZE": "2", "ACCELERATE_USE_CPU": "true"}, "2 processes"),
-        ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}, "starts one process"),
+        ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}, "starts only one process"),
     ],
 )
 def test_what_is_refused(given: dict[str, str], named: str) -> None:
@@ -107,7 +107,7 @@ def test_a_port_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch, reques
     for name, value in (PAIR | {"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "many"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"cannot join at MASTER_ADDR = '127\.0\.0\.1', MASTER_PORT = 'many'"):
+    with pytest.raises(UserError, match=r"cannot connect at MASTER_ADDR = '127\.0\.0\.1', MASTER_PORT = 'many'"):
         start_processes()
 
 

@@ -174,7 +174,7 @@ def test_dry_run_tells_where_a_run_would_start(tmp_path: Path, capsys: pytest.Ca
         ([*output, 3, "--resume", "never"], "contains a run"),
         ([*output, 3, "--resume", tmp_path / "run"], "checksums.json is missing"),
         ([*output, 3, "--training.seed", 1], "training.seed: 0 -> 1"),
-        ([*output, 1], "beyond training.num_steps = 1"),
+        ([*output, 1], "past training.num_steps = 1"),
         (["--output", tmp_path / "notes"], "contains files that are not a run"),
         (["--resume", last], "required: --output"),
     ]:

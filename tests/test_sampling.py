@@ -331,7 +331,7 @@ def test_files_without_a_card_are_not_overwritten(checkpoint: Path, tmp_path: Pa
         ({"labels": "ordered"}, "labels = 'ordered'"),
         ({"precision": "fp8"}, "precision = 'fp8'"),
         ({"autoguidance_scale": float("nan")}, "autoguidance-scale = nan"),
-        ({"guide": "weak"}, r"guide: has no effect at autoguidance_scale 1"),
+        ({"guide": "weak"}, r"guide: has no effect at autoguidance_scale = 1"),
         ({"guide": "weak", "autoguidance_scale": 2.0}, "weak is neither a run nor a pipeline folder"),
         ({"settings": SamplingConfig(sampler="ode-hen")}, "Did you mean 'ode-heun'"),
     ],
@@ -349,7 +349,7 @@ def test_bad_outputs(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match="too many for a grid"):
         draw(checkpoint, tmp_path / "out.png", num_images=3000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 1000))
-    with pytest.raises(UserError, match=r"out\.npz needs 3\.5e-05 GB, 1e-06 GB are free; make room"):
+    with pytest.raises(UserError, match=r"out\.npz needs 3\.5e-05 GB, 1e-06 GB are free; free some"):
         draw(checkpoint, tmp_path / "out.npz")
     with pytest.raises(UserError, match="neither a run nor a pipeline folder"):
         draw(tmp_path, tmp_path / "out.npz")

@@ -293,7 +293,7 @@ def test_an_autoencoder_that_is_not_finite_is_blamed_for_losses_that_are_not(
     options: dict[str, Any] = {"data__from_images": True, "training__max_nonfinite_steps": 2}
     assert run(inputs, tmp_path / "run", training__num_steps=5, **options) == NONFINITE
     printed = capsys.readouterr().out
-    assert "are not finite: check these images, and the weights of vae.name" in printed
+    assert "are not finite: check these images and the weights of vae.name" in printed
     assert "learning_rate" not in printed
     # A run too short for the usual limit does not end as if it had learnt.
     assert run(inputs, tmp_path / "short", training__num_steps=1, data__from_images=True) == NONFINITE

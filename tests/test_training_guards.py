@@ -213,7 +213,7 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
             child.recv(1)  # outlives the lock
             os._exit(0)
         trainer.recv(7)
-        with pytest.raises(UserError, match="another process trains"), RunFolder(tmp_path / "run").locked():
+        with pytest.raises(UserError, match="another process is training"), RunFolder(tmp_path / "run").locked():
             pass
     try:
         with RunFolder(tmp_path / "run").locked():

@@ -107,7 +107,7 @@ def test_the_weighted_sum_is_what_the_log_shows(config_file: Path, tmp_path: Pat
 
 def test_the_images_are_there_for_the_objective_that_asks(config_file: Path, tmp_path: Path) -> None:
     both = {"flow": {}, "test-image": {"weight": 1e-3}}
-    with pytest.raises(UserError, match=r"test-image: needs the images; set data\.from_images to true"):
+    with pytest.raises(UserError, match=r"test-image: needs images; set data\.from_images to true"):
         run(config_file, tmp_path / "run", training__objectives=both)
     assert not (tmp_path / "run").exists()
     assert run(config_file, tmp_path / "run", training__objectives=both, data__from_images=True) == 0

@@ -341,7 +341,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
         for inner_key in inner:
             keys, key = keys.setdefault(key, {}), inner_key
             if not isinstance(keys, dict):
-                raise UserError(f"configuration {path}: unknown key {dotted!r}: {keys!r} holds no {key!r}")
+                raise UserError(f"configuration {path}: unknown key {dotted!r}: {keys!r} has no {key!r}")
         keys[key] = deepcopy(value)
     return validate(Config, data, f"configuration {path}")
 

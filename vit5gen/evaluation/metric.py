@@ -81,5 +81,5 @@ def _obstacle(needs: Iterable[str], reference: Reference, extractor: Extractor) 
     if "logits" in needs and not extractor.num_classes:
         return f"extractor {extractor.name} has no class scores; use inception"
     if "rows" in needs and reference.rows is None:
-        return "the reference has no images; use one with arr_0, a statistics file of ours or images"
+        return "the reference has no images; use one with arr_0, a statistics file of vit5gen, or images"
     return None

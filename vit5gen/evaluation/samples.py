@@ -67,7 +67,7 @@ def open_npz(path: Path, batch_size: int) -> Samples:
     with broken_npz(path), zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if "arr_0.npy" not in names:
-            raise UserError(f"npz {path}: no arr_0; it holds {', '.join(names)}; expected arr_0 (N, H, W, 3) uint8")
+            raise UserError(f"npz {path}: no arr_0, only {', '.join(names)}; expected arr_0 (N, H, W, 3) uint8")
         with archive.open("arr_0.npy") as member:
             shape, dtype = _header(member)
         labels = []

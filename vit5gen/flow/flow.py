@@ -170,7 +170,7 @@ class Flow:
         """
         times = torch.as_tensor(t, dtype=x.dtype, device=x.device)
         if times.shape not in ((), x.shape[:1]):
-            raise UserError(f"t: shape {tuple(times.shape)}; expected a number or shape ({x.shape[0]},), one a sample.")
+            raise UserError(f"t: shape {tuple(times.shape)}; expected a number or ({x.shape[0]},), one per sample.")
         one = getattr(model_fn, "takes_one_time", False)
         out = model_fn(x, times.reshape(-1) if one else times.expand(x.shape[0]))
         prediction, hidden = out if isinstance(out, tuple) and len(out) == 2 else (out, None)

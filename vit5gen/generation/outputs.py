@@ -61,8 +61,8 @@ class Output:
         cards = [file for file in (self.card_file, self.part / "card.json") if file.is_file()]
         for file in cards:
             if differing := _differences(read_json(file, "card"), card):
-                found = f"output {self.path} holds images of another run: {differing}"
-                raise UserError(f"{found}; choose another --output or delete it")
+                found = f"output {self.path} contains images made with other settings: {differing}"
+                raise UserError(f"{found}; choose another --output or delete this one")
         for file in (self.card_file, self.path):
             if file.is_dir() and file not in self.part.parents:  # a folder of images holds its part
                 raise UserError(f"output {file} is a folder; choose another --output or delete it")
@@ -74,7 +74,7 @@ class Output:
         there = next(place for place in (path, *path.parents) if place.exists())
         need, free = self.missing_bytes, shutil.disk_usage(there).free
         if free < need and not self.finished:
-            raise UserError(f"output {path} needs {need / 1e9:.2g} GB, {free / 1e9:.2g} GB are free; make room first")
+            raise UserError(f"output {path} needs {need / 1e9:.2g} GB, {free / 1e9:.2g} GB are free; free some space")
 
     def create_part(self, card: dict[str, Any]) -> None:
         """Make the hidden folder, unless a killed run has left it; one process calls this."""
@@ -179,7 +179,7 @@ def open_output(path: Path, shape: tuple[int, int, int, int]) -> Output:
     """Return the output at FILE.npz, FILE.png or a folder; raise `UserError` for another suffix or too large a grid."""
     suffix = path.suffix.lower()
     if suffix in (".jpg", ".jpeg", ".webp", ".npy", ".zip"):
-        raise UserError(f"output {path}: cannot write that; expected FILE.npz, FILE.png or a folder")
+        raise UserError(f"output {path}: unknown format; expected FILE.npz, FILE.png or a folder")
     if suffix == ".png" and shape[0] > _MAX_GRID:
         raise UserError(f"output {path}: {shape[0]} images are too many for a grid; use FILE.npz or a folder")
     return {".npz": NpzOutput, ".png": GridOutput}.get(suffix, FolderOutput)(path, shape)
@@ -202,7 +202,7 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     """Name up to three settings in which two cards differ, with both values; empty when none decides the pixels."""
     old, new = (_deciding(card) for card in (there, here))
     names = [name for name in new | old if old.get(name) != new.get(name)]
-    return ", ".join(f"{name} is {short(old.get(name))} there, {short(new.get(name))} here" for name in names[:3])
+    return ", ".join(f"{name} is {short(old.get(name))} in the file, {short(new.get(name))} now" for name in names[:3])
 
 
 def _deciding(card: dict[str, Any]) -> dict[str, Any]:

@@ -208,7 +208,7 @@ class SiTPipeline(DiffusionPipeline):
                         given = dict.fromkeys(callback_on_step_end_tensor_inputs, x)
                         replaced = callback_on_step_end(self, i, t, given).get("latents", x)
                         if replaced is not x and sampler == "ode-dopri5":
-                            reason = "its images are at different times; choose a solver of fixed steps"
+                            reason = "its images are at different times; choose a solver with fixed steps"
                             raise UserError(f"callback_on_step_end cannot replace the latents of ode-dopri5: {reason}")
                         if replaced is not x:
                             _, _, x = steps.send(replaced)
@@ -222,17 +222,17 @@ class SiTPipeline(DiffusionPipeline):
 
     def _scale_of(self, call: _Call) -> float:
         if call.guidance_scale != 1 and not self.transformer.has_null_label:
-            reason = "trained without label dropout, this model has no null label"
+            reason = "the model was trained without label dropout and has no null label"
             raise UserError(f"guidance_scale = {call.guidance_scale}: {reason}; use 1, or autoguidance")
         return call.guidance_scale
 
     def _weak_model(self, scale: float) -> nn.Module:
         if self.guide is None:
-            raise UserError(f"autoguidance_scale = {scale} needs a second transformer; give one (--guide, pipe.guide)")
+            raise UserError(f"autoguidance_scale = {scale} needs a second transformer; set --guide or pipe.guide")
         for name in ("num_classes", "in_channels"):
             weak, strong = self.guide.config[name], self.transformer.config[name]
             if weak != strong:
-                raise UserError(f"guide: {name} = {weak}, the transformer has {strong}; expected one of the same data")
+                raise UserError(f"guide: {name} = {weak}, the transformer has {strong}; train it on the same data")
         return self.guide
 
     def _initial_latents(
@@ -244,7 +244,7 @@ class SiTPipeline(DiffusionPipeline):
         for name, given, built in zip(("height", "width"), (height, width), self.image_size, strict=True):
             side = built if given is None else given
             if not isinstance(side, int | np.integer) or side < unit or side % unit:
-                raise UserError(f"{name} = {side!r} cannot be made; expected a multiple of {unit}")
+                raise UserError(f"{name} = {side!r} cannot be generated; expected a multiple of {unit}")
             shape += (int(side) // factor,)
         device = self._execution_device
         if latents is None:
@@ -259,8 +259,8 @@ class SiTPipeline(DiffusionPipeline):
         if isinstance(self.scheduler, SiTScheduler):
             return self.scheduler.steps(sampler or _SAMPLING.sampler, model_fn, x, num_steps, generator)
         if sampler is not None:
-            reason = f"the scheduler is {type(self.scheduler).__name__}, which steps by itself"
-            advice = "leave sampler out, or set pipe.scheduler = SiTScheduler()"
+            reason = f"the scheduler is {type(self.scheduler).__name__}, which takes its own steps"
+            advice = "omit sampler, or set pipe.scheduler = SiTScheduler()"
             raise UserError(f"sampler = {sampler!r}: {reason}; {advice}")
         return foreign_steps(self.scheduler, self.flow, model_fn, x, num_steps, generator)
 

@@ -77,9 +77,9 @@ def foreign_steps(
         expected = f"SiTScheduler, a FlowMatch one, or {other}"
         raise UserError(f"scheduler: {name} is not made for flow matching; expected {expected}")
     if scheduler.config.get("use_dynamic_shifting"):
-        raise UserError(f"scheduler: {name} with use_dynamic_shifting needs a size of its own; set that to False")
+        raise UserError(f"scheduler: {name} with use_dynamic_shifting needs an image size; set it to False")
     if flow.path != "linear":
-        raise UserError(f"scheduler: {name} knows the linear path only, the model has {flow.path!r}; use SiTScheduler")
+        raise UserError(f"scheduler: {name} supports only the linear path, not {flow.path!r}; use SiTScheduler")
     scheduler = copy.deepcopy(scheduler)
     if "sigmas" in signature(scheduler.set_timesteps).parameters:
         scheduler.set_timesteps(sigmas=1 - np.arange(num_steps) / num_steps, device=x.device)

@@ -33,7 +33,7 @@ _OBEYED: dict[str, tuple[tuple[str, ...], str]] = {
     "ACCELERATE_CPU_AFFINITY": (_FLAG, "expected true or false"),
     "ACCELERATE_DEBUG_MODE": (_FLAG, "expected true or false"),
     "FORK_LAUNCHED": (_FLAG, "unset it: launchers set it"),
-    "ACCELERATE_TORCH_DEVICE": (("cpu", "cuda"), "expected cpu or cuda; CUDA_VISIBLE_DEVICES chooses among GPUs"),
+    "ACCELERATE_TORCH_DEVICE": (("cpu", "cuda"), "expected cpu or cuda; choose GPUs with CUDA_VISIBLE_DEVICES"),
 }
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _LAUNCH = "`accelerate launch` or torchrun"
@@ -103,7 +103,7 @@ def processes() -> PartialState:
     except (ValueError, RuntimeError) as error:  # torch's: a port in use, an address that is none
         place = ", ".join(f"{name} = {os.environ.get(name)!r}" for name in ("MASTER_ADDR", "MASTER_PORT"))
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the processes cannot join at {place} ({reason}); start them with {_LAUNCH}") from error
+        raise UserError(f"the processes cannot connect at {place} ({reason}); start them with {_LAUNCH}") from error
 
 
 def _settle() -> None:

@@ -80,7 +80,7 @@ def check_writable(path: str | Path) -> None:
     """Raise `UserError` unless a file can be written there, before the work whose result it is to hold."""
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path}: a folder; choose another path")
+        raise UserError(f"{path}: is a folder; choose another path")
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

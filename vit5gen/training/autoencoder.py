@@ -160,7 +160,7 @@ def _resume(trainer: Trainer, shuffle: Shuffle, start: Path, config: Autoencoder
     """Restore a checkpoint of the same configuration and number of images; raise `UserError` for another one."""
     recorded, now = checkpoint.read_config(start), config.model_dump(mode="json")
     if changed := [key for key, value in now.items() if recorded.get(key) != value]:
-        raise UserError(f"{start} was made with another {', '.join(changed)}; restore it, or choose another --output")
+        raise UserError(f"{start} has another {', '.join(changed)}; restore the old value or choose another --output")
     trainer.restore(start)
     shuffle.generator.set_state(shuffle.state.cpu())
 

@@ -171,7 +171,7 @@ class Monitor:
         """What images are compared with; None where latents are trained on and any process lacks their images."""
         absent = images_beside(self.config.data)[1] if self.config.data.latents is not None else ""
         if reasons := [reason for reason in gather_objects(absent) if reason]:
-            self.accelerator.print(f"\nnote: evaluations have no distance, because there are no images: {reasons[0]}")
+            self.accelerator.print(f"\nnote: evaluations compute no distance because there are no images: {reasons[0]}")
             return None
         return build_reference(self.config, self._extractor)
 
@@ -188,9 +188,9 @@ def floor_note(earlier: list[dict[str, Any]], entry: dict[str, Any]) -> str | No
         before = next((old for old in reversed(earlier) if name in old), entry)
         was, now = before[name]["floor"], entry[name]["floor"]
         if was != now and (None in (was, now) or not math.isclose(was, now, rel_tol=1e-3)):
-            changed = "the real images, or the settings of evaluation, have changed"
-            what = f"the floor is {now}, at step {before['step']} it was {was}: {changed}"
-            return f"{name}: {what}; distances before and after do not compare"
+            changed = "the real images or the evaluation settings have changed"
+            what = f"the floor is {now}, but was {was} at step {before['step']}: {changed}"
+            return f"{name}: {what}; distances before and after are not comparable"
     return None
 
 

@@ -51,7 +51,7 @@ def build_reference(config: Config, extractor: Extractor) -> Reference:
             raise UserError(f"data: split {split!r} has {len(held_out)} images; expected at least 2")
     except UserError as error:
         if is_main():
-            print(f"\nnote: no floor beside the distance, because there are no held-out images: {error}", flush=True)
+            print(f"\nnote: the distance has no floor because there are no held-out images: {error}", flush=True)
         return Reference(distance, training.labels[: evaluation.num_images].tolist(), floor=None)
     real = statistics(held_out)
     return Reference(distance, held_out.labels.tolist(), distance.distance(real.mean, real.covariance))

@@ -34,7 +34,7 @@ def load_autoencoder(name: str) -> AutoencoderKL:
             raise ValueError(f"it lacks {len(lacking)} weights of an AutoencoderKL")
     except Exception as error:  # file, hub and http errors are those of many libraries
         detail = " ".join(str(error).split())[:120]
-        wanted = "'emoji', the folder of one (config.json, safetensors), or a hub name and a network"
+        wanted = "'emoji', an autoencoder's folder (config.json, safetensors), or a hub name and network access"
         raise UserError(f"vae.name {name!r}: no autoencoder can be loaded ({detail}); expected {wanted}") from error
     vae.register_to_config(_name_or_path=name)  # as it was asked for: pipelines tell it, not this machine's folder
     scaling(vae)  # raises where it is none that `encode` and `decode` know
@@ -48,8 +48,8 @@ def missing(name: str) -> dict[str, str]:
     with suppress(HFValidationError):  # of what is no name on the hub either
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return {}
-    fetched = "autoencoder of the Hugging Face hub: the first command fetches it"
-    return {name: f"{fetched}; or a folder, e.g. made by `vit5gen autoencoder`"}
+    fetched = "autoencoder on the Hugging Face hub: will be downloaded on first use"
+    return {name: f"{fetched}; or set a folder, e.g. one made by `vit5gen autoencoder`"}
 
 
 def downsample(vae: AutoencoderKL) -> int:
@@ -85,7 +85,7 @@ def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 
 def scaling(vae: AutoencoderKL) -> tuple[float, float]:
-    """Return scale and shift of the latents, ``(z - shift) * scale``; refuse an autoencoder that tells others."""
+    """Return scale and shift of the latents, ``(z - shift) * scale``; refuse an autoencoder that scales otherwise."""
     config, name = vae.config, vae.config.get("_name_or_path") or type(vae).__name__
     scale, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
     others = [key for key in ("latents_mean", "latents_std") if config.get(key) is not None]
@@ -95,8 +95,8 @@ def scaling(vae: AutoencoderKL) -> tuple[float, float]:
         fault = f"scaling_factor = {scale!r}, shift_factor = {shift!r}"
     else:
         return float(scale), float(shift)
-    wanted = "latents are scaled by finite numbers, scaling_factor (not 0) and shift_factor, alone"
-    raise UserError(f"autoencoder {name!r}: {fault}; expected an AutoencoderKL whose {wanted}: choose another one")
+    wanted = "latents are scaled only by finite numbers, scaling_factor (not 0) and shift_factor"
+    raise UserError(f"autoencoder {name!r}: {fault}; expected an AutoencoderKL whose {wanted}; choose another one")
 
 
 class _Widening(TorchFunctionMode):

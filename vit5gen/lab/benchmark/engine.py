@@ -126,7 +126,7 @@ def fresh(function: Callable[..., T], *arguments: Any, count: int = 1) -> T:
         try:
             results = [call.result() for call in calls]
         except BrokenProcessPool as error:
-            raise UserError("a measuring process was killed, perhaps because memory was short; make room") from error
+            raise UserError("a benchmark process was killed, perhaps for lack of memory; free some memory") from error
     return results[0]
 
 

@@ -85,7 +85,7 @@ def _run_study(study: StudyConfig, runs: list[Run], output: Path) -> int:
         lines = [json.dumps(row.model_dump(mode="json")) + "\n" for row in rows.values()]
         write_text(output / "rows.jsonl", "".join(lines))
         report()
-    print(f"{output}: rows.jsonl, table.md and, where there is a baseline, differences.png of {report()} runs")
+    print(f"{output}: rows.jsonl, table.md and, if there is a baseline, differences.png of {report()} runs")
     return failed
 
 
@@ -111,7 +111,7 @@ def _train(run: Run, folder: Path) -> int:
     config = run.config.model_copy(update={"evaluation": run.config.evaluation.model_copy(update=few)})
     begun = RunFolder(folder).config
     if begun.exists() and (changes := differences(read_yaml(begun), config, CHANGEABLE - {"training.num_steps"})):
-        raise UserError(f"{folder} was begun with other settings: {'; '.join(changes)}; delete that folder")
+        raise UserError(f"{folder} was started with other settings: {'; '.join(changes)}; delete that folder")
     return train(config, folder, "auto")
 
 
