@@ -339,7 +339,7 @@ def test_shards_are_kept_for_the_images_they_were_made_of(
     content = json.loads(manifest.read_text())
     assert content["images_sha256"] == open_for(config, tiny_vae()).digest()
     Image.new("RGB", (9, 9)).save(tmp_path / "images" / "dog" / "09.png")
-    with pytest.raises(UserError, match="holds latents made with images_sha256"):
+    with pytest.raises(UserError, match="contains latents made with images_sha256"):
         encode_images(config, folder)
     # A manifest of the version before says nothing, and is neither refused nor given what is not known.
     del content["images_sha256"]
@@ -443,7 +443,7 @@ def test_settings_that_do_not_fit(config: Config, section: str, values: dict, me
     ("spoil", "message"),
     [
         (lambda text: "{", "is not valid JSON"),
-        (lambda text: "[]", "holds a list; expected an object"),
+        (lambda text: "[]", "contains a list; expected an object"),
         (lambda text: text.replace("id2label", "names"), "not a manifest of latents"),
         (lambda text: text.replace('"images": 3', '"images": "3"'), "not a manifest of latents"),
     ],

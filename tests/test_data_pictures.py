@@ -200,15 +200,15 @@ def test_a_class_without_images_stops_with_what_is_there(pets: Path, files: list
     for name in files:
         (pets / "eel" / name).parent.mkdir(exist_ok=True)
         (pets / "eel" / name).touch()
-    with pytest.raises(UserError, match="class 'eel' holds no images") as raised:
+    with pytest.raises(UserError, match="class 'eel' has no images") as raised:
         open_images(data(pets))
     assert told in str(raised.value)
     assert "\n" not in str(raised.value)
-    with pytest.raises(UserError, match=r"class 'eel' holds no images"):
+    with pytest.raises(UserError, match=r"class 'eel' has no images"):
         _class_folders(pets)
     assert counted(pets, classes=["dog", "cat"]) == {"dog": 1, "cat": 2}
     (pets / "newt").mkdir()
-    with pytest.raises(UserError, match=r"class 'eel' holds no images .*; nor does 'newt'"):
+    with pytest.raises(UserError, match=r"class 'eel' has no images .*; nor does 'newt'"):
         open_images(data(pets))
 
 
@@ -218,13 +218,13 @@ def test_held_out_images_may_lack_a_class_but_not_all_of_its_files(tmp_path: Pat
     assert open_images(data(tmp_path), "test").class_names == ["a"]
     (tmp_path / "test" / "b").mkdir()
     (tmp_path / "test" / "b" / "1.psd").touch()
-    with pytest.raises(UserError, match=r"class 'b' holds no images \(found: 1 .psd\)"):
+    with pytest.raises(UserError, match=r"class 'b' has no images \(found: 1 .psd\)"):
         open_images(data(tmp_path), "test")
 
 
 def test_a_class_of_broken_images_alone_stops(pets: Path) -> None:
     images = open_images(data(pets))
-    with pytest.raises(UserError, match=r"class 'dog' holds no images \(all are broken\)"):
+    with pytest.raises(UserError, match=r"class 'dog' has no images \(all are broken\)"):
         check_classes(images.select([0, 1]), data(pets), why="all are broken")
 
 
@@ -469,5 +469,5 @@ def test_huggingface_rows_are_read_by_the_same_rules(tmp_path: Path) -> None:
     assert old.digest() == images.digest()
     one = datasets.Dataset.from_dict({key: value[:1] for key, value in rows.items()}, features=features)
     one.save_to_disk(tmp_path / "one")
-    with pytest.raises(UserError, match=r"class 'b' holds no images \(none has this label\)"):
+    with pytest.raises(UserError, match=r"class 'b' has no images \(none has this label\)"):
         open_images(data(tmp_path / "one", source="huggingface"))

@@ -202,7 +202,7 @@ def test_dry_run_looks_into_the_class_folders(absent: str, tmp_path: Path, capsy
     with pytest.raises(SystemExit) as ended:
         main(["train", str(config), "--dry-run", *arguments])
     assert ended.value.code == 2
-    assert "class 'star' holds no images (found: 1 .svg)" in capsys.readouterr().err
+    assert "class 'star' has no images (found: 1 .svg)" in capsys.readouterr().err
 
 
 def test_utilisation_of_a_known_gpu() -> None:
@@ -220,7 +220,7 @@ def test_utilisation_of_a_known_gpu() -> None:
         ("--model.backbone", "vitt5", "vit5"),
         ("--model.backbone_kwargs", "{gama_init: 1}", "gamma_init"),
         ("--data.resolution", "260", "resolution"),
-        ("--training.micro_batch_size", "3", "divisor"),
+        ("--training.micro_batch_size", "3", "must divide"),
         ("--data.source", "emojis", "emoji"),
     ],
 )

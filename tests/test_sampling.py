@@ -248,7 +248,7 @@ def test_what_is_no_output_is_refused_before_any_image(checkpoint: Path, tmp_pat
     with pytest.raises(UserError, match=r"folder.card.json is a folder"):
         draw(checkpoint, tmp_path / "folder.npz")
     (tmp_path / "list.card.json").write_text("[]")
-    with pytest.raises(UserError, match=r"list.card.json holds a list; expected an object"):
+    with pytest.raises(UserError, match=r"list.card.json contains a list; expected an object"):
         draw(checkpoint, tmp_path / "list.npz")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.card.json", "list.card.json", "out.npz"]
 
@@ -284,10 +284,13 @@ def test_finished_output_is_left_alone(checkpoint: Path, tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seed": 4}, "seed is 3 there, 4 here"),
-        ({"num_images": 24}, "num_images is 23 there, 24 here"),
-        ({"classes": [1]}, r"classes is \[0, 1, 2, 3, 4\] there, \[1\] here"),
-        ({"settings": SamplingConfig(sampler="sde-euler", num_inference_steps=4)}, "num_inference_steps is 3 there"),
+        ({"seed": 4}, "seed is 3 in the card, 4 now"),
+        ({"num_images": 24}, "num_images is 23 in the card, 24 now"),
+        ({"classes": [1]}, r"classes is \[0, 1, 2, 3, 4\] in the card, \[1\] now"),
+        (
+            {"settings": SamplingConfig(sampler="sde-euler", num_inference_steps=4)},
+            "num_inference_steps is 3 in the card",
+        ),
         ({"precision": "bf16"}, "precision is 'fp32' there"),
     ],
 )

@@ -64,7 +64,7 @@ def test_a_cell_does_not_change_the_next(tmp_path: Path) -> None:
         ({"grid": {"a": {"x": {"data.resolution": 16}}, "b": {"y": {"data.resolution": 8}}}}, "set by two axes"),
         ({"grid": {"a": {"x": {"model.hidden_size.x": 1}}}}, "unknown key 'model.hidden_size.x': 32 holds no 'x'"),
         ({"grid": {"a": {"x": {"training.num_steps": 0}}}}, "num_steps = 0"),
-        ({"grid": {"a": {"x": {"training.micro_batch_size": 3}}}}, "micro_batch_size = 3 does not divide"),
+        ({"grid": {"a": {"x": {"training.micro_batch_size": 3}}}}, "micro_batch_size = 3 must divide"),
         ({"grid": {"a": {"../x": {}}}}, "'../x' names folders"),
         ({"grid": {"a": {"x|y": {}}}}, r"'x\|y' cannot be the name"),
         ({"grid": {"a": {"p": {}, "p, q": {}}, "b": {"q, r": {}, "r": {}}}}, "two cells are called 'p, q, r'"),

@@ -101,7 +101,7 @@ def test_a_resume_on_other_data_is_refused_until_accepted(
         options["data__latents"] = str(tmp_path / "latents")
     passing = (".lock", ".txt")  # the cache remembers digests
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=f"step_00000002 was made by other data: {message}") as raised:
+    with pytest.raises(UserError, match=f"step_00000002 was made with other data: {message}") as raised:
         run(inputs, tmp_path / "run", training__num_steps=3, **options)
     assert "\n" not in str(raised.value)
     left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix not in passing}
@@ -110,7 +110,7 @@ def test_a_resume_on_other_data_is_refused_until_accepted(
     }  # nothing is encoded
     # The checkpoint of another run is compared alike.
     older = str(tmp_path / "run/checkpoints/step_00000002")
-    with pytest.raises(UserError, match="was made by other data"):
+    with pytest.raises(UserError, match="was made with other data"):
         run(inputs, tmp_path / "other", older, training__num_steps=3, **options)
     assert not (tmp_path / "other").exists()
     capsys.readouterr()

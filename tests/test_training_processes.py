@@ -232,7 +232,7 @@ def test_two_processes_save_by_one_clock_and_refuse_other_data_together(
     with pytest.raises(AssertionError) as raised:
         train_in(2, [job("plain", 12)], tmp_path)
     assert str(raised.value).count("UserError: ") == 2
-    assert str(raised.value).count("was made by other data: samples 21 -> 20") == 2
+    assert str(raised.value).count("was made with other data: samples 21 -> 20") == 2
 
 
 @pytest.mark.slow

@@ -283,7 +283,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the value of YAML text; raise `yaml.YAMLError` for text that is none, or no settings by its size."""
+    """Return the value of YAML text; raise `yaml.YAMLError` for invalid text, or text too large to be settings."""
     try:
         value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError:
@@ -310,7 +310,7 @@ def find_config(path: str | Path) -> Path:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping (see `find_config`); `UserError` when the file is missing, unreadable or no mapping."""
+    """Read a YAML mapping (see `find_config`); `UserError` when the file is missing, unreadable or not a mapping."""
     try:
         data = parse_yaml(find_config(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -330,7 +330,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     """Read a run's configuration from YAML, replace single keys (``{"training.seed": 1}``) and check every value.
 
-    Keys inside a key are replaced alike: ``{"model.backbone_kwargs.gamma_init": 1}``.
+    Keys inside a key can be replaced too: ``{"model.backbone_kwargs.gamma_init": 1}``.
     """
     data = read_yaml(path)
     for dotted, value in (overrides or {}).items():

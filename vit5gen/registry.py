@@ -119,7 +119,7 @@ class Registry(Generic[T]):
 
 
 def needs(missing: Callable[..., dict[str, str]]) -> Callable[[T], T]:
-    """Decorate a function that is a plug: ``missing()`` tells what it lacks on this machine, and how to get it."""
+    """Decorate a function that is a plug: ``missing()`` returns what it lacks on this machine, and how to get it."""
 
     def add(plug: T) -> T:
         plug.missing = missing  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What the sections of commands share: how a field becomes an option, and options that go with others only."""
+"""What the sections of commands share: how a field becomes an option, and which options cannot be combined."""
 
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -28,13 +28,13 @@ def argument(default: Any, metavar: str, description: str, **more: Any) -> Any:
 
 
 class Options(Section):
-    """The options of a command. ``excludes`` tells which ones do not go with one that is given."""
+    """The options of a command. ``excludes`` lists, for an option, those that cannot be combined with it."""
 
     excludes: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     @classmethod
     def spell(cls, path: list[str]) -> str:
-        """Return how messages name an option, whose place in a list does not matter."""
+        """Return how messages name an option; the place in a list is left out."""
         if not path:
             return ""
         field = cls.model_fields.get(path[0])

@@ -14,7 +14,7 @@ class TrainOptions(ConfigOptions):
 
 
 def run(options: TrainOptions) -> int:
-    """Train, or tell what training would cost; return the exit code."""
+    """Train, or print what training would cost; return the exit code."""
     if options.dry_run and (options.output or not {"resume", "accept_changes"} & options.model_fields_set):
         from vit5gen.training.dry_run import plan
 

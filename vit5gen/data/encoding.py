@@ -43,7 +43,7 @@ def encode_dataset(images: ImageSet, vae: AutoencoderKL, folder: str | Path, con
     A shard holds ``mean`` and ``std`` (n, F, C, h, w) in `data.shard_dtype`, scaled as the transformer sees them, with
     F = 2 (original, mirrored) or 1, and ``labels`` (n,) int64. Process i of n writes shards i, i + n, ...; each appears
     whole or not at all. A second call keeps shards whose checksum is right, makes the others and ends the manifest.
-    Raises `UserError` when the folder holds other latents, the disk is short, an image is broken and
+    Raises `UserError` when the folder has other latents, the disk is too small, an image is broken and
     `data.on_broken_image` is ``"fail"``, or has latents that are not finite in the shard's type.
     """
     state, folder = processes(), Path(folder)
@@ -76,7 +76,7 @@ def ensure_latents(images: ImageSet, vae: AutoencoderKL, config: Config) -> Path
     """Return a folder in the cache that holds the latents of these images of `data`, encoding them if need be."""
     path = None if config.data.path is None else str(Path(config.data.path).expanduser().resolve())
     settings = settings_of(images, vae, config)
-    # What earlier versions did without saying so has no part in the name: their latents are found.
+    # What earlier versions did without recording it is not part of the name, so that their latents are found.
     told = {key: value for key, value in settings.items() if READ_BEFORE.get(key, ...) != value}
     key = json.dumps(told | {"path": path}, sort_keys=True)
     folder = cache_folder() / f"latents-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -119,7 +119,7 @@ def _finished(folder: Path, settings: dict[str, Any], numbers: range) -> dict[in
             if found is not None:  # a broken image was repaired, say
                 processes().print(f"note: {folder}: images have changed since encoding began; finished shards are kept")
             continue
-        made = f"holds latents made with {key} {short(found)}, not {short(value)}"
+        made = f"contains latents made with {key} {short(found)}, not {short(value)}"
         raise UserError(f"output {folder}: {made}; choose another folder or delete this one")
     records = (manifest.get("shards") or []) + [read_json(path, "record") for path in folder.glob("shard_*.json")]
     known = {record.get("file"): record for record in records}
@@ -128,7 +128,7 @@ def _finished(folder: Path, settings: dict[str, Any], numbers: range) -> dict[in
 
 
 def _begun(folder: Path) -> bool:
-    """Whether the folder has a manifest, and any shard that it speaks of."""
+    """Whether the folder has a manifest and at least one shard."""
     return (folder / MANIFEST).exists() and any(folder.glob("shard_*"))
 
 
@@ -177,7 +177,7 @@ def shard_bytes(count: int, settings: dict[str, Any]) -> int:
 
 
 def _decode(images: ImageSet, indices: list[int]) -> tuple[dict[int, tuple[torch.Tensor, int]], list[str]]:
-    """Return those images with labels that decode, by index, and what is wrong with the others."""
+    """Return the images that decode, with labels, by index, and what is wrong with the others."""
     good, broken = {}, []
     for index in indices:
         try:

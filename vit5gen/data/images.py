@@ -40,14 +40,14 @@ class ImageSet:
         return self.read(index), int(self.labels[index])
 
     def select(self, indices: Sequence[int] | torch.Tensor) -> "ImageSet":
-        """Return the set of these images only, in this order."""
+        """Return only these images, in this order."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         read, name = partial(_of_selected, self.read, chosen), partial(_of_selected, self.name, chosen)
         return replace(self, labels=self.labels[chosen], read=read, name=name)
 
 
 def digest_pixels(pixels: torch.Tensor) -> str:
-    """Return the SHA-256 of images that are at hand."""
+    """Return the SHA-256 of images in memory."""
     return sha256(pixels.numpy().tobytes()).hexdigest()
 
 
@@ -132,7 +132,7 @@ def open_images(data: DataConfig, split: str | None = None) -> ImageSet:
         classes = distinct("data.classes", data.classes)
         opened = _keep_classes(opened, [choose("data.classes", name, names) for name in classes])
     if not len(opened):
-        raise UserError(f"data: {data.source} {data.path or ''} split {wanted!r} holds no images")
+        raise UserError(f"data: {data.source} {data.path or ''} split {wanted!r} has no images")
     check_classes(opened, data, opened.class_names if split in (None, data.split) else opened.instead)
     return opened
 
@@ -151,14 +151,14 @@ def check_classes(
 ) -> None:
     """Raise `UserError` that names the classes, ``among`` them or of all, which lack images: they would become noise.
 
-    ``why`` is said of a class of which the source tells nothing.
+    ``why`` is the reason given for a class about which the source has none.
     """
     counts = torch.bincount(images.labels, minlength=len(images.class_names)).tolist()
     looked_at = set(images.class_names if among is None else among)
     empty = [name for name, count in zip(images.class_names, counts, strict=False) if not count and name in looked_at]
     if empty and data.rules > 1:
         others = f"; nor {'do' if len(empty) > 2 else 'does'} {listed(map(repr, empty[1:]))}" if empty[1:] else ""
-        found = f"class {empty[0]!r} holds no images ({images.instead.get(empty[0], why)}){others}"
+        found = f"class {empty[0]!r} has no images ({images.instead.get(empty[0], why)}){others}"
         advice = "add images, remove the class, or list the others in data.classes"
         raise UserError(f"data.path {data.path}: {found}; {advice}")
 

@@ -67,7 +67,7 @@ def check_autoencoder(config: Config, vae: AutoencoderKL) -> None:
 class LatentDataset:
     """Latents on disk; opening reads the manifest alone, `get` maps and reads one sample.
 
-    Raises `UserError` when the manifest is absent, unfinished, empty or broken, or a shard has not the size it says.
+    Raises `UserError` when the manifest is absent, unfinished, empty or broken, or a shard has not the size recorded.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -85,9 +85,9 @@ class LatentDataset:
         if shards is None:
             raise UserError(f"latents {self.folder}: encoding was interrupted; run `vit5gen encode` again to finish")
         for path, size in sizes.items():
-            found = path.stat().st_size if path.is_file() else "no file"
+            found = path.stat().st_size if path.is_file() else "none"
             if found != size:
-                raise UserError(f"latents: {path} has {found} bytes, its manifest says {size}; encode again to fix it")
+                raise UserError(f"latents: {path} has {found} of {size} bytes; encode again to fix it")
         if not sum(shard["images"] for shard in shards):
             raise UserError(f"latents {self.folder}: no images; encode again")
         self._open: dict[int, Any] = {}  # shards by number; a process maps one when it first reads there
@@ -140,9 +140,9 @@ class LatentDataset:
         check_autoencoder(config, vae)
         wanted = _latent_settings(vae, config)
         for key in _FIXED_BY_VAE:
-            names = f" ({self.manifest.get('vae')} there, {wanted['vae']} here)" if key == "vae_sha256" else ""
+            names = f" ({self.manifest.get('vae')}, not {wanted['vae']})" if key == "vae_sha256" else ""
             self._compare(key, self.manifest.get(key), wanted[key], names)
-        names = f" (there: {listed(self.class_names)})"
+        names = f" (classes of the latents: {listed(self.class_names)})"
         self._compare("num_classes", len(self.class_names), config.data.num_classes, names)
         images, _ = images_beside(config.data)
         classes = config.data.classes or (self.class_names if images is None else images.class_names)
@@ -196,7 +196,7 @@ def _reading(config: Config) -> dict[str, Any]:
 
 
 def settings_of(images: ImageSet, vae: AutoencoderKL, config: Config) -> dict[str, Any]:
-    """Return what a manifest of these images' latents tells of how they were made."""
+    """Return what a manifest of these images' latents records of how they were made."""
     of_images: dict[str, Any] = {
         "source": config.data.source,
         "split": config.data.split,

@@ -123,7 +123,7 @@ def open_samples(
 ) -> list[Samples]:
     """Open images, or a run or pipeline folder that draws as many of each seed as are asked for.
 
-    Of images the card beside them, if any, tells how they were drawn.
+    The card next to images, if any, records how they were drawn.
     """
     if find_pipeline(path) is None:
         images = open_source(path, batch_size, protocol)
@@ -138,7 +138,7 @@ def open_samples(
 def _by_model(samples: Sequence[Samples]) -> list[list[int]]:
     """Return the places of the sets of each model: several only of one checkpoint, drawn alike but for their seeds.
 
-    What draws a pipeline, or the card beside a file tells, decides; a file without a card is a model of its own.
+    The pipeline that draws, or the card next to a file, decides; a file without a card is a model of its own.
     """
     models: dict[str, dict[Any, int]] = {}
     for i, one in enumerate(samples):

@@ -46,7 +46,7 @@ class Extractor:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a card and a statistics file tell of it."""
+        """What a card and a statistics file record about it."""
         return {"name": self.name, "weights_sha256": self.weights_sha256, "settings": self.settings}
 
     def __call__(self, images: Tensor) -> Features:

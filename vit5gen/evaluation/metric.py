@@ -1,4 +1,4 @@
-"""The plug: what a metric tells of itself; the registry of metrics; scores, or the reason why one cannot be had."""
+"""The plug: what a metric declares; the registry of metrics; scores, or the reason why one is not available."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -40,7 +40,7 @@ def available(
 ) -> tuple[dict[str, Metric], dict[str, str]]:
     """Return the metrics that reference and extractor allow, and the reasons against the others; before a long scan.
 
-    ``names`` of some: `UserError` when one of these cannot be had. Default: all of this package that can.
+    ``names``: those wanted, `UserError` when one is not available; by default all of this package that are.
     ``options`` of a metric by its name.
     """
     metrics: dict[str, Metric] = {}

@@ -153,7 +153,7 @@ def _read_image(file: Path, exif: Exif) -> Tensor:
     except UNREADABLE as error:
         raise UserError(f"image {file} does not decode ({error}); replace or remove it") from error
     if mode != "RGB":
-        raise UserError(f"image {file} has mode {mode}; expected RGB with 8 bits a channel; convert it")
+        raise UserError(f"image {file} has mode {mode}; expected RGB with 8 bits per channel; convert it")
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 

@@ -104,7 +104,7 @@ def make_job(pipe: SiTPipeline, draw: DrawConfig, num_images: int, seed: int, ba
 
 
 def describe_job(pipe: SiTPipeline, job: SamplingJob, draw: DrawConfig) -> dict[str, Any]:
-    """Return what a card tells of the sampling: the settings and the scheduler, which if foreign is the sampler."""
+    """Return what a card records of the sampling: the settings and the scheduler (if foreign, it is the sampler)."""
     scheduler = json.loads(pipe.scheduler.to_json_string())
     told = {name: value for name, value in scheduler.items() if name == "_class_name" or name[0] != "_"}
     settings = draw.model_dump(exclude={"guide"})

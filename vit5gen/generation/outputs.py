@@ -57,7 +57,7 @@ class Output:
         return self.card_file.is_file() and self.path.exists()
 
     def check(self, card: dict[str, Any]) -> None:
-        """Raise `UserError` when the output holds images of another card or of none, or the disk is too small."""
+        """Raise `UserError` when the output has images of another card or of none, or the disk is too small."""
         cards = [file for file in (self.card_file, self.part / "card.json") if file.is_file()]
         for file in cards:
             if differing := _differences(read_json(file, "card"), card):
@@ -186,7 +186,7 @@ def open_output(path: Path, shape: tuple[int, int, int, int]) -> Output:
 
 
 def network_evaluations(total: int, num_images: int) -> dict[str, float]:
-    """Return what a card tells of the network evaluations of its images."""
+    """Return what a card records of the network evaluations of its images."""
     return {"total": total, "per_image": total / num_images}
 
 
@@ -202,7 +202,7 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     """Name up to three settings in which two cards differ, with both values; empty when none decides the pixels."""
     old, new = (_deciding(card) for card in (there, here))
     names = [name for name in new | old if old.get(name) != new.get(name)]
-    return ", ".join(f"{name} is {short(old.get(name))} in the file, {short(new.get(name))} now" for name in names[:3])
+    return ", ".join(f"{name} is {short(old.get(name))} in the card, {short(new.get(name))} now" for name in names[:3])
 
 
 def _deciding(card: dict[str, Any]) -> dict[str, Any]:

@@ -294,7 +294,7 @@ class SiTPipeline(DiffusionPipeline):
     ) -> None:
         """Save as diffusers does, with a model card and the stub by which ``DiffusionPipeline`` finds this class.
 
-        facts: what the card tells of the training; without them the card that came with the weights is kept.
+        facts: what the card says about the training; without them the card that came with the weights is kept.
         """
         self.register_modules(**self.components)  # diffusers overlooks a component that was assigned over None
         self._write_extras(Path(save_directory), facts)

@@ -26,7 +26,7 @@ _SIT_NAMES = {
 def _shape(state: Mapping[str, Tensor], key: str, layout: str) -> list[int]:
     if key not in state:
         keys = listed(state, 5) or "nothing"
-        raise UserError(f"checkpoint: has no {key!r}, so it is not {layout}'s published layout; it holds {keys}.")
+        raise UserError(f"checkpoint: has no {key!r}, so it is not {layout}'s published layout; it has {keys}.")
     return list(state[key].shape)
 
 

@@ -77,7 +77,7 @@ def _lock_on_windows(file: IO[bytes], wait: bool) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise `UserError` unless a file can be written there, before the work whose result it is to hold."""
+    """Raise `UserError` unless ``path`` can be written, before the work whose result it is to hold."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; choose another path")
@@ -114,7 +114,7 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} {path} is not valid JSON: {error}; write it again") from error
     if not isinstance(value, dict):
-        raise UserError(f"{what} {path} holds a {type(value).__name__}; expected an object; write it again")
+        raise UserError(f"{what} {path} contains a {type(value).__name__}; expected an object; write it again")
     return value
 
 

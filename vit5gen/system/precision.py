@@ -67,7 +67,7 @@ PRECISIONS = {
 
 
 def resolve(name: str, device: torch.device) -> str:
-    """Return the name of a precision; ``auto`` is bf16 where the device has arithmetic for it, else tf32 or fp32."""
+    """Return the name of a precision; ``auto`` is bf16 where the device has instructions for it, else tf32 or fp32."""
     if name != "auto":
         return name
     on_gpu = device.type == "cuda"

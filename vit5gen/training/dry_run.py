@@ -32,7 +32,7 @@ TRIAL_STEPS = 3
 def plan(config: Config, output: str | None, resume: str, accept_changes: bool) -> int:
     """Check every value, print what the run costs and what is missing, and try 3 steps where nothing is; return 0.
 
-    output, resume, accept_changes: as in training, whose start is told where ``output`` is known.
+    output, resume, accept_changes: as in training; where it would start is printed if ``output`` is given.
     Raises `UserError` for a value that does not fit, as training would.
     """
     accelerator = make_accelerator(config.training, Path())
@@ -98,7 +98,7 @@ def describe(config: Config, num_processes: int = 1) -> list[str]:
 
 
 def memory_line(config: Config, found: cost.Cost, num_processes: int) -> str:
-    """Describe memory and traffic of each of so many GPUs; where 80 GB are too little, also a micro-batch that fits."""
+    """Describe memory and traffic of each of so many GPUs; if that exceeds 80 GB, also a micro-batch that fits."""
     local = config.training.global_batch_size // num_processes
     micro = config.training.micro_batch_size or local
     needed = _short(cost.memory_bytes(found, config, micro, num_processes) / 1e9)
@@ -152,12 +152,12 @@ def missing(config: Config) -> dict[str, str]:
 
 
 def _latents_suffice(data: DataConfig) -> bool:
-    """Whether a run trains on latents that are there, for which it needs no images."""
+    """Whether a run trains on existing latents and so needs no images."""
     return data.latents is not None and not data.from_images and (Path(data.latents).expanduser() / MANIFEST).is_file()
 
 
 def _trial(config: Config, accelerator: Accelerator, start: Path | None, accept_changes: bool) -> str:
-    """Train a few steps of the run from ``start``, and say what they took and how long all of them will."""
+    """Train a few steps of the run from ``start``, and say what they took and how long the whole run will take."""
     source, vae, _ = open_source(config, accelerator, start, accept_changes)
     trainer, device = build_trainer(config, accelerator), accelerator.device
     if start is not None:
@@ -180,7 +180,7 @@ def _trial(config: Config, accelerator: Accelerator, start: Path | None, accept_
 
 
 def _peak_of_process() -> int | None:
-    """Return the most bytes that this process held, None on Windows, which does not tell."""
+    """Return the most bytes that this process held, None on Windows, which does not report it."""
     try:
         import resource
     except ImportError:

@@ -51,15 +51,15 @@ def _accept(start: Path, fault: str, changes: list[str], accept_changes: bool) -
 
 
 def check_data(start: Path | None, accept_changes: bool, data: dict[str, Any]) -> None:
-    """Refuse to resume ``start`` with other data, which `latents.identity` tells, unless the user accepts that.
+    """Refuse to resume ``start`` with other data, by `latents.identity`, unless the user accepts that.
 
-    What only one side knows is not compared; a checkpoint of an earlier version has not recorded its data.
+    Only what both sides know is compared; a checkpoint of an earlier version has not recorded its data.
     """
     if start is not None:
         recorded = checkpoint.read_state(start).get("data", {})
         known = [key for key, value in data.items() if value is not None and recorded.get(key) is not None]
         changes = [f"{key} {_change(key, recorded[key], data[key])}" for key in known if recorded[key] != data[key]]
-        _accept(start, "was made by other data", changes, accept_changes)
+        _accept(start, "was made with other data", changes, accept_changes)
 
 
 def _change(key: str, old: Any, new: Any) -> str:
@@ -91,7 +91,7 @@ class RunFolder:
 
         marks: patterns of files by which a run that has begun is known. Bad input that shows before leaves no new
         folder behind. write: False makes nothing, and locks where there is a lock. Raises `UserError` when another
-        process trains in this folder, it holds other files, or cannot be written or locked.
+        process trains in this folder, it has other files, or it cannot be written or locked.
         """
         folder, lock, existed = self.path, self.path / ".lock", self.path.exists()
 
@@ -137,7 +137,7 @@ class RunFolder:
             raise UserError(f"--output {self}: contains a run; choose a new folder, or --resume auto to resume it")
         if start is not None:
             recorded = checkpoint.read_config(start)
-            _accept(start, "was made by another configuration", differences(recorded, config), accept_changes)
+            _accept(start, "was made with another configuration", differences(recorded, config), accept_changes)
             config = as_recorded(config, recorded)
             if (step := checkpoint.read_state(start)["step"]) > last:
                 raise UserError(f"{start} is past training.num_steps = {last}; set it to {step} or more")
@@ -149,7 +149,7 @@ class RunFolder:
     def record(self, config: Config, step: int, data: dict[str, Any]) -> None:
         """Write configuration and data of a run that starts from ``step``, now that all of its input has proved to fit.
 
-        What was logged after that step is forgotten: it will be computed again.
+        Log lines after that step are removed: those steps will be computed again.
         """
         try:
             changed = read_json(self.data, "data") != data or bool(differences(read_yaml(self.config), config))

@@ -47,7 +47,7 @@ class Interrupted(Exception):
 class Monitor:
     """Evaluates the first EMA of a run and keeps its log; every process calls it, the main one writes.
 
-    stop_asked: tells whether a signal has come to this process; an evaluation is then given up.
+    stop_asked: returns whether this process has received a signal; an evaluation then ends early.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class Monitor:
 
 
 def floor_note(earlier: list[dict[str, Any]], entry: dict[str, Any]) -> str | None:
-    """Say that the last of the ``earlier`` evaluations that has ``entry``'s distance has another floor beside it."""
+    """Return a note if the last of the ``earlier`` evaluations with ``entry``'s distance has another floor."""
     for name in entry.keys() - {"step"}:
         before = next((old for old in reversed(earlier) if name in old), entry)
         was, now = before[name]["floor"], entry[name]["floor"]

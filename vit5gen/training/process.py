@@ -64,7 +64,7 @@ def batch_sizes(settings: TrainingConfig, world_size: int) -> tuple[int, int]:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether SIGTERM or SIGINT has come; one that comes again later ends the process.
+    """Yield a function that returns whether SIGTERM or SIGINT has come; a later second signal ends the process.
 
     Ctrl-C under a launcher arrives twice within a moment: from the terminal and from the launcher.
     """

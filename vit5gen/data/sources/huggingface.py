@@ -31,7 +31,7 @@ class HuggingFaceSource(Source):
             table = datasets.load_from_disk(folder) if saved else datasets.load_dataset(data.path, split=split)
         except Exception as error:  # the library raises its own, requests' and pyarrow's errors
             empty = isinstance(error, IndexError)  # of the list of its files
-            detail = "it holds no images" if empty else " ".join(str(error).split())
+            detail = "it has no images" if empty else " ".join(str(error).split())
             fault = f"no data set can be opened: {detail}"
             raise UserError(f"data.path {data.path}: {fault}; check the name and the network") from error
         if isinstance(table, datasets.DatasetDict):

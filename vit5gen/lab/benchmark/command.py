@@ -42,7 +42,7 @@ COLUMNS = ("benchmark", "mode", "ours", "peer", "ratio", "95 % interval", "our m
 def run_benchmarks(output: Path, folders: Mapping[str, Path | None], only: str | None, quick: bool) -> None:
     """Run all benchmarks or one, print their rows, and write ``output`` (JSON) and a table (.md) beside it.
 
-    folders: those of `Setting`. What needs one that is not given is left out with a note. Raises `UserError` for bad
+    folders: those of `Setting`. Rows that need one not given are skipped with a note. Raises `UserError` for bad
     input before any work.
     """
     names = NAMES if only is None else (choose("--only", only, NAMES),)
@@ -96,7 +96,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _machine() -> dict[str, Any]:
-    """Return what of this machine decides times; nothing that tells which one it is."""
+    """Return what affects times on this machine, and nothing that identifies it."""
     cpu = {"threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
     return {"cpus": os.cpu_count(), **cpu, "commit": commit(), **versions()}
 

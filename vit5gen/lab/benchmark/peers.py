@@ -23,7 +23,7 @@ class PeerError(UserError):
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository on GitHub, and what tells its checkout: files, each with a name that it defines."""
+    """A repository on GitHub, and how to recognise a checkout: files, each with a name that it defines."""
 
     name: str
     files: dict[str, str]
