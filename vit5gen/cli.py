@@ -25,7 +25,7 @@ _AS_YAML = {"guidance_interval"}  # a list that is one value
 
 
 class Parser(argparse.ArgumentParser):
-    """An `argparse.ArgumentParser` that raises `UserError` where that one prints its usage and exits."""
+    """An `argparse.ArgumentParser` that raises `UserError` instead of printing its usage and exiting."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def exit_on_bad_input() -> Iterator[None]:
-    """Print a `UserError` as one line on standard error and exit with code 2; likewise what the machine refuses.
+    """Print a `UserError`, or an error of the machine, as one line on standard error and exit with code 2.
 
     Names that the terminal cannot show are printed as escapes: they must not end a command that has done its work.
     """

@@ -22,8 +22,8 @@ class SampleOptions(DrawConfig, Options):
 def run(options: SampleOptions) -> None:
     """Draw images into FILE.png (a grid), FILE.npz or a folder, and write their card.
 
-    What a killed run has drawn is kept, a finished one is left alone, on any number of processes.
-    Raises `UserError` for bad values, an output of other settings, or a disk that is full; what is drawn is kept.
+    Images of a killed run are kept and a finished output is not changed, on any number of processes.
+    Raises `UserError` for bad values, an output of other settings, or a full disk; images drawn so far are kept.
     """
     from tqdm import tqdm
 

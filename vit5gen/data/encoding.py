@@ -225,7 +225,7 @@ def _why(latents: torch.Tensor, dtype: torch.dtype) -> str:
 
 
 def _write_shard(path: Path, tensors: dict[str, torch.Tensor], broken: list[str]) -> dict[str, Any]:
-    """Write a shard and, beside it, the record that lets an interrupted encoding resume; return the record."""
+    """Write a shard and, next to it, the record that lets an interrupted encoding resume; return the record."""
     try:
         with atomic(path) as temporary:
             save_file(tensors, temporary)

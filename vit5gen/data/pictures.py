@@ -89,7 +89,7 @@ def find_classes(root: Path, rules: Rules = 2) -> tuple[dict[str, list[Path]], d
 
 
 def folder_names(folder: Path) -> tuple[list[str], bool]:
-    """Return the names of the folders in a folder that may hold data, sorted, and whether images lie beside them."""
+    """Return the names of the folders in a folder that may hold data, sorted, and whether images are next to them."""
     folders, images = _look(folder, Counter(), 2)
     return sorted(inner.name for inner in folders), bool(images)
 

@@ -16,7 +16,7 @@ Score = dict[str, Any]
 class Metric:
     """Scores of samples against a reference, known by a name; its options are keyword-only arguments.
 
-    needs: what it computes from beside the moments, of "rows" (pooled features of both sets), "spatial" features and
+    needs: what it uses besides the moments, of "rows" (pooled features of both sets), "spatial" features and
     "logits".  least: how few samples it takes, and where it needs rows also how few images of the reference.
     """
 

@@ -97,7 +97,7 @@ class Reference:
         """Return the Frechet distance of ``count`` of the reference's own images to the rest of it.
 
         None when it has fewer than twice as many images, or when their features are not at hand.
-        ADM's statistics are of the whole training set, beside which the images of its batch do not count.
+        ADM's statistics are of the whole training set, in which the images of its batch do not matter.
         """
         if self.rows is None or not 2 <= count <= len(self.rows) or (self.count or 2 * count) < 2 * count:
             return None

@@ -17,10 +17,10 @@ class GuidedModel:
     """``model_fn(x (B, C, ...), t (1,) or (B,))`` = ``c + (scale - 1)(c - u) + (weak_scale - 1)(c - w)``.
 
     c, u: ``model`` with ``class_labels`` (B,) and with ``null_label`` (by default the model's own): classifier-free
-    guidance (arXiv 2207.12598, eq. 6), in one forward of 2B rows.  scale: may be a function, which is asked at every
+    guidance (arXiv 2207.12598, eq. 6), in one forward of 2B rows.  scale: may be a function, which is called at every
     evaluation.  w: ``weak_model`` with the labels: autoguidance (arXiv 2406.02507).
     interval: the t, ends included, at which a sample is guided (arXiv 2404.07724).
-    channels: guide only the first so many (3 reproduces the published DiT and SiT tables).
+    channels: guide only this many first ones (3 reproduces the published DiT and SiT tables).
     Where nothing is guided (both scales 1, or every t outside the interval) it is one plain forward of ``model``.
     Velocity, score and noise are affine in each other with weights that c, u and w share, so guiding any of them is
     the same. ``rows`` counts what the networks have evaluated. Raises `UserError` on scales that are not finite and bad

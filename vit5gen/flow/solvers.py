@@ -150,7 +150,7 @@ def ode_steps(
 ) -> Steps:
     """Yield ``(i, t, x)`` after each step of the probability-flow ODE from ``x0`` (B, ...).
 
-    method: euler | heun | midpoint | rk4 | ab2 take ``num_steps`` steps; dopri5 is ruled by rtol and atol, per sample.
+    method: euler | heun | midpoint | rk4 | ab2 take ``num_steps`` steps; dopri5 follows rtol and atol, per sample.
     t_span: ``(start, end)``, by default what the flow bears; ``shift`` warps the grid.
     reverse: from data to noise, along the same grid backwards (its t_span may be given either way round; its default
     is `Flow.reversed_interval`). A state that is sent takes the place of the one yielded, but for dopri5.
@@ -168,7 +168,7 @@ sample_ode = _exhausting(ode_steps, "sample_ode")
 
 
 def _draws(noise: Noise, x: Tensor, num_steps: int) -> Iterator[Tensor]:
-    """Yield one Gaussian tensor like ``x`` a step, from one generator, one a sample, given tensors or afresh."""
+    """Yield one Gaussian tensor like ``x`` per step: from one generator, one per sample, given tensors, or new."""
     if noise is None or isinstance(noise, torch.Generator):
         device = x.device if noise is None else noise.device
         for _ in range(num_steps):

@@ -48,7 +48,7 @@ def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
 
 
 def pipeline_folder(checkpoint: str | Path) -> Path:
-    """Return what `find_pipeline` does; raise `UserError` where there is none."""
+    """Return what `find_pipeline` does; raise `UserError` where it finds none."""
     if (folder := find_pipeline(checkpoint)) is None:
         found = f"checkpoint {checkpoint} is neither a run nor a pipeline folder (no model_index.json)"
         raise UserError(f"{found}; expected the --output of `vit5gen train` or `vit5gen convert`")

@@ -79,7 +79,7 @@ def open_pipeline(checkpoint: str | Path, draw: DrawConfig, device: torch.device
     """Load a pipeline that draws images, with its guide, ready on its device in the precision that is asked for.
 
     The precision is that of the networks; state, decoding and rounding are always fp32.
-    Raises `UserError` when there is no pipeline, or it draws latents alone.
+    Raises `UserError` when there is no pipeline, or it has no autoencoder.
     """
     choose("sampler", draw.sampler, SAMPLERS)
     pipe = load_pipeline(checkpoint)

@@ -1,7 +1,7 @@
 """Images on disk that survive a kill: a grid, a folder of PNGs, or an npz as ADM's evaluator reads it.
 
 While it grows, an output lies in a hidden folder: the card, the pixels, and how many network evaluations each image
-took (0: not there yet). An output is finished when its card lies beside it; then the hidden folder goes.
+took (0: not there yet). An output is finished when its card is next to it; then the hidden folder is deleted.
 """
 
 import math
@@ -48,7 +48,7 @@ class Output:
 
     @property
     def missing_bytes(self) -> int:
-        """The room on the disk that is still needed: a single file is assembled beside the pixels, which then go."""
+        """Bytes on the disk that are still needed: a single file is assembled next to the pixels, before these go."""
         pixels = self.part / "pixels"
         return 2 * math.prod(self.shape) - (pixels.stat().st_blocks * 512 if pixels.exists() else 0)
 

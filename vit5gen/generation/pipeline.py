@@ -172,7 +172,7 @@ class SiTPipeline(DiffusionPipeline):
         guidance_scale, autoguidance_scale: 1 is off; both act at times in guidance_interval (0 noise, 1 data) and on
         the first guidance_channels channels.  sampler: ``ode-<method>`` or ``sde-<method>`` of `vit5gen.flow`, for
         num_inference_steps steps; a foreign scheduler takes none.  height, width: pixels, by default those trained on.
-        generator: one, or one an image, which then depends on no other.  latents (B, C, h, w): the noise to start from.
+        generator: one, or one per image, so none depends on others.  latents (B, C, h, w): the noise to start from.
         ``callback_on_step_end(pipe, i, t, {"latents": x})`` returns a dictionary; latents in it replace the state.
         output_type: pil | np (B, H, W, 3) and pt (B, 3, H, W) in [0, 1] | uint8 (B, 3, H, W) | latent (B, C, h, w).
         Raises `UserError` for bad values.

@@ -53,7 +53,7 @@ class SiTScheduler(SchedulerMixin, ConfigMixin):
     def steps(self, sampler: str, model_fn: ModelFn, x: Tensor, num_steps: int, noise: Generators) -> tuple[int, Steps]:
         """Return the number of steps, 0 for dopri5 which cannot know, and (i, t, x) after each of them.
 
-        sampler: ``ode-<method>`` or ``sde-<method>``, which takes a last step more unless ``last_step`` is none.
+        sampler: ``ode-<method>`` or ``sde-<method>``, which takes one more step unless ``last_step`` is none.
         """
         kind, method = choose("sampler", sampler, SAMPLERS).split("-")
         solver: Callable[..., Steps] = ode_steps if kind == "ode" else partial(sde_steps, noise=noise)

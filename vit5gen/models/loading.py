@@ -88,7 +88,7 @@ def check_finite(what: str, state: Mapping[str, Tensor]) -> None:
 
 
 def align(module: nn.Module) -> None:
-    """Copy weights out of a mapped file: CPU kernels round otherwise at addresses that are no multiple of 64 bytes."""
+    """Copy weights out of a mapped file: CPU kernels round otherwise where addresses are not multiples of 64."""
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()

@@ -198,7 +198,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
 
 
 def _one_or_one_a_sample(latents: Tensor, **values: float | Tensor) -> Iterator[Tensor]:
-    """Yield every value as a tensor (1,) or (B,) beside the latents."""
+    """Yield every value as a tensor (1,) or (B,) on the latents' device."""
     for name, value in values.items():
         tensor = torch.as_tensor(value, device=latents.device)
         if (shape := tuple(tensor.shape)) not in ((), (1,), latents.shape[:1]):

@@ -95,7 +95,7 @@ def _temporary(path: Path) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically; of a file name that is none, its bytes as escapes."""
+    """Write UTF-8 text atomically; bytes of file names that are not UTF-8 become escapes."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -121,7 +121,7 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
 def clear_weights(folder: str | Path, variant: str | None = None, removed: bool = False) -> None:
     """Delete the weights that an earlier save of this variant left: the index of shards that are gone outdoes a file.
 
-    removed: the component is no longer there: delete also its configuration, and the folder unless it holds more.
+    removed: the component is no longer there: also delete its configuration, and the folder if then empty.
     """
     kind = f".{re.escape(variant)}" if variant else ""
     name = "diffusion_pytorch_model"

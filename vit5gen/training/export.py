@@ -30,7 +30,7 @@ def export_pipeline(
     checkpoint: a file in SiT's published layout, or RUN or RUN/checkpoints/step_XXXXXXXX of the trainer.
     vae: name or folder of the autoencoder, None SiT's or the run's; "none" leaves it out (latents only).
     weights: of a run, ``ema_<decay>`` or ``model``, None its first average.
-    num_attention_heads: of a SiT whose width is no preset's.
+    num_attention_heads: of a SiT whose width matches no preset.
     Raises `UserError` for anything that is not such a checkpoint, and for an output that exists.
     """
     source, target = Path(checkpoint), Path(output).resolve()

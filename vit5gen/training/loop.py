@@ -68,7 +68,7 @@ def train_step(
 ) -> Outcome:
     """Make the next step: the gradient of the objectives over the global batch, the optimizer, the averages.
 
-    stop_asked, save_due: whether a signal has come to this process, and whether the main process's clock wants a save.
+    stop_asked, save_due: whether this process received a signal, and whether the main process's clock wants a save.
     """
     settings, section, accelerator = config.training, config.flow, trainer.accelerator
     learner, step = trainer.module, trainer.step
@@ -120,8 +120,8 @@ def train(config: Config, output: str | Path, resume: str, accept_changes: bool 
 
     resume: ``auto`` is the newest valid checkpoint of ``output``, ``never`` demands a new folder, a path names the
     checkpoint. accept_changes: resume although keys differ that change what is computed.
-    Raises `UserError` for input that does not fit, when nothing is written, and for a disk or memory that is full, when
-    the checkpoints stay valid.
+    Raises `UserError` for input that does not fit (nothing is written then), and for a full disk or memory (the
+    checkpoints are then still valid).
     """
     folder = RunFolder(output)
     accelerator = process.make_accelerator(config.training, folder.path)

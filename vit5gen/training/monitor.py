@@ -69,7 +69,7 @@ class Monitor:
         self._since = time.perf_counter(), trainer.step
 
     def write(self, outcome: Outcome) -> None:
-        """Add a line on the steps since the last one to the log and the trackers, and show it beside the bar."""
+        """Add a line on the steps since the last one to the log and the trackers, and show it in the bar."""
         trainer, step = self.trainer, self.trainer.step
         (begun, first), self._since = self._since, (time.perf_counter(), step)
         num_images = (step - first) * self.config.training.global_batch_size

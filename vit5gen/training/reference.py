@@ -1,4 +1,4 @@
-"""What generated images are compared with while training: statistics of real images, and the floor beside them."""
+"""What generated images are compared with while training: statistics of real images, and their floor."""
 
 from dataclasses import dataclass
 

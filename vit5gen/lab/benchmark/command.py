@@ -40,7 +40,7 @@ COLUMNS = ("benchmark", "mode", "ours", "peer", "ratio", "95 % interval", "our m
 
 @patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"})
 def run_benchmarks(output: Path, folders: Mapping[str, Path | None], only: str | None, quick: bool) -> None:
-    """Run all benchmarks or one, print their rows, and write ``output`` (JSON) and a table (.md) beside it.
+    """Run all benchmarks or one, print their rows, and write ``output`` (JSON) and a table (.md) next to it.
 
     folders: those of `Setting`. Rows that need one not given are skipped with a note. Raises `UserError` for bad
     input before any work.

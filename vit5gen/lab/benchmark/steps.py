@@ -164,7 +164,7 @@ def on_gpu(setting: Setting) -> Iterator[Row]:
     sizes = setting.sizes
     if sizes == FULL:
         if not torch.cuda.is_available():
-            setting.note("gpu: skipped because there is none")
+            setting.note("gpu: skipped because there is no GPU")
             return
         sizes = replace(sizes, preset="XL/2", batch=32)  # of one of the eight GPUs that share the published 256
     try:
@@ -221,7 +221,7 @@ def _utilisation(config: Config, pairs: Pairs) -> dict[str, float]:
 
 
 def memory(setting: Setting) -> Iterator[Row]:
-    """Compare what training takes beyond the imports of its code; the absolute peaks stand beside it.
+    """Compare what training takes beyond the imports of its code; the absolute peaks are listed too.
 
     Raises `PeerError` where ``setting.sit`` is no checkout of the peer.
     """
@@ -300,7 +300,7 @@ def _work(config: Config) -> float:
 
 
 def _processes(config: Config, sizes: Sizes) -> Row:
-    """Compare two processes with one, each with one thread, on the same global batch; in turn, afresh."""
+    """Compare two processes with one, each with one thread, on the same global batch; in turn, always new ones."""
     runs = range(sizes.fresh_repetitions)
     pairs = [(fresh(_step_time, config, sizes, count=2), fresh(_step_time, config, sizes)) for _ in runs]
     sent = communication_bytes(run_cost(config), config, accumulation=1, num_processes=2)

@@ -42,7 +42,7 @@ class Run:
 def read_study(path: str | Path) -> tuple[StudyConfig, list[Run]]:
     """Read a study and check every run of it; seeds turn slowest, so that an unfinished study has whole replications.
 
-    Raises `UserError` for a key that does not exist, a value that does not fit, or a baseline that is no level.
+    Raises `UserError` for a key that does not exist, a value that does not fit, or a baseline that is not a level.
     """
     study = validate(StudyConfig, read_yaml(path), f"study {path}")
     if not study.grid or not all(study.grid.values()):
@@ -124,7 +124,7 @@ class Row(Section):
 def read_rows(file: Path, runs: list[Run]) -> dict[str, Row]:
     """Return the rows by the name of their run, those of no run of this study among them.
 
-    Raises `UserError` for a row that is broken, stands twice, or was made by other settings.
+    Raises `UserError` for a row that is broken, stands twice, or was made with other settings.
     """
     by_name, rows = {run.name: run for run in runs}, {}
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []

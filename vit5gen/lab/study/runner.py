@@ -42,7 +42,7 @@ def run_study(path: str | Path, output: str | Path) -> int:
 
     Each run is a folder ``output/runs/NAME``; an interrupted one is resumed. A row is written once its run is measured,
     and never changed. A run that diverges has no row; the others continue. Raises `UserError` for a study or data that
-    do not fit, a row that cannot be read or was made by other settings, or another process at work in ``output``.
+    do not fit, a row that cannot be read or was made with other settings, or another process at work in ``output``.
     """
     study, runs = read_study(path)
     output = Path(output)

@@ -18,7 +18,7 @@ from vit5gen.system.errors import UserError
 class Batch:
     """A micro-batch with its random numbers; the loop draws t, before which the last three are empty.
 
-    x1: latents (B, C, h, w) of the data.  x0: noise, alike.  labels (B,) int64, already null where dropped.
+    x1: latents (B, C, h, w) of the data.  x0: noise like x1.  labels (B,) int64, already null where dropped.
     image (B, 3, H, W) uint8, where an objective needs it.  uniform (B,) and position (B,): what t is drawn from; first:
     the first position, in the global batch.
     t (B,): time in [0, 1].  x_t: the point at t between x0 and x1, which the model has seen; velocity: dx_t/dt there.
@@ -40,16 +40,16 @@ class Objective(nn.Module):
     """Base of objectives: ``forward(prediction, hidden, batch, step)`` returns the loss of every sample (B,).
 
     prediction (B, C, h, w) is the model's; hidden holds ``{k: state (B, N, D) after k blocks}`` for k in ``taps``,
-    which the constructor sets; step is 0-based. Its parameters are optimised, averaged, checkpointed and resumed beside
-    the model's, and no part of the pipeline. Options are the keyword-only arguments of the constructor.
-    needs_image: the batch is to hold the image, for which the run needs ``data.from_images``.
+    which the constructor sets; step is 0-based. Its parameters are optimised, averaged, checkpointed and resumed with
+    the model's, but are not part of the pipeline. Options are the keyword-only arguments of the constructor.
+    needs_image: whether the batch must hold the image, for which the run needs ``data.from_images``.
     """
 
     needs_image: ClassVar[bool] = False
     taps: tuple[int, ...] = ()
 
     def __init__(self, model: SiTTransformer2DModel, flow: Flow) -> None:
-        """Take the model that is trained and its flow, and keep neither among the parameters."""
+        """Take the model to train and its flow, and keep neither among the parameters."""
         super().__init__()
 
     @staticmethod
