@@ -82,7 +82,7 @@ class ModelConfig(Section):
     num_attention_heads: Width | None = Field(None, description="attention heads per block; default: the preset's")
     patch_size: Side | None = Field(None, description="side of a patch in latent pixels; default: the preset's")
     mlp_ratio: Ratio = Field(4.0, description="hidden width of the MLP, as a multiple of hidden_size")
-    class_dropout_prob: Unit = Field(0.1, description="probability of training on the null label instead")
+    class_dropout_prob: Unit = Field(0.1, description="probability of replacing a label by the null label")
     learn_sigma: bool = Field(False, description="double the output channels, discard the second half")
 
     @model_validator(mode="after")
@@ -136,8 +136,8 @@ class DataConfig(Section):
         "float16", description="number type of the latent shards"
     )
     num_workers: Small = Field(0, description="processes that read data; 0 = the trainer itself reads")
-    image_column: str | None = Field(None, description="images in a Hugging Face data set; default: the only ones")
-    label_column: str | None = Field(None, description="labels in a Hugging Face data set; default: the only ones")
+    image_column: str | None = Field(None, description="image column of a Hugging Face data set; default: the only one")
+    label_column: str | None = Field(None, description="label column of a Hugging Face data set; default: the only one")
 
 
 class TrainingConfig(Section):
@@ -168,7 +168,7 @@ class TrainingConfig(Section):
     checkpoint_every: Count | None = Field(
         None, description="steps between checkpoints; default: a quarter of num_steps, at most 10000"
     )
-    checkpoint_minutes: Positive | None = Field(10.0, description="also save one after this many minutes; null = off")
+    checkpoint_minutes: Positive | None = Field(10.0, description="minutes between additional checkpoints; null = off")
     keep_last: Count = Field(2, description="number of newest checkpoints to keep")
     keep_every: Count | None = Field(None, description="also keep checkpoints at multiples of this step")
     log_every: Count = Field(100, description="steps between lines of log.jsonl")
@@ -185,7 +185,7 @@ class SamplingConfig(Section):
     guidance_interval: list[Unit] = Field(
         [0.0, 1.0], min_length=2, max_length=2, description="guide only between these times; 0 = noise, 1 = data"
     )
-    guidance_channels: Width | None = Field(None, description="guide the first k channels only; default: all")
+    guidance_channels: Width | None = Field(None, description="number of leading channels to guide; default: all")
 
     @field_validator("guidance_interval")
     @classmethod
@@ -201,7 +201,7 @@ class DrawConfig(SamplingConfig):
     classes: list[str] | None = Field(
         None, description="names or ids of classes; default: all", json_schema_extra={"option": "--class"}
     )
-    labels: Literal["balanced", "random"] = Field("balanced", description="how images get classes; the seed fixes both")
+    labels: Literal["balanced", "random"] = Field("balanced", description="how classes are assigned, fixed by the seed")
     precision: Literal["fp32", "tf32", "bf16"] = Field("fp32", description="precision of the network; the rest is fp32")
     compile: bool = Field(False, description="torch.compile the network")
     guide: str | None = Field(None, description="run or pipeline folder of the weaker model for autoguidance")

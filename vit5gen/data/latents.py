@@ -159,7 +159,7 @@ class LatentDataset:
 
     def _compare(self, key: str, found: Any, wanted: Any, more: str = "") -> None:
         if found != wanted:
-            made = f"made with {key} {short(found)}, but the run has {short(wanted)}{more}"
+            made = f"made with {key} {short(found)}, the run has {short(wanted)}{more}"
             raise UserError(f"latents {self.folder}: {made}; encode again or change the configuration")
 
     def _shard(self, number: int) -> Any:
