@@ -56,7 +56,7 @@ BAD = {
     ),
     "sampling option for images": (
         "evaluate TINY/broken_images --sampler sde-euler --reference TINY/broken_images",
-        ["--sampler", "images already"],
+        ["--sampler", "already contains images"],
     ),
     "configuration is no YAML": ("train TINY/broken.yaml --output OUT", ["broken.yaml", "not valid YAML"]),
     "configuration is a list": ("train TINY/list.yaml --output OUT", ["list.yaml", "list"]),
@@ -205,7 +205,7 @@ BAD = {
         "evaluate TINY/broken_images --save-statistics OUT.npz --output OUT.json",
         ["--output", "no effect with --save-statistics"],
     ),
-    "card is a folder": ("evaluate TINY/notes --reference TINY/notes --output .", [".: a folder"]),
+    "card is a folder": ("evaluate TINY/notes --reference TINY/notes --output .", [".: is a folder"]),
     "SiT file is missing": ("convert TINY/none.pt --output OUT", ["none.pt"]),
     "classifier is unknown": (
         "classify TINY/notes --model vit5_bas --checkpoint TINY/none.pth",

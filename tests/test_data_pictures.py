@@ -235,7 +235,7 @@ def test_a_wrong_number_of_classes_lists_them(tmp_path: Path) -> None:
         open_training_images(data(tmp_path))
     for k in range(20):
         save(tmp_path / f"bus{k:02}" / "1.png")
-    with pytest.raises(UserError, match=r"23 classes \(bus00, .*, bus09 and 13 more\)"):
+    with pytest.raises(UserError, match=r"data set has 23 \(bus00, .*, bus09 and 13 more\)"):
         open_training_images(data(tmp_path))
 
 

@@ -218,7 +218,7 @@ def test_a_row_of_the_version_before_keeps_its_defaults(inputs: Path, monkeypatc
 def test_an_evaluation_with_another_floor_than_the_last_says_so(floor: float | None, told: bool) -> None:
     earlier = [{"step": 0, "FD": {"value": 9.0, "floor": 1.0}}, {"step": 5, "FD": {"value": 9.0, "floor": 2.0}}]
     note = floor_note([*earlier, {"step": 6}], {"step": 7, "FD": {"value": 8.0, "floor": floor}})
-    assert (note is not None and "at step 5 it was 2.0" in note) is told
+    assert (note is not None and "but was 2.0 at step 5" in note) is told
     assert floor_note([], {"step": 7, "FD": {"value": 8.0, "floor": floor}}) is None
 
 
