@@ -140,7 +140,7 @@ def test_bad_checkpoints_leave_nothing_behind(run: Path, tmp_path: Path, vae: st
         (run, {"weights": "ema_0.5"}, "weights: 'ema_0.5' is not known; expected one of ema_0.9, ema_0.99, model"),
         (run, {"weights": "optimizer"}, "weights: 'optimizer' is not known"),
         (run, {"num_attention_heads": 2}, "--num-attention-heads is only for"),
-        (run, {"vae": str(tmp_path / "wide")}, "latents of 8 channels, the model takes 4"),
+        (run, {"vae": str(tmp_path / "wide")}, "8 latent channels, the model takes 4"),
     ]
     before = set(tmp_path.iterdir())
     for checkpoint, options, message in cases:

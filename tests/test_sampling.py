@@ -291,7 +291,7 @@ def test_finished_output_is_left_alone(checkpoint: Path, tmp_path: Path, monkeyp
             {"settings": SamplingConfig(sampler="sde-euler", num_inference_steps=4)},
             "num_inference_steps is 3 in the card",
         ),
-        ({"precision": "bf16"}, "precision is 'fp32' there"),
+        ({"precision": "bf16"}, "precision is 'fp32' in the card"),
     ],
 )
 def test_output_of_another_run_is_refused_and_untouched(

@@ -223,7 +223,7 @@ def sde_steps(
     start, end = t_span or flow.sde_interval(diffusion, size, evaluates_end)
     grid = time_grid(num_steps, start, end, shift)
     if grid[-1] + size > 1 + 1e-9:
-        raise UserError(f"last_step_size: {size!r} from t = {grid[-1]} ends beyond t = 1; choose a smaller one.")
+        raise UserError(f"last_step_size: {size!r} from t = {grid[-1]}; expected to end by t = 1.")
     flow.diffusion(grid[0], diffusion, diffusion_norm)  # raises on a bad norm before the first step
 
     @torch.no_grad()
