@@ -145,9 +145,7 @@ class TrainingConfig(Section):
 
     num_steps: Natural = Field(400_000, description="total number of optimizer steps")
     global_batch_size: Batch = Field(256, description="samples per step, over all processes")
-    micro_batch_size: Batch | None = Field(
-        None, description="samples per forward pass, per process; default: all at once"
-    )
+    micro_batch_size: Batch | None = Field(None, description="samples per forward pass, per process; default: all")
     seed: Natural = Field(0, description="seed of initialisation, data order and all random draws")
     precision: Literal["fp64", "fp32", "tf32", "bf16"] = Field("tf32", description="precision of matrix products")
     objectives: dict[str, Options] = Field(
