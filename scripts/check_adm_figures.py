@@ -30,7 +30,7 @@ EXPECTED = {
 
 
 def deviations(metrics: dict[str, dict[str, Any]]) -> list[str]:
-    """Return a line for each of the published figures that ``metrics`` of a card misses."""
+    """Return a line for each published figure that ``metrics`` of a card does not match."""
     return [
         f"{name}: {metrics[name]['value']:.6g}, published {value:.6g}, tolerance {tolerance}"
         for name, (value, tolerance) in EXPECTED.items()

@@ -1,9 +1,9 @@
-"""Record the numbers of two commits side by side, on one machine in one run, and tell what differs.
+"""Record the numbers of two commits side by side, on one machine in one run, and print what differs.
 
 usage: python scripts/same_numbers.py BASE [--only WORD]
 
-BASE is checked out beside the present tree. Both sides then run the same commands in fresh processes: 50 steps of the
-quick start (fp32; bf16 where the CPU has arithmetic for it), accumulation, two processes, a resume from a checkpoint
+BASE is checked out next to the present tree. Both sides then run the same commands in fresh processes: 50 steps of the
+quick start (fp32; bf16 where the CPU has instructions for it), accumulation, two processes, a resume from a checkpoint
 that BASE wrote, samples of several solvers as npz and PNG (guided, autoguided, with an interval, in two processes), an
 evaluation, the dry run of every recipe, and the options of every command. Files are compared by their bytes, cards and
 logs by their numbers. Exit code 0: nothing differs.

@@ -47,7 +47,7 @@ def interrupt_itself() -> None:
 
 
 def test_an_interrupted_process_ends_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="killed, perhaps because memory was short"):
+    with pytest.raises(UserError, match="killed, perhaps for lack of memory"):
         fresh(interrupt_itself)
     assert "Traceback" not in capfd.readouterr().err
 

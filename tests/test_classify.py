@@ -74,13 +74,13 @@ def test_bad_input(data, tmp_path, monkeypatch):
         classify(images, "vit5_smal", checkpoint)
     with pytest.raises(UserError, match="12 blocks of width 384, but vit5_base has 12 of 768"):
         classify(images, "vit5_base", checkpoint)
-    with pytest.raises(UserError, match="is not a folder with one folder a class"):
+    with pytest.raises(UserError, match="does not contain one folder per class"):
         classify(tmp_path / "absent", "vit5_small", checkpoint)
-    with pytest.raises(UserError, match="is not a folder with one folder a class"):
+    with pytest.raises(UserError, match="does not contain one folder per class"):
         classify(tmp_path, "vit5_small", checkpoint)
     (tmp_path / "images" / "only").mkdir(parents=True)
     (tmp_path / "images" / "only" / "broken.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="holds 1 classes, the checkpoint 7"):
+    with pytest.raises(UserError, match="has 1 classes, the checkpoint 7"):
         classify(tmp_path / "images", "vit5_small", checkpoint)
     for label in range(1, NUM_CLASSES):
         (tmp_path / "images" / f"z{label}").mkdir()
@@ -105,7 +105,7 @@ def test_hidden_folders_and_copies_are_not_scored(data, tmp_path):
     result = classify(images, "vit5_small", root / "model.pth")
     assert result == classify(root / "images", "vit5_small", root / "model.pth")
     shutil.rmtree(images / "class3")
-    with pytest.raises(UserError, match=r"holds 6 classes, the checkpoint 7 \(class0, class1, class2, class4"):
+    with pytest.raises(UserError, match=r"has 6 classes, the checkpoint 7 \(class0, class1, class2, class4"):
         classify(images, "vit5_small", root / "model.pth")
 
 

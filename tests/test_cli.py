@@ -57,7 +57,7 @@ BAD = {
     ),
     "sampling option for images": (
         "evaluate TINY/broken_images --sampler sde-euler --reference TINY/broken_images",
-        ["--sampler", "images already"],
+        ["--sampler", "already contains images"],
     ),
     "configuration is no YAML": ("train TINY/broken.yaml --output OUT", ["broken.yaml", "not valid YAML"]),
     "configuration is a list": ("train TINY/list.yaml --output OUT", ["list.yaml", "list"]),
@@ -184,7 +184,7 @@ BAD = {
     "latents are missing": ("train TINY/run.yaml --output OUT --data.latents TINY/nolatents", ["nolatents"]),
     "sampler is unknown": ("train TINY/run.yaml --output OUT --sampling.sampler ode-hune", ["ode-hune", "ode-heun"]),
     "extractor is unknown": ("train TINY/run.yaml --output OUT --evaluation.extractor resnet", ["resnet"]),
-    "output holds other files": ("train TINY/run.yaml --output TINY/notes", ["notes", "other files"]),
+    "output holds other files": ("train TINY/run.yaml --output TINY/notes", ["notes", "not a run"]),
     "checkpoint to resume is none": (
         "train TINY/run.yaml --output OUT --resume TINY/notes",
         ["notes", "checksums.json"],
@@ -204,9 +204,9 @@ BAD = {
     ),
     "card of statistics": (
         "evaluate TINY/broken_images --save-statistics OUT.npz --output OUT.json",
-        ["--output", "no effect beside --save-statistics"],
+        ["--output", "no effect with --save-statistics"],
     ),
-    "card is a folder": ("evaluate TINY/notes --reference TINY/notes --output .", [".: a folder"]),
+    "card is a folder": ("evaluate TINY/notes --reference TINY/notes --output .", [".: is a folder"]),
     "SiT file is missing": ("convert TINY/none.pt --output OUT", ["none.pt"]),
     "classifier is unknown": (
         "classify TINY/notes --model vit5_bas --checkpoint TINY/none.pth",

@@ -128,19 +128,19 @@ def test_bad_checkpoints_leave_nothing_behind(run: Path, tmp_path: Path, vae: st
     cases: list[tuple[Path, dict, str]] = [
         (tmp_path / "absent.pt", {}, "absent.pt"),
         (tmp_path / "notes.pt", {}, "notes.pt"),
-        (tmp_path / "empty", {}, "no run and no checkpoint folder"),
+        (tmp_path / "empty", {}, "neither a run nor a checkpoint folder"),
         (broken, {}, "ema_0.9.safetensors is damaged"),
-        (file, {"vae": vae}, "give num_attention_heads"),
+        (file, {"vae": vae}, "set num_attention_heads"),
         (
             file,
             {"num_attention_heads": heads, "weights": "model"},
-            "--weights has no effect beside --num-attention-heads|--weights = 'model' goes with",
+            "--weights has no effect with --num-attention-heads|--weights model is only for",
         ),
         (file, {"num_attention_heads": heads, "vae": str(tmp_path / "empty")}, "no autoencoder can be loaded"),
         (run, {"weights": "ema_0.5"}, "weights: 'ema_0.5' is not known; expected one of ema_0.9, ema_0.99, model"),
         (run, {"weights": "optimizer"}, "weights: 'optimizer' is not known"),
-        (run, {"num_attention_heads": 2}, "--num-attention-heads goes with"),
-        (run, {"vae": str(tmp_path / "wide")}, "latents of 8 channels, the model takes 4"),
+        (run, {"num_attention_heads": 2}, "--num-attention-heads is only for"),
+        (run, {"vae": str(tmp_path / "wide")}, "8 latent channels, the model takes 4"),
     ]
     before = set(tmp_path.iterdir())
     for checkpoint, options, message in cases:
@@ -188,7 +188,7 @@ def test_an_average_that_is_not_finite_is_refused(run: Path, tmp_path: Path) -> 
         {},
         (broken / "config.yaml").read_text(),
     )
-    with pytest.raises(UserError, match=rf"2 of the \d+ values of {name} are not finite.* take an earlier checkpoint"):
+    with pytest.raises(UserError, match=rf"2 of the \d+ values of {name} are not finite.* use an earlier checkpoint"):
         call_convert(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     call_convert(broken, tmp_path / "out")

@@ -95,7 +95,7 @@ def test_held_out_images_have_the_labels_of_the_training_images(tmp_path: Path) 
 
 def test_a_listed_class_without_images_is_one_line(pets: Path) -> None:
     (pets / "eel").mkdir()
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match="has no images"):
         open_images(folder(pets, classes=["eel"]))
 
 
@@ -267,7 +267,7 @@ def test_huggingface_columns_are_chosen(tmp_path: Path) -> None:
     [
         (pictures(), [0, None], "images without a label"),
         (pictures(), [0, -1], "images without a label"),
-        ([], [], "holds no images"),
+        ([], [], "has no images"),
         ([None, *pictures(1)], [0, 1], r"image 0 of .* does not decode \(there is none\)"),
     ],
 )

@@ -139,7 +139,7 @@ def test_goes_on_after_a_kill(config: Config, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(encoding, "_write_shard", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         encode_images(config, tmp_path / "out")
-    with pytest.raises(UserError, match="interrupted; run the same"):
+    with pytest.raises(UserError, match="interrupted; run `vit5gen encode` again"):
         LatentDataset(tmp_path / "out")
     (tmp_path / "out" / ".shard_00002.safetensors.1.tmp").write_bytes(b"half")
     written[1].write_bytes(b"damaged")
@@ -234,7 +234,7 @@ def test_damage_is_found_and_mended(config: Config, tmp_path: Path, damage: str)
         os.truncate(shard, 100)
     else:
         shard.unlink()
-    with pytest.raises(UserError, match=r"shard_00001.*(checksum|manifest says)"):
+    with pytest.raises(UserError, match=r"shard_00001.*(checksum|of \d+ bytes)"):
         LatentDataset(folder).verify()
     encode_images(config, folder)
     assert contents(folder) == whole
@@ -248,7 +248,7 @@ def test_broken_images_are_fatal_or_listed(config: Config, tmp_path: Path, capsy
     dataset = LatentDataset(tmp_path / "out")
     assert (len(dataset), dataset.manifest["counts"]) == (10, [5, 5])
     assert "02.png" in dataset.manifest["shards"][0]["broken"][0]
-    assert "left out 1 broken images" in capsys.readouterr().out
+    assert "skipped 1 broken images" in capsys.readouterr().out
     images = open_for(config, tiny_vae())
     mean, _ = encode(tiny_vae(), images[3][0][None])
     torch.testing.assert_close(dataset.get(2)[0], mean[0], rtol=1e-3, atol=1e-3)  # the next one moves up
@@ -269,10 +269,10 @@ def spoil(config: Config, **values: float) -> None:
         (
             "float16",
             {"scaling_factor": 1e6},
-            r"a latent of \d.* overflows float16, which ends at 65504; set data\.shard_d",
+            r"a latent of \d.* overflows float16, whose maximum is 65504; set data\.shard_d",
         ),
-        ("float16", {"bias": float("nan")}, "the autoencoder makes latents of it that are not finite; check vae.name"),
-        pytest.param("bfloat16", {"bias": float("inf")}, "the autoencoder makes latents", marks=pytest.mark.slow),
+        ("float16", {"bias": float("nan")}, "the autoencoder's latents of this image are not finite; check vae.name"),
+        pytest.param("bfloat16", {"bias": float("inf")}, "the autoencoder's latents", marks=pytest.mark.slow),
         ("bfloat16", {"scaling_factor": 1e6}, None),
         pytest.param("float32", {"scaling_factor": 1e6}, None, marks=pytest.mark.slow),
     ],
@@ -308,7 +308,7 @@ def test_the_image_that_is_not_finite_is_named_behind_a_broken_one(
 
     monkeypatch.setattr(encoding, "encode", encode_badly)
     config = change(change(config, "data", on_broken_image="skip"), "vae", batch_size=3)
-    with pytest.raises(UserError, match=r"image .*cat.08\.png: the autoencoder makes"):
+    with pytest.raises(UserError, match=r"image .*cat.08\.png: the autoencoder's latents"):
         encode_images(config, tmp_path / "out")
 
 
@@ -323,7 +323,9 @@ def test_shards_of_earlier_versions_that_are_not_finite_are_made_again(config: C
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["shards"][1]["sha256"] = sha256(shard)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"shard_00001\.safetensors has values that are not finite; encode again"):
+    with pytest.raises(
+        UserError, match=r"shard_00001\.safetensors has values that are not finite; run `vit5gen encode`"
+    ):
         LatentDataset(folder).verify()
     encode_images(config, folder)
     assert contents(folder) == whole
@@ -337,7 +339,7 @@ def test_shards_are_kept_for_the_images_they_were_made_of(
     content = json.loads(manifest.read_text())
     assert content["images_sha256"] == open_for(config, tiny_vae()).digest()
     Image.new("RGB", (9, 9)).save(tmp_path / "images" / "dog" / "09.png")
-    with pytest.raises(UserError, match="holds latents made with images_sha256"):
+    with pytest.raises(UserError, match="contains latents made with images_sha256"):
         encode_images(config, folder)
     # A manifest of the version before says nothing, and is neither refused nor given what is not known.
     del content["images_sha256"]
@@ -389,7 +391,7 @@ def test_manifest_says_how_files_are_read(config: Config, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("wanted", "seed", "message"),
     [
-        ({}, 1, "vae_sha256 .*the run has .*here"),
+        ({}, 1, "vae_sha256 .*the run has .*, not "),
         ({"resolution": 16}, 0, "resolution 8, the run has 16"),
         ({"classes": ["dog", "cat"]}, 0, r"classes \['cat', 'dog'\], the run has \['dog', 'cat'\]"),
         ({"num_classes": 3}, 0, "num_classes 2, the run has 3"),
@@ -426,9 +428,9 @@ def test_cache_is_used_again(config: Config, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        ("data", {"num_classes": 5}, "num_classes = 5: the data have 2 classes"),
-        ("vae", {"downsample": 8}, r"vae\.downsample = 8: .* has 2"),
-        ("vae", {"latent_channels": 16}, r"vae\.latent_channels = 16: .* has 4"),
+        ("data", {"num_classes": 5}, "num_classes = 5: the data set has 2"),
+        ("vae", {"downsample": 8}, r"vae\.downsample = 8, .* has 2"),
+        ("vae", {"latent_channels": 16}, r"vae\.latent_channels = 16, .* has 4"),
         ("data", {"resolution": 9}, r"resolution = 9 is not a multiple of vae\.downsample = 2"),
     ],
 )
@@ -441,9 +443,9 @@ def test_settings_that_do_not_fit(config: Config, section: str, values: dict, me
     ("spoil", "message"),
     [
         (lambda text: "{", "is not valid JSON"),
-        (lambda text: "[]", "holds a list; expected an object"),
-        (lambda text: text.replace("id2label", "names"), "not one of latents"),
-        (lambda text: text.replace('"images": 3', '"images": "3"'), "not one of latents"),
+        (lambda text: "[]", "contains a list; expected an object"),
+        (lambda text: text.replace("id2label", "names"), "not a manifest of latents"),
+        (lambda text: text.replace('"images": 3', '"images": "3"'), "not a manifest of latents"),
     ],
 )
 def test_bad_manifests(config: Config, tmp_path: Path, spoil: Callable[[str], str], message: str) -> None:
@@ -543,6 +545,6 @@ def test_published_autoencoder_encodes(tmp_path: Path) -> None:
 def test_a_manifest_with_values_of_other_types_is_refused(tmp_path: Path, damage: dict) -> None:
     manifest = {"id2label": {"0": "cat"}, "shards": [], "counts": [0]}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | damage))
-    with pytest.raises(UserError, match="not one of latents") as refused:
+    with pytest.raises(UserError, match="not a manifest of latents") as refused:
         LatentDataset(tmp_path)
     assert "\n" not in str(refused.value)

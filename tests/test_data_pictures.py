@@ -65,7 +65,7 @@ def test_what_systems_leave_behind_is_no_data(pets: Path, name: str, capsys: pyt
     assert counted(pets) == {"cat": 2, "dog": 1}
     assert open_images(data(pets)).digest() == before
     assert open_folder(pets, 1).count == 3
-    assert capsys.readouterr().err == f"note: {pets}: 1 file left out (1 hidden)\n"
+    assert capsys.readouterr().err == f"note: {pets}: 1 file skipped (1 hidden)\n"
 
 
 def test_a_hidden_folder_above_the_data_is_the_users_choice(pets: Path, tmp_path: Path) -> None:
@@ -85,7 +85,9 @@ def test_what_is_no_regular_file_is_not_opened(pets: Path, capsys: pytest.Captur
     (pets / "loose.png").touch()
     assert counted(pets) == {"cat": 2, "dog": 1}
     told = capsys.readouterr().err
-    assert told == f"note: {pets}: 7 files left out (4 no regular file, 2 broken link, 1 image in no class folder)\n"
+    assert (
+        told == f"note: {pets}: 7 files skipped (4 not a regular file, 2 broken link, 1 image outside class folders)\n"
+    )
     assert [pixels.shape[0] for pixels, _ in open_images(data(pets))] == [3, 3, 3]
     assert capsys.readouterr().err == ""  # told once
 
@@ -198,15 +200,15 @@ def test_a_class_without_images_stops_with_what_is_there(pets: Path, files: list
     for name in files:
         (pets / "eel" / name).parent.mkdir(exist_ok=True)
         (pets / "eel" / name).touch()
-    with pytest.raises(UserError, match="class 'eel' holds no images") as raised:
+    with pytest.raises(UserError, match="class 'eel' has no images") as raised:
         open_images(data(pets))
     assert told in str(raised.value)
     assert "\n" not in str(raised.value)
-    with pytest.raises(UserError, match=r"class 'eel' holds no images"):
+    with pytest.raises(UserError, match=r"class 'eel' has no images"):
         _class_folders(pets)
     assert counted(pets, classes=["dog", "cat"]) == {"dog": 1, "cat": 2}
     (pets / "newt").mkdir()
-    with pytest.raises(UserError, match=r"class 'eel' holds no images .*; nor does 'newt'"):
+    with pytest.raises(UserError, match=r"class 'eel' has no images .*; nor does 'newt'"):
         open_images(data(pets))
 
 
@@ -216,24 +218,24 @@ def test_held_out_images_may_lack_a_class_but_not_all_of_its_files(tmp_path: Pat
     assert open_images(data(tmp_path), "test").class_names == ["a"]
     (tmp_path / "test" / "b").mkdir()
     (tmp_path / "test" / "b" / "1.psd").touch()
-    with pytest.raises(UserError, match=r"class 'b' holds no images \(found: 1 .psd\)"):
+    with pytest.raises(UserError, match=r"class 'b' has no images \(found: 1 .psd\)"):
         open_images(data(tmp_path), "test")
 
 
 def test_a_class_of_broken_images_alone_stops(pets: Path) -> None:
     images = open_images(data(pets))
-    with pytest.raises(UserError, match=r"class 'dog' holds no images \(all are broken\)"):
+    with pytest.raises(UserError, match=r"class 'dog' has no images \(all are broken\)"):
         check_classes(images.select([0, 1]), data(pets), why="all are broken")
 
 
 def test_a_wrong_number_of_classes_lists_them(tmp_path: Path) -> None:
     for name in ("car", "plane", "train"):
         save(tmp_path / name / "1.png")
-    with pytest.raises(UserError, match=r"num_classes = 1000: the data have 3 classes \(car, plane, train\)"):
+    with pytest.raises(UserError, match=r"num_classes = 1000: the data set has 3 \(car, plane, train\)"):
         open_training_images(data(tmp_path))
     for k in range(20):
         save(tmp_path / f"bus{k:02}" / "1.png")
-    with pytest.raises(UserError, match=r"23 classes \(bus00, .*, bus09 and 13 more\)"):
+    with pytest.raises(UserError, match=r"data set has 23 \(bus00, .*, bus09 and 13 more\)"):
         open_training_images(data(tmp_path))
 
 
@@ -260,7 +262,7 @@ def test_a_split_is_a_folder_among_splits(
 @pytest.mark.parametrize(
     ("files", "split", "message"),
     [
-        (["train/a/1.png", "val/a/1.png", "meta/1.png"], None, "'train' holds folders .*beside it stand meta"),
+        (["train/a/1.png", "val/a/1.png", "meta/1.png"], None, "'train' contains folders .*not splits: meta"),
         (["val/a/1.png", "test/a/1.png"], None, "no folder 'train'"),
         (["car/1.png", "test/1.png", "train/1.png"], "test", "no folder 'test'"),
         (["Train/a/1.png", "Test/a/1.png"], None, r"no folder 'train' \(it has Test, Train\)"),
@@ -467,5 +469,5 @@ def test_huggingface_rows_are_read_by_the_same_rules(tmp_path: Path) -> None:
     assert old.digest() == images.digest()
     one = datasets.Dataset.from_dict({key: value[:1] for key, value in rows.items()}, features=features)
     one.save_to_disk(tmp_path / "one")
-    with pytest.raises(UserError, match=r"class 'b' holds no images \(none has this label\)"):
+    with pytest.raises(UserError, match=r"class 'b' has no images \(none has this label\)"):
         open_images(data(tmp_path / "one", source="huggingface"))

@@ -319,7 +319,7 @@ def test_models_are_rows_and_never_averaged(tmp_path, colour_extractor) -> None:
     for model in card["models"][1:]:
         assert model["metrics"] == alone[model["samples"][0]]["metrics"]
     assert card["metrics"] == card["models"][0]["metrics"]
-    assert "7 models: the card's metrics are those of the first; see models for each" in card["warnings"]
+    assert "7 models: `metrics` of the card are those of the first, `models` lists all" in card["warnings"]
     head, _, *rows = markdown(card)
     assert "\n".join(rows) == card["markdown"]
     assert [row.split(" | ")[0] for row in rows][:3] == ["| a0.npz, mean of 2 seeds", "| b0.npz", "| a1_guided.npz"]

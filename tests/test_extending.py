@@ -88,7 +88,9 @@ def test_a_broken_package_is_named_and_hinders_nobody_else(tmp_path: Path, monke
         registry.get("twice")
     with pytest.raises(UserError, match=r"'own too' is offered by the packages math and torch"):
         registry.get("own too")
-    with pytest.raises(UserError, match=r"'number' of the package math cannot be imported \(TypeError: it is no class"):
+    with pytest.raises(
+        UserError, match=r"'number' of the package math cannot be imported \(TypeError: it is neither a class"
+    ):
         registry.get("number")
     (tmp_path / "antigravity_that_exits.py").write_text("import sys\nsys.exit(0)\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -59,7 +59,7 @@ def test_a_lock_where_there_is_no_fcntl(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "msvcrt", Mock(LK_NBLCK=2, locking=locking))
     monkeypatch.setattr(files, "time", Mock(sleep=lambda seconds: held.clear()))
     with RunFolder(tmp_path / "run").locked():
-        with pytest.raises(UserError, match="another process trains there"), RunFolder(tmp_path / "run").locked():
+        with pytest.raises(UserError, match="another process is training"), RunFolder(tmp_path / "run").locked():
             pass
         with locked_file(tmp_path / "run" / ".lock", wait=True):
             assert len(held) == 1

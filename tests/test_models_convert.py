@@ -99,7 +99,7 @@ def test_surplus_and_missing_keys_are_listed_five_at_most():
 def test_what_is_unsafe_is_named(tmp_path):
     _, _, state = read_oracle("sit_tiny")
     torch.save({"ema": state, "args": argparse.Namespace(data=tmp_path)}, tmp_path / "sit.pt")
-    with pytest.raises(UserError, match=r"it holds pathlib\S*PosixPath\); save its state dict alone\.$") as error:
+    with pytest.raises(UserError, match=r"it contains pathlib\S*PosixPath\); save only its state dict\.$") as error:
         load_sit(tmp_path / "sit.pt")
     assert "\n" not in str(error.value)
 
@@ -144,15 +144,15 @@ def test_other_layouts_are_named():
         load_sit(vit5)
     with pytest.raises(UserError, match=r"no 'patch_embed.proj.weight', so it is not ViT-5's published layout"):
         load_vit5(sit)
-    with pytest.raises(UserError, match="holds no state dict"):
+    with pytest.raises(UserError, match="contains no state dict"):
         load_sit({"epoch": 3})
-    with pytest.raises(UserError, match="holds no state dict"):
+    with pytest.raises(UserError, match="contains no state dict"):
         load_vit5({0: torch.ones(1)})
 
 
 def test_sit_arguments_that_do_not_fit():
     _, _, state = read_oracle("sit_tiny")
-    with pytest.raises(UserError, match="no preset has hidden_size 48; give num_attention_heads"):
+    with pytest.raises(UserError, match="no preset has hidden_size 48; set num_attention_heads"):
         load_sit(state)
     with pytest.raises(UserError, match="num_attention_heads: 5 does not divide"):
         load_sit(state, num_attention_heads=5)
@@ -177,6 +177,6 @@ def test_vit5_arguments_that_do_not_fit():
     with pytest.raises(UserError, match="image size: 25x25"):
         load_vit5(state, img_size=25)
     state["pos_embed"] = state["pos_embed"][:, :6]
-    with pytest.raises(UserError, match="6 positions are no square"):
+    with pytest.raises(UserError, match="6 positions do not form a square"):
         load_vit5(state)
     assert load_vit5(state, img_size=(16, 24)).grid == (2, 3)

@@ -410,7 +410,7 @@ def test_one_number_stands_for_a_time_of_all(time):
 def test_times_and_labels_of_another_batch_are_refused():
     latents, times, labels = batch()
     for wrong in (torch.zeros(2), torch.zeros(3, 1)):
-        with pytest.raises(UserError, match=r"timestep: shape .* expected a number or shape \(3,\), one a sample"):
+        with pytest.raises(UserError, match=r"timestep: shape .* expected a number or shape \(3,\), one per sample"):
             make()(latents, wrong, labels)
         with pytest.raises(UserError, match="class_labels: shape"):
             make()(latents, times, wrong.long())

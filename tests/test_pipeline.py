@@ -75,14 +75,14 @@ def test_class_labels_are_ids_names_or_both(pipe: SiTPipeline, given: object, id
     [
         ("golden retreiver", "Did you mean 'golden retriever'"),
         ("zzz", "one of .*golden retriever.*, or an id in 0..4"),
-        ("CRANE", r"several classes; give one of the ids \[1, 2\], or spell it as one of 'crane', 'Crane'"),
+        ("CRANE", r"several classes; give one of the ids \[1, 2\], or the exact name: one of 'crane', 'Crane'"),
         (5, r"class 5 does not exist; expected an id in 0\.\.4"),
         (-1, "class -1 does not exist"),
         ("12", "class 12 does not exist"),
         (True, "True is neither an id nor a name"),
         (None, "None is neither"),
         (1.5, "1.5 is neither"),
-        ([[0, 1], ["retriever"]], r"\[0, 1\] is neither an id nor a name; expected one of them, or a flat list"),
+        ([[0, 1], ["retriever"]], r"\[0, 1\] is neither an id nor a name; expected an id, a name or a flat list"),
         (np.array([0.5]), "0.5 is neither"),
         ([], "class_labels: empty"),
     ],
@@ -113,7 +113,7 @@ def test_a_number_is_no_id_where_all_names_are_numbers(pipe: SiTPipeline, given:
 
 
 def test_a_number_beside_other_names_is_an_id_but_not_in_silence(pipe: SiTPipeline) -> None:
-    with pytest.warns(UserWarning, match="no class is called '4': taken for the id 4"):
+    with pytest.warns(UserWarning, match="no class is named '4'; using it as id 4"):
         assert pipe.class_ids("4") == [4]
 
 
@@ -744,10 +744,10 @@ def test_load_pipeline_takes_a_run_or_its_pipeline(pipe: SiTPipeline, tmp_path: 
         ({"generator": [None, None]}, "generator: None; expected torch.Generator"),
         ({"latents": torch.zeros(2, 4, 8, 4)}, r"latents: shape \(2, 4, 8, 4\); expected \(2, 4, 8, 8\)"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents: shape \(1, 4, 8, 8\)"),
-        ({"height": 18}, "height = 18 cannot be made; expected a multiple of 4"),
-        ({"height": 16.0}, "height = 16.0 cannot be made"),
-        ({"height": "16"}, "height = '16' cannot be made"),
-        ({"width": 0}, "width = 0 cannot be made"),
+        ({"height": 18}, "height = 18 cannot be generated; expected a multiple of 4"),
+        ({"height": 16.0}, "height = 16.0 cannot be generated"),
+        ({"height": "16"}, "height = '16' cannot be generated"),
+        ({"width": 0}, "width = 0 cannot be generated"),
         ({"output_type": "jpg"}, "output_type: 'jpg'"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"guidance_interval": (0.5, 0.2)}, "guidance_interval"),
@@ -775,7 +775,7 @@ def test_bad_schedulers(pipe: SiTPipeline) -> None:
         pipe(0)
     pipe = SiTPipeline(tiny_transformer(), SiTScheduler(path="gvp"))
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(UserError, match="linear path only, the model has 'gvp'"):
+    with pytest.raises(UserError, match="only the linear path, not 'gvp'"):
         pipe(0, output_type="latent")
     with pytest.raises(UserError, match="shift"):
         SiTScheduler(shift=0)

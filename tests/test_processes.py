@@ -67,14 +67,14 @@ def test_what_is_obeyed(given: dict[str, str], num_gpus: int | None) -> None:
         ({"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "ACCELERATE_USE_CPU": "1"}, "no MASTER_ADDR"),
         (PAIR, "ACCELERATE_USE_CPU=true"),  # torchrun where there is no GPU: each process would run alone
         (PAIR | {"WORLD_SIZE": "two"}, "'two'"),
-        (PAIR | {"RANK": "2"}, "RANK = 2 of WORLD_SIZE = 2"),
+        (PAIR | {"RANK": "2"}, "RANK = 2 in the environment is not below WORLD_SIZE = 2"),
         (PAIR | {"LOCAL_RANK": "-1"}, "'-1'"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE = 0"),
-        ({"RANK": "3"}, "RANK = 3 of WORLD_SIZE = 1"),
+        ({"RANK": "3"}, "RANK = 3 in the environment is not below WORLD_SIZE = 1"),
         ({"LOCAL_RANK": ""}, "LOCAL_RANK = ''"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "4 processes"),
         ({"PMI_SIZE": "2", "ACCELERATE_USE_CPU": "true"}, "2 processes"),
-        ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}, "starts one process"),
+        ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}, "starts only one process"),
     ],
 )
 def test_what_is_refused(given: dict[str, str], named: str) -> None:
@@ -107,7 +107,7 @@ def test_a_port_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch, reques
     for name, value in (PAIR | {"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "many"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"cannot join at MASTER_ADDR = '127\.0\.0\.1', MASTER_PORT = 'many'"):
+    with pytest.raises(UserError, match=r"cannot connect at MASTER_ADDR = '127\.0\.0\.1', MASTER_PORT = 'many'"):
         start_processes()
 
 

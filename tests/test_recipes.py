@@ -135,7 +135,7 @@ def test_dry_run_tries_real_steps_where_the_data_are(tmp_path: Path, capsys: pyt
     config = make_inputs(tmp_path)
     trial = r"trial:    3 real steps: peak memory [\d.]+ GB, [\d.,]+ images/s; 10 steps will take \S+ hours"
     before = tree(tmp_path)
-    assert dry_run(capsys, config)[-1].startswith("trial:    none before the latents are encoded")
+    assert dry_run(capsys, config)[-1].startswith("trial:    skipped until the latents are encoded")
     assert re.fullmatch(trial, dry_run(capsys, config, "--data.from_images", "true")[-1])
     with pytest.raises(SystemExit):
         main(["encode", str(config), "--output", str(tmp_path / "latents")])
@@ -146,7 +146,7 @@ def test_dry_run_tries_real_steps_where_the_data_are(tmp_path: Path, capsys: pyt
     shutil.rmtree(tmp_path / "vae")
     printed = dry_run(capsys, config, *accumulated)
     assert printed[-2].startswith(f"missing: {tmp_path / 'vae'} (")
-    assert printed[-1] == "trial:    3 real steps, once nothing is missing"
+    assert printed[-1] == "trial:    skipped until nothing is missing"
 
 
 def test_dry_run_tells_where_a_run_would_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,11 +171,11 @@ def test_dry_run_tells_where_a_run_would_start(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/a.txt").touch()
     for bad, message in [
-        ([*output, 3, "--resume", "never"], "holds a run"),
+        ([*output, 3, "--resume", "never"], "contains a run"),
         ([*output, 3, "--resume", tmp_path / "run"], "checksums.json is missing"),
         ([*output, 3, "--training.seed", 1], "training.seed: 0 -> 1"),
-        ([*output, 1], "beyond training.num_steps = 1"),
-        (["--output", tmp_path / "notes"], "holds other files"),
+        ([*output, 1], "past training.num_steps = 1"),
+        (["--output", tmp_path / "notes"], "contains files that are not a run"),
         (["--resume", last], "required: --output"),
     ]:
         assert message in refused(*bad, "--dry-run")
@@ -183,7 +183,7 @@ def test_dry_run_tells_where_a_run_would_start(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "notes").rmdir()
     assert tree(tmp_path) == before
     with RunFolder(tmp_path / "run").locked():
-        assert "another process trains there" in refused(*output, 3, "--dry-run")
+        assert "another process is training" in refused(*output, 3, "--dry-run")
 
 
 @pytest.mark.parametrize("absent", ["nothing", "vae", "latents"])
@@ -196,13 +196,13 @@ def test_dry_run_looks_into_the_class_folders(absent: str, tmp_path: Path, capsy
     with pytest.raises(SystemExit) as ended:
         main(["train", str(config), "--dry-run", *arguments])
     assert ended.value.code == 2
-    assert "the data have 2 classes (circle, square)" in capsys.readouterr().err
+    assert "the data set has 2 (circle, square)" in capsys.readouterr().err
     (tmp_path / "data" / "train" / "star").mkdir()
     (tmp_path / "data" / "train" / "star" / "1.svg").touch()
     with pytest.raises(SystemExit) as ended:
         main(["train", str(config), "--dry-run", *arguments])
     assert ended.value.code == 2
-    assert "class 'star' holds no images (found: 1 .svg)" in capsys.readouterr().err
+    assert "class 'star' has no images (found: 1 .svg)" in capsys.readouterr().err
 
 
 def test_utilisation_of_a_known_gpu() -> None:
@@ -220,7 +220,7 @@ def test_utilisation_of_a_known_gpu() -> None:
         ("--model.backbone", "vitt5", "vit5"),
         ("--model.backbone_kwargs", "{gama_init: 1}", "gamma_init"),
         ("--data.resolution", "260", "resolution"),
-        ("--training.micro_batch_size", "3", "divisor"),
+        ("--training.micro_batch_size", "3", "must divide"),
         ("--data.source", "emojis", "emoji"),
     ],
 )

@@ -193,7 +193,7 @@ def test_batch_size_may_change_on_resume(checkpoint: Path, tmp_path: Path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(Output, "write", fail)
-        with pytest.raises(UserError, match="No space left on device; what is drawn is kept"):
+        with pytest.raises(UserError, match="No space left on device; images drawn so far are kept"):
             draw(checkpoint, target)
     assert not target.exists()
     draw(checkpoint, target, batch_size=4)
@@ -248,7 +248,7 @@ def test_what_is_no_output_is_refused_before_any_image(checkpoint: Path, tmp_pat
     with pytest.raises(UserError, match=r"folder.card.json is a folder"):
         draw(checkpoint, tmp_path / "folder.npz")
     (tmp_path / "list.card.json").write_text("[]")
-    with pytest.raises(UserError, match=r"list.card.json holds a list; expected an object"):
+    with pytest.raises(UserError, match=r"list.card.json contains a list; expected an object"):
         draw(checkpoint, tmp_path / "list.npz")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.card.json", "list.card.json", "out.npz"]
 
@@ -284,11 +284,14 @@ def test_finished_output_is_left_alone(checkpoint: Path, tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seed": 4}, "seed is 3 there, 4 here"),
-        ({"num_images": 24}, "num_images is 23 there, 24 here"),
-        ({"classes": [1]}, r"classes is \[0, 1, 2, 3, 4\] there, \[1\] here"),
-        ({"settings": SamplingConfig(sampler="sde-euler", num_inference_steps=4)}, "num_inference_steps is 3 there"),
-        ({"precision": "bf16"}, "precision is 'fp32' there"),
+        ({"seed": 4}, "seed is 3 in the card, 4 now"),
+        ({"num_images": 24}, "num_images is 23 in the card, 24 now"),
+        ({"classes": [1]}, r"classes is \[0, 1, 2, 3, 4\] in the card, \[1\] now"),
+        (
+            {"settings": SamplingConfig(sampler="sde-euler", num_inference_steps=4)},
+            "num_inference_steps is 3 in the card",
+        ),
+        ({"precision": "bf16"}, "precision is 'fp32' in the card"),
     ],
 )
 def test_output_of_another_run_is_refused_and_untouched(
@@ -331,7 +334,7 @@ def test_files_without_a_card_are_not_overwritten(checkpoint: Path, tmp_path: Pa
         ({"labels": "ordered"}, "labels = 'ordered'"),
         ({"precision": "fp8"}, "precision = 'fp8'"),
         ({"autoguidance_scale": float("nan")}, "autoguidance-scale = nan"),
-        ({"guide": "weak"}, r"guide: has no effect at autoguidance_scale 1"),
+        ({"guide": "weak"}, r"guide: has no effect at autoguidance_scale = 1"),
         ({"guide": "weak", "autoguidance_scale": 2.0}, "weak is neither a run nor a pipeline folder"),
         ({"settings": SamplingConfig(sampler="ode-hen")}, "Did you mean 'ode-heun'"),
     ],
@@ -349,7 +352,7 @@ def test_bad_outputs(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match="too many for a grid"):
         draw(checkpoint, tmp_path / "out.png", num_images=3000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 1000))
-    with pytest.raises(UserError, match=r"out\.npz needs 3\.5e-05 GB, 1e-06 GB are free; make room"):
+    with pytest.raises(UserError, match=r"out\.npz needs 3\.5e-05 GB, 1e-06 GB are free; free some"):
         draw(checkpoint, tmp_path / "out.npz")
     with pytest.raises(UserError, match="neither a run nor a pipeline folder"):
         draw(tmp_path, tmp_path / "out.npz")

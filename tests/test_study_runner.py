@@ -131,7 +131,7 @@ def test_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
     path = write_study(tmp_path, seeds=[0])
     folder = tmp_path / "out" / "runs" / "vit5, seed 0"
     assert tiny_run(path.with_name("run.yaml"), folder, training__num_steps=2, training__trackers=[]) == 0
-    with pytest.raises(UserError, match=r"run vit5, seed 0: .*begun with other settings: training.num_steps: 2 -> 4"):
+    with pytest.raises(UserError, match=r"run vit5, seed 0: .*started with other settings: training.num_steps: 2 -> 4"):
         study(path, tmp_path / "out")
     shutil.rmtree(folder)
     assert study(path, tmp_path / "out") == 0

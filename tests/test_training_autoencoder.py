@@ -56,7 +56,7 @@ def test_training_learns_and_resumes_bit_for_bit(
         assert train_autoencoder(config, tmp_path / "b") == STOPPED
     (saved,) = (tmp_path / "b/checkpoints").iterdir()
     assert saved.name == "step_00000003"
-    with pytest.raises(UserError, match="was made with another batch_size; restore it"):
+    with pytest.raises(UserError, match="has another batch_size; restore the old value"):
         train_autoencoder(config.model_copy(update={"batch_size": 2}), tmp_path / "b")
     assert train_autoencoder(config, tmp_path / "b") == 0
     assert not (tmp_path / "b/checkpoints").exists()

@@ -101,7 +101,7 @@ def test_a_resume_on_other_data_is_refused_until_accepted(
         options["data__latents"] = str(tmp_path / "latents")
     passing = (".lock", ".txt")  # the cache remembers digests
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=f"step_00000002 was made by other data: {message}") as raised:
+    with pytest.raises(UserError, match=f"step_00000002 was made with other data: {message}") as raised:
         run(inputs, tmp_path / "run", training__num_steps=3, **options)
     assert "\n" not in str(raised.value)
     left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix not in passing}
@@ -110,7 +110,7 @@ def test_a_resume_on_other_data_is_refused_until_accepted(
     }  # nothing is encoded
     # The checkpoint of another run is compared alike.
     older = str(tmp_path / "run/checkpoints/step_00000002")
-    with pytest.raises(UserError, match="was made by other data"):
+    with pytest.raises(UserError, match="was made with other data"):
         run(inputs, tmp_path / "other", older, training__num_steps=3, **options)
     assert not (tmp_path / "other").exists()
     capsys.readouterr()
@@ -218,7 +218,7 @@ def test_a_row_of_the_version_before_keeps_its_defaults(inputs: Path, monkeypatc
 def test_an_evaluation_with_another_floor_than_the_last_says_so(floor: float | None, told: bool) -> None:
     earlier = [{"step": 0, "FD": {"value": 9.0, "floor": 1.0}}, {"step": 5, "FD": {"value": 9.0, "floor": 2.0}}]
     note = floor_note([*earlier, {"step": 6}], {"step": 7, "FD": {"value": 8.0, "floor": floor}})
-    assert (note is not None and "at step 5 it was 2.0" in note) is told
+    assert (note is not None and "but was 2.0 at step 5" in note) is told
     assert floor_note([], {"step": 7, "FD": {"value": 8.0, "floor": floor}}) is None
 
 
@@ -260,7 +260,7 @@ def test_latents_train_without_the_images(
     forget_processes()
     plan(config, None, "auto", False)
     printed = capsys.readouterr().out
-    assert f"not here ({tmp_path / 'data'})" in printed
+    assert f"not found ({tmp_path / 'data'})" in printed
     assert "3 real steps" in printed
     for keys, message in [
         ({"data__classes": ["square", "circle", "star"]}, r"made with classes \['circle', .*has \['square'"),
@@ -280,7 +280,7 @@ def test_images_that_are_not_those_of_the_latents_are_told(
     encode_images(load_config(inputs), tmp_path / "latents")
     add(tmp_path)
     assert run(inputs, tmp_path / "run", training__num_steps=1, data__latents=str(tmp_path / "latents")) == 0
-    assert "are of 21 images, but the data have 22" in capsys.readouterr().out
+    assert "are of 21 images, but the data set has 22" in capsys.readouterr().out
 
 
 def test_an_autoencoder_that_is_not_finite_is_blamed_for_losses_that_are_not(
@@ -293,7 +293,7 @@ def test_an_autoencoder_that_is_not_finite_is_blamed_for_losses_that_are_not(
     options: dict[str, Any] = {"data__from_images": True, "training__max_nonfinite_steps": 2}
     assert run(inputs, tmp_path / "run", training__num_steps=5, **options) == NONFINITE
     printed = capsys.readouterr().out
-    assert "are not finite: check these images, and the weights of vae.name" in printed
+    assert "are not finite: check these images and the weights of vae.name" in printed
     assert "learning_rate" not in printed
     # A run too short for the usual limit does not end as if it had learnt.
     assert run(inputs, tmp_path / "short", training__num_steps=1, data__from_images=True) == NONFINITE

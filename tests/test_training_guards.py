@@ -213,7 +213,7 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
             child.recv(1)  # outlives the lock
             os._exit(0)
         trainer.recv(7)
-        with pytest.raises(UserError, match="another process trains"), RunFolder(tmp_path / "run").locked():
+        with pytest.raises(UserError, match="another process is training"), RunFolder(tmp_path / "run").locked():
             pass
     try:
         with RunFolder(tmp_path / "run").locked():
@@ -312,7 +312,7 @@ def test_a_state_of_another_model_is_refused(config_file: Path, tmp_path: Path) 
     run(config_file, tmp_path / "run", training__num_steps=1)
     with pytest.raises(UserError, match=r"model has no '.*' of shape .*; resume with the same model"):
         run(config_file, tmp_path / "run", accept=True, training__num_steps=2, model__hidden_size=48)
-    with pytest.raises(UserError, match=r"model has 'backbone.blocks.1.*', this model has not; resume with the same"):
+    with pytest.raises(UserError, match=r"model has 'backbone.blocks.1.*', which this model lacks; resume with"):
         run(config_file, tmp_path / "run", accept=True, training__num_steps=2, model__num_layers=1)
     assert run(config_file, tmp_path / "run", accept=True, training__num_steps=2, training__precision="fp64") == 0
 
@@ -345,7 +345,7 @@ def test_a_last_step_that_cannot_be_saved_is_an_error(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", Mock(side_effect=OSError(28, "No space left on device")))
-        with pytest.raises(UserError, match="the last step is not saved; make room"):
+        with pytest.raises(UserError, match="the last step was not saved; free some disk space"):
             run(config_file, tmp_path / "run", training__num_steps=2)
     assert run(config_file, tmp_path / "run", training__num_steps=2) == 0
     assert (tmp_path / "run/checkpoints/step_00000002").is_dir()

@@ -107,7 +107,7 @@ def test_the_weighted_sum_is_what_the_log_shows(config_file: Path, tmp_path: Pat
 
 def test_the_images_are_there_for_the_objective_that_asks(config_file: Path, tmp_path: Path) -> None:
     both = {"flow": {}, "test-image": {"weight": 1e-3}}
-    with pytest.raises(UserError, match=r"test-image: needs the images; set data\.from_images to true"):
+    with pytest.raises(UserError, match=r"test-image: needs images; set data\.from_images to true"):
         run(config_file, tmp_path / "run", training__objectives=both)
     assert not (tmp_path / "run").exists()
     assert run(config_file, tmp_path / "run", training__objectives=both, data__from_images=True) == 0
@@ -121,7 +121,7 @@ def test_the_images_are_there_for_the_objective_that_asks(config_file: Path, tmp
         ({"flow": {"weight": 0}}, "training.objectives.flow.weight = 0; expected a number above 0"),
         ({"test-look-ahead": {"early": 0}}, r"training.objectives.test-look-ahead: early = 0"),
         ({"test-look-ahead": {"early": "one"}}, r"training.objectives.test-look-ahead: early = 'one'"),
-        ({"test-look-ahead": {"late": 3}}, r"training.objectives.test-look-ahead: tap 3 is no block; expected 1 to 2"),
+        ({"test-look-ahead": {"late": 3}}, r"test-look-ahead: tap 3 does not exist; expected 1 to 2"),
         ({}, "training.objectives"),
     ],
 )
@@ -155,5 +155,5 @@ def test_an_objective_follows_the_models_type_and_its_leaving_is_told(config_fil
     assert run(config_file, tmp_path / "run", training__num_steps=2, **options) == 0
     saved = safetensors.torch.load_file(tmp_path / "run/checkpoints/step_00000002/objectives.safetensors")
     assert {value.dtype for value in saved.values()} == {torch.float64}
-    with pytest.raises(UserError, match="this run has not; resume with the same"):
+    with pytest.raises(UserError, match="which this run lacks; resume with the same optimizer"):
         run(config_file, tmp_path / "run", accept=True, training__num_steps=3, training__precision="fp64")

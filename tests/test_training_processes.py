@@ -134,7 +134,7 @@ def test_the_lock_dies_with_the_trainer_and_workers_change_nothing(config_file: 
     process = start(config_file, tmp_path / "killed", *options)
     wait_for_step(process, tmp_path / "killed", 30)
     os.kill(process.pid, signal.SIGSTOP)
-    with pytest.raises(UserError, match="another process trains there"):
+    with pytest.raises(UserError, match="another process is training"):
         run(config_file, tmp_path / "killed", **steps)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
@@ -232,7 +232,7 @@ def test_two_processes_save_by_one_clock_and_refuse_other_data_together(
     with pytest.raises(AssertionError) as raised:
         train_in(2, [job("plain", 12)], tmp_path)
     assert str(raised.value).count("UserError: ") == 2
-    assert str(raised.value).count("was made by other data: samples 21 -> 20") == 2
+    assert str(raised.value).count("was made with other data: samples 21 -> 20") == 2
 
 
 @pytest.mark.slow

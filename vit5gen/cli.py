@@ -26,7 +26,7 @@ _AS_YAML = {"guidance_interval"}  # a list that is one value
 
 
 class Parser(argparse.ArgumentParser):
-    """An `argparse.ArgumentParser` that raises `UserError` where that one prints its usage and exits."""
+    """An `argparse.ArgumentParser` that raises `UserError` instead of printing its usage and exiting."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def exit_on_bad_input() -> Iterator[None]:
-    """Print a `UserError` as one line on standard error and exit with code 2; likewise what the machine refuses.
+    """Print a `UserError`, or an error of the machine, as one line on standard error and exit with code 2.
 
     Names that the terminal cannot show are printed as escapes: they must not end a command that has done its work.
     """
@@ -49,7 +49,7 @@ def exit_on_bad_input() -> Iterator[None]:
     except UserError as error:
         _exit(str(error))
     except OSError as error:
-        _exit(f"{error.filename or 'this machine'}: {error.strerror or error}; check the path, its rights and the disk")
+        _exit(f"{error.filename or 'this machine'}: {error.strerror or error}; check path, permissions and disk")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
@@ -108,7 +108,7 @@ def _parse(option: str, text: str) -> Any:
 
 def build_parser() -> Parser:
     """Build the parser of all commands from their sections."""
-    about = "Train, sample and evaluate class-conditional image generators. Exit code 2: bad input, told in one line."
+    about = "Train, sample and evaluate class-conditional image generators. Exit code 2 means bad input."
     parser = Parser(prog="vit5gen", description=about)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)

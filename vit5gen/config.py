@@ -75,15 +75,15 @@ class ModelConfig(Section):
     """The transformer. Latent size, channels and classes follow from the data."""
 
     backbone: str = Field("vit5", description="registered backbone: vit5, sit or your own")
-    backbone_kwargs: Options = Field({}, description="switches of the backbone, e.g. {gamma_init: 1}")
+    backbone_kwargs: Options = Field({}, description="options of the backbone, e.g. {gamma_init: 1}")
     preset: str | None = Field(None, description="S/2 ... XL/8: sets the four sizes below")
-    hidden_size: Width | None = Field(None, description="width of a token; default: the preset's")
+    hidden_size: Width | None = Field(None, description="width of the tokens; default: the preset's")
     num_layers: Layers | None = Field(None, description="number of blocks; default: the preset's")
-    num_attention_heads: Width | None = Field(None, description="heads of an attention; default: the preset's")
-    patch_size: Side | None = Field(None, description="latent pixels along a side of a patch; default: the preset's")
-    mlp_ratio: Ratio = Field(4.0, description="hidden width of the MLP over the width of a token")
-    class_dropout_prob: Unit = Field(0.1, description="probability that training replaces a label by the null label")
-    learn_sigma: bool = Field(False, description="twice the output channels, of which the second half is discarded")
+    num_attention_heads: Width | None = Field(None, description="attention heads per block; default: the preset's")
+    patch_size: Side | None = Field(None, description="side of a patch in latent pixels; default: the preset's")
+    mlp_ratio: Ratio = Field(4.0, description="hidden width of the MLP, as a multiple of hidden_size")
+    class_dropout_prob: Unit = Field(0.1, description="probability of replacing a label by the null label")
+    learn_sigma: bool = Field(False, description="double the output channels, discard the second half")
 
     @model_validator(mode="after")
     def _sizes(self) -> "ModelConfig":
@@ -99,11 +99,11 @@ class FlowConfig(Section):
     path: Literal["linear", "gvp", "vp"] = Field("linear", description="interpolant between noise and data")
     prediction: Literal["velocity", "score", "noise"] = Field("velocity", description="what the network predicts")
     loss_weight: Literal["velocity", "likelihood"] | None = Field(None, description="weight of the loss over time")
-    time_distribution: Literal["uniform", "logit_normal"] = Field("uniform", description="draw of t in training")
+    time_distribution: Literal["uniform", "logit_normal"] = Field("uniform", description="how training draws t")
     logit_mean: Float = Field(0.0, description="mean of logit(t) for logit_normal")
     logit_std: Positive = Field(1.0, description="standard deviation of logit(t) for logit_normal")
     time_shift: Positive = Field(1.0, description="shift of t towards noise; 1 = none")
-    stratified: bool = Field(False, description="one t from each of global_batch_size equal strata")
+    stratified: bool = Field(False, description="draw one t from each of global_batch_size equal intervals")
     direction_weight: NonNegative = Field(0.0, description="weight of the cosine loss of the velocity's direction")
 
 
@@ -111,8 +111,8 @@ class VaeConfig(Section):
     """The autoencoder between images and latents."""
 
     name: str = Field("stabilityai/sd-vae-ft-ema", description="hub name, folder, or one that ships: emoji, emoji-64")
-    latent_channels: Width = Field(4, description="channels of a latent; checked against the autoencoder")
-    downsample: Side = Field(8, description="image pixels along a side of a latent pixel; checked likewise")
+    latent_channels: Width = Field(4, description="latent channels; checked against the autoencoder")
+    downsample: Side = Field(8, description="image side over latent side; checked against the autoencoder")
     batch_size: Batch = Field(16, description="images encoded at once, per process")
 
 
@@ -120,42 +120,38 @@ class DataConfig(Section):
     """Labelled images, or latents that were encoded from them."""
 
     source: str = Field("folder", description="kind of data set: emoji, fashion-mnist, folder, huggingface or your own")
-    source_kwargs: Options = Field({}, description="options of a kind of your own")
+    source_kwargs: Options = Field({}, description="options of a data source of your own")
     path: str | None = Field(None, description="folder of class folders, idx files, or data set name")
     split: str = Field("train", description="split to train on")
     resolution: Side = Field(256, description="side of the square images, in pixels")
-    classes: list[Name] | None = Field(None, description="keep these classes only; default: all")
+    classes: list[Name] | None = Field(None, description="use only these classes; default: all")
     num_classes: Classes = Field(1000, description="number of classes; checked against the data")
     horizontal_flip: bool = Field(True, description="mirror half of the images at random")
-    exif: Exif = Field("apply", description="whether pictures that a camera marked as turned are shown upright")
-    rules: Rules = Field(
-        2, description="version of the rules by which files are images; a run keeps the one that it began with"
-    )
-    on_broken_image: Literal["fail", "skip"] = Field("fail", description="what a file that does not decode does")
+    exif: Exif = Field("apply", description="whether to rotate photos upright by their EXIF orientation")
+    rules: Rules = Field(2, description="version of the rules for which files are images; a resumed run keeps its own")
+    on_broken_image: Literal["fail", "skip"] = Field("fail", description="what to do with an undecodable file")
     latents: str | None = Field(None, description="folder written by `vit5gen encode`; default: encode once to a cache")
     from_images: bool = Field(False, description="encode every batch instead of reading latents")
     shard_dtype: Literal["float16", "bfloat16", "float32"] = Field(
-        "float16", description="numbers in the latent shards"
+        "float16", description="number type of the latent shards"
     )
-    num_workers: Small = Field(0, description="processes that read data; 0 = the trainer's own")
-    image_column: str | None = Field(None, description="column of a Hugging Face data set; default: its only images")
-    label_column: str | None = Field(None, description="likewise; default: its only class labels")
+    num_workers: Small = Field(0, description="processes that read data; 0 = the trainer itself reads")
+    image_column: str | None = Field(None, description="image column of a Hugging Face data set; default: the only one")
+    label_column: str | None = Field(None, description="label column of a Hugging Face data set; default: the only one")
 
 
 class TrainingConfig(Section):
-    """The optimisation, its precision, and what is kept of it."""
+    """Optimisation, precision, checkpoints and logs."""
 
-    num_steps: Natural = Field(400_000, description="optimizer steps in all")
-    global_batch_size: Batch = Field(256, description="samples of one step, over all processes")
-    micro_batch_size: Batch | None = Field(
-        None, description="samples of one forward, per process; default: all at once"
-    )
-    seed: Natural = Field(0, description="fixes initialisation, data order and every draw")
+    num_steps: Natural = Field(400_000, description="total number of optimizer steps")
+    global_batch_size: Batch = Field(256, description="samples per step, over all processes")
+    micro_batch_size: Batch | None = Field(None, description="samples per forward pass, per process; default: all")
+    seed: Natural = Field(0, description="seed of initialisation, data order and all random draws")
     precision: Literal["auto", "fp64", "fp32", "tf32", "bf16"] = Field(
-        "tf32", description="arithmetic of matrix products; auto: bf16 where the machine is fast at it"
+        "tf32", description="precision of matrix products; auto: bf16 where the machine is fast at it"
     )
     objectives: dict[str, Options] = Field(
-        {"flow": {}}, min_length=1, description="what is minimised: objectives by name, with weight and own options"
+        {"flow": {}}, min_length=1, description="objectives to minimise, by name, each with its weight and options"
     )
     optimizer: str = Field("adamw", description="name of the optimizer")
     learning_rate: Positive = Field(1e-4, description="peak learning rate")
@@ -165,7 +161,7 @@ class TrainingConfig(Section):
     warmup_steps: Natural = Field(0, description="steps of linear warm-up")
     max_grad_norm: Positive | None = Field(None, description="clip the gradient to this norm; default: off")
     ema_decays: list[Decay] = Field(
-        [0.9999], min_length=1, description="decays of the weight averages; the first is used"
+        [0.9999], min_length=1, description="decays of the weight averages (EMA); the first is used to draw images"
     )
     compile: bool | Literal["auto"] = Field(
         False, description="torch.compile every block; auto: where the machine computes in bf16 and has a compiler"
@@ -174,22 +170,24 @@ class TrainingConfig(Section):
     checkpoint_every: Count | None = Field(
         None, description="steps between checkpoints; default: a quarter of num_steps, at most 10000"
     )
-    checkpoint_minutes: Positive | None = Field(10.0, description="minutes after which one is saved too; null = off")
-    keep_last: Count = Field(2, description="newest checkpoints that are kept")
-    keep_every: Count | None = Field(None, description="checkpoints at multiples of this step are kept for good")
+    checkpoint_minutes: Positive | None = Field(10.0, description="minutes between additional checkpoints; null = off")
+    keep_last: Count = Field(2, description="number of newest checkpoints to keep")
+    keep_every: Count | None = Field(None, description="also keep checkpoints at multiples of this step")
     log_every: Count = Field(100, description="steps between lines of log.jsonl")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="experiment trackers")
-    max_nonfinite_steps: Count = Field(10, description="stop after so many non-finite steps in a row")
+    max_nonfinite_steps: Count = Field(10, description="stop after this many non-finite steps in a row")
 
 
 class SamplingConfig(Section):
-    """How images are drawn: in a configuration, in training's previews and evaluation; else by this command alone."""
+    """How images are drawn: by this command or, in a configuration, by training's evaluations."""
 
     sampler: str = Field("ode-heun", description="ode-{euler,heun,midpoint,rk4,ab2,dopri5} or sde-{euler,heun}")
     num_inference_steps: Steps = Field(50, description="solver steps")
-    guidance_scale: NonNegative = Field(1.0, description="classifier-free guidance; 1 = off, one forward")
-    guidance_interval: list[Unit] = Field([0.0, 1.0], min_length=2, max_length=2, description="times of guidance")
-    guidance_channels: Width | None = Field(None, description="guide the first k channels only; default: all")
+    guidance_scale: NonNegative = Field(1.0, description="scale of classifier-free guidance; 1 = off, one forward pass")
+    guidance_interval: list[Unit] = Field(
+        [0.0, 1.0], min_length=2, max_length=2, description="guide only between these times; 0 = noise, 1 = data"
+    )
+    guidance_channels: Width | None = Field(None, description="number of leading channels to guide; default: all")
 
     @field_validator("guidance_interval")
     @classmethod
@@ -205,31 +203,31 @@ class DrawConfig(SamplingConfig):
     classes: list[str] | None = Field(
         None, description="names or ids of classes; default: all", json_schema_extra={"option": "--class"}
     )
-    labels: Literal["balanced", "random"] = Field("balanced", description="both fixed by the seed")
-    precision: Literal["fp32", "tf32", "bf16"] = Field("fp32", description="arithmetic of the network alone")
-    compile: bool = Field(False, description="compile the network")
-    guide: str | None = Field(None, description="run or pipeline folder of autoguidance's weaker model")
-    autoguidance_scale: Float = Field(1.0, description="1 = off")
+    labels: Literal["balanced", "random"] = Field("balanced", description="how classes are assigned, fixed by the seed")
+    precision: Literal["fp32", "tf32", "bf16"] = Field("fp32", description="precision of the network; the rest is fp32")
+    compile: bool = Field(False, description="torch.compile the network")
+    guide: str | None = Field(None, description="run or pipeline folder of the weaker model for autoguidance")
+    autoguidance_scale: Float = Field(1.0, description="scale of autoguidance; 1 = off")
 
     @model_validator(mode="after")
     def _guided(self) -> "DrawConfig":
         if self.guide is not None and self.autoguidance_scale == 1:
-            raise ValueError("guide: has no effect at autoguidance_scale 1 (off); give another scale")
+            raise ValueError("guide: has no effect at autoguidance_scale = 1 (off); set another scale")
         return self
 
 
 class EvaluationConfig(Section):
-    """Frechet distance and grids while training."""
+    """Frechet distance and sample grids during training."""
 
     every: Count | None = Field(None, description="steps between evaluations; default: first and last step only")
     num_images: Several = Field(1000, description="images generated for the distance, at most as many as are held out")
-    num_reference: Several = Field(10_000, description="training images that they are compared with")
-    held_out_split: str = Field("test", description="split of real images that give the floor at the same number")
+    num_reference: Several = Field(10_000, description="training images to compare generated images with")
+    held_out_split: str = Field("test", description="split of real images whose distance is the floor")
     batch_size: Batch = Field(100, description="images generated at once, per process")
     extractor: str = Field("effnet-lite0", description="feature network")
     seed: Natural = Field(0, description="seed of the generated images")
     images_per_class: Tiles = Field(8, description="columns of samples.png")
-    grid_classes: Tiles = Field(10, description="rows of samples.png: the first so many classes")
+    grid_classes: Tiles = Field(10, description="rows of samples.png, one for each of the first classes")
 
 
 class Config(Section):
@@ -256,22 +254,22 @@ class Config(Section):
 
 
 class AutoencoderTraining(Section):
-    """How a small autoencoder is trained: a file of its own, e.g. configs/vae/emoji.yaml."""
+    """How a small autoencoder is trained; has a file of its own, e.g. configs/vae/emoji.yaml."""
 
     data: DataConfig
-    held_out_split: str = Field("test", description="split of the data that only the final score sees")
+    held_out_split: str = Field("test", description="split of the data used only for the final score")
     block_out_channels: list[Width] = Field([24, 48, 96], min_length=1, description="width at each resolution")
     layers_per_block: Layers = Field(1, description="residual blocks at each resolution of the encoder")
     latent_channels: Width = Field(4, description="channels of a latent")
-    norm_num_groups: Width = Field(8, description="groups of a group norm; divides every width")
+    norm_num_groups: Width = Field(8, description="groups of a group norm; must divide every width")
     num_steps: Count = Field(6000, description="optimizer steps")
-    batch_size: Batch = Field(32, description="images of a step")
-    learning_rate: Positive = Field(2e-3, description="peak learning rate of AdamW; cosine to zero")
-    l1_weight: NonNegative = Field(0.05, description="weight of the absolute error; that of the squared error is 1")
-    kl_weight: NonNegative = Field(1e-3, description="weight of the divergence from the unit normal")
-    max_shift: Small = Field(2, description="training images move by up to so many pixels")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of convolutions")
-    seed: Natural = Field(0, description="fixes initialisation, order, augmentation and latent noise")
+    batch_size: Batch = Field(32, description="images per step")
+    learning_rate: Positive = Field(2e-3, description="peak learning rate of AdamW; decays to zero as a cosine")
+    l1_weight: NonNegative = Field(0.05, description="weight of the absolute error; squared error has weight 1")
+    kl_weight: NonNegative = Field(1e-3, description="weight of the KL divergence from the unit normal")
+    max_shift: Small = Field(2, description="shift training images at random by up to this many pixels")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="precision of convolutions")
+    seed: Natural = Field(0, description="seed of initialisation, order, augmentation and latent noise")
 
 
 class _Loader(yaml.SafeLoader):
@@ -287,7 +285,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the value of YAML text; raise `yaml.YAMLError` for text that is none, or no settings by its size."""
+    """Return the value of YAML text; raise `yaml.YAMLError` for invalid text, or text too large to be settings."""
     try:
         value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError:
@@ -314,7 +312,7 @@ def find_config(path: str | Path) -> Path:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping (see `find_config`); `UserError` when the file is missing, unreadable or no mapping."""
+    """Read a YAML mapping (see `find_config`); `UserError` when the file is missing, unreadable or not a mapping."""
     try:
         data = parse_yaml(find_config(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -334,7 +332,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     """Read a run's configuration from YAML, replace single keys (``{"training.seed": 1}``) and check every value.
 
-    Keys inside a key are replaced alike: ``{"model.backbone_kwargs.gamma_init": 1}``.
+    Keys inside a key can be replaced too: ``{"model.backbone_kwargs.gamma_init": 1}``.
     """
     data = read_yaml(path)
     for dotted, value in (overrides or {}).items():
@@ -345,7 +343,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
         for inner_key in inner:
             keys, key = keys.setdefault(key, {}), inner_key
             if not isinstance(keys, dict):
-                raise UserError(f"configuration {path}: unknown key {dotted!r}: {keys!r} holds no {key!r}")
+                raise UserError(f"configuration {path}: unknown key {dotted!r}: {keys!r} has no {key!r}")
         keys[key] = deepcopy(value)
     return validate(Config, data, f"configuration {path}")
 

@@ -18,7 +18,7 @@ class Registry(Generic[T]):
     """Plugs of one kind by name: classes or functions whose options are their keyword-only arguments.
 
     kind: what messages call them.  group: the entry-point group in which installed packages offer theirs, by name; a
-    package is imported when its plug is asked for, so that a broken one hinders nobody else.  most: where whole numbers
+    package is imported when its plug is asked for, so that a broken one affects nobody else.  most: where whole numbers
     end whose annotation has no range of its own.
     """
 
@@ -28,7 +28,7 @@ class Registry(Generic[T]):
         self._loaded: set[str] = set()  # names that came from a package's entry point
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorate a plug to make it known as ``name``; `UserError` when another one has that name already."""
+        """Decorate a plug to register it as ``name``; `UserError` when that name is already taken."""
 
         def add(plug: T) -> T:
             known = self._known.setdefault(name, plug)
@@ -67,7 +67,7 @@ class Registry(Generic[T]):
         try:
             plug = entries[0].load()
             if not callable(plug):
-                raise TypeError("it is no class or function")
+                raise TypeError("it is neither a class nor a function")
         except (Exception, SystemExit) as error:  # what a stranger's module raises when it is imported can be anything
             fault = f"cannot be imported ({type(error).__name__}: {error}); repair or uninstall that package."
             raise UserError(f"{self.kind}: {name!r} of the package {next(iter(offers.values()))} {fault}") from error
@@ -82,11 +82,11 @@ class Registry(Generic[T]):
         without one, that of the default.
         """
         if not isinstance(options, Mapping):
-            raise UserError(f"{where}: {short(options)} holds no options; expected e.g. {{}}")
+            raise UserError(f"{where}: {short(options)} is not a mapping of options; expected e.g. {{}}")
         known = self.options(name)
         for key in options:
             if key not in known:
-                expected = f"expected {', '.join(known)}" if known else "it has none: give {}"
+                expected = f"expected {', '.join(known)}" if known else "it has none: set {}"
                 raise UserError(f"{where}: {key!r} is not an option of {name!r}; {expected}.{nearest(key, known)}")
         fields: dict[str, Any] = {
             key: (self._kind_of(one), ... if one.default is one.empty else one.default) for key, one in known.items()
@@ -126,7 +126,7 @@ def _identity(plug: Any) -> tuple[str, str]:
 
 
 def needs(missing: Callable[..., dict[str, str]]) -> Callable[[T], T]:
-    """Decorate a function that is a plug: ``missing()`` tells what it lacks on this machine, and how to get it."""
+    """Decorate a function that is a plug: ``missing()`` returns what it lacks on this machine, and how to get it."""
 
     def add(plug: T) -> T:
         plug.missing = missing  # type: ignore[attr-defined]

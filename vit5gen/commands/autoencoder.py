@@ -5,9 +5,9 @@ from vit5gen.config import AutoencoderTraining, read_yaml, validate
 
 
 class AutoencoderOptions(Options):
-    """Train a small autoencoder of images; run again, it resumes from its newest checkpoint."""
+    """Train a small image autoencoder; running the command again resumes it."""
 
-    config: str = argument(..., "CONFIG", "YAML of AutoencoderTraining, e.g. configs/vae/emoji.yaml", option="")
+    config: str = argument(..., "CONFIG", "YAML file of an autoencoder, e.g. configs/vae/emoji.yaml", option="")
     output: Utf8Path = argument(..., "FOLDER", "folder of the trained AutoencoderKL")
 
 

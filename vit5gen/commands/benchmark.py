@@ -9,12 +9,12 @@ from vit5gen.lab.benchmark import NAMES
 class BenchmarkOptions(Options):
     """Measure against published code, side by side, and write ratios."""
 
-    sit: str | None = argument(None, "PATH", "checkout of willisma/SiT, whose code is then run")
-    vit5: str | None = argument(None, "PATH", "checkout of wangf3014/ViT-5, whose code is then run")
-    run: str | None = argument(None, "RUN", "folder of a run, for the benchmark sampling")
+    sit: str | None = argument(None, "PATH", "checkout of willisma/SiT, whose code is run")
+    vit5: str | None = argument(None, "PATH", "checkout of wangf3014/ViT-5, whose code is run")
+    run: str | None = argument(None, "RUN", "folder of a run, needed for the benchmark `sampling`")
     only: str | None = argument(None, "NAME", f"{' | '.join(NAMES)}; default: all")
-    quick: bool = argument(False, "", "tiny sizes: shows that it runs, its figures mean nothing")
-    output: str = argument(..., "FILE.json", "result; a table FILE.md is put beside it")
+    quick: bool = argument(False, "", "tiny sizes, only to check that it runs: the figures mean nothing")
+    output: str = argument(..., "FILE.json", "results; a table FILE.md is written next to it")
 
 
 def run(options: BenchmarkOptions) -> None:

@@ -7,7 +7,7 @@ from vit5gen.config import Batch, Small
 class ClassifyOptions(Options):
     """Top-1 and top-5 of a published ViT-5 classifier.
 
-    Top-1 and top-5 accuracy over FOLDER, which has one folder of images a class, in the order of the classes.
+    Top-1 and top-5 accuracy over FOLDER, which has one folder of images per class, in the order of the classes.
     Published preprocessing: shorter side to the model's size (bicubic), centre crop (crop ratio 1.0), ImageNet mean and
     std; bf16 on a GPU. Expected top-1 on the ImageNet-1k validation set, with the files of
     huggingface.co/FengWang3211/ViT-5: S (vit5_small) 82.2, B (vit5_base) 84.2, B-384 85.4, L (vit5_large) 84.9,
@@ -17,8 +17,8 @@ class ClassifyOptions(Options):
     folder: str = argument(..., "FOLDER", "folder of class folders, e.g. ImageNet's val", option="")
     model: str = argument(..., "NAME", "vit5_small | vit5_base | vit5_large | vit5_xlarge")
     checkpoint: str = argument(..., "FILE", "published .pth file")
-    batch_size: Batch = argument(64, "N", "images at once")
-    num_workers: Small = argument(0, "N", "processes that read images; 0 = this one")
+    batch_size: Batch = argument(64, "N", "images per batch")
+    num_workers: Small = argument(0, "N", "processes that read images; 0 = this process reads")
 
 
 def run(options: ClassifyOptions) -> None:

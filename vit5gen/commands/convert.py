@@ -11,11 +11,11 @@ class ConvertOptions(Options):
 
     excludes: ClassVar = {"num_attention_heads": ("weights",)}
 
-    checkpoint: str = argument(..., "CHECKPOINT", "e.g. SiT-XL-2-256x256.pt, RUN, or a folder in it", option="")
+    checkpoint: str = argument(..., "CHECKPOINT", "e.g. SiT-XL-2-256x256.pt, RUN or a checkpoint in it", option="")
     output: Utf8Path = argument(..., "FOLDER", "new pipeline folder")
     vae: str | None = argument(None, "VAE", "name or folder of the autoencoder, or none; default: SiT's, or the run's")
-    weights: str | None = argument(None, "NAME", "of a run: ema_<decay> or model; default: its first average")
-    num_attention_heads: Width | None = argument(None, "N", "of a SiT file whose width is no preset's")
+    weights: str | None = argument(None, "NAME", "weights of a run: ema_<decay> or model; default: its first average")
+    num_attention_heads: Width | None = argument(None, "N", "heads of a SiT file whose width matches no preset")
 
 
 def run(options: ConvertOptions) -> None:

@@ -17,33 +17,33 @@ _OF_PIPELINES = (*DrawConfig.model_fields, "num_images", "seed")
 class EvaluateOptions(DrawConfig, Options):
     """Score images against a reference, or build a reference.
 
-    Options of sampling are for runs and pipeline folders, whose images are drawn while they are scored.
+    Sampling options apply to runs and pipeline folders, whose images are drawn while they are scored.
     """
 
     excludes: ClassVar = {"save_statistics": ("reference", "output", "metrics", *_OF_PIPELINES)}
 
     samples: Annotated[list[str], Field(min_length=1)] = argument(
-        ..., "SAMPLES", "ADM npz, folder of images, run or pipeline folder; several: mean and std", option=""
+        ..., "SAMPLES", "ADM npz, folder of images, run or pipeline folder; several give mean and std", option=""
     )
     reference: str | None = argument(None, "REF", "ADM npz, statistics file, folder of images, or configuration")
-    output: str | None = argument(None, "CARD.json", "card with every setting and number")
-    save_statistics: str | None = argument(None, "FILE", "build a reference from SAMPLES instead")
-    extractor: str = argument("inception", "NAME", "inception, effnet-lite0 or your own")
+    output: str | None = argument(None, "CARD.json", "write all settings and results to this card")
+    save_statistics: str | None = argument(None, "FILE", "write the statistics of SAMPLES, as a reference")
+    extractor: str = argument("inception", "NAME", "feature network: inception, effnet-lite0 or your own")
     weights: str | None = argument(None, "FILE", "weights of the extractor; default: its cache, or a download")
     weights_sha256: str | None = argument(None, "HASH", "expected hash of --weights, if not the published file")
-    metrics: list[str] | None = argument(None, "NAME", "default: all that the inputs allow")
+    metrics: list[str] | None = argument(None, "NAME", "metrics to compute; default: all that the inputs allow")
     protocol: Literal["adm"] | None = argument(
-        None, "adm", "ADM's metrics and settings; printed as FID-50K only if all is met"
+        None, "adm", "ADM's metrics and settings; prints FID-50K only if all conditions are met"
     )
-    batch_size: Batch = argument(50, "N", "images at once, per process")
-    num_images: Images = argument(50_000, "N", "of a run or pipeline folder")
-    seed: list[Natural] = argument([0], "N", "of a run; several give mean and deviation")
+    batch_size: Batch = argument(50, "N", "images per batch, per process")
+    num_images: Images = argument(50_000, "N", "images to draw from a run or pipeline folder")
+    seed: list[Natural] = argument([0], "N", "seeds for drawing from a run; several give mean and std")
 
 
 def run(options: EvaluateOptions) -> int:
     """Score samples and write the card, or build a reference from images; print the result. Return the exit code."""
     if options.reference is None and options.save_statistics is None:
-        raise UserError("evaluate: expected either --reference REF or --save-statistics FILE; give one of them")
+        raise UserError("evaluate: give either --reference REF or --save-statistics FILE")
     from vit5gen.evaluation import evaluate, load_extractor
     from vit5gen.evaluation.metric import METRICS
     from vit5gen.evaluation.reference import open_reference, reference_of, save_statistics
@@ -57,8 +57,8 @@ def run(options: EvaluateOptions) -> int:
         METRICS.get(metric)
     idle = sorted(set(_OF_PIPELINES) & options.model_fields_set)
     if idle and not any(map(find_pipeline, options.samples)):
-        advice = "it is for runs and pipeline folders: leave it out"
-        raise UserError(f"{options.spell(idle)}: {options.samples[0]} holds images already; {advice}")
+        advice = "the option is only for runs and pipeline folders; omit it"
+        raise UserError(f"{options.spell(idle)}: {options.samples[0]} already contains images; {advice}")
     if options.save_statistics is not None and len(options.samples) != 1:
         raise UserError(f"--save-statistics: {len(options.samples)} sets of images; expected one")
     if (file := options.output or options.save_statistics) is not None:

@@ -1,4 +1,4 @@
-"""What the sections of commands share: how a field becomes an option, and options that go with others only."""
+"""What the sections of commands share: how a field becomes an option, and which options cannot be combined."""
 
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -14,7 +14,7 @@ def _check_utf8(path: str) -> str:
     try:
         path.encode()
     except UnicodeEncodeError:
-        raise ValueError("expected a path in UTF-8, which weights need; choose another one") from None
+        raise ValueError("expected a path in UTF-8, as files of weights need; choose another path") from None
     return path
 
 
@@ -28,13 +28,13 @@ def argument(default: Any, metavar: str, description: str, **more: Any) -> Any:
 
 
 class Options(Section):
-    """The options of a command. ``excludes`` tells which ones do not go with one that is given."""
+    """The options of a command. ``excludes`` lists, for an option, those that cannot be combined with it."""
 
     excludes: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     @classmethod
     def spell(cls, path: list[str]) -> str:
-        """Return how messages name an option, whose place in a list does not matter."""
+        """Return how messages name an option; the place in a list is left out."""
         if not path:
             return ""
         field = cls.model_fields.get(path[0])
@@ -46,7 +46,7 @@ class Options(Section):
         given = {name for name in self.model_fields_set if getattr(self, name) is not None}
         for name, others in self.excludes.items():
             if name in given and (idle := sorted(given & set(others))):
-                raise ValueError(f"{self.spell(idle)} has no effect beside --{dashed(name)}; leave it out")
+                raise ValueError(f"{self.spell(idle)} has no effect with --{dashed(name)}; omit it")
         return self
 
     def part(self, section: type[S]) -> S:

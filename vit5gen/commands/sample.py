@@ -10,20 +10,20 @@ _EVALUATION = EvaluationConfig()
 
 
 class SampleOptions(DrawConfig, Options):
-    """Draw images from a run or a pipeline folder; run again, it resumes where it stopped."""
+    """Draw images from a run or a pipeline folder; running the command again resumes it."""
 
     checkpoint: str = argument(..., "RUN", "folder of a run, a pipeline folder, or a generator that ships: emoji-64")
     num_images: Images = argument(..., "N", "number of images")
     output: str = argument(..., "FILE|FOLDER", "FILE.png (grid), FILE.npz, or a folder")
-    seed: Natural = argument(_EVALUATION.seed, "N", "fixes labels, noise and what a solver draws")
+    seed: Natural = argument(_EVALUATION.seed, "N", "seed of labels, initial noise and the solver's noise")
     batch_size: Batch = argument(_EVALUATION.batch_size, "N", "images drawn at once, per process")
 
 
 def run(options: SampleOptions) -> None:
     """Draw images into FILE.png (a grid), FILE.npz or a folder, and write their card.
 
-    What a killed run has drawn is kept, a finished one is left alone, on any number of processes.
-    Raises `UserError` for bad values, an output of other settings, or a disk that is full; what is drawn is kept.
+    Images of a killed run are kept and a finished output is not changed, on any number of processes.
+    Raises `UserError` for bad values, an output of other settings, or a full disk; images drawn so far are kept.
     """
     from tqdm import tqdm
 
@@ -58,7 +58,7 @@ def run(options: SampleOptions) -> None:
     if target.finished:
         if state.is_main_process:
             target.tidy()  # a kill may have come between the card and this
-        state.print(f"{target.path} is finished already; nothing to do")
+        state.print(f"{target.path} is already finished; nothing to do")
         return
 
     # The images that are not there yet, then the output as a whole.
@@ -84,6 +84,6 @@ def run(options: SampleOptions) -> None:
             target.tidy()
         raise
     except OSError as error:
-        advice = "what is drawn is kept: fix it, run the command again"
+        advice = "images drawn so far are kept: fix this, then run the same command again"
         raise UserError(f"output {target.path}: {error.strerror or error}; {advice}") from error
     state.print(f"{num_images} images: {target.path}, settings: {target.card_file}")

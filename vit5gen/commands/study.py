@@ -7,20 +7,20 @@ from vit5gen.commands.options import Options, argument
 
 
 class StudyOptions(Options):
-    """Train and score every run of a study, one at a time; run again, it resumes where it stopped."""
+    """Train and score every run of a study, one at a time; running the command again resumes it."""
 
     config: str = argument(..., "CONFIG", "YAML file, e.g. configs/studies/backbones.yaml", option="")
-    output: str = argument(..., "FOLDER", "folder of rows.jsonl, table, plot and runs")
+    output: str = argument(..., "FOLDER", "folder for rows.jsonl, table, plot and runs")
 
 
 def run(options: StudyOptions) -> int:
     """Do the runs that have no row yet; return the exit code, 75 when a signal stopped it."""
     from vit5gen.lab.study.runner import run_study
-    from vit5gen.training.process import STOPPED
+    from vit5gen.training.process import RESUME, STOPPED
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # while measuring; the trainer has its own
     try:
         return run_study(options.config, options.output)
     except KeyboardInterrupt:
-        print("stopped; the same command resumes", file=sys.stderr)
+        print(f"stopped; {RESUME}", file=sys.stderr)
         return STOPPED

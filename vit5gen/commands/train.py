@@ -5,16 +5,16 @@ from vit5gen.system.errors import UserError
 
 
 class TrainOptions(ConfigOptions):
-    """Train a model; run again, it resumes from its newest checkpoint."""
+    """Train a model; running the command again resumes from its newest checkpoint."""
 
-    output: Utf8Path | None = argument(None, "RUN", "folder of the run; only --dry-run does without")
-    resume: str = argument("auto", "WHERE", "auto | never | a checkpoint folder")
-    accept_changes: bool = argument(False, "", "resume although the configuration differs")
-    dry_run: bool = argument(False, "", "write nothing: check, estimate, list what is missing")
+    output: Utf8Path | None = argument(None, "RUN", "folder of the run; optional with --dry-run")
+    resume: str = argument("auto", "WHERE", "auto (the newest checkpoint) | never | a checkpoint folder")
+    accept_changes: bool = argument(False, "", "resume even if configuration or data differ")
+    dry_run: bool = argument(False, "", "write nothing; check values, estimate costs, list what is missing")
 
 
 def run(options: TrainOptions) -> int:
-    """Train, or tell what training would cost; return the exit code."""
+    """Train, or print what training would cost; return the exit code."""
     if options.dry_run and (options.output or not {"resume", "accept_changes"} & options.model_fields_set):
         from vit5gen.training.dry_run import plan
 

@@ -43,7 +43,7 @@ def encode_dataset(images: ImageSet, vae: AutoencoderKL, folder: str | Path, con
     A shard holds ``mean`` and ``std`` (n, F, C, h, w) in `data.shard_dtype`, scaled as the transformer sees them, with
     F = 2 (original, mirrored) or 1, and ``labels`` (n,) int64. Process i of n writes shards i, i + n, ...; each appears
     whole or not at all. A second call keeps shards whose checksum is right, makes the others and ends the manifest.
-    Raises `UserError` when the folder holds other latents, the disk is short, an image is broken and
+    Raises `UserError` when the folder has other latents, the disk is too small, an image is broken and
     `data.on_broken_image` is ``"fail"``, or has latents that are not finite in the shard's type.
     """
     state, folder = processes(), Path(folder)
@@ -76,7 +76,7 @@ def ensure_latents(images: ImageSet, vae: AutoencoderKL, config: Config) -> Path
     """Return a folder in the cache that holds the latents of these images of `data`, encoding them if need be."""
     path = None if config.data.path is None else str(Path(config.data.path).expanduser().resolve())
     settings = settings_of(images, vae, config)
-    # What earlier versions did without saying so has no part in the name: their latents are found.
+    # What earlier versions did without recording it is not part of the name, so that their latents are found.
     told = {key: value for key, value in settings.items() if READ_BEFORE.get(key, ...) != value}
     key = json.dumps(told | {"path": path}, sort_keys=True)
     folder = cache_folder() / f"latents-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -117,10 +117,10 @@ def _finished(folder: Path, settings: dict[str, Any], numbers: range) -> dict[in
             continue
         if key == "images_sha256" and (found is None or manifest.get("shards") is None):
             if found is not None:  # a broken image was repaired, say
-                processes().print(f"note: {folder}: images have changed since its shards were begun; whole ones stay")
+                processes().print(f"note: {folder}: images have changed since encoding began; finished shards are kept")
             continue
-        made = f"holds latents made with {key} {short(found)}, not {short(value)}"
-        raise UserError(f"output {folder}: {made}; choose another folder or remove this one")
+        made = f"contains latents made with {key} {short(found)}, not {short(value)}"
+        raise UserError(f"output {folder}: {made}; choose another folder or delete this one")
     records = (manifest.get("shards") or []) + [read_json(path, "record") for path in folder.glob("shard_*.json")]
     known = {record.get("file"): record for record in records}
     found = {k: known[name] for k in numbers if (name := _shard_name(k)) in known}
@@ -128,7 +128,7 @@ def _finished(folder: Path, settings: dict[str, Any], numbers: range) -> dict[in
 
 
 def _begun(folder: Path) -> bool:
-    """Whether the folder has a manifest, and any shard that it speaks of."""
+    """Whether the folder has a manifest and at least one shard."""
     return (folder / MANIFEST).exists() and any(folder.glob("shard_*"))
 
 
@@ -138,7 +138,7 @@ def _finish(folder: Path, settings: dict[str, Any], shards: list[dict[str, Any]]
     counts = torch.bincount(labels, minlength=len(settings["id2label"])).tolist()
     if settings.get("rules", 1) > 1 and 0 in counts:
         name = settings["id2label"][str(counts.index(0))]
-        advice = "replace them, or leave it out of data.classes, and encode into a new folder"
+        advice = "replace them or omit the class from data.classes, and encode into a new folder"
         raise UserError(f"output {folder}: all images of class {name!r} are broken; {advice}")
     there = read_json(folder / MANIFEST, "latents")
     # Of which images the shards of an earlier version were made, and how they were read, is not known.
@@ -149,7 +149,7 @@ def _finish(folder: Path, settings: dict[str, Any], shards: list[dict[str, Any]]
     for leftover in [*folder.glob("shard_*.json"), *folder.glob(".*.tmp")]:
         leftover.unlink(missing_ok=True)
     if broken := [problem for shard in shards for problem in shard["broken"]]:
-        print(f"{folder}: left out {len(broken)} broken images, listed in {MANIFEST}; the first: {broken[0]}")
+        print(f"{folder}: skipped {len(broken)} broken images, listed in {MANIFEST}; the first: {broken[0]}")
 
 
 def _shard_name(number: int) -> str:
@@ -162,13 +162,12 @@ def _reserve(folder: Path, count: int, settings: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"output {folder}: {error.strerror}; choose a folder that can be written") from error
+        raise UserError(f"output {folder}: {error.strerror}; choose a writable folder") from error
     free = shutil.disk_usage(folder).free / 1e9
     print(f"encode: {count} images -> {needed:.3f} GB in {folder} ({free:.1f} GB free)")
     if needed > free:
-        raise UserError(
-            f"output {folder}: needs {needed:.3f} GB, the disk has {free:.3f} GB; free some or go elsewhere"
-        )
+        advice = "free some space or choose another folder"
+        raise UserError(f"output {folder}: needs {needed:.3f} GB, the disk has {free:.3f} GB; {advice}")
 
 
 def shard_bytes(count: int, settings: dict[str, Any]) -> int:
@@ -178,7 +177,7 @@ def shard_bytes(count: int, settings: dict[str, Any]) -> int:
 
 
 def _decode(images: ImageSet, indices: list[int]) -> tuple[dict[int, tuple[torch.Tensor, int]], list[str]]:
-    """Return those images with labels that decode, by index, and what is wrong with the others."""
+    """Return the images that decode, with labels, by index, and what is wrong with the others."""
     good, broken = {}, []
     for index in indices:
         try:
@@ -213,25 +212,25 @@ def _encode_shard(
             tensors["labels"].append(torch.tensor([label for _, label in good.values()]))
         progress.update(len(good) + len(bad))
     if not tensors["labels"]:
-        raise UserError(f"data: none of {len(broken)} images decodes; {broken[0]}")
+        raise UserError(f"data: none of {len(broken)} images can be decoded; {broken[0]}")
     return {name: torch.cat(parts) for name, parts in tensors.items()}, broken
 
 
 def _why(latents: torch.Tensor, dtype: torch.dtype) -> str:
     """Return why latents (F, C, h, w) are not finite in ``dtype``, and what to do."""
     if not all_finite(latents):
-        return "the autoencoder makes latents of it that are not finite; check vae.name and its weights"
-    limit = f"{str(dtype).removeprefix('torch.')}, which ends at {torch.finfo(dtype).max:g}"
+        return "the autoencoder's latents of this image are not finite; check vae.name and its weights"
+    limit = f"{str(dtype).removeprefix('torch.')}, whose maximum is {torch.finfo(dtype).max:g}"
     return f"a latent of {latents.abs().max():.4g} overflows {limit}; set data.shard_dtype to bfloat16 or float32"
 
 
 def _write_shard(path: Path, tensors: dict[str, torch.Tensor], broken: list[str]) -> dict[str, Any]:
-    """Write a shard and, beside it, the record that lets an interrupted encoding resume; return the record."""
+    """Write a shard and, next to it, the record that lets an interrupted encoding resume; return the record."""
     try:
         with atomic(path) as temporary:
             save_file(tensors, temporary)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"shard {path} cannot be written ({error}); make room or choose another folder") from error
+        raise UserError(f"shard {path} not written ({error}); free some space or choose another folder") from error
     count, size = len(tensors["labels"]), path.stat().st_size
     record = {"file": path.name, "images": count, "bytes": size, "sha256": sha256(path), "broken": broken}
     write_json(path.with_suffix(".json"), record)

@@ -40,14 +40,14 @@ class ImageSet:
         return self.read(index), int(self.labels[index])
 
     def select(self, indices: Sequence[int] | torch.Tensor) -> "ImageSet":
-        """Return the set of these images only, in this order."""
+        """Return only these images, in this order."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         read, name = partial(_of_selected, self.read, chosen), partial(_of_selected, self.name, chosen)
         return replace(self, labels=self.labels[chosen], read=read, name=name)
 
 
 def digest_pixels(pixels: torch.Tensor) -> str:
-    """Return the SHA-256 of images that are at hand."""
+    """Return the SHA-256 of images in memory."""
     return sha256(pixels.numpy().tobytes()).hexdigest()
 
 
@@ -75,7 +75,7 @@ class Source:
     def missing_folder(self, remedy: str) -> dict[str, str]:
         """Return `path` with the remedy unless it is a folder; what to set when none is given."""
         if self.path is None:
-            return {"data.path": "set it to a folder of class folders, or the name of a Hugging Face data set"}
+            return {"data.path": "set data.path to a folder of class folders or the name of a Hugging Face data set"}
         return {} if Path(self.path).expanduser().is_dir() else {self.path: remedy}
 
     def open(self, split: str) -> ImageSet:
@@ -133,7 +133,7 @@ def open_images(data: DataConfig, split: str | None = None) -> ImageSet:
         classes = distinct("data.classes", data.classes)
         opened = _keep_classes(opened, [choose("data.classes", name, names) for name in classes])
     if not len(opened):
-        raise UserError(f"data: {data.source} {data.path or ''} split {wanted!r} holds no images")
+        raise UserError(f"data: {data.source} {data.path or ''} split {wanted!r} has no images")
     check_classes(opened, data, opened.class_names if split in (None, data.split) else opened.instead)
     return opened
 
@@ -142,8 +142,8 @@ def open_training_images(data: DataConfig) -> ImageSet:
     """Open the images that a run trains on; raise `UserError` when their classes are not `data.num_classes`."""
     images = open_images(data)
     if (found := len(images.class_names)) != data.num_classes:
-        classes = f"{found} classes ({listed(images.class_names)})"
-        raise UserError(f"data.num_classes = {data.num_classes}: the data have {classes}; set that")
+        classes = f"data.num_classes = {data.num_classes}: the data set has {found} ({listed(images.class_names)})"
+        raise UserError(f"{classes}; set data.num_classes to {found}")
     return images
 
 
@@ -152,14 +152,14 @@ def check_classes(
 ) -> None:
     """Raise `UserError` that names the classes, ``among`` them or of all, which lack images: they would become noise.
 
-    ``why`` is said of a class of which the source tells nothing.
+    ``why`` is the reason given for a class about which the source has none.
     """
     counts = torch.bincount(images.labels, minlength=len(images.class_names)).tolist()
     looked_at = set(images.class_names if among is None else among)
     empty = [name for name, count in zip(images.class_names, counts, strict=False) if not count and name in looked_at]
     if empty and data.rules > 1:
         others = f"; nor {'do' if len(empty) > 2 else 'does'} {listed(map(repr, empty[1:]))}" if empty[1:] else ""
-        found = f"class {empty[0]!r} holds no images ({images.instead.get(empty[0], why)}){others}"
+        found = f"class {empty[0]!r} has no images ({images.instead.get(empty[0], why)}){others}"
         advice = "add images, remove the class, or list the others in data.classes"
         raise UserError(f"data.path {data.path}: {found}; {advice}")
 
@@ -172,7 +172,7 @@ def open_held_out(data: DataConfig, split: str, class_names: list[str]) -> Image
     images = open_images(data, split)
     if unknown := [name for name in images.class_names if name not in class_names]:
         found = f"split {split!r} has classes that split {data.split!r} lacks, such as {unknown[0]!r}"
-        raise UserError(f"data: {found}; expected the same ones: rename or remove them, or set data.classes")
+        raise UserError(f"data: {found}; expected the same classes: rename or remove them, or set data.classes")
     return _keep_classes(images, class_names)
 
 

@@ -60,14 +60,14 @@ def check_autoencoder(config: Config, vae: AutoencoderKL) -> None:
         ("downsample", config.vae.downsample, downsample(vae)),
     ]:
         if expected != found:
-            raise UserError(f"vae.{key} = {expected}: the autoencoder {config.vae.name} has {found}; set that")
+            raise UserError(f"vae.{key} = {expected}, but {config.vae.name} has {found}; set vae.{key} to {found}")
     _ = config.latent_shape  # raises where the resolution does not fit
 
 
 class LatentDataset:
     """Latents on disk; opening reads the manifest alone, `get` maps and reads one sample.
 
-    Raises `UserError` when the manifest is absent, unfinished, empty or broken, or a shard has not the size it says.
+    Raises `UserError` when the manifest is absent, unfinished, empty or broken, or a shard has not the size recorded.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -80,16 +80,16 @@ class LatentDataset:
             self._ends = list(accumulate(check_whole("images =", shard["images"], 0) for shard in shards or []))
             sizes = {self.folder / shard["file"]: shard["bytes"] for shard in shards or []}
         except (KeyError, TypeError, AttributeError, UserError) as error:
-            fault = f"{MANIFEST} is not one of latents ({error!r})"
+            fault = f"{MANIFEST} is not a manifest of latents ({error!r})"
             raise UserError(f"latents {self.folder}: {fault}; encode again") from error
         if shards is None:
-            raise UserError(f"latents {self.folder}: encoding was interrupted; run the same `vit5gen encode` to end it")
+            raise UserError(f"latents {self.folder}: encoding was interrupted; run `vit5gen encode` again to finish")
         for path, size in sizes.items():
-            found = path.stat().st_size if path.is_file() else "no file"
+            found = path.stat().st_size if path.is_file() else "none"
             if found != size:
-                raise UserError(f"latents: {path} has {found} bytes, its manifest says {size}; encode again to fix it")
+                raise UserError(f"latents: {path} has {found} of {size} bytes; encode again to fix it")
         if not sum(shard["images"] for shard in shards):
-            raise UserError(f"latents {self.folder}: hold no images; encode again")
+            raise UserError(f"latents {self.folder}: no images; encode again")
         self._open: dict[int, Any] = {}  # shards by number; a process maps one when it first reads there
 
     def __len__(self) -> int:
@@ -140,9 +140,9 @@ class LatentDataset:
         check_autoencoder(config, vae)
         wanted = _latent_settings(vae, config)
         for key in _FIXED_BY_VAE:
-            names = f" ({self.manifest.get('vae')} there, {wanted['vae']} here)" if key == "vae_sha256" else ""
+            names = f" ({self.manifest.get('vae')}, not {wanted['vae']})" if key == "vae_sha256" else ""
             self._compare(key, self.manifest.get(key), wanted[key], names)
-        names = f" (there: {listed(self.class_names)})"
+        names = f" (classes of the latents: {listed(self.class_names)})"
         self._compare("num_classes", len(self.class_names), config.data.num_classes, names)
         images, _ = images_beside(config.data)
         classes = config.data.classes or (self.class_names if images is None else images.class_names)
@@ -150,12 +150,12 @@ class LatentDataset:
         if self.manifest.get("horizontal_flip") not in ([True] if config.data.horizontal_flip else [True, False]):
             self._compare("horizontal_flip", False, True)
         if images is not None and len(images) != (count := self.manifest.get("images")):
-            found = f"latents {self.folder} are of {count} images, but the data have {len(images)}"
-            processes().print(f"note: {found}: the distances compare with these")
+            found = f"latents {self.folder} are of {count} images, but the data set has {len(images)}"
+            processes().print(f"note: {found}; distances are computed to the data set")
         for key, value in _reading(config).items():
             if (found := self.manifest.get(key, READ_BEFORE[key])) != value:
                 made = f"latents {self.folder} were made with data.{key} {found}, the run has {value}"
-                processes().print(f"note: {made}: so it reads the images that it compares with")
+                processes().print(f"note: {made}, which it uses to read the images for evaluation")
 
     def _compare(self, key: str, found: Any, wanted: Any, more: str = "") -> None:
         if found != wanted:
@@ -196,7 +196,7 @@ def _reading(config: Config) -> dict[str, Any]:
 
 
 def settings_of(images: ImageSet, vae: AutoencoderKL, config: Config) -> dict[str, Any]:
-    """Return what a manifest of these images' latents tells of how they were made."""
+    """Return what a manifest of these images' latents records of how they were made."""
     of_images: dict[str, Any] = {
         "source": config.data.source,
         "split": config.data.split,
@@ -224,4 +224,4 @@ def find_damage(path: Path, checksum: str | None) -> str:
         return "does not match its checksum; encode again to fix it"
     with safe_open(path, framework="pt") as shard:
         finite = all(all_finite(shard.get_tensor(name)) for name in ("mean", "std"))
-    return "" if finite else "has values that are not finite; encode again, which names the image"
+    return "" if finite else "has values that are not finite; run `vit5gen encode` again; it will name the image"

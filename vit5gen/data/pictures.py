@@ -69,11 +69,11 @@ def find_images(folder: Path, left_out: Counter[str], rules: Rules = 2) -> list[
 def find_classes(root: Path, rules: Rules = 2) -> tuple[dict[str, list[Path]], dict[str, str]]:
     """Return the images of each class folder, by name in order, and what the folders without any hold instead.
 
-    What is left out is told on stderr. Raises `UserError` for a folder that cannot be read.
+    What is left out is reported on stderr. Raises `UserError` for a folder that cannot be read.
     """
     left_out: Counter[str] = Counter()
     folders, beside = _look(root, left_out, rules)
-    left_out["image in no class folder"] += len(beside)
+    left_out["image outside class folders"] += len(beside)
     files: dict[str, list[Path]] = {}
     instead: dict[str, str] = {}
     for name in sorted(folder.name for folder in folders):
@@ -89,7 +89,7 @@ def find_classes(root: Path, rules: Rules = 2) -> tuple[dict[str, list[Path]], d
 
 
 def folder_names(folder: Path) -> tuple[list[str], bool]:
-    """Return the names of the folders in a folder that may hold data, sorted, and whether images lie beside them."""
+    """Return the names of the folders in a folder that may hold data, sorted, and whether images are next to them."""
     folders, images = _look(folder, Counter(), 2)
     return sorted(inner.name for inner in folders), bool(images)
 
@@ -97,7 +97,7 @@ def folder_names(folder: Path) -> tuple[list[str], bool]:
 def tell_left_out(folder: Path, left_out: Counter[str]) -> None:
     """Say once, and on the main process only, how many files of which kinds are not used."""
     if total := left_out.total():
-        _tell(f"note: {folder}: {total} {'file' if total == 1 else 'files'} left out ({_counted(left_out)})")
+        _tell(f"note: {folder}: {total} {'file' if total == 1 else 'files'} skipped ({_counted(left_out)})")
 
 
 @cache  # a command opens its data several times
@@ -138,13 +138,13 @@ def _kind(entry: os.DirEntry[str], rules: Rules) -> str:
     except OSError:  # a link to itself
         regular = False
     if not regular:
-        return "no regular file" if os.path.exists(entry.path) else "broken link"
+        return "not a regular file" if os.path.exists(entry.path) else "broken link"
     suffix = PurePath(entry.name).suffix.lower()
     if suffix in (SUFFIXES if rules > 1 else _OLD_SUFFIXES):
         return "image"
     if not suffix:
         return "without a suffix"
-    return suffix if re.fullmatch(r"\.\w{1,12}", suffix) else "of another suffix"
+    return suffix if re.fullmatch(r"\.\w{1,12}", suffix) else "with another suffix"
 
 
 def _identity(folder: Path) -> tuple[int, int]:

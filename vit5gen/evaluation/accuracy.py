@@ -35,12 +35,12 @@ def classify(
     if (net.embed_dim, len(net.blocks)) != (named.embed_dim, len(named.blocks)):
         found = f"{len(net.blocks)} blocks of width {net.embed_dim}"
         wanted = f"{len(named.blocks)} of {named.embed_dim}"
-        raise UserError(f"--checkpoint: {found}, but {model} has {wanted}; give the --model that the file belongs to.")
+        raise UserError(f"--checkpoint: {found}, but {model} has {wanted}; set --model to the model of the file.")
     images = _image_folder(folder, net.patch_embed.img_size[0], named.pretrained_cfg)
     if len(images.classes) != net.num_classes:
         found = f"{len(images.classes)} classes, the checkpoint {net.num_classes} ({listed(images.classes)})"
-        advice = "a folder's place in the order is its label, so all must be there."
-        raise UserError(f"FOLDER: {str(folder)!r} holds {found}; {advice}")
+        advice = "labels follow from the order of the folders, so none may be missing."
+        raise UserError(f"FOLDER: {str(folder)!r} has {found}; {advice}")
     hits = torch.zeros(2, dtype=torch.int64)
     with torch.inference_mode():
         for pixels, labels in DataLoader(images, batch_size, num_workers=num_workers):
@@ -81,8 +81,8 @@ def _image_folder(folder: str | Path, size: int, config: Any) -> _ClassFolders:
     transform = create_transform(size, **{key: config[key] for key in ("interpolation", "mean", "std", "crop_pct")})
     found, instead = find_classes(Path(folder)) if Path(folder).is_dir() else ({}, {})
     if not found or instead:
-        reason = "; ".join(f"class {name!r} holds no images, {why}" for name, why in list(instead.items())[:3])
+        reason = "; ".join(f"class {name!r} has no images, {why}" for name, why in list(instead.items())[:3])
         reason = reason or ("no class folders" if Path(folder).is_dir() else "no such folder")
-        raise UserError(f"FOLDER: {str(folder)!r} is not a folder with one folder a class ({reason}).")
+        raise UserError(f"FOLDER: {str(folder)!r} does not contain one folder per class ({reason}).")
     files = [(file, label) for label, of_class in enumerate(found.values()) for file in of_class]
     return _ClassFolders(list(found), files, transform)

@@ -69,7 +69,7 @@ def evaluation_card(
     """
     adm = protocol is not None and choose("protocol", protocol, ["adm"]) == "adm"
     if adm and metrics is not None and set(metrics) != set(ADM_METRICS):
-        raise UserError(f"--protocol adm fixes the metrics {', '.join(ADM_METRICS)}; leave --metrics out")
+        raise UserError(f"--protocol adm fixes the metrics {', '.join(ADM_METRICS)}; omit --metrics")
     wanted, skipped = available(ADM_METRICS if adm else metrics, reference, extractor, ADM_OPTIONS if adm else None)
     need_rows = any("rows" in metric.needs for metric in wanted.values())
     runs: list[dict[str, Score]] = []
@@ -124,7 +124,7 @@ def open_samples(
 ) -> list[Samples]:
     """Open images, or a run or pipeline folder that draws as many of each seed as are asked for.
 
-    Of images the card beside them, if any, tells how they were drawn.
+    The card next to images, if any, records how they were drawn.
     """
     if find_pipeline(path) is None:
         images = open_source(path, batch_size, protocol)
@@ -139,7 +139,7 @@ def open_samples(
 def _by_model(samples: Sequence[Samples]) -> list[list[int]]:
     """Return the places of the sets of each model: several only of one checkpoint, drawn alike but for their seeds.
 
-    What draws a pipeline, or the card beside a file tells, decides; a file without a card is a model of its own.
+    The pipeline that draws, or the card next to a file, decides; a file without a card is a model of its own.
     """
     models: dict[str, dict[Any, int]] = {}
     for i, one in enumerate(samples):
@@ -181,13 +181,13 @@ def _differences_from_adm(samples: Sequence[Samples], reference: Reference, extr
 def _warnings(
     samples: Sequence[Samples], models: int, extractor: Extractor, skipped: dict[str, str], differences: Sequence[str]
 ) -> list[str]:
-    found = [f"{metric} is left out: {reason}" for metric, reason in skipped.items()]
+    found = [f"{metric} is not computed: {reason}" for metric, reason in skipped.items()]
     if models > 1:
-        found.append(f"{models} models: the card's metrics are those of the first; see models for each")
+        found.append(f"{models} models: `metrics` of the card are those of the first, `models` lists all")
     found += [f"not FID-50K: {difference}" for difference in differences]
     fewest = min(one.count for one in samples)
     if fewest < RELIABLE_COUNT:
-        bias = f"below {RELIABLE_COUNT} {extractor.metric} is biased upwards; compare it at equal n only"
+        bias = f"below {RELIABLE_COUNT} {extractor.metric} is biased upwards; compare it only at equal n"
         found.append(f"{fewest} samples: {bias}")
     advice = "its Inception Score would be wrong; shuffle the samples"
     return found + [f"{one.identity['path']} is sorted by class: {advice}" for one in samples if one.sorted_by_class]

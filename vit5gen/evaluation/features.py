@@ -46,7 +46,7 @@ class Extractor:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a card and a statistics file tell of it."""
+        """What a card and a statistics file record about it."""
         return {"name": self.name, "weights_sha256": self.weights_sha256, "settings": self.settings}
 
     def __call__(self, images: Tensor) -> Features:
@@ -87,7 +87,7 @@ def load_weights(path: Path, expected_sha256: str) -> dict[str, Tensor]:
         raise UserError(f"extractor weights {path}: no such file; check the path")
     found = sha256(path)
     if found != expected_sha256:
-        advice = "download it again, or pass its hash as --weights-sha256 when other weights are meant"
+        advice = "download it again or, to use other weights, pass their hash as --weights-sha256"
         raise UserError(f"extractor weights {path}: sha256 {found}, expected {expected_sha256[:8]}...; {advice}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

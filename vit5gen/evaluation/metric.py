@@ -1,4 +1,4 @@
-"""The plug: what a metric tells of itself; the registry of metrics; scores, or the reason why one cannot be had."""
+"""The plug: what a metric declares; the registry of metrics; scores, or the reason why one is not available."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ Score = dict[str, Any]
 class Metric:
     """Scores of samples against a reference, known by a name; its options are keyword-only arguments.
 
-    needs: what it computes from beside the moments, of "rows" (pooled features of both sets), "spatial" features and
+    needs: what it uses besides the moments, of "rows" (pooled features of both sets), "spatial" features and
     "logits".  least: how few samples it takes, and where it needs rows also how few images of the reference.
     """
 
@@ -40,7 +40,7 @@ def available(
 ) -> tuple[dict[str, Metric], dict[str, str]]:
     """Return the metrics that reference and extractor allow, and the reasons against the others; before a long scan.
 
-    ``names`` of some: `UserError` when one of these cannot be had. Default: all of this package that can.
+    ``names``: those wanted, `UserError` when one is not available; by default all of this package that are.
     ``options`` of a metric by its name.
     """
     metrics: dict[str, Metric] = {}
@@ -81,5 +81,5 @@ def _obstacle(needs: Iterable[str], reference: Reference, extractor: Extractor) 
     if "logits" in needs and not extractor.num_classes:
         return f"extractor {extractor.name} has no class scores; use inception"
     if "rows" in needs and reference.rows is None:
-        return "the reference has no images; use one with arr_0, a statistics file of ours or images"
+        return "the reference has no images; use one with arr_0, a statistics file of vit5gen, or images"
     return None

@@ -78,7 +78,7 @@ def scan(
             sums.all_reduce()
     count = sum(group.count for group in pooled.groups)
     if count != total:
-        raise UserError(f"images: {count} of {total} were read; give them all")
+        raise UserError(f"images: {count} of {total} were read; pass all of them")
     kept = gather_rows(kept if seen.all() else kept[seen], seen.nonzero()[:, 0])
     return Scan(count, size, pooled, spatial, score, kept)
 
@@ -97,7 +97,7 @@ class Reference:
         """Return the Frechet distance of ``count`` of the reference's own images to the rest of it.
 
         None when it has fewer than twice as many images, or when their features are not at hand.
-        ADM's statistics are of the whole training set, beside which the images of its batch do not count.
+        ADM's statistics are of the whole training set, in which the images of its batch do not matter.
         """
         if self.rows is None or not 2 <= count <= len(self.rows) or (self.count or 2 * count) < 2 * count:
             return None
@@ -144,7 +144,7 @@ def read_adm_reference(path: Path, extractor: Extractor, batch_size: int) -> Ref
         if name in arrays and (arrays[name].shape != shape or not arrays[name].isfinite().all()):
             raise UserError(f"reference {path}: {name} is {tuple(arrays[name].shape)}; expected {shape}, all finite")
     if "sigma" not in arrays:
-        raise UserError(f"reference {path}: has mu but no sigma; fetch it again")
+        raise UserError(f"reference {path}: has mu but no sigma; download it again")
     spatial = FrechetReference(arrays["mu_s"], arrays["sigma_s"]) if {"mu_s", "sigma_s"} <= arrays.keys() else None
     batch = reference_of(open_npz(path, batch_size), extractor) if "arr_0" in names else None
     images, rows = (batch.count, batch.rows) if batch is not None else (0, None)
@@ -181,14 +181,14 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except (OSError, SafetensorError) as error:
-        raise UserError(f"reference {path} cannot be read ({error}); write it with --save-statistics") from error
+        raise UserError(f"reference {path} cannot be read ({error}); create it with --save-statistics") from error
     if metadata.get("format") != FORMAT:
-        raise UserError(f"reference {path}: not a statistics file; write one with --save-statistics")
+        raise UserError(f"reference {path}: not a statistics file; create one with --save-statistics")
     made_with = json.loads(metadata["extractor"])
     for key, value in extractor.identity.items():
         if made_with.get(key) != value:
             found = f"from another extractor ({key} {made_with.get(key)!r}, now {value!r})"
-            advice = "write it again with --save-statistics and this extractor"
+            advice = "create it again with --save-statistics and this extractor"
             raise UserError(f"reference {path}: {found}; {advice}")
     content = json.loads(metadata["content"])
     moments = [tensors.get(name) for name in ("spatial_mean", "spatial_covariance")]

@@ -67,7 +67,7 @@ def open_npz(path: Path, batch_size: int) -> Samples:
     with broken_npz(path), zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if "arr_0.npy" not in names:
-            raise UserError(f"npz {path}: no arr_0; it holds {', '.join(names)}; expected arr_0 (N, H, W, 3) uint8")
+            raise UserError(f"npz {path}: no arr_0, only {', '.join(names)}; expected arr_0 (N, H, W, 3) uint8")
         with archive.open("arr_0.npy") as member:
             shape, dtype = _header(member)
         labels = []
@@ -153,7 +153,7 @@ def _read_image(file: Path, exif: Exif) -> Tensor:
     except UNREADABLE as error:
         raise UserError(f"image {file} does not decode ({error}); replace or remove it") from error
     if mode != "RGB":
-        raise UserError(f"image {file} has mode {mode}; expected RGB with 8 bits a channel; convert it")
+        raise UserError(f"image {file} has mode {mode}; expected RGB with 8 bits per channel; convert it")
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 

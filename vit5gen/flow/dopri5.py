@@ -76,7 +76,7 @@ def dopri5_steps(
     """Yield ``(i, t, x)`` after every round of attempted steps, t being the time of the sample that is furthest behind.
 
     Every round evaluates the whole batch ``x`` (B, ...) at its own times (B,) (a network may hold a label for each
-    row); a sample that rejects its step or has arrived stays as it is. Raises `NonFiniteError` where no step works.
+    row); a sample that rejects its step or has arrived stays as it is. Raises `NonFiniteError` if no step size works.
     """
     sign = math.copysign(1.0, end - start)
     times = [start] * len(x)
@@ -89,7 +89,7 @@ def dopri5_steps(
         for t, h in zip(times, steps, strict=True):
             if t != end and not h > 1e-12 * abs(end - start):
                 raise NonFiniteError(
-                    f"dopri5: no step works at t = {t:.6g}; expected finite, smooth model output there."
+                    f"dopri5: no step size works at t = {t:.6g}; expected finite, smooth model output there."
                 )
         column = _column([sign * h for h in taken], x)
         slopes = [slope]

@@ -41,7 +41,7 @@ def lower_choice(what: str, value: object, choices: Collection[str]) -> str:
 
 
 def rows(x: Tensor) -> Tensor:
-    """Return ``x`` (B, ...) as (B, N); (B,) has one element a sample."""
+    """Return ``x`` (B, ...) as (B, N); (B,) has one element per sample."""
     return x.unsqueeze(-1).flatten(1)
 
 
@@ -165,12 +165,12 @@ class Flow:
         """Return the network's output at ``x`` (B, ...) and ``t`` (float or (B,)) in x's dtype, and its hidden states.
 
         ``model_fn`` gets t as (B,), or one time as (1,) where it says so by ``takes_one_time``. It may return hidden
-        states beside its prediction; else they are None.
+        states with its prediction; else they are None.
         Raises `UserError` when the shape of t or of the prediction does not match x.
         """
         times = torch.as_tensor(t, dtype=x.dtype, device=x.device)
         if times.shape not in ((), x.shape[:1]):
-            raise UserError(f"t: shape {tuple(times.shape)}; expected a number or shape ({x.shape[0]},), one a sample.")
+            raise UserError(f"t: shape {tuple(times.shape)}; expected a number or ({x.shape[0]},), one per sample.")
         one = getattr(model_fn, "takes_one_time", False)
         out = model_fn(x, times.reshape(-1) if one else times.expand(x.shape[0]))
         prediction, hidden = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
@@ -190,8 +190,8 @@ class Flow:
     def loss(self, model_fn: ModelFn, x1: Tensor, x0: Tensor | None = None, t: Tensor | None = None) -> Any:
         """Return the loss of each sample, (B,): pure when noise ``x0`` and times ``t`` (B,) are given, else drawn.
 
-        Where ``model_fn`` returns hidden states beside its prediction, as a model with taps does, they are returned
-        beside the loss. Raises `UserError` when the shapes of x0, t or the prediction do not match ``x1`` (B, ...).
+        Where ``model_fn`` returns hidden states with its prediction, as a model with taps does, they are returned
+        with the loss. Raises `UserError` when the shapes of x0, t or the prediction do not match ``x1`` (B, ...).
         """
         if t is None:
             t = draw_timesteps(self, torch.rand(x1.shape[0], dtype=torch.float64))

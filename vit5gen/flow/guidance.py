@@ -17,10 +17,10 @@ class GuidedModel:
     """``model_fn(x (B, C, ...), t (1,) or (B,))`` = ``c + (scale - 1)(c - u) + (weak_scale - 1)(c - w)``.
 
     c, u: ``model`` with ``class_labels`` (B,) and with ``null_label`` (by default the model's own): classifier-free
-    guidance (arXiv 2207.12598, eq. 6), in one forward of 2B rows.  scale: may be a function, which is asked at every
+    guidance (arXiv 2207.12598, eq. 6), in one forward of 2B rows.  scale: may be a function, which is called at every
     evaluation.  w: ``weak_model`` with the labels: autoguidance (arXiv 2406.02507).
     interval: the t, ends included, at which a sample is guided (arXiv 2404.07724).
-    channels: guide only the first so many (3 reproduces the published DiT and SiT tables).
+    channels: guide only this many first ones (3 reproduces the published DiT and SiT tables).
     Where nothing is guided (both scales 1, or every t outside the interval) it is one plain forward of ``model``.
     Velocity, score and noise are affine in each other with weights that c, u and w share, so guiding any of them is
     the same. ``rows`` counts what the networks have evaluated. Raises `UserError` on scales that are not finite and bad
@@ -46,7 +46,7 @@ class GuidedModel:
         if channels is not None and channels < 1:
             raise UserError(f"guidance_channels: {channels!r}; expected at least 1, or None for all.")
         if weak_model is None and weak_scale != 1:
-            raise UserError(f"weak_scale: {weak_scale!r} without a weak_model; give one, or leave the scale at 1.")
+            raise UserError(f"weak_scale: {weak_scale!r} without a weak_model; pass one, or weak_scale=1.")
         self.model, self.labels, self.ask_scale = model, class_labels, scale if callable(scale) else lambda: scale
         self.null_label: Any = getattr(model, "null_label", None) if null_label is None else null_label
         self.interval, self.channels = tuple(interval), channels
@@ -58,14 +58,14 @@ class GuidedModel:
         """The scale of classifier-free guidance by now."""
         scale = _check_finite("guidance_scale", self.ask_scale())
         if scale != 1 and self.null_label is None:
-            raise UserError("null_label: the model has none; give the label that stands for no class.")
+            raise UserError("null_label: the model has none; pass the label that stands for no class.")
         return scale
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         batch, width = x.shape[0], 1 if x.dim() == 1 else x.shape[1]
         scale, labels, (low, high) = self.scale, self.labels, self.interval
         if labels.shape != x.shape[:1]:
-            raise UserError(f"class_labels: shape {tuple(labels.shape)}; expected ({batch},), one a sample.")
+            raise UserError(f"class_labels: shape {tuple(labels.shape)}; expected ({batch},), one per sample.")
         if self.channels is not None and self.channels > width:
             raise UserError(f"guidance_channels: {self.channels}; the model has only {width}.")
 

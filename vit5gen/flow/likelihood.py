@@ -26,8 +26,8 @@ def log_likelihood(
     """Return the log-density of data ``x1`` (B, ...) in nats, (B,), and the noise ``x0`` it flows from.
 
     ``log p(x1) = log N(x0; 0, 1) - int div v dt`` over `Flow.reversed_interval` (arXiv 2011.13456, eq. 39).
-    probes: ``rademacher`` estimates the divergence with one vector of +-1 a sample, drawn once (Hutchinson);
-    ``exact`` takes one backward pass a dimension. num_steps, method, rtol, atol: as in `ode_steps`; the divergence is
+    probes: ``rademacher`` estimates the divergence with one vector of +-1 per sample, drawn once (Hutchinson);
+    ``exact`` takes one backward pass per dimension. num_steps, method, rtol, atol: as in `ode_steps`; the divergence is
     part of the state, so that dopri5 controls its error too. Raises `UserError` on bad values.
     """
     probes = lower_choice("probes", probes, PROBES)

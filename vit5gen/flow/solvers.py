@@ -112,7 +112,7 @@ def _watch(steps: Generator[Step, Tensor | None]) -> Steps:
         i = good.index(False)
         raise NonFiniteError(
             f"state: not finite after step {i + 1}, at t = {times[i]:.6g}; expected finite model output there:"
-            " check the weights and the state it began with (float16 may overflow)."
+            " check the weights and the initial state (float16 may overflow)."
         )
 
 
@@ -131,7 +131,7 @@ def _exhausting(solver: Callable[P, Steps], name: str) -> Callable[P, Tensor]:
         return final_state(solver(*args, **options))
 
     sample.__name__ = sample.__qualname__ = name
-    sample.__doc__ = f"Return the final state (B, ...) of `{solver.__name__}`, which tells of its options and errors."
+    sample.__doc__ = f"Return the final state (B, ...) of `{solver.__name__}`, which see for options and errors."
     sample.__signature__ = signature(solver).replace(return_annotation=Tensor)  # type: ignore[attr-defined]
     return sample
 
@@ -150,7 +150,7 @@ def ode_steps(
 ) -> Steps:
     """Yield ``(i, t, x)`` after each step of the probability-flow ODE from ``x0`` (B, ...).
 
-    method: euler | heun | midpoint | rk4 | ab2 take ``num_steps`` steps; dopri5 is ruled by rtol and atol, per sample.
+    method: euler | heun | midpoint | rk4 | ab2 take ``num_steps`` steps; dopri5 follows rtol and atol, per sample.
     t_span: ``(start, end)``, by default what the flow bears; ``shift`` warps the grid.
     reverse: from data to noise, along the same grid backwards (its t_span may be given either way round; its default
     is `Flow.reversed_interval`). A state that is sent takes the place of the one yielded, but for dopri5.
@@ -168,7 +168,7 @@ sample_ode = _exhausting(ode_steps, "sample_ode")
 
 
 def _draws(noise: Noise, x: Tensor, num_steps: int) -> Iterator[Tensor]:
-    """Yield one Gaussian tensor like ``x`` a step, from one generator, one a sample, given tensors or afresh."""
+    """Yield one Gaussian tensor like ``x`` per step: from one generator, one per sample, given tensors, or new."""
     if noise is None or isinstance(noise, torch.Generator):
         device = x.device if noise is None else noise.device
         for _ in range(num_steps):
@@ -176,7 +176,7 @@ def _draws(noise: Noise, x: Tensor, num_steps: int) -> Iterator[Tensor]:
         return
     if isinstance(noise, list | tuple) and noise and all(isinstance(g, torch.Generator) for g in noise):
         if len(noise) != len(x):
-            raise UserError(f"noise: {len(noise)} generators; expected one a sample, {len(x)}.")
+            raise UserError(f"noise: {len(noise)} generators; expected one per sample, {len(x)}.")
         for _ in range(num_steps):
             draws = (torch.randn(x.shape[1:], generator=g, device=g.device, dtype=x.dtype) for g in noise)
             yield torch.stack([draw.to(x.device) for draw in draws])
@@ -188,7 +188,7 @@ def _draws(noise: Noise, x: Tensor, num_steps: int) -> Iterator[Tensor]:
             raise UserError(f"noise: draw {count} is {what}; expected a tensor of shape {tuple(x.shape)}.")
         count += 1
         yield draw.to(x)
-    raise UserError(f"noise: ran out after {count} draws; expected one for each of {num_steps} steps.")
+    raise UserError(f"noise: ran out after {count} draws; expected one for each of the {num_steps} steps.")
 
 
 def sde_steps(
@@ -223,7 +223,7 @@ def sde_steps(
     start, end = t_span or flow.sde_interval(diffusion, size, evaluates_end)
     grid = time_grid(num_steps, start, end, shift)
     if grid[-1] + size > 1 + 1e-9:
-        raise UserError(f"last_step_size: {size!r} from t = {grid[-1]}; expected to end at 1 at the latest.")
+        raise UserError(f"last_step_size: {size!r} from t = {grid[-1]}; expected to end by t = 1.")
     flow.diffusion(grid[0], diffusion, diffusion_norm)  # raises on a bad norm before the first step
 
     @torch.no_grad()

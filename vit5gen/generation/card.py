@@ -20,7 +20,7 @@ _COMPONENTS = ("transformer", "guide", "scheduler", "vae")
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """What a model card tells beyond the configuration; ``picture`` is the path of a PNG that is copied beside it."""
+    """What a model card contains beyond the configuration; ``picture`` is the path of a PNG to copy next to it."""
 
     command: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)

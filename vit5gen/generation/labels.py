@@ -28,7 +28,7 @@ def _class_id(label: object, names: dict[int, str], count: int) -> int:
         matches = _ids_called(label, names)
         if len(matches) > 1:
             several = ", ".join(repr(names[i]) for i in sorted(matches))
-            advice = f"give one of the ids {sorted(matches)}, or spell it as one of {several}"
+            advice = f"give one of the ids {sorted(matches)}, or the exact name: one of {several}"
             raise UserError(f"class {label!r} is the name of several classes; {advice}")
         known = {composed(part) for name in names.values() for part in (name, *name.split(","))}
         # Where all names are numbers, a number that is no name is a slip, not an id.
@@ -40,10 +40,10 @@ def _class_id(label: object, names: dict[int, str], count: int) -> int:
             expected = f"one of {listed}{an_id}" if names else f"an id in 0..{count - 1} (there are no class names)"
             raise UserError(f"class {label!r} does not exist; expected {expected}.{nearest(label, known)}")
         if not matches and any(numbers) and int(label) < count:
-            warnings.warn(f"no class is called {label!r}: taken for the id {int(label)}", stacklevel=4)
+            warnings.warn(f"no class is named {label!r}; using it as id {int(label)}", stacklevel=4)
         label = min(matches) if matches else int(label)
     if isinstance(label, bool) or not isinstance(label, int | np.integer):
-        raise UserError(f"class_labels: {label!r} is neither an id nor a name; expected one of them, or a flat list")
+        raise UserError(f"class_labels: {label!r} is neither an id nor a name; expected an id, a name or a flat list")
     if not 0 <= label < count:
         raise UserError(f"class {label} does not exist; expected an id in 0..{count - 1}")
     return int(label)

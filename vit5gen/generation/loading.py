@@ -14,6 +14,7 @@ from vit5gen.system.files import read_json
 from vit5gen.system.shipped import shipped, shipped_names
 
 PIPELINE = "pipeline"  # its folder in that of a run
+_REMEDY = "create it again with `vit5gen train` or `vit5gen convert`"
 
 
 def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
@@ -26,7 +27,7 @@ def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
         # diffusers would import any module that stands there
         if isinstance(entry, list) and entry[:1] not in ([None], ["vit5gen"], ["diffusers"]):
             told = f"checkpoint {folder}: {name} = {short(entry)}"
-            raise UserError(f"{told} is not of vit5gen or diffusers; make it again")
+            raise UserError(f"{told} is not a part of vit5gen or diffusers; {_REMEDY}")
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # of three files read
     try:
@@ -37,7 +38,7 @@ def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
                 raise UserError(f"{name} is a {type(part).__name__}, expected a {kind.__name__}")
     except Exception as error:  # what diffusers makes of files with values of other types has no end
         reason = " ".join(str(error).split()) or repr(error)
-        raise UserError(f"checkpoint {folder} does not load: {reason}; make it again") from error
+        raise UserError(f"checkpoint {folder} does not load: {reason}; {_REMEDY}") from error
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -48,7 +49,7 @@ def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
 
 
 def pipeline_folder(checkpoint: str | Path) -> Path:
-    """Return what `find_pipeline` does; raise `UserError` where there is none."""
+    """Return what `find_pipeline` does; raise `UserError` where it finds none."""
     if (folder := find_pipeline(checkpoint)) is None:
         found = f"checkpoint {checkpoint} is neither a run nor a pipeline folder (no model_index.json)"
         names = shipped_names()

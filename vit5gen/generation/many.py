@@ -79,7 +79,7 @@ def open_pipeline(checkpoint: str | Path, draw: DrawConfig, device: torch.device
     """Load a pipeline that draws images, with its guide, ready on its device in the precision that is asked for.
 
     The precision is that of the networks; state, decoding and rounding are always fp32.
-    Raises `UserError` when there is no pipeline, or it draws latents alone.
+    Raises `UserError` when there is no pipeline, or it has no autoencoder.
     """
     SAMPLERS.get(draw.sampler)  # raises where there is none of that name
     pipe = load_pipeline(checkpoint)
@@ -104,7 +104,7 @@ def make_job(pipe: SiTPipeline, draw: DrawConfig, num_images: int, seed: int, ba
 
 
 def describe_job(pipe: SiTPipeline, job: SamplingJob, draw: DrawConfig) -> dict[str, Any]:
-    """Return what a card tells of the sampling: the settings and the scheduler, which if foreign is the sampler."""
+    """Return what a card records of the sampling: the settings and the scheduler (if foreign, it is the sampler)."""
     scheduler = json.loads(pipe.scheduler.to_json_string())
     told = {name: value for name, value in scheduler.items() if name == "_class_name" or name[0] != "_"}
     settings = draw.model_dump(exclude={"guide"})

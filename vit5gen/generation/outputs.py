@@ -1,7 +1,7 @@
 """Images on disk that survive a kill: a grid, a folder of PNGs, or an npz as ADM's evaluator reads it.
 
 While it grows, an output lies in a hidden folder: the card, the pixels, and how many network evaluations each image
-took (0: not there yet). An output is finished when its card lies beside it; then the hidden folder goes.
+took (0: not there yet). An output is finished when its card is next to it; then the hidden folder is deleted.
 """
 
 import math
@@ -48,7 +48,7 @@ class Output:
 
     @property
     def missing_bytes(self) -> int:
-        """The room on the disk that is still needed: a single file is assembled beside the pixels, which then go."""
+        """Bytes on the disk that are still needed: a single file is assembled next to the pixels, before these go."""
         pixels = self.part / "pixels"
         return 2 * math.prod(self.shape) - (pixels.stat().st_blocks * 512 if pixels.exists() else 0)
 
@@ -57,12 +57,12 @@ class Output:
         return self.card_file.is_file() and self.path.exists()
 
     def check(self, card: dict[str, Any]) -> None:
-        """Raise `UserError` when the output holds images of another card or of none, or the disk is too small."""
+        """Raise `UserError` when the output has images of another card or of none, or the disk is too small."""
         cards = [file for file in (self.card_file, self.part / "card.json") if file.is_file()]
         for file in cards:
             if differing := _differences(read_json(file, "card"), card):
-                found = f"output {self.path} holds images of another run: {differing}"
-                raise UserError(f"{found}; choose another --output or delete it")
+                found = f"output {self.path} contains images made with other settings: {differing}"
+                raise UserError(f"{found}; choose another --output or delete this one")
         for file in (self.card_file, self.path):
             if file.is_dir() and file not in self.part.parents:  # a folder of images holds its part
                 raise UserError(f"output {file} is a folder; choose another --output or delete it")
@@ -74,7 +74,7 @@ class Output:
         there = next(place for place in (path, *path.parents) if place.exists())
         need, free = self.missing_bytes, shutil.disk_usage(there).free
         if free < need and not self.finished:
-            raise UserError(f"output {path} needs {need / 1e9:.2g} GB, {free / 1e9:.2g} GB are free; make room first")
+            raise UserError(f"output {path} needs {need / 1e9:.2g} GB, {free / 1e9:.2g} GB are free; free some space")
 
     def create_part(self, card: dict[str, Any]) -> None:
         """Make the hidden folder, unless a killed run has left it; one process calls this."""
@@ -179,14 +179,14 @@ def open_output(path: Path, shape: tuple[int, int, int, int]) -> Output:
     """Return the output at FILE.npz, FILE.png or a folder; raise `UserError` for another suffix or too large a grid."""
     suffix = path.suffix.lower()
     if suffix in (".jpg", ".jpeg", ".webp", ".npy", ".zip"):
-        raise UserError(f"output {path}: cannot write that; expected FILE.npz, FILE.png or a folder")
+        raise UserError(f"output {path}: unknown format; expected FILE.npz, FILE.png or a folder")
     if suffix == ".png" and shape[0] > _MAX_GRID:
         raise UserError(f"output {path}: {shape[0]} images are too many for a grid; use FILE.npz or a folder")
     return {".npz": NpzOutput, ".png": GridOutput}.get(suffix, FolderOutput)(path, shape)
 
 
 def network_evaluations(total: int, num_images: int) -> dict[str, float]:
-    """Return what a card tells of the network evaluations of its images."""
+    """Return what a card records of the network evaluations of its images."""
     return {"total": total, "per_image": total / num_images}
 
 
@@ -202,7 +202,7 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     """Name up to three settings in which two cards differ, with both values; empty when none decides the pixels."""
     old, new = (_deciding(card) for card in (there, here))
     names = [name for name in new | old if old.get(name) != new.get(name)]
-    return ", ".join(f"{name} is {short(old.get(name))} there, {short(new.get(name))} here" for name in names[:3])
+    return ", ".join(f"{name} is {short(old.get(name))} in the card, {short(new.get(name))} now" for name in names[:3])
 
 
 def _deciding(card: dict[str, Any]) -> dict[str, Any]:

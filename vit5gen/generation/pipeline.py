@@ -174,7 +174,7 @@ class SiTPipeline(DiffusionPipeline):
         guidance_scale, autoguidance_scale: 1 is off; both act at times in guidance_interval (0 noise, 1 data) and on
         the first guidance_channels channels.  sampler: ``ode-<method>`` or ``sde-<method>`` of `vit5gen.flow`, for
         num_inference_steps steps; a foreign scheduler takes none.  height, width: pixels, by default those trained on.
-        generator: one, or one an image, which then depends on no other.  latents (B, C, h, w): the noise to start from.
+        generator: one, or one per image, so none depends on others.  latents (B, C, h, w): the noise to start from.
         ``callback_on_step_end(pipe, i, t, {"latents": x})`` returns a dictionary; latents in it replace the state.
         output_type: pil | np (B, H, W, 3) and pt (B, 3, H, W) in [0, 1] | uint8 (B, 3, H, W) | latent (B, C, h, w).
         Raises `UserError` for bad values.
@@ -210,7 +210,7 @@ class SiTPipeline(DiffusionPipeline):
                         given = dict.fromkeys(callback_on_step_end_tensor_inputs, x)
                         replaced = callback_on_step_end(self, i, t, given).get("latents", x)
                         if replaced is not x and sampler == "ode-dopri5":
-                            reason = "its images are at different times; choose a solver of fixed steps"
+                            reason = "its images are at different times; choose a solver with fixed steps"
                             raise UserError(f"callback_on_step_end cannot replace the latents of ode-dopri5: {reason}")
                         if replaced is not x:
                             _, _, x = steps.send(replaced)
@@ -224,17 +224,17 @@ class SiTPipeline(DiffusionPipeline):
 
     def _scale_of(self, call: _Call) -> float:
         if call.guidance_scale != 1 and not self.transformer.has_null_label:
-            reason = "trained without label dropout, this model has no null label"
+            reason = "the model was trained without label dropout and has no null label"
             raise UserError(f"guidance_scale = {call.guidance_scale}: {reason}; use 1, or autoguidance")
         return call.guidance_scale
 
     def _weak_model(self, scale: float) -> nn.Module:
         if self.guide is None:
-            raise UserError(f"autoguidance_scale = {scale} needs a second transformer; give one (--guide, pipe.guide)")
+            raise UserError(f"autoguidance_scale = {scale} needs a second transformer; set --guide or pipe.guide")
         for name in ("num_classes", "in_channels"):
             weak, strong = self.guide.config[name], self.transformer.config[name]
             if weak != strong:
-                raise UserError(f"guide: {name} = {weak}, the transformer has {strong}; expected one of the same data")
+                raise UserError(f"guide: {name} = {weak}, the transformer has {strong}; train it on the same data")
         return self.guide
 
     def _initial_latents(
@@ -246,7 +246,7 @@ class SiTPipeline(DiffusionPipeline):
         for name, given, built in zip(("height", "width"), (height, width), self.image_size, strict=True):
             side = built if given is None else given
             if not isinstance(side, int | np.integer) or side < unit or side % unit:
-                raise UserError(f"{name} = {side!r} cannot be made; expected a multiple of {unit}")
+                raise UserError(f"{name} = {side!r} cannot be generated; expected a multiple of {unit}")
             shape += (int(side) // factor,)
         device = self._execution_device
         if latents is None:
@@ -261,8 +261,8 @@ class SiTPipeline(DiffusionPipeline):
         if isinstance(self.scheduler, SiTScheduler):
             return self.scheduler.steps(sampler or _SAMPLING.sampler, model_fn, x, num_steps, generator)
         if sampler is not None:
-            reason = f"the scheduler is {type(self.scheduler).__name__}, which steps by itself"
-            advice = "leave sampler out, or set pipe.scheduler = SiTScheduler()"
+            reason = f"the scheduler is {type(self.scheduler).__name__}, which takes its own steps"
+            advice = "omit sampler, or set pipe.scheduler = SiTScheduler()"
             raise UserError(f"sampler = {sampler!r}: {reason}; {advice}")
         return foreign_steps(self.scheduler, self.flow, model_fn, x, num_steps, generator)
 
@@ -296,7 +296,7 @@ class SiTPipeline(DiffusionPipeline):
     ) -> None:
         """Save as diffusers does, with a model card and the stub by which ``DiffusionPipeline`` finds this class.
 
-        facts: what the card tells of the training; without them the card that came with the weights is kept.
+        facts: what the card says about the training; without them the card that came with the weights is kept.
         """
         self.register_modules(**self.components)  # diffusers overlooks a component that was assigned over None
         self._write_extras(Path(save_directory), facts)

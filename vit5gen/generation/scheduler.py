@@ -58,7 +58,7 @@ class SiTScheduler(SchedulerMixin, ConfigMixin):
     def steps(self, sampler: str, model_fn: ModelFn, x: Tensor, num_steps: int, noise: Generators) -> tuple[int, Steps]:
         """Return the number of steps, 0 for dopri5 which cannot know, and (i, t, x) after each of them.
 
-        sampler: ``ode-<method>`` or ``sde-<method>``, which takes a last step more unless ``last_step`` is none.
+        sampler: ``ode-<method>`` or ``sde-<method>``, which takes one more step unless ``last_step`` is none.
         """
         solver = SAMPLERS.get(sampler)
         options = dict(self.config) | {"noise": noise}
@@ -82,9 +82,9 @@ def foreign_steps(
         expected = f"SiTScheduler, a FlowMatch one, or {other}"
         raise UserError(f"scheduler: {name} is not made for flow matching; expected {expected}")
     if scheduler.config.get("use_dynamic_shifting"):
-        raise UserError(f"scheduler: {name} with use_dynamic_shifting needs a size of its own; set that to False")
+        raise UserError(f"scheduler: {name} with use_dynamic_shifting needs an image size; set it to False")
     if flow.path != "linear":
-        raise UserError(f"scheduler: {name} knows the linear path only, the model has {flow.path!r}; use SiTScheduler")
+        raise UserError(f"scheduler: {name} supports only the linear path, not {flow.path!r}; use SiTScheduler")
     scheduler = copy.deepcopy(scheduler)
     if "sigmas" in signature(scheduler.set_timesteps).parameters:
         scheduler.set_timesteps(sigmas=1 - np.arange(num_steps) / num_steps, device=x.device)

@@ -40,11 +40,11 @@ class Backbone(nn.Module):
         """Apply ``block(x, *args)`` in turn to x ``[patches, extra tokens, own tokens]``.
 
         Returns the patches (B, num_patches, D) and, if there are taps, also ``{k: state after k blocks}`` where a state
-        (B, num_kept, D) holds patches and extra tokens. Raises `UserError` for a tap that is no number of blocks.
+        (B, num_kept, D) holds patches and extra tokens. Raises `UserError` for a tap that is not the number of a block.
         """
         for k in taps:
             if not 1 <= k <= len(self.blocks):
-                raise UserError(f"taps: {k} is not a number of blocks; expected 1 to {len(self.blocks)}.")
+                raise UserError(f"taps: block {k} does not exist; expected 1 to {len(self.blocks)}.")
         hidden = {}
         for k, block in enumerate(self.blocks, start=1):
             x = self.run_block(block, x, *args)

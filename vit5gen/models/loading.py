@@ -26,8 +26,8 @@ def read_checkpoint(source: Source) -> dict[str, Tensor]:
     wrappers = ("ema", "model_ema", "model", "state_dict")
     state = next((found[key] for key in wrappers if isinstance(found.get(key), Mapping)), found)
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
-        wanted = "tensors by name, or such under ema, model_ema, model"
-        raise UserError(f"checkpoint: holds no state dict; expected {wanted}.")
+        wanted = "tensors by name, at the top level or under ema, model_ema or model"
+        raise UserError(f"checkpoint: contains no state dict; expected {wanted}.")
     return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in state.items()}
 
 
@@ -41,9 +41,9 @@ def _read_file(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what unpickling makes of a file that is none has no end
         if unsafe := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
-            reason, advice = f"it holds {unsafe[1]}", "save its state dict alone"
+            reason, advice = f"it contains {unsafe[1]}", "save only its state dict"
         else:
-            reason, advice = (str(error).strip() or repr(error)).split("\n")[0][:200], "get it again"
+            reason, advice = (str(error).strip() or repr(error)).split("\n")[0][:200], "download it again"
         raise UserError(f"checkpoint: {str(path)!r} cannot be read safely as tensors ({reason}); {advice}.") from error
 
 
@@ -57,9 +57,9 @@ def check_fit(what: str, missing: list[str], unexpected: list[str], misshapen: l
     if len(missing) == total:
         cause = "it belongs to another kind of model"
     elif misshapen and not (missing or unexpected):
-        cause = "a size was given that is not the checkpoint's"
+        cause = "a size that you set differs from the checkpoint's"
     elif missing and unexpected:
-        cause = "it was written by another version or variant of the model"
+        cause = "it is of another version or variant of the model"
     else:
         cause = "it is incomplete" if missing else "it has parts that this variant lacks"
     kinds = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
@@ -83,12 +83,12 @@ def check_finite(what: str, state: Mapping[str, Tensor]) -> None:
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.is_meta and not (finite := torch.isfinite(tensor)).all():
             found = f"{int((~finite).sum())} of the {tensor.numel()} values of {name} are not finite"
-            advice = "take an earlier checkpoint, or get the file again"
+            advice = "use an earlier checkpoint, or download the file again"
             raise UserError(f"{what}: {found}: the training diverged or the file is damaged; {advice}")
 
 
 def align(module: nn.Module) -> None:
-    """Copy weights out of a mapped file: CPU kernels round otherwise at addresses that are no multiple of 64 bytes."""
+    """Copy weights out of a mapped file: CPU kernels round otherwise where addresses are not multiples of 64."""
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()

@@ -26,7 +26,7 @@ _SIT_NAMES = {
 def _shape(state: Mapping[str, Tensor], key: str, layout: str) -> list[int]:
     if key not in state:
         keys = listed(state, 5) or "nothing"
-        raise UserError(f"checkpoint: has no {key!r}, so it is not {layout}'s published layout; it holds {keys}.")
+        raise UserError(f"checkpoint: has no {key!r}, so it is not {layout}'s published layout; it has {keys}.")
     return list(state[key].shape)
 
 
@@ -42,15 +42,15 @@ def _ratio(rows: int, width: int) -> float:
 def _side(count: int, name: str) -> int:
     if math.isqrt(count) ** 2 != count:
         advice = f"load it in Python, with {name}=(height, width)"
-        raise UserError(f"checkpoint: its {count} positions are no square; {advice}.")
+        raise UserError(f"checkpoint: its {count} positions do not form a square; {advice}.")
     return math.isqrt(count)
 
 
 def load_sit(source: Source, num_attention_heads: int | None = None, **overrides: Any) -> SiTTransformer2DModel:
     """Build the generator from SiT's published state dict (layout of ``SiT-XL-2-256x256.pt``).
 
-    Sizes, classes and `learn_sigma` follow from the shapes; the heads, which no shape tells, from the preset of that
-    width unless given. The label table is taken to end in the null row unless ``class_dropout_prob=0`` is given.
+    Sizes, classes and `learn_sigma` follow from the shapes; the heads, which no shape shows, from the preset of that
+    width unless given. The label table is assumed to end in the null row unless ``class_dropout_prob=0`` is given.
     `overrides` are further arguments of `SiTTransformer2DModel`. Raises `UserError` if anything does not fit.
     """
     state = read_checkpoint(source)
@@ -58,8 +58,8 @@ def load_sit(source: Source, num_attention_heads: int | None = None, **overrides
     if num_attention_heads is None:
         num_attention_heads = {width: heads for width, _, heads in SIZES.values()}.get(hidden_size)
     if num_attention_heads is None:
-        fault = f"no shape tells it and no preset has hidden_size {hidden_size}"
-        raise UserError(f"num_attention_heads: {fault}; give num_attention_heads.")
+        fault = f"cannot be read from the shapes, and no preset has hidden_size {hidden_size}"
+        raise UserError(f"num_attention_heads: {fault}; set num_attention_heads.")
     rows = _shape(state, "y_embedder.embedding_table.weight", "SiT")[0]
     outputs = _shape(state, "final_layer.linear.weight", "SiT")[0]
     positions = _shape(state, "pos_embed", "SiT")[1]

@@ -103,7 +103,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         check_sizes(hidden_size=hidden_size, num_layers=num_layers, sample_size=max(to_2tuple(sample_size)))
         check_positive(mlp_ratio=mlp_ratio)
         if int(mlp_ratio * hidden_size) == 0:
-            raise UserError(f"mlp_ratio: {mlp_ratio} of hidden_size {hidden_size} leaves no width; choose e.g. 4.")
+            raise UserError(f"mlp_ratio: {mlp_ratio} of hidden_size {hidden_size} gives MLP width 0; choose e.g. 4.")
         if not 0 <= class_dropout_prob <= 1:
             raise UserError(f"class_dropout_prob: {class_dropout_prob} is not a probability; expected 0 to 1.")
         self._patch, self._channels, self._discard = patch_size, in_channels, learn_sigma
@@ -198,9 +198,9 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
 
 
 def _one_or_one_a_sample(latents: Tensor, **values: float | Tensor) -> Iterator[Tensor]:
-    """Yield every value as a tensor (1,) or (B,) beside the latents."""
+    """Yield every value as a tensor (1,) or (B,) on the latents' device."""
     for name, value in values.items():
         tensor = torch.as_tensor(value, device=latents.device)
         if (shape := tuple(tensor.shape)) not in ((), (1,), latents.shape[:1]):
-            raise UserError(f"{name}: shape {shape}; expected a number or shape ({len(latents)},), one a sample.")
+            raise UserError(f"{name}: shape {shape}; expected a number or shape ({len(latents)},), one per sample.")
         yield tensor.reshape(-1)

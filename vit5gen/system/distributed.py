@@ -16,14 +16,14 @@ T = TypeVar("T")
 
 _FALSE = ("false", "0", "no", "n", "off", "f", "")
 _FLAG = ("true", "1", "yes", "y", "on", "t", *_FALSE[:-1])
-_SET_HERE = "training.{0}, or sample --{0}, decides: set that, and launch with --{1} no"
-_OTHERWISE = "vit5gen shards with FSDP2 alone, see configs/accelerate/fsdp2.yaml: leave it out"
-# What accelerate or torch would read, the values that are obeyed here, and what to do in place of any other.
+_SET_HERE = "set training.{0} (or sample --{0}) instead, and launch with --{1} no"
+_OTHERWISE = "vit5gen shards with FSDP2 only, see configs/accelerate/fsdp2.yaml; unset it"
+# What accelerate or torch would read, the values that are supported here, and what to do in place of any other.
 _OBEYED: dict[str, tuple[tuple[str, ...], str]] = {
     "ACCELERATE_MIXED_PRECISION": (("no",), _SET_HERE.format("precision", "mixed_precision")),
     "ACCELERATE_DYNAMO_BACKEND": (("no",), _SET_HERE.format("compile", "dynamo_backend")),
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("1",), "training.micro_batch_size decides: set that, and unset this"),
-    "FSDP_ACTIVATION_CHECKPOINTING": (_FALSE, "training.gradient_checkpointing decides: set that, and switch this off"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("1",), "set training.micro_batch_size instead and unset this"),
+    "FSDP_ACTIVATION_CHECKPOINTING": (_FALSE, "set training.gradient_checkpointing instead and switch this off"),
     "ACCELERATE_USE_DEEPSPEED": (_FALSE, _OTHERWISE),
     "ACCELERATE_USE_MEGATRON_LM": (_FALSE, _OTHERWISE),
     "ACCELERATE_USE_PARALLELISM_CONFIG": (_FALSE, _OTHERWISE),
@@ -32,21 +32,21 @@ _OBEYED: dict[str, tuple[tuple[str, ...], str]] = {
     "ACCELERATE_USE_CPU": (_FLAG, "expected true or false"),
     "ACCELERATE_CPU_AFFINITY": (_FLAG, "expected true or false"),
     "ACCELERATE_DEBUG_MODE": (_FLAG, "expected true or false"),
-    "FORK_LAUNCHED": (_FLAG, "unset it: a launcher sets it"),
-    "ACCELERATE_TORCH_DEVICE": (("cpu", "cuda"), "expected cpu or cuda; CUDA_VISIBLE_DEVICES chooses among GPUs"),
+    "FORK_LAUNCHED": (_FLAG, "unset it: launchers set it"),
+    "ACCELERATE_TORCH_DEVICE": (("cpu", "cuda"), "expected cpu or cuda; choose GPUs with CUDA_VISIBLE_DEVICES"),
 }
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _LAUNCH = "`accelerate launch` or torchrun"
 
 
 def find_fault(environment: Mapping[str, str], num_gpus: int | None) -> str | None:
-    """Return what of the environment cannot be obeyed and what to do, None where all of it can.
+    """Return which setting in the environment is not supported and what to do, None when there is none.
 
-    num_gpus: of this machine; None where the CPU computes whatever there is.
+    num_gpus: of this machine; None when the run is on the CPU in any case.
     """
     for name, (obeyed, advice) in _OBEYED.items():
         if name in environment and environment[name].strip().lower() not in obeyed:
-            return f"{name} = {environment[name]!r} in the environment is not obeyed: {advice}"
+            return f"{name} = {environment[name]!r} in the environment is not supported: {advice}"
     if environment.get("ACCELERATE_TORCH_DEVICE") == "cuda" and not num_gpus:
         return "ACCELERATE_TORCH_DEVICE = 'cuda' in the environment: this machine has no GPU; unset it"
     numbers = {}
@@ -59,12 +59,12 @@ def find_fault(environment: Mapping[str, str], num_gpus: int | None) -> str | No
     on_cpu = num_gpus is None or asked not in _FALSE
     for name in ("RANK", "LOCAL_RANK"):
         if numbers[name] >= size:
-            return f"{name} = {numbers[name]} of WORLD_SIZE = {size} in the environment: expected less; use {_LAUNCH}"
+            return f"{name} = {numbers[name]} in the environment is not below WORLD_SIZE = {size}; use {_LAUNCH}"
     sharded = environment.get("ACCELERATE_USE_FSDP", "false").strip().lower() == "true"
     if sharded and environment.get("FSDP_VERSION", "1") != "2":
-        return f"FSDP_VERSION = {environment.get('FSDP_VERSION')!r} in the environment is not obeyed: {_OTHERWISE}"
+        return f"FSDP_VERSION = {environment.get('FSDP_VERSION')!r} in the environment is not supported: {_OTHERWISE}"
     if sharded and on_cpu:
-        return "ACCELERATE_USE_FSDP and ACCELERATE_USE_CPU: FSDP needs GPUs; leave one of them out"
+        return "ACCELERATE_USE_FSDP and ACCELERATE_USE_CPU: FSDP needs GPUs; unset one of them"
     on_gpus = size > 1 and not on_cpu and environment.get("ACCELERATE_TORCH_DEVICE") != "cpu"
     if num_gpus is not None and on_gpus and numbers["LOCAL_RANK"] >= num_gpus:
         more = f"start at most {num_gpus} here" if num_gpus else "set ACCELERATE_USE_CPU=true to use the CPU"
@@ -81,12 +81,12 @@ def find_fault(environment: Mapping[str, str], num_gpus: int | None) -> str | No
     # What accelerate's launcher sets alone tells it from a batch system's MASTER_ADDR.
     if {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= environment.keys():
         command = "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ...`"
-        return f"`accelerate launch --cpu --num_processes N` starts one process, whatever N is; on CPU use {command}"
+        return f"`accelerate launch --cpu` starts only one process, whatever N you give; on a CPU use {command}"
     return None
 
 
 def start_processes() -> PartialState:
-    """Join the processes that a launcher has started; raise `UserError` for what of the environment is not obeyed."""
+    """Join the processes that a launcher has started; raise `UserError` for unsupported settings in the environment."""
     _settle()
     return processes()
 
@@ -103,7 +103,7 @@ def processes() -> PartialState:
     except (ValueError, RuntimeError) as error:  # torch's: a port in use, an address that is none
         place = ", ".join(f"{name} = {os.environ.get(name)!r}" for name in ("MASTER_ADDR", "MASTER_PORT"))
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the processes cannot join at {place} ({reason}); start them with {_LAUNCH}") from error
+        raise UserError(f"the processes cannot connect at {place} ({reason}); start them with {_LAUNCH}") from error
 
 
 def _settle() -> None:

@@ -77,10 +77,10 @@ def _lock_on_windows(file: IO[bytes], wait: bool) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise `UserError` unless a file can be written there, before the work whose result it is to hold."""
+    """Raise `UserError` unless ``path`` can be written, before the work whose result it is to hold."""
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path}: a folder; choose another path")
+        raise UserError(f"{path}: is a folder; choose another path")
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def _temporary(path: Path) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically; of a file name that is none, its bytes as escapes."""
+    """Write UTF-8 text atomically; bytes of file names that are not UTF-8 become escapes."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -114,14 +114,14 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} {path} is not valid JSON: {error}; write it again") from error
     if not isinstance(value, dict):
-        raise UserError(f"{what} {path} holds a {type(value).__name__}; expected an object; write it again")
+        raise UserError(f"{what} {path} contains a {type(value).__name__}; expected an object; write it again")
     return value
 
 
 def clear_weights(folder: str | Path, variant: str | None = None, removed: bool = False) -> None:
     """Delete the weights that an earlier save of this variant left: the index of shards that are gone outdoes a file.
 
-    removed: the component is no longer there: delete also its configuration, and the folder unless it holds more.
+    removed: the component is no longer there: also delete its configuration, and the folder if then empty.
     """
     kind = f".{re.escape(variant)}" if variant else ""
     name = "diffusion_pytorch_model"

@@ -58,7 +58,7 @@ class Precision:
     def warn_if_slow(self, device: torch.device, show: Callable[[str], object] = print) -> None:
         """Show a note when bf16 is asked of a CPU without it (measured on AMD Zen 3: 20 times as long as fp32)."""
         if self.rounded is not None and device.type == "cpu" and not cpu.has_bf16():
-            show("note: precision bf16 is many times slower than fp32 on this CPU, which has no arithmetic for it")
+            show("note: precision bf16 is many times slower than fp32 on this CPU, which has no bf16 instructions")
 
 
 PRECISIONS = {
@@ -70,7 +70,7 @@ PRECISIONS = {
 
 
 def resolve(name: str, device: torch.device) -> str:
-    """Return the name of a precision; ``auto`` is bf16 where the device has arithmetic for it, else tf32 or fp32."""
+    """Return the name of a precision; ``auto`` is bf16 where the device has instructions for it, else tf32 or fp32."""
     if name != "auto":
         return name
     on_gpu = device.type == "cuda"

@@ -142,11 +142,11 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
                         trainer.save(folder.checkpoints, to_yaml(config))
                         clock.restart()
                     if outcome.stop:
-                        accelerator.print(f"\nstopped by a signal after step {trainer.step}; the same command resumes")
+                        accelerator.print(f"\nstopped by a signal after step {trainer.step}; {process.RESUME}")
                         return process.STOPPED
             score = _finish(network.vae, images, held_out, folder)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{error}; fix it, and run the same command again") from error
+            raise UserError(f"{error}; fix this, then {process.RESUME}") from error
     accelerator.print(f"{folder}: held-out PSNR {score:.2f} dB after {time.perf_counter() - begun:.0f} s")
     return 0
 
@@ -166,7 +166,7 @@ def _resume(trainer: Trainer, shuffle: Shuffle, start: Path, config: Autoencoder
     """Restore a checkpoint of the same configuration and number of images; raise `UserError` for another one."""
     recorded, now = checkpoint.read_config(start), config.model_dump(mode="json")
     if changed := [key for key, value in now.items() if recorded.get(key) != value]:
-        raise UserError(f"{start} was made with another {', '.join(changed)}; restore it, or choose another --output")
+        raise UserError(f"{start} has another {', '.join(changed)}; restore the old value or choose another --output")
     trainer.restore(start)
     shuffle.generator.set_state(shuffle.state.cpu())
 

@@ -19,22 +19,22 @@ from vit5gen.training.optimizers import OPTIMIZERS
 
 
 def check_values(config: Config) -> None:
-    """Raise `UserError` for values that the types of the configuration cannot tell to be wrong."""
+    """Raise `UserError` for wrong values that the types of the configuration cannot catch."""
     (channels, _, _), sampling = config.latent_shape, config.sampling
     with torch.device("meta"):
         build_objectives(config.training, build_model(config), build_flow(config))
     choose("sampling.sampler", sampling.sampler, SAMPLERS.names())
     if (asked := sampling.guidance_channels or 0) > channels:
-        raise UserError(f"sampling.guidance_channels = {asked}: expected at most the {channels} of vae.latent_channels")
+        raise UserError(f"sampling.guidance_channels = {asked}; expected at most vae.latent_channels = {channels}")
     if sampling.guidance_scale != 1 and config.model.class_dropout_prob == 0:
-        untrained = "a null label, which model.class_dropout_prob = 0 does not train"
-        advice = "set it above 0, or the scale to 1"
-        raise UserError(f"sampling.guidance_scale = {sampling.guidance_scale}: needs {untrained}; {advice}")
+        untrained = "needs a null label, but with model.class_dropout_prob = 0 none is trained"
+        advice = "set class_dropout_prob above 0, or guidance_scale to 1"
+        raise UserError(f"sampling.guidance_scale = {sampling.guidance_scale}: {untrained}; {advice}")
     EXTRACTORS.get(config.evaluation.extractor)  # raises where it is unknown, or its package broken
     choose("training.optimizer", config.training.optimizer, OPTIMIZERS.names())
     for name in config.training.objectives:
         if OBJECTIVES.get(name).needs_image and not config.data.from_images:
-            raise UserError(f"training.objectives.{name}: needs the images; set data.from_images to true")
+            raise UserError(f"training.objectives.{name}: needs images; set data.from_images to true")
     source = make_source(config.data)
     if source.splits is not None:
         choose("data.split", config.data.split, source.splits)

@@ -46,15 +46,14 @@ def fill(targets: Iterable[tuple[str, Tensor]], folder: Path, file: str) -> None
 
     Raises `UserError` when names or shapes differ.
     """
-    saved = load_tensors(folder, file)
+    where, saved = f"checkpoint {folder}: {file}", load_tensors(folder, file)
     for name, value in targets:
         tensor = saved.pop(name, None)
         if tensor is None or tensor.shape != value.shape:
-            absent = f"{file} has no {name!r} of shape {list(value.shape)}"
-            raise UserError(f"checkpoint {folder}: {absent}; resume with the same model")
+            raise UserError(f"{where} has no {name!r} of shape {list(value.shape)}; resume with the same model")
         value.copy_(shard_like(tensor, value))
     if saved:
-        raise UserError(f"checkpoint {folder}: {file} has {min(saved)!r}, this model has not; resume with the same one")
+        raise UserError(f"{where} has {min(saved)!r}, which this model lacks; resume with the same model")
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
@@ -62,7 +61,7 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     path = folder / f"{name}.safetensors"
     if not path.is_file():
         found = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors"))) or "no weights"
-        raise UserError(f"checkpoint {folder} holds no {name!r}, it has {found}; choose one of them")
+        raise UserError(f"checkpoint {folder} has no {name!r}; choose one of {found}")
     return safetensors.torch.load_file(path)
 
 
@@ -130,7 +129,7 @@ def steps(folder: Path) -> list[Path]:
 
 
 def newest_valid(folder: Path) -> Path | None:
-    """Return the newest valid checkpoint, None when there is none at all; say so when a newer one is passed over.
+    """Return the newest valid checkpoint, None when there is none at all; report each damaged one skipped.
 
     Raises:
         UserError: there are checkpoints but none is valid.
@@ -140,7 +139,7 @@ def newest_valid(folder: Path) -> Path | None:
         fault = find_damage(path)
         if fault is None:
             return path
-        print(f"warning: checkpoint {path} is passed over: {fault}", flush=True)
+        print(f"warning: skipping damaged checkpoint {path}: {fault}", flush=True)
     if found:
         raise UserError(f"none of the {len(found)} checkpoints in {folder} is valid; restore one, or use a new folder")
     return None

@@ -103,8 +103,8 @@ def model_cost(model: SiTTransformer2DModel, precision: str = "fp32", recomputes
             output.sum().backward()
     except (RuntimeError, TypeError) as error:
         reason = str(error).split("\n")[0][:200]
-        fault = f"cannot run on torch's meta device, by which costs are counted ({reason})"
-        advice = "leave out what reads the values of tensors"
+        fault = f"cannot run on torch's meta device, which the cost estimate needs ({reason})"
+        advice = "do not read tensor values in `forward`"
         raise UserError(f"backbone {model.config.backbone!r} {fault}; {advice}") from error
 
     blocks = model.config.num_layers

@@ -103,8 +103,8 @@ def nonfinite_advice(config: Config, source: ImageSource | LatentDataset, vae: A
 
     spoilt = [i for i in indices if not all(finite(i, flip) for flip in (False, *[True] * config.data.horizontal_flip))]
     if spoilt:
-        return f"the latents of the samples {spoilt} are not finite: check these images, and the weights of vae.name"
-    return f"its samples were {indices}; lower training.learning_rate, or set training.max_grad_norm"
+        return f"the latents of samples {spoilt} are not finite: check these images and the weights of vae.name"
+    return f"this step's samples: {indices}; lower training.learning_rate, or set training.max_grad_norm"
 
 
 @dataclass(frozen=True)

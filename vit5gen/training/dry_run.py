@@ -32,7 +32,7 @@ TRIAL_STEPS = 3
 def plan(config: Config, output: str | None, resume: str, accept_changes: bool) -> int:
     """Check every value, print what the run costs and what is missing, and try 3 steps where nothing is; return 0.
 
-    output, resume, accept_changes: as in training, whose start is told where ``output`` is known.
+    output, resume, accept_changes: as in training; where it would start is printed if ``output`` is given.
     Raises `UserError` for a value that does not fit, as training would.
     """
     accelerator = make_accelerator(config.training, Path())
@@ -59,17 +59,17 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     images = source.missing()
     if images and _latents_suffice(config.data):
         reason = next(iter(images))
-        accelerator.print(f"images:   not here ({reason}): evaluations of the latents' model have no distance")
+        accelerator.print(f"images:   not found ({reason}): evaluations will draw samples without computing a distance")
     if config.vae.name not in absent:
         check_autoencoder(config, kl.load_autoencoder(config.vae.name))
     if config.data.path is not None and not images:
         open_training_images(config.data)
     if absent:
-        trial = f"{TRIAL_STEPS} real steps, once nothing is missing"
+        trial = "skipped until nothing is missing"
     elif config.data.latents is None and not config.data.from_images:
-        trial = "none before the latents are encoded; `vit5gen encode`, then --data.latents FOLDER"
+        trial = "skipped until the latents are encoded: run `vit5gen encode`, then add --data.latents FOLDER"
     elif preparation := source.preparation():
-        trial = f"none before {preparation}, which training does"
+        trial = f"skipped until {preparation}, which training does first"
     else:
         trial = _trial(config, accelerator, start, accept_changes)
     accelerator.print(f"trial:    {trial}")
@@ -92,7 +92,7 @@ def describe(config: Config, num_processes: int = 1) -> list[str]:
     forward, backward = _short(found.forward_flops / 1e9), _short(found.backward_flops / 1e9)
     return [
         f"model:    {section.backbone} {size}, {found.parameters:,} parameters, {found.tokens} tokens",
-        f"FLOPs:    {forward} G forward, {backward} G backward, an image",
+        f"FLOPs:    {forward} G forward, {backward} G backward, per image",
         *(memory_line(config, found, n) for n in processes),
         time_line(config, found),
         disk_line(config, found),
@@ -100,7 +100,7 @@ def describe(config: Config, num_processes: int = 1) -> list[str]:
 
 
 def memory_line(config: Config, found: cost.Cost, num_processes: int) -> str:
-    """Describe memory and traffic of each of so many GPUs; where 80 GB are too little, also a micro-batch that fits."""
+    """Describe memory and traffic of each of so many GPUs; if that exceeds 80 GB, also a micro-batch that fits."""
     local = config.training.global_batch_size // num_processes
     micro = config.training.micro_batch_size or local
     needed = _short(cost.memory_bytes(found, config, micro, num_processes) / 1e9)
@@ -108,7 +108,7 @@ def memory_line(config: Config, found: cost.Cost, num_processes: int) -> str:
     if num_processes > 1:
         sharded = cost.memory_bytes(found, config, micro, num_processes, sharded=True) / 1e9
         sent = cost.communication_bytes(found, config, local // micro, num_processes) / 1e9
-        line += f" each (FSDP {_short(sharded)}), {_short(sent)} GB sent a step"
+        line += f" each (FSDP {_short(sharded)}), {_short(sent)} GB sent per step"
     most = cost.largest_micro_batch(found, config, num_processes, cost.GPUS["A100"].memory)
     if most < micro and (fitting := [n for n in range(1, min(local, most) + 1) if local % n == 0]):
         fits = cost.memory_bytes(found, config, fitting[-1], num_processes) / 1e9
@@ -132,7 +132,7 @@ def disk_line(config: Config, found: cost.Cost) -> str:
     sizes = (encoding.shard_bytes(count, shard), cost.checkpoint_bytes(found, config), cost.run_bytes(found, config))
     first, each, run = (_short(size / 1e9) for size in sizes)
     steps = f"{config.training.num_steps:,} steps"
-    return f"disk:     {first} GB latents of {count:,} images; {each} GB a checkpoint, {run} GB the run of {steps}"
+    return f"disk:     {first} GB latents of {count:,} images, {each} GB per checkpoint, {run} GB for {steps}"
 
 
 def _short(value: float) -> str:
@@ -154,12 +154,12 @@ def missing(config: Config) -> dict[str, str]:
 
 
 def _latents_suffice(data: DataConfig) -> bool:
-    """Whether a run trains on latents that are there, for which it needs no images."""
+    """Whether a run trains on existing latents and so needs no images."""
     return data.latents is not None and not data.from_images and (Path(data.latents).expanduser() / MANIFEST).is_file()
 
 
 def _trial(config: Config, accelerator: Accelerator, start: Path | None, accept_changes: bool) -> str:
-    """Train a few steps of the run from ``start``, and say what they took and how long all of them will."""
+    """Train a few steps of the run from ``start``, and say what they took and how long the whole run will take."""
     source, vae, _ = open_source(config, accelerator, start, accept_changes)
     trainer, device = build_trainer(config, accelerator), accelerator.device
     if start is not None:
@@ -182,7 +182,7 @@ def _trial(config: Config, accelerator: Accelerator, start: Path | None, accept_
 
 
 def _peak_of_process() -> int | None:
-    """Return the most bytes that this process held, None on Windows, which does not tell."""
+    """Return the most bytes that this process held, None on Windows, which does not report it."""
     try:
         import resource
     except ImportError:

@@ -30,7 +30,7 @@ def export_pipeline(
     checkpoint: a file in SiT's published layout, or RUN or RUN/checkpoints/step_XXXXXXXX of the trainer.
     vae: name or folder of the autoencoder, None SiT's or the run's; "none" leaves it out (latents only).
     weights: of a run, ``ema_<decay>`` or ``model``, None its first average.
-    num_attention_heads: of a SiT whose width is no preset's.
+    num_attention_heads: of a SiT whose width matches no preset.
     Raises `UserError` for anything that is not such a checkpoint, and for an output that exists.
     """
     source, target = Path(checkpoint), Path(output).resolve()
@@ -38,11 +38,11 @@ def export_pipeline(
         raise UserError(f"output {target} exists; choose another --output or delete it")
     if source.is_dir():
         if num_attention_heads is not None:
-            raise UserError("--num-attention-heads goes with a published SiT file; a run knows its own")
+            raise UserError("--num-attention-heads is only for published SiT files; a run records its number of heads")
         pipe, origin = _from_run(source, vae, weights)
     else:
         if weights is not None:
-            raise UserError(f"--weights = {weights!r} goes with a checkpoint folder of a run; a SiT file holds one set")
+            raise UserError(f"--weights {weights} is only for checkpoints of a run; a SiT file has one set of weights")
         model, origin = load_sit(source, num_attention_heads), source.name
         names = imagenet_names(ImageNetInfo().label_names()) if model.config.num_classes == 1000 else []
         pipe = _assemble(model, SiTScheduler(), vae or VaeConfig().name, dict(enumerate(names)))
@@ -55,7 +55,7 @@ def export_pipeline(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     advice = f"try `vit5gen sample --checkpoint {output} --num-images 8 --seed 0 --output samples.png`"
-    print(f"{output}: {'without an autoencoder it draws latents alone' if pipe.vae is None else advice}")
+    print(f"{output}: {'without an autoencoder it generates latents only' if pipe.vae is None else advice}")
 
 
 def _from_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPipeline, str]:
@@ -63,9 +63,9 @@ def _from_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPi
     run = RunFolder(source)
     folder = newest_valid(run.checkpoints) if run.checkpoints.is_dir() else source
     if folder is None or not (folder / CONFIG).is_file():
-        raise UserError(f"checkpoint {source}: no run and no checkpoint folder; expected RUN or one of RUN/checkpoints")
+        raise UserError(f"{source} is neither a run nor a checkpoint folder; expected RUN or one of RUN/checkpoints")
     if fault := find_damage(folder):
-        raise UserError(f"checkpoint {folder}: {fault}; take another one of the run")
+        raise UserError(f"checkpoint {folder}: {fault}; choose another checkpoint of the run")
     config = load_recorded(folder / CONFIG)
     model = build_model(config)
     averages = [f"ema_{decay}" for decay in config.training.ema_decays]
@@ -90,7 +90,7 @@ def _assemble(
     if autoencoder is not None:
         found, taken = autoencoder.config.latent_channels, model.config.in_channels
         if found != taken:
-            advice = "give the --vae that it was trained with, or 'none'"
-            raise UserError(f"vae {vae!r} has latents of {found} channels, the model takes {taken}; {advice}")
+            advice = "set --vae to the autoencoder that the model was trained with, or to 'none'"
+            raise UserError(f"vae {vae!r} has {found} latent channels, the model takes {taken}; {advice}")
         check_finite(f"vae {vae!r}", autoencoder.state_dict())
     return SiTPipeline(model.eval(), scheduler, autoencoder, id2label=names, attribution=attribution)

@@ -45,22 +45,22 @@ def differences(old: dict[str, Any], config: Config, changeable: Collection[str]
 def _accept(start: Path, fault: str, changes: list[str], accept_changes: bool) -> None:
     """Refuse to resume ``start`` under changed conditions unless the user accepts that."""
     if changes and not accept_changes:
-        advice = "Restore what it had, choose another --output, or add --accept-changes to resume with what is there"
+        advice = "Restore the recorded values, choose another --output, or add --accept-changes to resume with the new"
         raise UserError(f"{start} {fault}: {'; '.join(changes)}. {advice}")
     for change in changes:
         print(f"note: resuming with {change}", flush=True)
 
 
 def check_data(start: Path | None, accept_changes: bool, data: dict[str, Any]) -> None:
-    """Refuse to resume ``start`` with other data, which `latents.identity` tells, unless the user accepts that.
+    """Refuse to resume ``start`` with other data, by `latents.identity`, unless the user accepts that.
 
-    What only one side knows is not compared; a checkpoint of an earlier version has not recorded its data.
+    Only what both sides know is compared; a checkpoint of an earlier version has not recorded its data.
     """
     if start is not None:
         recorded = checkpoint.read_state(start).get("data", {})
         known = [key for key, value in data.items() if value is not None and recorded.get(key) is not None]
         changes = [f"{key} {_change(key, recorded[key], data[key])}" for key in known if recorded[key] != data[key]]
-        _accept(start, "was made by other data", changes, accept_changes)
+        _accept(start, "was made with other data", changes, accept_changes)
 
 
 def _change(key: str, old: Any, new: Any) -> str:
@@ -92,7 +92,7 @@ class RunFolder:
 
         marks: patterns of files by which a run that has begun is known. Bad input that shows before leaves no new
         folder behind. write: False makes nothing, and locks where there is a lock. Raises `UserError` when another
-        process trains in this folder, it holds other files, or cannot be written or locked.
+        process trains in this folder, it has other files, or it cannot be written or locked.
         """
         folder, lock, existed = self.path, self.path / ".lock", self.path.exists()
 
@@ -101,7 +101,8 @@ class RunFolder:
 
         of_a_run = lock.exists() or begun()  # copies often lack hidden files
         if existed and not of_a_run and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--output {folder}: holds other files; choose a new folder or that of an earlier run")
+            advice = "choose a new folder or the folder of an earlier run"
+            raise UserError(f"--output {folder}: contains files that are not a run; {advice}")
         with ExitStack() as stack:
             try:
                 if write:
@@ -109,10 +110,10 @@ class RunFolder:
                 if write or lock.exists():
                     stack.enter_context(locked_file(lock, wait=False))
             except BlockingIOError:
-                advice = "another process trains there; wait for it or choose another folder"
+                advice = "another process is training in this folder; wait for it or choose another folder"
                 raise UserError(f"--output {folder}: {advice}") from None
             except OSError as error:
-                advice = "choose a folder that can be written, on a file system with locks"
+                advice = "choose a writable folder on a file system that supports locks"
                 raise UserError(f"--output {folder}: {error.strerror}; {advice}") from error
             try:
                 yield
@@ -134,14 +135,14 @@ class RunFolder:
             if fault := checkpoint.find_damage(start):
                 raise UserError(f"--resume {start}: {fault}; expected e.g. RUN/checkpoints/step_00000010, undamaged")
         elif checkpoint.steps(self.checkpoints):
-            raise UserError(f"--output {self}: holds a run; choose a new folder, or --resume auto to resume it")
+            raise UserError(f"--output {self}: contains a run; choose a new folder, or --resume auto to resume it")
         recorded = {} if start is None else checkpoint.read_config(start)
         config = settle(config, recorded)
         if start is not None:
-            _accept(start, "was made by another configuration", differences(recorded, config), accept_changes)
+            _accept(start, "was made with another configuration", differences(recorded, config), accept_changes)
             config = as_recorded(config, recorded)
             if (step := checkpoint.read_state(start)["step"]) > last:
-                raise UserError(f"{start} is beyond training.num_steps = {last}; ask for {step} or more")
+                raise UserError(f"{start} is past training.num_steps = {last}; set it to {step} or more")
         values = config.model_dump()
         if values["training"]["checkpoint_every"] is None:
             values["training"]["checkpoint_every"] = max(1, min(10_000, math.ceil(last / 4)))
@@ -150,7 +151,7 @@ class RunFolder:
     def record(self, config: Config, step: int, data: dict[str, Any]) -> None:
         """Write configuration and data of a run that starts from ``step``, now that all of its input has proved to fit.
 
-        What was logged after that step is forgotten: it will be computed again.
+        Log lines after that step are removed: those steps will be computed again.
         """
         try:
             changed = read_json(self.data, "data") != data or bool(differences(read_yaml(self.config), config))
@@ -194,7 +195,7 @@ class RunFolder:
         try:
             return [entry for entry in content["evaluations"] if entry["step"] >= 0]
         except (KeyError, TypeError) as error:
-            raise UserError(f"metrics {self.metrics}: no list of evaluations; restore or remove the file") from error
+            raise UserError(f"metrics {self.metrics}: not a list of evaluations; restore or remove the file") from error
 
     def evaluated(self, step: int) -> bool:
         """Tell whether there is an evaluation of this step."""

@@ -69,7 +69,7 @@ def train_step(
 ) -> Outcome:
     """Make the next step: the gradient of the objectives over the global batch, the optimizer, the averages.
 
-    stop_asked, save_due: whether a signal has come to this process, and whether the main process's clock wants a save.
+    stop_asked, save_due: whether this process received a signal, and whether the main process's clock wants a save.
     """
     settings, section, accelerator = config.training, config.flow, trainer.accelerator
     learner, step = trainer.module, trainer.step
@@ -121,8 +121,8 @@ def train(config: Config, output: str | Path, resume: str, accept_changes: bool 
 
     resume: ``auto`` is the newest valid checkpoint of ``output``, ``never`` demands a new folder, a path names the
     checkpoint. accept_changes: resume although keys differ that change what is computed.
-    Raises `UserError` for input that does not fit, when nothing is written, and for a disk or memory that is full, when
-    the checkpoints stay valid.
+    Raises `UserError` for input that does not fit (nothing is written then), and for a full disk or memory (the
+    checkpoints are then still valid).
     """
     folder = RunFolder(output)
     accelerator = process.make_accelerator(config.training, folder.path)
@@ -137,7 +137,7 @@ def train(config: Config, output: str | Path, resume: str, accept_changes: bool 
         try:
             code = _train(config, folder, accelerator, start, accept_changes)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{error}; checkpoints stay valid: fix it, and the same command resumes") from error
+            raise UserError(f"{error}; checkpoints are still valid: fix this, then {process.RESUME}") from error
         accelerator.end_training()
         return code
 
@@ -168,7 +168,7 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
                 saved_step = trainer.step
             if stop:
                 there = "there" if saved_step == trainer.step else "its newest checkpoint"
-                accelerator.print(f"\nstopped by a signal after step {trainer.step}; the same command resumes {there}")
+                accelerator.print(f"\nstopped by a signal after step {trainer.step}; {process.RESUME} from {there}")
                 return process.STOPPED
             if last:
                 break
@@ -190,11 +190,11 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
             # Give up where nothing is learnt any more.
             if nonfinite_in_a_row == min(settings.max_nonfinite_steps, settings.num_steps):
                 save(folder.nonfinite)
-                what = f"loss or gradient was not finite in {nonfinite_in_a_row} steps in a row, the last one step"
+                what = f"loss or gradient was not finite in {nonfinite_in_a_row} steps in a row, up to step"
                 advice = nonfinite_advice(config, source, vae, trainer.step - 1)
                 accelerator.print(f"\nerror: {what} {trainer.step}; state saved in {folder.nonfinite}; {advice}")
                 return process.NONFINITE
     if saved_step < settings.num_steps:
-        raise UserError(f"{folder.checkpoints}: the last step is not saved; make room, and run it again")
+        raise UserError(f"{folder}: the last step was not saved; free some disk space and run the same command again")
     accelerator.print(f"{folder}: samples.png, loss.png, metrics.json, pipeline/. Try next:\n{monitor.next_command()}")
     return 0

@@ -48,7 +48,7 @@ class Interrupted(Exception):
 class Monitor:
     """Evaluates the first EMA of a run and keeps its log; every process calls it, the main one writes.
 
-    stop_asked: tells whether a signal has come to this process; an evaluation is then given up.
+    stop_asked: returns whether this process has received a signal; an evaluation then ends early.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Monitor:
         self._since = time.perf_counter(), trainer.step
 
     def write(self, outcome: Outcome) -> None:
-        """Add a line on the steps since the last one to the log and the trackers, and show it beside the bar."""
+        """Add a line on the steps since the last one to the log and the trackers, and show it in the bar."""
         trainer, step = self.trainer, self.trainer.step
         (begun, first), self._since = self._since, (time.perf_counter(), step)
         num_images = (step - first) * self.config.training.global_batch_size
@@ -175,7 +175,7 @@ class Monitor:
         """What images are compared with; None where latents are trained on and any process lacks their images."""
         absent = images_beside(self.config.data)[1] if self.config.data.latents is not None else ""
         if reasons := [reason for reason in gather_objects(absent) if reason]:
-            self.accelerator.print(f"\nnote: evaluations have no distance, because there are no images: {reasons[0]}")
+            self.accelerator.print(f"\nnote: evaluations compute no distance because there are no images: {reasons[0]}")
             return None
         return build_reference(self.config, self._extractor)
 
@@ -187,14 +187,14 @@ class Monitor:
 
 
 def floor_note(earlier: list[dict[str, Any]], entry: dict[str, Any]) -> str | None:
-    """Say that the last of the ``earlier`` evaluations that has ``entry``'s distance has another floor beside it."""
+    """Return a note if the last of the ``earlier`` evaluations with ``entry``'s distance has another floor."""
     for name in entry.keys() - {"step"}:
         before = next((old for old in reversed(earlier) if name in old), entry)
         was, now = before[name]["floor"], entry[name]["floor"]
         if was != now and (None in (was, now) or not math.isclose(was, now, rel_tol=1e-3)):
-            changed = "the real images, or the settings of evaluation, have changed"
-            what = f"the floor is {now}, at step {before['step']} it was {was}: {changed}"
-            return f"{name}: {what}; distances before and after do not compare"
+            changed = "the real images or the evaluation settings have changed"
+            what = f"the floor is {now}, but was {was} at step {before['step']}: {changed}"
+            return f"{name}: {what}; distances before and after are not comparable"
     return None
 
 

@@ -22,6 +22,7 @@ from vit5gen.training.objectives import OBJECTIVES
 
 STOPPED = 75  # exit code after SIGTERM or SIGINT: saved, the same command resumes (EX_TEMPFAIL)
 NONFINITE = 70  # exit code after too many non-finite steps in a row (EX_SOFTWARE)
+RESUME = "run the same command again to resume"
 _MOMENT = 5.0  # seconds
 
 
@@ -32,7 +33,7 @@ def make_accelerator(settings: TrainingConfig, output: Path) -> Accelerator:
     policy would round the time and sum gradients in bfloat16.
     """
     for tracker, remedy in missing_packages(settings.trackers).items():
-        raise UserError(f"training.trackers: {tracker} is not installed; `{remedy}`, or leave it out")
+        raise UserError(f"training.trackers: {tracker} is not installed; run `{remedy}`, or omit {tracker}")
     start_processes()
     keep_freed_memory(large=not settings.gradient_checkpointing)
     # A part of an objective need not have a gradient in every step.
@@ -51,17 +52,17 @@ def batch_sizes(settings: TrainingConfig, world_size: int) -> tuple[int, int]:
     total = settings.global_batch_size
     local, rest = divmod(total, world_size)
     if rest:
-        raise UserError(f"training.global_batch_size = {total} is not a multiple of {world_size} processes; choose one")
+        raise UserError(f"training.global_batch_size = {total} must be a multiple of the {world_size} processes")
     micro = settings.micro_batch_size or local
     if local % micro:
-        share = f"the {local} samples of a process (global_batch_size {total} over {world_size} processes)"
-        raise UserError(f"training.micro_batch_size = {micro} does not divide {share}; choose a divisor")
+        share = f"the {local} samples per process (global_batch_size {total} over {world_size} processes)"
+        raise UserError(f"training.micro_batch_size = {micro} must divide {share}")
     return micro, local // micro
 
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether SIGTERM or SIGINT has come; one that comes again later ends the process.
+    """Yield a function that returns whether SIGTERM or SIGINT has come; a later second signal ends the process.
 
     Ctrl-C under a launcher arrives twice within a moment: from the terminal and from the launcher.
     """
@@ -120,9 +121,9 @@ def memory_hint(micro_batch_size: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         smaller = next((size for size in range(micro_batch_size // 2, 0, -1) if micro_batch_size % size == 0), None)
-        advice = "try --training.gradient_checkpointing true, or shard the model: configs/accelerate/fsdp2.yaml"
+        advice = "try --training.gradient_checkpointing true, or shard the model with configs/accelerate/fsdp2.yaml"
         if smaller:
-            advice = f"try --training.micro_batch_size {smaller}, which computes the same with less memory"
+            advice = f"try --training.micro_batch_size {smaller}, which gives the same result with less memory"
         raise UserError(f"out of memory with training.micro_batch_size {micro_batch_size}; {advice}") from error
 
 

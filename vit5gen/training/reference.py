@@ -1,4 +1,4 @@
-"""What generated images are compared with while training: statistics of real images, and the floor beside them."""
+"""What generated images are compared with while training: statistics of real images, and their floor."""
 
 import hashlib
 import json
@@ -72,7 +72,7 @@ def build_reference(config: Config, extractor: Extractor) -> Reference:
             raise UserError(f"data: split {split!r} has {len(held_out)} images; expected at least 2")
     except UserError as error:
         if is_main():
-            print(f"\nnote: no floor beside the distance, because there are no held-out images: {error}", flush=True)
+            print(f"\nnote: the distance has no floor because there are no held-out images: {error}", flush=True)
         return Reference(distance, training.labels[: evaluation.num_images].tolist(), floor=None)
     return Reference(distance, held_out.labels.tolist(), distance.distance(*moments(held_out)))
 

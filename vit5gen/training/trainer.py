@@ -108,7 +108,7 @@ class Trainer:
                 checkpoint.save(folder, self.step, tensors, counters, config)
                 checkpoint.prune(folder, self.step, keep_last, keep_every)
             except (OSError, SafetensorError) as error:
-                print(f"\nwarning: no checkpoint at step {self.step}: {error}; the older ones stay valid", flush=True)
+                print(f"\nwarning: step {self.step} not saved: {error}; older checkpoints are still valid", flush=True)
                 return False
             return True
 
@@ -136,14 +136,14 @@ class Trainer:
         for entry, value in checkpoint.load_tensors(folder, "optimizer").items():
             name, key = entry.split("/")
             if name not in parameters:
-                raise UserError(f"checkpoint {folder}: optimizer has {name!r}, this run has not; resume with the same")
+                raise UserError(f"{folder}: optimizer has {name}, which this run lacks; resume with the same optimizer")
             parameter = parameters[name]
             moments = self.optimizer.optimizer.state.setdefault(parameter, {})
             shaped = value.shape == parameter.shape
             value = value.to(parameter.dtype) if shaped else value  # which may be another one now
             # A copy: the tensors read are windows into the file, which will be deleted.
             moments[key] = (shard_like(value, parameter) if shaped else value.to(parameter.device)).clone()
-        unknown = "" if self.data else ", which does not record its data, so that these cannot be compared with it"
+        unknown = "" if self.data else ", which does not record its data: they are not compared with those of this run"
         self.accelerator.print(f"resuming from {folder}{unknown}")
 
     def _files(self) -> Iterator[tuple[str, Iterable[tuple[str, Tensor]]]]:

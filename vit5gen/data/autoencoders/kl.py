@@ -66,8 +66,8 @@ def missing(name: str) -> dict[str, str]:
     with suppress(HFValidationError):  # of what is no name on the hub either
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return {}
-    fetched = "autoencoder of the Hugging Face hub: the first command fetches it"
-    return {name: f"{fetched}; or a folder, e.g. made by `vit5gen autoencoder`"}
+    fetched = "autoencoder on the Hugging Face hub: will be downloaded on first use"
+    return {name: f"{fetched}; or set a folder, e.g. one made by `vit5gen autoencoder`"}
 
 
 def downsample(vae: AutoencoderKL) -> int:
@@ -103,7 +103,7 @@ def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 
 def scaling(vae: AutoencoderKL) -> tuple[float, float]:
-    """Return scale and shift of the latents, ``(z - shift) * scale``; refuse an autoencoder that tells others."""
+    """Return scale and shift of the latents, ``(z - shift) * scale``; refuse an autoencoder that scales otherwise."""
     config, name = vae.config, vae.config.get("_name_or_path") or type(vae).__name__
     scale, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
     others = [key for key in ("latents_mean", "latents_std") if config.get(key) is not None]
@@ -113,8 +113,8 @@ def scaling(vae: AutoencoderKL) -> tuple[float, float]:
         fault = f"scaling_factor = {scale!r}, shift_factor = {shift!r}"
     else:
         return float(scale), float(shift)
-    wanted = "latents are scaled by finite numbers, scaling_factor (not 0) and shift_factor, alone"
-    raise UserError(f"autoencoder {name!r}: {fault}; expected an AutoencoderKL whose {wanted}: choose another one")
+    wanted = "latents are scaled only by finite numbers, scaling_factor (not 0) and shift_factor"
+    raise UserError(f"autoencoder {name!r}: {fault}; expected an AutoencoderKL whose {wanted}; choose another one")
 
 
 class _Widening(TorchFunctionMode):

@@ -72,7 +72,7 @@ def load_emoji(resolution: int, split: str) -> tuple[torch.Tensor, torch.Tensor]
             with atomic(path) as temporary:
                 save_file(tensors, temporary)
         except (OSError, SafetensorError) as error:
-            advice = "set VIT5GEN_CACHE to a folder that can be written"
+            advice = "set VIT5GEN_CACHE to a writable folder"
             raise UserError(f"cache {path.parent}: {error}; {advice}") from error
     chosen = tensors["test"] == (split == "test")
     return tensors["images"][chosen], tensors["labels"][chosen]

@@ -34,12 +34,12 @@ class FashionMnistSource(Source):
         pixels = torch.from_numpy(_read_idx(root, f"{prefix}-images-idx3-ubyte"))
         labels = torch.from_numpy(_read_idx(root, f"{prefix}-labels-idx1-ubyte").astype(np.int64))
         if len(pixels) != len(labels) or labels.max() >= len(_CLASSES):
-            raise UserError(f"data.path {root}: images and labels do not belong together; fetch the files again")
+            raise UserError(f"data.path {root}: images and labels do not match; download the files again")
         read = partial(_read_grey, pixels, self.data.resolution)
         return ImageSet(_CLASSES, labels, read, partial(digest_pixels, pixels))
 
     def missing(self) -> dict[str, str]:
-        return self.missing_folder("apt install dataset-fashion-mnist, or the four idx files of torchvision's download")
+        return self.missing_folder("apt install dataset-fashion-mnist, or copy the four idx files from torchvision")
 
 
 def _read_idx(root: Path, name: str) -> np.ndarray:
@@ -53,7 +53,7 @@ def _read_idx(root: Path, name: str) -> np.ndarray:
         shape = np.frombuffer(content, ">i4", dimensions, offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
     except (OSError, EOFError, ValueError, IndexError) as error:
-        raise UserError(f"data.path: {path} is not an idx file ({error}); fetch it again") from error
+        raise UserError(f"data.path: {path} is not an idx file ({error}); download it again") from error
 
 
 def _read_grey(pixels: torch.Tensor, resolution: int, index: int) -> torch.Tensor:

@@ -36,7 +36,7 @@ class FolderSource(Source):
         return ImageSet(names, labels, read, partial(digest, root, files), partial(_file_name, files), instead)
 
     def missing(self) -> dict[str, str]:
-        return self.missing_folder("a folder with one folder of images for each class, perhaps below train/ and val/")
+        return self.missing_folder("a folder with one folder of images per class, optionally inside train/ and val/")
 
 
 def imagenet_names(wnids: list[str]) -> list[str]:
@@ -48,7 +48,7 @@ def imagenet_names(wnids: list[str]) -> list[str]:
     if wnids != known:
         missing, extra = sorted(set(known) - set(wnids)), sorted(set(wnids) - set(known))
         found = f"{len(missing)} missing {missing[:3]}, {len(extra)} extra {extra[:3]}"
-        advice = "complete the folders, or name them otherwise for a data set of your own"
+        advice = "complete the folders, or rename them if the data set is your own"
         raise UserError(f"data.path: not the 1000 classes of ImageNet-1k: {found}; {advice}")
     names = [info.index_to_description(index).split(",")[0] for index in range(len(known))]
     # Two names stand for two classes each (crane, maillot): the later one gets its number, so that names identify.
@@ -58,9 +58,9 @@ def imagenet_names(wnids: list[str]) -> list[str]:
 def _split_folder(root: Path, data: DataConfig, split: str) -> Path:
     """Return the folder of a split, or ``root`` where its folders are the classes of the one split that there is.
 
-    A folder with the name of a split is one when all folders beside it are, else a class; under a name of the user's
-    own it is one in any case. Raises `UserError` where the split is absent, or holds folders as splits do while what
-    stands beside it are none.
+    A folder with the name of a split is one when all folders next to it are, else a class; under a name of the user's
+    own it is one in any case. Raises `UserError` where the split is absent, or contains folders as splits do while
+    the folders next to it are not splits.
     """
     inside, asked = root / split, data.rules == 1 or split not in _SPLITS
     folders, _ = folder_names(root)
@@ -70,8 +70,8 @@ def _split_folder(root: Path, data: DataConfig, split: str) -> Path:
     if split in folders:
         classes, images_beside = folder_names(inside)
         if classes and not images_beside:
-            found = f"{split!r} holds folders as a split does, but beside it stand {listed(others)}, which are none"
-            raise UserError(f"data.path {root}: {found}; move those away, or the classes out of the splits")
+            found = f"{split!r} contains folders as a split does, next to folders that are not splits: {listed(others)}"
+            raise UserError(f"data.path {root}: {found}; move these away, or move the classes out of the splits")
     # Images of the whole folder are no second split.
     if split != data.split or (not asked and folders and not others):
         found = f"no folder {split!r} (it has {listed(folders) or 'none'})"

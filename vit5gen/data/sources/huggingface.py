@@ -31,9 +31,9 @@ class HuggingFaceSource(Source):
             table = datasets.load_from_disk(folder) if saved else datasets.load_dataset(data.path, split=split)
         except Exception as error:  # the library raises its own, requests' and pyarrow's errors
             empty = isinstance(error, IndexError)  # of the list of its files
-            detail = "it holds no images" if empty else " ".join(str(error).split())
+            detail = "it has no images" if empty else " ".join(str(error).split())
             fault = f"no data set can be opened: {detail}"
-            raise UserError(f"data.path {data.path}: {fault}; check name and network") from error
+            raise UserError(f"data.path {data.path}: {fault}; check the name and the network") from error
         if isinstance(table, datasets.DatasetDict):
             table = table[choose(f"data.split of {data.path}", split, table)]
         elif saved and split != data.split:
@@ -52,7 +52,7 @@ class HuggingFaceSource(Source):
         return ImageSet(names, torch.tensor(values, dtype=torch.int64), read, digest)
 
     def missing(self) -> dict[str, str]:
-        return self.missing_folder("data set of the Hugging Face hub: the first command fetches it")
+        return self.missing_folder("data set on the Hugging Face hub: will be downloaded on first use")
 
 
 def _undecoded(table: Any, column: str, data: DataConfig) -> Any:

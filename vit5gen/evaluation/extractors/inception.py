@@ -30,7 +30,7 @@ def missing_weights() -> dict[str, str]:
     paths = weights_paths()
     if any(path.is_file() for path in paths):
         return {}
-    return {str(paths[0]): "weights of Inception: the first evaluation fetches them"}
+    return {str(paths[0]): "weights of Inception: will be downloaded on first use"}
 
 
 @register_extractor("inception")

@@ -40,19 +40,19 @@ COLUMNS = ("benchmark", "mode", "ours", "peer", "ratio", "95 % interval", "our m
 
 @patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"})
 def run_benchmarks(output: Path, folders: Mapping[str, Path | None], only: str | None, quick: bool) -> None:
-    """Run all benchmarks or one, print their rows, and write ``output`` (JSON) and a table (.md) beside it.
+    """Run all benchmarks or one, print their rows, and write ``output`` (JSON) and a table (.md) next to it.
 
-    folders: those of `Setting`. What needs one that is not given is left out with a note. Raises `UserError` for bad
+    folders: those of `Setting`. Rows that need one not given are skipped with a note. Raises `UserError` for bad
     input before any work.
     """
     names = NAMES if only is None else (choose("--only", only, NAMES),)
     if output.suffix != ".json":
-        raise UserError(f"--output {output}: expected FILE.json, beside which FILE.md is written")
-    notes = ["a quick run of tiny sizes: its figures mean nothing"] if quick else []
+        raise UserError(f"--output {output}: expected FILE.json; FILE.md is written next to it")
+    notes = ["a quick run with tiny sizes: its figures mean nothing"] if quick else []
     absent = [name for name in names if name in _NEEDS and folders[_NEEDS[name]] is None]
-    notes += [f"{name}: rows that need --{_NEEDS[name]} are left out" for name in absent]
+    notes += [f"{name}: rows that need --{_NEEDS[name]} are skipped" for name in absent]
     if {"train-step", "memory"} & set(names) and "bf16" not in steps.modes():
-        notes.append("this CPU has no instructions for bf16: that mode is left out, and the fastest is fp32")
+        notes.append("this CPU has no bf16 instructions: the mode bf16 is skipped, and the fastest is fp32")
     setting = Setting(QUICK if quick else FULL, **folders, notes=notes)
     keep_freed_memory()  # as training does, for both sides of whatever is timed in this process
     if "evaluation" in names:
@@ -96,7 +96,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _machine() -> dict[str, Any]:
-    """Return what of this machine decides times; nothing that tells which one it is."""
+    """Return what affects times on this machine, and nothing that identifies it."""
     cpu = {"threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
     return {"cpus": os.cpu_count(), **cpu, "commit": commit(), **versions()}
 
@@ -132,7 +132,7 @@ def _write(output: Path, result: dict[str, Any]) -> None:
         write_json(output, result)
         write_text(output.with_suffix(".md"), "\n".join(lines) + "\n")
     except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror}); make room, or choose another path") from error
+        raise UserError(f"{output}: cannot be written ({error.strerror}); free space or choose another path") from error
 
 
 def _head(result: dict[str, Any]) -> list[str]:

@@ -105,7 +105,7 @@ def ratio(pairs: Pairs) -> tuple[float, float, float]:
 
 
 def row(mode: str, ours: str, peer: str, pairs: Pairs, more: dict[str, float] | None = None, unit: str = "s") -> Row:
-    """Return one row of the result; its ratio is above 1 where we need less than the peer. more: what else it tells."""
+    """Return one row of the result; its ratio is above 1 where we need less than the peer. more: further entries."""
     (value, low, high), (our_median, peer_median) = ratio(pairs), np.median(pairs, axis=0).tolist()
     names = {"mode": mode, "ours": ours, "peer": peer}
     figures = {"ratio": value, "low": low, "high": high, "our_median": our_median, "peer_median": peer_median}
@@ -126,7 +126,7 @@ def fresh(function: Callable[..., T], *arguments: Any, count: int = 1) -> T:
         try:
             results = [call.result() for call in calls]
         except BrokenProcessPool as error:
-            raise UserError("a measuring process was killed, perhaps because memory was short; make room") from error
+            raise UserError("a benchmark process was killed, perhaps for lack of memory; free some memory") from error
     return results[0]
 
 

@@ -23,7 +23,7 @@ class PeerError(UserError):
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository on GitHub, and what tells its checkout: files, each with a name that it defines."""
+    """A repository on GitHub, and how to recognise a checkout: files, each with a name that it defines."""
 
     name: str
     files: dict[str, str]
@@ -76,7 +76,7 @@ def running(repository: Repository, folder: Path) -> Iterator[None]:
     except PeerError:
         raise
     except ImportError as error:
-        raise PeerError(f"peer folder {folder}: {error}; install what {repository.name} asks for") from error
+        raise PeerError(f"peer folder {folder}: {error}; install the requirements of {repository.name}") from error
     except (Exception, SystemExit) as error:
         raise PeerError(f"peer folder {folder}: {error!r} in its code; {_advice(repository)}") from error
 
@@ -89,7 +89,7 @@ def check_equal(folder: Path, model: str, difference: float, of_what: str, toler
 
 
 def _advice(repository: Repository) -> str:
-    return f"`git clone https://github.com/{repository.name}` and give that folder"
+    return f"run `git clone https://github.com/{repository.name}` and pass that folder"
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def rows(setting: Setting) -> Iterator[Row]:
     labels = reference.labels[: sizes.drawn_images]
     if len(labels) < FEWEST_IMAGES:
         reason = f"{setting.run} scores {len(labels)} images; expected at least {FEWEST_IMAGES}"
-        setting.note(f"sampling: left out, for {reason}")
+        setting.note(f"sampling: skipped because {reason}")
         return
 
     def job(sampler: str, steps: int, count: int) -> SamplingJob:

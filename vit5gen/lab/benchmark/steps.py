@@ -164,7 +164,7 @@ def on_gpu(setting: Setting) -> Iterator[Row]:
     sizes = setting.sizes
     if sizes == FULL:
         if not torch.cuda.is_available():
-            setting.note("gpu: left out, for none is here")
+            setting.note("gpu: skipped because there is no GPU")
             return
         sizes = replace(sizes, preset="XL/2", batch=32)  # of one of the eight GPUs that share the published 256
     try:
@@ -188,7 +188,7 @@ def _with_gpu(compare: Callable[..., Row], *arguments: Any) -> Row:
     except (torch.OutOfMemoryError, UserError) as error:
         if not isinstance(error.__cause__ or error, torch.OutOfMemoryError):
             raise
-        needed = "the published XL/2 and ours train beside each other in about 70 GB"
+        needed = "training the published XL/2 and ours side by side takes about 70 GB"
         raise SmallGpuError(f"gpu: out of memory; {needed}") from error
 
 
@@ -221,14 +221,14 @@ def _utilisation(config: Config, pairs: Pairs) -> dict[str, float]:
 
 
 def memory(setting: Setting) -> Iterator[Row]:
-    """Compare what training takes beyond the imports of its code; the absolute peaks stand beside it.
+    """Compare what training takes beyond the imports of its code; the absolute peaks are listed too.
 
     Raises `PeerError` where ``setting.sit`` is no checkout of the peer.
     """
     if setting.sit is None:
         return
     if sys.platform != "linux":
-        setting.note("memory: left out, for peaks are read from Linux's /proc")
+        setting.note("memory: skipped because peaks are read from Linux's /proc")
         return
     sit, sizes, precisions = setting.sit, setting.sizes, modes()
 
@@ -300,7 +300,7 @@ def _work(config: Config) -> float:
 
 
 def _processes(config: Config, sizes: Sizes) -> Row:
-    """Compare two processes with one, each with one thread, on the same global batch; in turn, afresh."""
+    """Compare two processes with one, each with one thread, on the same global batch; in turn, always new ones."""
     runs = range(sizes.fresh_repetitions)
     pairs = [(fresh(_step_time, config, sizes, count=2), fresh(_step_time, config, sizes)) for _ in runs]
     sent = communication_bytes(run_cost(config), config, accumulation=1, num_processes=2)

@@ -42,13 +42,13 @@ class Run:
 def read_study(path: str | Path) -> tuple[StudyConfig, list[Run]]:
     """Read a study and check every run of it; seeds turn slowest, so that an unfinished study has whole replications.
 
-    Raises `UserError` for a key that does not exist, a value that does not fit, or a baseline that is no level.
+    Raises `UserError` for a key that does not exist, a value that does not fit, or a baseline that is not a level.
     """
     study = validate(StudyConfig, read_yaml(path), f"study {path}")
     if not study.grid or not all(study.grid.values()):
         raise UserError(f"study {path}: grid needs an axis, and every axis a level; add them")
     if len(set(study.seeds)) < len(study.seeds):
-        raise UserError(f"study {path}: seeds {study.seeds} name a seed twice; list each once")
+        raise UserError(f"study {path}: seeds {study.seeds} list a seed twice; list each once")
     for axis, level in study.baseline.items():
         choose(f"study {path}: baseline {axis}", level, study.grid[choose(f"study {path}: axis", axis, study.grid)])
     names = [", ".join(levels) for levels in itertools.product(*study.grid.values())]
@@ -56,7 +56,7 @@ def read_study(path: str | Path) -> tuple[StudyConfig, list[Run]]:
         raise UserError(f"study {path}: two cells are called {min(twice)!r}; rename a level")
     cells = {levels: _config(path, study, levels) for levels in itertools.product(*study.grid.values())}
     if len(extractors := {config.evaluation.extractor for config in cells.values()}) > 1:
-        raise UserError(f"study {path}: evaluation.extractor is {' and '.join(sorted(extractors))}; compare by one")
+        raise UserError(f"study {path}: evaluation.extractor is {' and '.join(sorted(extractors))}; use one for all")
     return study, [
         Run(dict(zip(study.grid, levels, strict=True)), seed, _seeded(config, seed))
         for seed in study.seeds
@@ -67,15 +67,15 @@ def read_study(path: str | Path) -> tuple[StudyConfig, list[Run]]:
 def _config(path: str | Path, study: StudyConfig, levels: tuple[str, ...]) -> Config:
     overrides, where = dict(study.overrides), f"study {path}: grid {' / '.join(levels)}"
     if bad := [level for level in levels if not level.isprintable() or set(level) & set("/|") or level[:1] in "."]:
-        advice = "leave out '/', '|', a leading dot"
-        raise UserError(f"{where}: level {bad[0]!r} names folders and rows of tables; {advice}")
+        advice = "avoid '/', '|', a leading dot and unprintable characters"
+        raise UserError(f"{where}: level {bad[0]!r} cannot be the name of a folder and a table row; {advice}")
     for axis, level in zip(study.grid, levels, strict=True):
         for key, value in study.grid[axis][level].items():
             if key in overrides.keys() - study.overrides.keys():
                 raise UserError(f"{where}: {key} is set by two axes; set it in one")
             overrides[key] = value
     if "training.seed" in overrides:
-        raise UserError(f"{where}: sets training.seed; expected under seeds of the study, move it there")
+        raise UserError(f"{where}: sets training.seed; move it to the seeds of the study")
     try:
         config = load_config(find_config(path).parent / study.base, overrides)
         check_values(config)
@@ -124,7 +124,7 @@ class Row(Section):
 def read_rows(file: Path, runs: list[Run]) -> dict[str, Row]:
     """Return the rows by the name of their run, those of no run of this study among them.
 
-    Raises `UserError` for a row that is broken, stands twice, or was made by other settings.
+    Raises `UserError` for a row that is broken, stands twice, or was made with other settings.
     """
     by_name, rows = {run.name: run for run in runs}, {}
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
@@ -137,12 +137,12 @@ def read_rows(file: Path, runs: list[Run]) -> dict[str, Row]:
             advice = "restore it, or delete the line to do the run again"
             raise UserError(f"{where}: unreadable row ({reason}); {advice}") from None
         if row.run in rows:
-            raise UserError(f"{where}: a second row of {row.run!r}; delete one")
+            raise UserError(f"{where}: a second row of {row.run!r}; delete one of them")
         if row.run not in by_name:
-            print(f"note: {where}: {row.run!r} is no run of this study; left out", flush=True)
+            print(f"note: {where}: {row.run!r} is not a run of this study; ignored", flush=True)
         elif changes := _changes(row, by_name[row.run]):
-            advice = "restore them, or choose another --output"
-            raise UserError(f"{where}: {row.run!r} was made by other settings: {'; '.join(changes)}; {advice}")
+            advice = "restore the settings, or choose another --output"
+            raise UserError(f"{where}: {row.run!r} was made with other settings: {'; '.join(changes)}; {advice}")
         rows[row.run] = row
     return rows
 

@@ -27,7 +27,7 @@ from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.dry_run import run_cost
 from vit5gen.training.folder import CHANGEABLE, RunFolder, differences
 from vit5gen.training.loop import train
-from vit5gen.training.process import NONFINITE, STOPPED
+from vit5gen.training.process import NONFINITE, RESUME, STOPPED
 from vit5gen.training.reference import Reference, build_reference
 
 NUM_HELD_OUT = 2048  # images of the held-out loss, where there are as many
@@ -42,7 +42,7 @@ def run_study(path: str | Path, output: str | Path) -> int:
 
     Each run is a folder ``output/runs/NAME``; an interrupted one is resumed. A row is written once its run is measured,
     and never changed. A run that diverges has no row; the others continue. Raises `UserError` for a study or data that
-    do not fit, a row that cannot be read or was made by other settings, or another process at work in ``output``.
+    do not fit, a row that cannot be read or was made with other settings, or another process at work in ``output``.
     """
     study, runs = read_study(path)
     output = Path(output)
@@ -50,7 +50,7 @@ def run_study(path: str | Path, output: str | Path) -> int:
         try:
             return _run_study(study, runs, output)
         except OSError as error:
-            raise UserError(f"{error}; the rows so far are kept: fix it, and the same command resumes") from error
+            raise UserError(f"{error}; the rows so far are kept: fix this, then {RESUME}") from error
 
 
 def _run_study(study: StudyConfig, runs: list[Run], output: Path) -> int:
@@ -85,7 +85,7 @@ def _run_study(study: StudyConfig, runs: list[Run], output: Path) -> int:
         lines = [json.dumps(row.model_dump(mode="json")) + "\n" for row in rows.values()]
         write_text(output / "rows.jsonl", "".join(lines))
         report()
-    print(f"{output}: rows.jsonl, table.md and, where there is a baseline, differences.png of {report()} runs")
+    print(f"{output}: rows.jsonl, table.md and, if there is a baseline, differences.png of {report()} runs")
     return failed
 
 
@@ -111,7 +111,7 @@ def _train(run: Run, folder: Path) -> int:
     config = run.config.model_copy(update={"evaluation": run.config.evaluation.model_copy(update=few)})
     begun = RunFolder(folder).config
     if begun.exists() and (changes := differences(read_yaml(begun), config, CHANGEABLE - {"training.num_steps"})):
-        raise UserError(f"{folder} was begun with other settings: {'; '.join(changes)}; delete that folder")
+        raise UserError(f"{folder} was started with other settings: {'; '.join(changes)}; delete that folder")
     return train(config, folder, "auto")
 
 

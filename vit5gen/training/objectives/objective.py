@@ -18,7 +18,7 @@ from vit5gen.system.errors import UserError
 class Batch:
     """A micro-batch with its random numbers; the loop draws t, before which the last three are empty.
 
-    x1: latents (B, C, h, w) of the data.  x0: noise, alike.  labels (B,) int64, already null where dropped.
+    x1: latents (B, C, h, w) of the data.  x0: noise like x1.  labels (B,) int64, already null where dropped.
     image (B, 3, H, W) uint8, where an objective needs it.  uniform (B,) and position (B,): what t is drawn from; first:
     the first position, in the global batch.
     t (B,): time in [0, 1].  x_t: the point at t between x0 and x1, which the model has seen; velocity: dx_t/dt there.
@@ -40,10 +40,11 @@ class Objective(nn.Module):
     """Base of objectives: ``forward(prediction, hidden, batch, step)`` returns the loss of every sample (B,).
 
     prediction (B, C, h, w) is the model's; hidden holds ``{k: state (B, N, D) after k blocks}`` for k in ``taps``,
-    which the constructor sets; step is 0-based. Its parameters are optimised, averaged, checkpointed and resumed beside
-    the model's, and no part of the pipeline. Options are the keyword-only arguments of the constructor.
-    needs_image: the batch is to hold the image, for which the run needs ``data.from_images``.  trains_all: every step
-    gives each parameter, the model's too, a gradient, so that processes need not look for those without.
+    which the constructor sets; step is 0-based. Its parameters are optimised, averaged, checkpointed and resumed with
+    the model's, but are not part of the pipeline. Options are the keyword-only arguments of the constructor.
+    needs_image: whether the batch must hold the image, for which the run needs ``data.from_images``.
+    trains_all: whether every step gives each parameter, the model's too, a gradient, so that processes need not look
+    for those without.
     """
 
     needs_image: ClassVar[bool] = False
@@ -51,7 +52,7 @@ class Objective(nn.Module):
     taps: tuple[int, ...] = ()
 
     def __init__(self, model: SiTTransformer2DModel, flow: Flow) -> None:
-        """Take the model that is trained and its flow, and keep neither among the parameters."""
+        """Take the model to train and its flow, and keep neither among the parameters."""
         super().__init__()
 
     @staticmethod
@@ -71,11 +72,11 @@ def _check_objective(name: str, given: Mapping[str, Any]) -> tuple[float, dict[s
     """
     where = f"training.objectives.{name}"
     if "." in name or hasattr(nn.ModuleDict, name):
-        raise UserError(f"{where}: no name that a module can have; choose another one")
+        raise UserError(f"{where}: {name!r} is not a valid module name; choose another name")
     options = dict(given)
     weight = options.pop("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= 1e6:
-        raise UserError(f"{where}.weight = {weight!r}; expected a number above 0, at most 1e6, or leave it out")
+        raise UserError(f"{where}.weight = {weight!r}; expected a number above 0 and at most 1e6, or omit weight")
     return float(weight), OBJECTIVES.check(name, options, where)
 
 
@@ -85,7 +86,7 @@ def build_objectives(
     """Return weights, objectives and the taps that each asks for, by name, as ``training.objectives`` lists them.
 
     Parameters start from ``training.seed``, in the model's type. Raises `UserError` for an unknown name, options that
-    do not fit, or a tap that the model has not.
+    do not fit, or a tap that the model lacks.
     """
     checked = {name: _check_objective(name, given) for name, given in training.objectives.items()}
     with torch.random.fork_rng(devices=[]):
@@ -94,7 +95,7 @@ def build_objectives(
     for name, objective in objectives.items():
         objective.to(next(model.parameters()).dtype)
         if beyond := [k for k in objective.taps if not 1 <= k <= model.config.num_layers]:
-            found = f"tap {beyond[0]} is no block; expected 1 to {model.config.num_layers}"
+            found = f"tap {beyond[0]} does not exist; expected 1 to {model.config.num_layers}"
             raise UserError(f"training.objectives.{name}: {found}")
     weights = {name: weight for name, (weight, _) in checked.items()}
     return weights, nn.ModuleDict(objectives), {name: tuple(one.taps) for name, one in objectives.items()}
