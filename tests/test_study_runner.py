@@ -107,7 +107,7 @@ def test_rows_that_do_not_fit_are_named(done: Path, tmp_path: Path, mangle: Any,
 def test_a_stop_keeps_rows_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, train = write_study(tmp_path), runner.train
     codes = iter([0, STOPPED])
-    monkeypatch.setattr(runner, "train", lambda *args: train(*args) or next(codes))
+    monkeypatch.setattr(runner, "train", lambda *args, **options: train(*args, **options) or next(codes))
     assert study(path, tmp_path / "out") == STOPPED
     first = rows(tmp_path)
     assert [row["run"] for row in first] == ["vit5, seed 0"]
@@ -121,7 +121,9 @@ def test_a_run_that_diverges_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, train = write_study(tmp_path), runner.train
-    monkeypatch.setattr(runner, "train", lambda *args: 70 if "sit, seed 0" in args[1].name else train(*args))
+    monkeypatch.setattr(
+        runner, "train", lambda *args, **kw: 70 if "sit, seed 0" in args[1].name else train(*args, **kw)
+    )
     assert study(path, tmp_path / "out") == 70
     assert [row["run"] for row in rows(tmp_path)] == ["vit5, seed 0", "vit5, seed 1", "sit, seed 1"]
     assert "run sit, seed 0 ended with exit code 70" in capsys.readouterr().out

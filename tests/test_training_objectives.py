@@ -16,6 +16,8 @@ from vit5gen.flow import Flow
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.system.errors import UserError
 from vit5gen.training import register_objective
+from vit5gen.training.cost import checkpoint_bytes
+from vit5gen.training.dry_run import describe, run_cost
 from vit5gen.training.objectives import OBJECTIVES, Batch, Objective
 from vit5gen.training.random import sample_draws
 
@@ -157,3 +159,14 @@ def test_an_objective_follows_the_models_type_and_its_leaving_is_told(config_fil
     assert {value.dtype for value in saved.values()} == {torch.float64}
     with pytest.raises(UserError, match="which this run lacks; resume with the same optimizer"):
         run(config_file, tmp_path / "run", accept=True, training__num_steps=3, training__precision="fp64")
+
+
+def test_the_dry_run_counts_the_parameters_of_objectives(config_file: Path) -> None:
+    plain, both = (load_config(config_file, {"training.objectives": chosen}) for chosen in ({"flow": {}}, BOTH))
+    width, one, two = plain.model.hidden_size, run_cost(plain), run_cost(both)
+    assert width is not None
+    assert (one.beside, two.beside) == (0, width * width + width)
+    assert (
+        checkpoint_bytes(two, both) - checkpoint_bytes(one, plain) == 5 * 4 * two.beside
+    )  # weights, 2 averages, 2 moments
+    assert f"{one.parameters:,} parameters, {two.beside:,} more in objectives" in describe(both)[0]

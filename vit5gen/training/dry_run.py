@@ -3,6 +3,7 @@
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,11 +20,11 @@ from vit5gen.evaluation.features import EXTRACTORS
 from vit5gen.models.backbone import BACKBONES
 from vit5gen.system.distributed import on_main
 from vit5gen.training import cost
-from vit5gen.training.build import build_model, check_values, settle
+from vit5gen.training.build import build_flow, build_model, check_values, settle
 from vit5gen.training.data import micro_batches, open_source
 from vit5gen.training.folder import RunFolder
 from vit5gen.training.loop import build_trainer, train_step
-from vit5gen.training.objectives import OBJECTIVES
+from vit5gen.training.objectives import OBJECTIVES, build_objectives
 from vit5gen.training.process import batch_sizes, make_accelerator
 
 TRIAL_STEPS = 3
@@ -80,7 +81,9 @@ def run_cost(config: Config) -> cost.Cost:
     """Build the model on the meta device and return its cost; raise `UserError` when its sizes do not fit."""
     with torch.device("meta"):
         model = build_model(config)
-    return cost.model_cost(model, config.training.precision, config.training.gradient_checkpointing)
+        _, objectives, _ = build_objectives(config.training, model, build_flow(config))
+    found = cost.model_cost(model, config.training.precision, config.training.gradient_checkpointing)
+    return replace(found, beside=sum(parameter.numel() for parameter in objectives.parameters()))
 
 
 def describe(config: Config, num_processes: int = 1) -> list[str]:
@@ -89,9 +92,10 @@ def describe(config: Config, num_processes: int = 1) -> list[str]:
     unit = settings.micro_batch_size or 1
     processes = sorted({num_processes} | {n for n in (1, 8) if settings.global_batch_size % (n * unit) == 0})
     size = section.preset or f"{section.num_layers}x{section.hidden_size}"
+    beside = f", {found.beside:,} more in objectives" if found.beside else ""
     forward, backward = _short(found.forward_flops / 1e9), _short(found.backward_flops / 1e9)
     return [
-        f"model:    {section.backbone} {size}, {found.parameters:,} parameters, {found.tokens} tokens",
+        f"model:    {section.backbone} {size}, {found.parameters:,} parameters{beside}, {found.tokens} tokens",
         f"FLOPs:    {forward} G forward, {backward} G backward, per image",
         *(memory_line(config, found, n) for n in processes),
         time_line(config, found),

@@ -113,7 +113,7 @@ def train_step(
     return outcome
 
 
-def train(config: Config, output: str | Path, resume: str, accept_changes: bool = False) -> int:
+def train(config: Config, output: str | Path, resume: str, accept_changes: bool) -> int:
     """Train to ``training.num_steps`` in the folder ``output`` and return the exit code.
 
     A run is a function of its configuration: every draw depends on (seed, step, position in the global batch) alone,

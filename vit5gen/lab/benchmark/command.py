@@ -22,6 +22,7 @@ from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import check_writable, sha256, write_json, write_text
 from vit5gen.training import cost
 from vit5gen.training.dry_run import run_cost
+from vit5gen.training.folder import RunFolder
 
 BENCHMARKS = {
     "train-step": steps.on_cpu,
@@ -85,7 +86,7 @@ def _check(setting: Setting) -> dict[str, dict[str, str]]:
     if setting.run is not None:
         if load_pipeline(setting.run).vae is None:
             raise UserError(f"--run {setting.run}: its pipeline has no autoencoder; expected a trained run")
-        config = load_recorded(setting.run / "config.yaml")
+        config = load_recorded(RunFolder(setting.run).config)
         open_images(config.data)
         load_extractor(config.evaluation.extractor)
     return found

@@ -13,6 +13,7 @@ from vit5gen.evaluation.statistics import Grouped
 from vit5gen.generation.loading import load_pipeline
 from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.lab.benchmark.engine import Row, Setting, race, row
+from vit5gen.training.folder import RunFolder
 from vit5gen.training.reference import build_reference
 
 PUBLISHED = ("sde-euler", "ode-euler")
@@ -47,7 +48,7 @@ def rows(setting: Setting) -> Iterator[Row]:
     """Compare network evaluations and time of the first candidate that is `no_worse` than 250 published steps."""
     if setting.run is None:
         return
-    sizes, config, pipe = setting.sizes, load_recorded(setting.run / "config.yaml"), load_pipeline(setting.run)
+    sizes, config, pipe = setting.sizes, load_recorded(RunFolder(setting.run).config), load_pipeline(setting.run)
     extractor = load_extractor(config.evaluation.extractor)
     reference = build_reference(config, extractor)
     labels = reference.labels[: sizes.drawn_images]

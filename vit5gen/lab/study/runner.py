@@ -112,7 +112,7 @@ def _train(run: Run, folder: Path) -> int:
     begun = RunFolder(folder).config
     if begun.exists() and (changes := differences(read_yaml(begun), config, CHANGEABLE - {"training.num_steps"})):
         raise UserError(f"{folder} was started with other settings: {'; '.join(changes)}; delete that folder")
-    return train(config, folder, "auto")
+    return train(config, folder, "auto", accept_changes=False)
 
 
 def _row(run: Run, folder: Path, references: References, revision: str) -> Row:
