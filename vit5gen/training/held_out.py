@@ -1,0 +1,82 @@
+"""The loss on held-out images: the same images, noise and times at every step and in every run."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from vit5gen.config import Config
+from vit5gen.data.autoencoders.kl import decode, encode, psnr, to_uint8
+from vit5gen.data.images import ImageSet, open_held_out, readable
+from vit5gen.flow import Flow, draw_timesteps
+from vit5gen.generation.pipeline import SiTPipeline
+from vit5gen.system.distributed import rank_and_world, sum_over_processes
+
+NUM_HELD_OUT = 2048  # images of the held-out loss, where there are as many
+_NUM_DECODED = 256  # images that tell what the autoencoder keeps
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """``images`` with noise and times, and the latents of this process's share.
+
+    parts: of consecutive images their indices (B,), x1 and x0 (B, C, h, w), t (B,) and labels (B,), on the CPU.
+    """
+
+    images: ImageSet
+    parts: list[tuple[Tensor, ...]]
+
+    @classmethod
+    @torch.inference_mode()
+    def of(
+        cls, images: ImageSet, config: Config, flow: Flow, vae: AutoencoderKL, count: int = NUM_HELD_OUT
+    ) -> "HeldOut":
+        """Choose ``count`` of the images and encode them, shared over the processes.
+
+        Noise and order come from ``evaluation.seed``; one t lies in each of ``count`` equal parts of the time interval.
+        """
+        generator = torch.Generator().manual_seed(config.evaluation.seed)
+        chosen = readable(images.select(torch.randperm(len(images), generator=generator)[:count]), config.data)
+        order = torch.randperm(len(chosen), generator=generator)
+        t = draw_timesteps(flow, torch.full((len(chosen),), 0.5), stratum=(order, len(chosen)))
+        (rank, world), parts = rank_and_world(), []
+        for number, part in enumerate(torch.arange(len(chosen)).split(config.evaluation.batch_size)):
+            x0 = torch.randn(len(part), *config.latent_shape, generator=generator)
+            if number % world == rank:
+                x1, _ = encode(vae, _stack(chosen, part).to(vae.device))
+                parts.append((part, x1.cpu(), x0, t[part], chosen.labels[part]))
+        return cls(chosen, parts)
+
+    @torch.inference_mode()
+    def loss(self, pipe: SiTPipeline) -> float:
+        """Return the mean loss of a pipeline's network; all processes take part."""
+        total, network = torch.zeros((), dtype=torch.float64), pipe.transformer
+        for _, *values in self.parts:
+            x1, x0, t, labels = (value.to(pipe.device) for value in values)
+            x1, x0 = x1.to(network.dtype), x0.to(network.dtype)
+            total += pipe.flow.loss(partial(network, class_labels=labels), x1, x0, t).sum().item()
+        return sum_over_processes(total).item() / len(self.images)
+
+    @torch.inference_mode()
+    def psnr(self, vae: AutoencoderKL) -> float:
+        """Return the mean PSNR in dB of some of the images and what the autoencoder makes of their latents."""
+        total = torch.zeros(2, dtype=torch.float64)
+        for part, x1, *_ in self.parts:
+            if part[0] < _NUM_DECODED:
+                found = psnr(_stack(self.images, part), to_uint8(decode(vae, x1.to(vae.device))).cpu())
+                total += torch.stack([found.sum(), found.new_tensor(len(found))])
+        gain, number = sum_over_processes(total).tolist()
+        return gain / number
+
+
+def held_out_loss(pipe: SiTPipeline, config: Config, count: int = NUM_HELD_OUT) -> float:
+    """Return the mean loss of a pipeline's network, in fp32, on the same ``count`` held-out images for every run."""
+    names = [pipe.class_name(i) for i in range(config.data.num_classes)]
+    images = open_held_out(config.data, config.evaluation.held_out_split, names)
+    return HeldOut.of(images, config, pipe.flow, pipe.vae, count).loss(pipe)
+
+
+def _stack(images: ImageSet, indices: Tensor) -> Tensor:
+    return torch.stack([images.read(int(i)) for i in indices])
