@@ -9,13 +9,16 @@ from torch import Tensor
 
 from vit5gen.config import Config
 from vit5gen.data.autoencoders.kl import decode, encode, psnr, to_uint8
-from vit5gen.data.images import ImageSet, open_held_out, readable
+from vit5gen.data.images import BrokenImage, ImageSet, open_held_out, readable
 from vit5gen.flow import Flow, draw_timesteps
 from vit5gen.generation.pipeline import SiTPipeline
-from vit5gen.system.distributed import rank_and_world, sum_over_processes
+from vit5gen.generation.scheduler import SiTScheduler
+from vit5gen.system.distributed import gather_objects, processes, rank_and_world, sum_over_processes
+from vit5gen.system.errors import UserError
 
 NUM_HELD_OUT = 2048  # images of the held-out loss, where there are as many
 _NUM_DECODED = 256  # images that tell what the autoencoder keeps
+_POOR = 20  # dB of an autoencoder below which every picture is blurred
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,13 @@ class HeldOut:
         """Choose ``count`` of the images and encode them, shared over the processes.
 
         Noise and order come from ``evaluation.seed``; one t lies in each of ``count`` equal parts of the time interval.
+        Raises `UserError` for fewer than 2 images, or a broken one.
         """
         generator = torch.Generator().manual_seed(config.evaluation.seed)
         chosen = readable(images.select(torch.randperm(len(images), generator=generator)[:count]), config.data)
+        if len(chosen) < 2:
+            split = config.evaluation.held_out_split
+            raise UserError(f"data: split {split!r} has {len(chosen)} images; expected at least 2")
         order = torch.randperm(len(chosen), generator=generator)
         t = draw_timesteps(flow, torch.full((len(chosen),), 0.5), stratum=(order, len(chosen)))
         (rank, world), parts = rank_and_world(), []
@@ -69,6 +76,31 @@ class HeldOut:
                 total += torch.stack([found.sum(), found.new_tensor(len(found))])
         gain, number = sum_over_processes(total).tolist()
         return gain / number
+
+
+def find_held_out(config: Config, vae: AutoencoderKL, class_names: list[str]) -> HeldOut | None:
+    """Encode a run's held-out images, and say what the autoencoder keeps of them.
+
+    Returns None, having said why, where a process has none or one is broken. All processes take part.
+    """
+    found, fault = None, ""
+    flow = SiTScheduler(config.flow.path, config.flow.prediction).flow
+    try:
+        images = open_held_out(config.data, config.evaluation.held_out_split, class_names)
+        found = HeldOut.of(images, config, flow, vae)
+    except BrokenImage as error:
+        fault = f"no held-out loss, because a held-out image is broken: {error}"
+    except UserError as error:
+        fault = f"no held-out loss and no floor beside the distance, because there are no held-out images: {error}"
+    if faults := [fault for fault in gather_objects(fault) if fault]:
+        processes().print(f"\nnote: {faults[0]}")
+    if found is None or faults:
+        return None
+    quality = found.psnr(vae)
+    advice = f"; below {_POOR} dB: train one on your pictures (vit5gen autoencoder)" if quality < _POOR else ""
+    told = f"the autoencoder gives {quality:.1f} dB on held-out pictures, which bounds the model"
+    processes().print(f"\n{'warning' if advice else 'note'}: {told}{advice}")
+    return found
 
 
 def held_out_loss(pipe: SiTPipeline, config: Config, count: int = NUM_HELD_OUT) -> float:

@@ -1,5 +1,6 @@
 """What generated images are compared with while training: statistics of real images, and the floor beside them."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from vit5gen.config import Config
 from vit5gen.data.images import ImageSet, open_held_out, open_images, readable
 from vit5gen.evaluation import Extractor, FeatureStatistics, FrechetReference, frechet_of
-from vit5gen.system.distributed import is_main, rank_and_world
+from vit5gen.system.distributed import rank_and_world
 from vit5gen.system.errors import UserError
 
 
@@ -44,14 +45,11 @@ def build_reference(config: Config, extractor: Extractor) -> Reference:
 
     training = choose(open_images(config.data), evaluation.num_reference)
     distance = FrechetReference.of(statistics(training))
-    try:
+    held_out = None
+    with suppress(UserError):  # the monitor tells it
         split = evaluation.held_out_split
         held_out = choose(open_held_out(config.data, split, training.class_names), evaluation.num_images)
-        if len(held_out) < 2:
-            raise UserError(f"data: split {split!r} has {len(held_out)} images; expected at least 2")
-    except UserError as error:
-        if is_main():
-            print(f"\nnote: no floor beside the distance, because there are no held-out images: {error}", flush=True)
+    if held_out is None or len(held_out) < 2:
         return Reference(distance, training.labels[: evaluation.num_images].tolist(), floor=None)
     real = statistics(held_out)
     return Reference(distance, held_out.labels.tolist(), distance.distance(real.mean, real.covariance))
