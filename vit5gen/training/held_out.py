@@ -97,9 +97,9 @@ def find_held_out(config: Config, vae: AutoencoderKL, class_names: list[str]) ->
     if found is None or faults:
         return None
     quality = found.psnr(vae)
-    advice = f"; below {_POOR} dB: train one on your pictures (vit5gen autoencoder)" if quality < _POOR else ""
+    poor = f"; warning: below {_POOR} dB every picture is blurred: train one on yours (vit5gen autoencoder)"
     told = f"the autoencoder gives {quality:.1f} dB on held-out pictures, which bounds the model"
-    processes().print(f"\n{'warning' if advice else 'note'}: {told}{advice}")
+    processes().print(f"\nnote: {told}{poor if quality < _POOR else ''}")
     return found
 
 
