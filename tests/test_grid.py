@@ -72,7 +72,7 @@ def test_real_pictures_begin_a_row_below_the_caption(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["smileys", "naïve café", "Ελληνικά", "Кириллица", "العربية", "😀"])
 def test_titles_of_many_scripts_are_shown(name: str) -> None:
-    text, font = write_as(name, 3, 20)
+    text, font = write_as(name, "3", 20)
     assert text == name
     absent = np.asarray(font.getmask("\ufffe"))
     for letter in set(name):
@@ -82,10 +82,10 @@ def test_titles_of_many_scripts_are_shown(name: str) -> None:
 def test_a_script_that_no_font_shows_gives_way_to_the_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fonts, "_system_fonts", lambda characters: [])
     for name in ("日本語", "mixed 花", "two\nlines"):
-        assert write_as(name, 3, 20)[0] == "3"
+        assert write_as(name, "3", 20)[0] == "3"
     monkeypatch.setattr("PIL.features.check", lambda feature: False)
-    assert write_as("العربية", 3, 20)[0] == "3", "its letters would stand apart and in reverse"
-    assert write_as("Ελληνικά", 3, 20)[0] == "Ελληνικά"
+    assert write_as("العربية", "3", 20)[0] == "3", "its letters would stand apart and in reverse"
+    assert write_as("Ελληνικά", "3", 20)[0] == "Ελληνικά"
 
 
 def test_a_font_of_the_system_serves_where_the_own_lacks_letters(
@@ -96,5 +96,5 @@ def test_a_font_of_the_system_serves_where_the_own_lacks_letters(
     other = str(Path(own).with_name("DejaVuSansMono.ttf"))
     monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: [other, str(tmp_path / "broken.ttf")])
     monkeypatch.setattr(fonts, "_characters", lambda path: frozenset() if path == own else known(path))
-    text, font = write_as("abc", 3, 20)
+    text, font = write_as("abc", "3", 20)
     assert (text, font.path) == ("abc", other)

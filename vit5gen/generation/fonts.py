@@ -14,8 +14,8 @@ def plain_font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(_dejavu(), size)
 
 
-def write_as(text: str, number: int, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
-    """Return ``text`` and the first font here that has all of its characters; where none has, ``number`` instead."""
+def write_as(text: str, instead: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """Return ``text`` and the first font here that has all of its characters; where none has, ``instead``."""
     characters = frozenset(map(ord, text))
     # Only raqm joins letters, orders them from right to left, and sets marks on others.
     plain = all(unicodedata.bidirectional(c) not in ("R", "AL") and unicodedata.category(c) != "Mn" for c in text)
@@ -25,7 +25,7 @@ def write_as(text: str, number: int, size: int) -> tuple[str, ImageFont.FreeType
                 return text, ImageFont.truetype(path, size)
             except OSError:  # pictures of a fixed size, such as colour emoji
                 continue
-    return str(number), plain_font(size)
+    return instead, plain_font(size)
 
 
 def _dejavu() -> str:

@@ -15,7 +15,7 @@ from vit5gen.system.files import atomic
 GAP = 4
 _TILE = 96  # smaller images are enlarged (nearest neighbour, whole factors) to at least this side
 _MAX_TITLE = 28  # characters
-_COLUMNS = 16
+_COLUMNS, _PAIRS = 16, 6
 _SHADE = (216, 216, 216)  # behind real pictures
 
 
@@ -64,7 +64,7 @@ def save_grid(
     # The places: titles, the columns of real pictures, those of the images.
     width, height = tile(images[0]).size
     size = max(14, height // 7)
-    titles = {label: write_as(_cut(name), label, size) for label, name, _, _ in rows}
+    titles = {label: write_as(_cut(name), str(label), size) for label, name, _, _ in rows}
     margin = 2 * GAP + max(int(font.getlength(text)) + 1 for text, font in titles.values())
     before = max(map(len, (real or {}).values()), default=0)
     left = margin + before * (width + GAP) + (2 * GAP if before else 0)
@@ -94,6 +94,36 @@ def save_grid(
     save_png(canvas, path, settings or {})
 
 
+def save_pairs(
+    path: str | Path,
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    titles: Sequence[tuple[str, int, str]],
+    caption: Sequence[str],
+    settings: Mapping[str, Any],
+) -> None:
+    """Write a PNG of pairs of images (3, H, W) uint8 side by side, six pairs in a row.
+
+    titles: name, label and a remark of each pair, written above it; caption, settings: as of `save_grid`.
+    """
+    width, height = tile(pairs[0][0]).size
+    font, line = plain_font(14), 20
+    across, down = 2 * width + 4 * GAP, height + line + 2 * GAP
+    columns = min(_PAIRS, len(pairs))
+    lines = _fill(caption, font, columns * across)
+    top = GAP + line * len(lines)
+    canvas = Image.new("RGB", (GAP + columns * across, top + -(-len(pairs) // columns) * down), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, text in enumerate(lines):
+        draw.text((GAP, GAP + line * i), text, fill="black", font=font)
+    for i, (pair, (name, label, remark)) in enumerate(zip(pairs, titles, strict=True)):
+        x, y = GAP + i % columns * across, top + i // columns * down
+        text, own = write_as(f"{_cut(name, 14)} {remark}", f"{label} {remark}", 13)
+        draw.text((x, y), text, fill="black", font=own)
+        for k, image in enumerate(pair):
+            canvas.paste(tile(image), (x + k * (width + 1), y + line))
+    save_png(canvas, path, settings)
+
+
 def _fill(facts: Sequence[str], font: ImageFont.FreeTypeFont, width: float) -> list[str]:
     """Join facts to lines of at most ``width`` pixels, as far as each of them fits."""
     lines: list[str] = []
@@ -106,5 +136,5 @@ def _fill(facts: Sequence[str], font: ImageFont.FreeTypeFont, width: float) -> l
     return lines
 
 
-def _cut(title: str) -> str:
-    return title if len(title) <= _MAX_TITLE else title[: _MAX_TITLE - 3] + "..."
+def _cut(title: str, most: int = _MAX_TITLE) -> str:
+    return title if len(title) <= most else title[: most - 3] + "..."
