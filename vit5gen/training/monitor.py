@@ -40,7 +40,8 @@ from vit5gen.training.samples import Samples
 from vit5gen.training.trainer import Outcome, Trainer
 
 # Previews: when, as parts of num_steps; in runs of fewer steps than this there is nothing to watch.
-_PREVIEWS, _FEWEST_STEPS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4), 64
+_PREVIEWS, _FEWEST_STEPS = (1 / 32, 1 / 8, 1 / 4, 1 / 2, 3 / 4), 64
+_SHARE = 0.0125  # of the training so far that the held-out losses of previews may take
 
 
 class Interrupted(Exception):
@@ -72,7 +73,7 @@ class Monitor:
         self._since = time.perf_counter(), trainer.step
         self._start, self._previews = trainer.step, preview_steps(total, config.training.log_every)
         self._held_out_loss: dict[int, float | None] = {}  # of the newest step
-        self._seconds = {"training": 0.0, "held out": 0.0}
+        self._seconds = dict.fromkeys(("training", "held-out loss", "previews"), 0.0)
         self._saved = trainer.step  # the newest checkpoint that the log tells of
         self._events = {"resumed": trainer.step} if trainer.step else {}
         self._events |= {"changed": folder.changes} if folder.changes else {}
@@ -94,8 +95,9 @@ class Monitor:
         if len(outcome.losses) > 1 and outcome.finite:
             line |= {f"loss_{name}": loss for name, loss in outcome.losses.items()}
         self.accelerator.log({key: value for key, value in line.items() if value is not None}, step=step)
-        if not outcome.stop and self.due(step) and (held_out := self._measure(self._pipeline())) is not None:
-            line["held_out_loss"] = held_out
+        if not outcome.stop and (self._evaluation_due(step) or (step in self._previews and step in self._measured)):
+            held_out = self._measure(self._pipeline())
+            line |= {} if held_out is None else {"held_out_loss": held_out}
             self._since = time.perf_counter(), step
         if self.accelerator.is_main_process:
             saved = max(self.folder.saved_steps(), default=0)
@@ -123,16 +125,17 @@ class Monitor:
         False when a signal asked to stop before all images were drawn.
         """
         self.bar.set_description("evaluate")
+        begun, evaluation, pipe = time.perf_counter(), self._evaluation_due(step), self._pipeline()
+        held_out = self._measure(pipe) if evaluation else None
+        entry = {"step": step} | ({} if held_out is None else {"held_out_loss": held_out})
         try:
-            pipe = self._pipeline()
-            held_out = self._measure(pipe)
-            entry = {"step": step} | ({} if held_out is None else {"held_out_loss": held_out})
             with PRECISIONS[self.config.training.precision].autocast(self.accelerator.device):
                 grid = self._draw(pipe)
-                if self._evaluation_due(step):
+                if evaluation:
                     self._evaluate(pipe, grid, entry)
                 else:
                     on_main(lambda: self._show(grid, self.folder.evaluations()))
+                    self._seconds["previews"] += time.perf_counter() - begun
         except Interrupted:
             return False
         finally:
@@ -160,9 +163,9 @@ class Monitor:
                 pipe.save_pretrained(new, facts=facts)
             if note := floor_note(earlier, entry):
                 print(f"\nnote: {note}", flush=True)
-            if entry["step"] == self.config.training.num_steps and self._seconds["held out"]:
-                spent, share = self._seconds["held out"], self._seconds["held out"] / (self._seconds["training"] or 1)
-                print(f"\nthe held-out loss took {spent:.1f} s, {share:.1%} of the training time", flush=True)
+            if entry["step"] == self.config.training.num_steps and (whole := self._seconds.pop("training")):
+                parts = [f"{what} {spent:.1f} s ({spent / whole:.1%})" for what, spent in self._seconds.items()]
+                print(f"\nsteps took {whole:.1f} s; beside them {', '.join(parts)}", flush=True)
             # Last of all: an evaluation that stands in metrics.json has left everything else behind.
             self.folder.add_evaluation(entry)
         self.accelerator.wait_for_everyone()
@@ -184,10 +187,16 @@ class Monitor:
         step, begun = self.trainer.step, time.perf_counter()
         if step not in self._held_out_loss:
             self._held_out_loss = {step: None if self._held_out is None else self._held_out.loss(pipe)}
-            self._seconds["held out"] += time.perf_counter() - begun
+            self._seconds["held-out loss"] += time.perf_counter() - begun
             if (loss := self._held_out_loss[step]) is not None:
                 self.accelerator.log({"held_out_loss": loss}, step=step)
         return self._held_out_loss[step]
+
+    @cached_property
+    def _measured(self) -> set[int]:
+        """The steps of previews at which the held-out loss is measured, too."""
+        batch = 3 * self.config.training.global_batch_size  # forwards that cost as much as a step
+        return affordable(self._previews, 0 if self._held_out is None else len(self._held_out.images) / batch)
 
     def _draw(self, pipe: SiTPipeline) -> Tensor:
         """Return the images of samples.png (N, 3, H, W), uint8, on every process."""
@@ -259,3 +268,12 @@ def preview_steps(num_steps: int, log_every: int) -> set[int]:
     """Return the steps of previews: soon, then ever more rarely, each one that has a line in the log."""
     wanted = {math.ceil(num_steps * part / log_every) * log_every for part in _PREVIEWS}
     return {step for step in wanted if step < num_steps} if num_steps >= _FEWEST_STEPS else set()
+
+
+def affordable(previews: set[int], cost: float) -> set[int]:
+    """Return the previews at which something that costs as much as ``cost`` steps keeps its share of those so far."""
+    chosen: list[int] = []
+    for step in sorted(previews):
+        if (len(chosen) + 1) * cost <= _SHARE * step:
+            chosen.append(step)
+    return set(chosen)
