@@ -72,7 +72,7 @@ def save_curves(path: Path, lines: Entries, evaluations: Entries, checkpoints: S
         panels[0].plot(list(points), list(points.values()), "o-", color="C1", markersize=4, label=label)
     if logged and points:
         late = [loss for step, loss in [*logged, *points.items()] if step >= 0.05 * logged[-1][0]]
-        room = 0.1 * (max(late) - min(late))
+        room = 0.1 * (max(late) - min(late)) or 0.1
         panels[0].set_ylim(min(late) - room, min(max(late) + 3 * room, panels[0].get_ylim()[1]))
     panels[0].set_ylabel("loss")
 
