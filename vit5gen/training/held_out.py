@@ -105,7 +105,7 @@ def find_held_out(config: Config, vae: AutoencoderKL, class_names: list[str]) ->
 
 def held_out_loss(pipe: SiTPipeline, config: Config, count: int = NUM_HELD_OUT) -> float:
     """Return the mean loss of a pipeline's network, in fp32, on the same ``count`` held-out images for every run."""
-    names = [pipe.class_name(i) for i in range(config.data.num_classes)]
+    names = [pipe.class_name(i) for i in range(pipe.transformer.config.num_classes)]
     images = open_held_out(config.data, config.evaluation.held_out_split, names)
     return HeldOut.of(images, config, pipe.flow, pipe.vae, count).loss(pipe)
 

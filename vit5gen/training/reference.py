@@ -1,6 +1,5 @@
 """What generated images are compared with while training: statistics of real images, and the floor beside them."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,11 +44,12 @@ def build_reference(config: Config, extractor: Extractor) -> Reference:
 
     training = choose(open_images(config.data), evaluation.num_reference)
     distance = FrechetReference.of(statistics(training))
-    held_out = None
-    with suppress(UserError):  # the monitor tells it
+    try:
         split = evaluation.held_out_split
         held_out = choose(open_held_out(config.data, split, training.class_names), evaluation.num_images)
-    if held_out is None or len(held_out) < 2:
+        if len(held_out) < 2:
+            raise UserError(f"data: split {split!r} has {len(held_out)} images; expected at least 2")
+    except UserError:  # the monitor tells it
         return Reference(distance, training.labels[: evaluation.num_images].tolist(), floor=None)
     real = statistics(held_out)
     return Reference(distance, held_out.labels.tolist(), distance.distance(real.mean, real.covariance))
