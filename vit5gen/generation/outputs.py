@@ -151,8 +151,8 @@ class GridOutput(Output):
         pixels = torch.from_numpy(np.fromfile(self.part / "pixels", dtype=np.uint8).reshape(self.shape))
         order = np.argsort(labels, kind="stable")
         with self._new_file(self.path) as temporary:
-            of_each = ([values[i] for i in order] for values in (labels, titles))
-            save_grid(temporary, pixels[order].permute(0, 3, 1, 2), *of_each, settings=_told(card))
+            labels, titles = [labels[i] for i in order], [titles[i] for i in order]
+            save_grid(temporary, pixels[order].permute(0, 3, 1, 2), labels, titles, settings=_told(card))
 
 
 class FolderOutput(Output):

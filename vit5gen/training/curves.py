@@ -91,17 +91,19 @@ def save_curves(path: Path, lines: Entries, evaluations: Entries, checkpoints: S
     panels[-1].set(xlabel="step", ylabel="learning rate", ylim=(0, None))
 
     # Events: checkpoints at the foot, resumes across all panels, changed keys beside them.
+    foot = panels[0].get_xaxis_transform()
     saved = sorted({*checkpoints, *(line["checkpoint"] for line in lines if "checkpoint" in line)})
     if saved:
-        foot = panels[0].get_xaxis_transform()
         panels[0].plot(saved, [0.02] * len(saved), "^", color="0.3", markersize=5, transform=foot, label="checkpoint")
     for number, line in enumerate(line for line in lines if "resumed" in line):
+        at = line["resumed"]
         for axes in panels:
-            label = "resumed" if axes is panels[0] and not number else None
-            axes.axvline(line["resumed"], color="C3", linestyle=":", linewidth=1, label=label)
-        text = "\n".join(line.get("changed", []))
-        place = {"xycoords": ("data", "axes fraction"), "xytext": (3, -3), "textcoords": "offset points"}
-        panels[0].annotate(text, (line["resumed"], 1), va="top", fontsize=7, color="C3", **place)
+            name = "resumed" if axes is panels[0] and not number else "_"  # which the legend leaves out
+            axes.axvline(at, color="C3", linestyle=":", linewidth=1, label=name)
+        text = "\n".join(f" {key} " for key in line.get("changed", []))
+        side = "right" if 2 * at > lines[-1]["step"] else "left"
+        place = (at, 0.72 - 0.1 * (number % 5))
+        panels[0].text(*place, text, ha=side, va="top", fontsize=7, color="C3", transform=foot)
     for axes in panels:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[1]:

@@ -48,7 +48,8 @@ class HeldOut:
             raise UserError(f"data: split {split!r} has {len(chosen)} images; expected at least 2")
         order = torch.randperm(len(chosen), generator=generator)
         t = draw_timesteps(flow, torch.full((len(chosen),), 0.5), stratum=(order, len(chosen)))
-        (rank, world), parts = rank_and_world(), []
+        rank, world = rank_and_world()
+        parts: list[tuple[Tensor, ...]] = []
         for number, part in enumerate(torch.arange(len(chosen)).split(config.evaluation.batch_size)):
             x0 = torch.randn(len(part), *config.latent_shape, generator=generator)
             if number % world == rank:

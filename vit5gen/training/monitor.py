@@ -75,7 +75,7 @@ class Monitor:
         self._held_out_loss: dict[int, float | None] = {}  # of the newest step
         self._seconds = dict.fromkeys(("training", "held-out loss", "previews"), 0.0)
         self._saved = trainer.step  # the newest checkpoint that the log tells of
-        self._events = {"resumed": trainer.step} if trainer.step else {}
+        self._events: dict[str, Any] = {"resumed": trainer.step} if trainer.step else {}
         self._events |= {"changed": folder.changes} if folder.changes else {}
         self._samples = Samples(config, folder.samples, class_names)
 
