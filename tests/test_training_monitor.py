@@ -12,12 +12,12 @@ from tiny_run import assert_identical, run, weights
 
 from vit5gen.config import load_config
 from vit5gen.generation.loading import load_pipeline
-from vit5gen.training import monitor
+from vit5gen.training import held_out, samples
 from vit5gen.training.curves import gap_note, held_out_points, newest_distance, save_curves
 from vit5gen.training.folder import RunFolder
-from vit5gen.training.held_out import held_out_loss
-from vit5gen.training.monitor import Monitor, affordable, preview_steps
-from vit5gen.training.samples import Samples
+from vit5gen.training.held_out import affordable, held_out_loss
+from vit5gen.training.monitor import Monitor
+from vit5gen.training.samples import Samples, preview_steps
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def watched(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """Train 80 steps with previews, resumed with another rate of the log."""
     output = tmp_path_factory.mktemp("watched") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(monitor, "_SHARE", 1)
+        patch.setattr(held_out, "_SHARE", 1)
         run(config_file, output, training__num_steps=70, training__checkpoint_every=20)
         run(config_file, output, training__num_steps=80, training__checkpoint_every=20, training__weight_decay=0.0)
     return output
@@ -56,7 +56,7 @@ def test_previews_change_no_bit_of_training(
     config_file: Path, watched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Monitor, "due", lambda self, step: False)
-    monkeypatch.setattr(monitor, "_PREVIEWS", ())
+    monkeypatch.setattr(samples, "_PREVIEWS", ())
     run(config_file, tmp_path / "run", training__num_steps=80)
     assert_identical(weights(tmp_path / "run", 80), weights(watched, 80))
     losses = [[line["loss"] for line in RunFolder(folder).lines()] for folder in (tmp_path / "run", watched)]

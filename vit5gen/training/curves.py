@@ -107,6 +107,6 @@ def save_curves(path: Path, lines: Entries, evaluations: Entries, checkpoints: S
     for axes in panels:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[1]:
-            axes.legend(loc="upper right", fontsize=8)
+            axes.legend(loc="upper right" if axes is panels[0] else "best", fontsize=8)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

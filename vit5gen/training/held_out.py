@@ -18,6 +18,7 @@ from vit5gen.system.errors import UserError
 
 NUM_HELD_OUT = 2048  # images of the held-out loss, where there are as many
 _NUM_DECODED = 256  # images that tell what the autoencoder keeps
+_SHARE = 0.0125  # of the training so far that the held-out losses of previews may take
 _POOR = 20  # dB of an autoencoder below which every picture is blurred
 
 
@@ -109,6 +110,15 @@ def held_out_loss(pipe: SiTPipeline, config: Config, count: int = NUM_HELD_OUT) 
     names = [pipe.class_name(i) for i in range(pipe.transformer.config.num_classes)]
     images = open_held_out(config.data, config.evaluation.held_out_split, names)
     return HeldOut.of(images, config, pipe.flow, pipe.vae, count).loss(pipe)
+
+
+def affordable(previews: set[int], cost: float) -> set[int]:
+    """Return the previews at which something that costs as much as ``cost`` steps keeps its share of those so far."""
+    chosen: list[int] = []
+    for step in sorted(previews):
+        if (len(chosen) + 1) * cost <= _SHARE * step:
+            chosen.append(step)
+    return set(chosen)
 
 
 def _stack(images: ImageSet, indices: Tensor) -> Tensor:

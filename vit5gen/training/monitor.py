@@ -33,15 +33,11 @@ from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.checkpoint import gather_shards
 from vit5gen.training.curves import gap_note, save_curves
 from vit5gen.training.folder import RunFolder
-from vit5gen.training.held_out import HeldOut, find_held_out
+from vit5gen.training.held_out import HeldOut, affordable, find_held_out
 from vit5gen.training.optimizers import learning_rate
 from vit5gen.training.reference import Reference, build_reference
-from vit5gen.training.samples import Samples
+from vit5gen.training.samples import Samples, preview_steps
 from vit5gen.training.trainer import Outcome, Trainer
-
-# Previews: when, as parts of num_steps; in runs of fewer steps than this there is nothing to watch.
-_PREVIEWS, _FEWEST_STEPS = (1 / 32, 1 / 8, 1 / 4, 1 / 2, 3 / 4), 64
-_SHARE = 0.0125  # of the training so far that the held-out losses of previews may take
 
 
 class Interrupted(Exception):
@@ -262,18 +258,3 @@ def floor_note(earlier: list[dict[str, Any]], entry: dict[str, Any]) -> str | No
             what = f"the floor is {now}, at step {before['step']} it was {was}: {changed}"
             return f"{name}: {what}; distances before and after do not compare"
     return None
-
-
-def preview_steps(num_steps: int, log_every: int) -> set[int]:
-    """Return the steps of previews: soon, then ever more rarely, each one that has a line in the log."""
-    wanted = {math.ceil(num_steps * part / log_every) * log_every for part in _PREVIEWS}
-    return {step for step in wanted if step < num_steps} if num_steps >= _FEWEST_STEPS else set()
-
-
-def affordable(previews: set[int], cost: float) -> set[int]:
-    """Return the previews at which something that costs as much as ``cost`` steps keeps its share of those so far."""
-    chosen: list[int] = []
-    for step in sorted(previews):
-        if (len(chosen) + 1) * cost <= _SHARE * step:
-            chosen.append(step)
-    return set(chosen)

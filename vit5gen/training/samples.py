@@ -1,5 +1,6 @@
 """What ``samples.png`` shows of a run: its newest images beside real ones, with what they are."""
 
+import math
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,8 @@ from vit5gen.generation.grid import save_grid
 from vit5gen.training.curves import newest_distance
 
 _REAL = 2  # real pictures at the head of a row
+# Previews: when, as parts of num_steps; in runs of fewer steps than this there is nothing to watch.
+_PREVIEWS, _FEWEST_STEPS = (1 / 32, 1 / 8, 1 / 4, 1 / 2, 3 / 4), 64
 
 
 class Samples:
@@ -50,3 +53,9 @@ class Samples:
                 with suppress(BrokenImage):
                     found[label] = [images.read(i) for i in own[:: max(1, -(-len(own) // _REAL))]]
         return found
+
+
+def preview_steps(num_steps: int, log_every: int) -> set[int]:
+    """Return the steps of previews: soon, then ever more rarely, each one that has a line in the log."""
+    wanted = {math.ceil(num_steps * part / log_every) * log_every for part in _PREVIEWS}
+    return {step for step in wanted if step < num_steps} if num_steps >= _FEWEST_STEPS else set()
