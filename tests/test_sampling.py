@@ -229,8 +229,12 @@ def test_folder_and_grid(checkpoint: Path, tmp_path: Path) -> None:
     assert np.array_equal(images, np.stack([np.asarray(Image.open(file)) for file in files]))
     assert (tmp_path / "folder" / "card.json").is_file()
     grid = np.asarray(Image.open(tmp_path / "out.png"))
-    first = grid[4 : 4 + 64, -12 * 68 : -12 * 68 + 64][::4, ::4]
+    first = grid[4 : 4 + 96, -12 * 100 : -12 * 100 + 96][::6, ::6]
     assert np.array_equal(first, images[labels == 0][0])
+    card = json.loads((tmp_path / "out.png.card.json").read_text())
+    told = card["settings"] | {"checkpoint_sha256": card["checkpoint_sha256"]}
+    for file, more in ((tmp_path / "out.png", {}), (files[3], {"index": 3, "label": int(labels[3])})):
+        assert json.loads(Image.open(file).text["settings"]) == told | more  # type: ignore[attr-defined]
 
 
 def test_outputs_of_one_name_have_cards_of_their_own(checkpoint: Path, tmp_path: Path) -> None:

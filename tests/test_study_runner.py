@@ -17,8 +17,8 @@ from vit5gen.data.images import open_images
 from vit5gen.generation.loading import load_pipeline
 from vit5gen.lab.study import runner
 from vit5gen.lab.study.plan import read_rows, read_study
-from vit5gen.lab.study.runner import held_out_loss
 from vit5gen.system.errors import UserError
+from vit5gen.training.held_out import held_out_loss
 from vit5gen.training.process import STOPPED
 
 

@@ -1,53 +1,140 @@
-"""Labelled grids of images: a title and a row for each class."""
+"""Labelled grids of images: a title and a row for each class, real pictures beside them, and PNGs that tell of it."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
+from vit5gen.generation.fonts import plain_font, write_as
 from vit5gen.system.files import atomic
 
-_TILE = 64  # smaller images are enlarged (nearest neighbour, whole factors) to at least this side
-_GAP = 4
+GAP = 4
+_TILE = 96  # smaller images are enlarged (nearest neighbour, whole factors) to at least this side
 _MAX_TITLE = 28  # characters
-_COLUMNS = 16
+_COLUMNS, _PAIRS = 16, 6
+_SHADE = (216, 216, 216)  # behind real pictures
 
 
-def save_grid(path: str | Path, images: torch.Tensor, labels: Sequence[str]) -> None:
+def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> None:
+    """Write a PNG atomically, with ``settings`` as JSON in its text "settings"; the same input gives the same bytes."""
+    info = PngInfo()
+    info.add_text("settings", json.dumps(settings, default=str))
+    with atomic(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def tile(image: torch.Tensor) -> Image.Image:
+    """Return an image (3, H, W) uint8, enlarged by the whole factor that makes it readable."""
+    zoom = max(1, -(-_TILE // image.shape[-2]))
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+    return picture.resize((zoom * picture.width, zoom * picture.height), Image.Resampling.NEAREST)
+
+
+def save_grid(
+    path: str | Path,
+    images: torch.Tensor,
+    labels: Sequence[int],
+    names: Sequence[str],
+    real: Mapping[int, Sequence[torch.Tensor]] | None = None,
+    caption: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> None:
     """Write a PNG with a row for each distinct label, in order of first appearance, titled at its left.
 
-    images (N, 3, H, W) uint8, labels one for each image; more than 16 of a label take further rows. The same input
-    gives the same bytes.
+    images (N, 3, H, W) uint8, labels and names one for each image; more than 16 of a label take further rows. A name
+    that no font here can show gives way to its label.  real: pictures (3, H, W) uint8 of a label, which begin its row.
+    caption: facts, written above in as many lines as they need.  settings: of `save_png`.
     """
-    if len(labels) != len(images):
-        raise ValueError(f"labels: {len(labels)} given, expected one for each of {len(images)} images")
-    indices: dict[str, list[int]] = {}
+    for what in (labels, names):
+        if len(what) != len(images):
+            raise ValueError(f"labels: {len(what)} given, expected one for each of {len(images)} images")
+    indices: dict[int, list[int]] = {}
     for i, label in enumerate(labels):
         indices.setdefault(label, []).append(i)
     rows = [
-        ("" if start else _cut(label), row[start : start + _COLUMNS])
+        (label, names[row[0]], start, row[start : start + _COLUMNS])
         for label, row in indices.items()
         for start in range(0, len(row), _COLUMNS)
     ]
-    height, width = images.shape[-2:]
-    zoom = max(1, -(-_TILE // height))
-    height, width = zoom * height, zoom * width
-    font = ImageFont.load_default(size=max(14, height // 6))
-    margin = 2 * _GAP + max(int(font.getlength(title)) + 1 for title, _ in rows)
-    columns = max(len(row) for _, row in rows)
-    size = (margin + columns * (width + _GAP), _GAP + len(rows) * (height + _GAP))
-    canvas = Image.new("RGB", size, "white")
+
+    # The places: titles, the columns of real pictures, those of the images.
+    width, height = tile(images[0]).size
+    size = max(14, height // 7)
+    titles = {label: write_as(_cut(name), str(label), size) for label, name, _, _ in rows}
+    margin = 2 * GAP + max(int(font.getlength(text)) + 1 for text, font in titles.values())
+    before = max(map(len, (real or {}).values()), default=0)
+    left = margin + before * (width + GAP) + (2 * GAP if before else 0)
+    right = left + max(len(row) for *_, row in rows) * (width + GAP)
+    font, line = plain_font(14), 20
+    lines = _fill(caption, font, right - 2 * GAP)
+    top = GAP + line * (len(lines) + bool(before))
+    canvas = Image.new("RGB", (right, top + len(rows) * (height + GAP)), "white")
     draw = ImageDraw.Draw(canvas)
-    for r, (title, row) in enumerate(rows):
-        top = _GAP + r * (height + _GAP)
-        draw.text((_GAP, top + height // 2), title, fill="black", font=font, anchor="lm")
+
+    # What is written above, then the rows.
+    for i, text in enumerate(lines):
+        draw.text((GAP, GAP + line * i), text, fill="black", font=font)
+    if before:
+        draw.rectangle((margin - GAP, top - line, left - 2 * GAP - 1, canvas.height), fill=_SHADE)
+        for text, x in (("real", margin), ("generated", left)):
+            draw.text((x, top - line), text, fill="black", font=font)
+    for r, (label, _, start, row) in enumerate(rows):
+        y = top + r * (height + GAP)
+        if not start:
+            text, own = titles[label]
+            draw.text((GAP, y + height // 2), text, fill="black", font=own, anchor="lm")
+            for c, picture in enumerate((real or {}).get(label, ())):
+                canvas.paste(tile(picture), (margin + c * (width + GAP), y))
         for c, i in enumerate(row):
-            tile = Image.fromarray(images[i].permute(1, 2, 0).contiguous().cpu().numpy())
-            canvas.paste(tile.resize((width, height), Image.Resampling.NEAREST), (margin + c * (width + _GAP), top))
-    with atomic(path) as temporary:
-        canvas.save(temporary, format="PNG")
+            canvas.paste(tile(images[i]), (left + c * (width + GAP), y))
+    save_png(canvas, path, settings or {})
 
 
-def _cut(title: str) -> str:
-    return title if len(title) <= _MAX_TITLE else title[: _MAX_TITLE - 3] + "..."
+def save_pairs(
+    path: str | Path,
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    titles: Sequence[tuple[str, int, str]],
+    caption: Sequence[str],
+    settings: Mapping[str, Any],
+) -> None:
+    """Write a PNG of pairs of images (3, H, W) uint8 side by side, six pairs in a row.
+
+    titles: name, label and a remark of each pair, written above it; caption, settings: as of `save_grid`.
+    """
+    width, height = tile(pairs[0][0]).size
+    font, line = plain_font(14), 20
+    across, down = 2 * width + 4 * GAP, height + line + 2 * GAP
+    columns = min(_PAIRS, len(pairs))
+    lines = _fill(caption, font, columns * across)
+    top = GAP + line * len(lines)
+    canvas = Image.new("RGB", (GAP + columns * across, top + -(-len(pairs) // columns) * down), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, text in enumerate(lines):
+        draw.text((GAP, GAP + line * i), text, fill="black", font=font)
+    for i, (pair, (name, label, remark)) in enumerate(zip(pairs, titles, strict=True)):
+        x, y = GAP + i % columns * across, top + i // columns * down
+        text, own = write_as(f"{_cut(name, 14)} {remark}", f"{label} {remark}", 13)
+        draw.text((x, y), text, fill="black", font=own)
+        for k, image in enumerate(pair):
+            canvas.paste(tile(image), (x + k * (width + 1), y + line))
+    save_png(canvas, path, settings)
+
+
+def _fill(facts: Sequence[str], font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+    """Join facts to lines of at most ``width`` pixels, as far as each of them fits."""
+    lines: list[str] = []
+    for fact in facts:
+        longer = f"{lines[-1]}  ·  {fact}" if lines else ""
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(fact)
+    return lines
+
+
+def _cut(title: str, most: int = _MAX_TITLE) -> str:
+    return title if len(title) <= most else title[: most - 3] + "..."

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vit5gen.generation.grid import save_grid
+from vit5gen.generation.grid import save_grid, save_png
 from vit5gen.system.errors import UserError, short
 from vit5gen.system.files import atomic, read_json, write_json
 
@@ -98,7 +98,7 @@ class Output:
 
     def finish(self, card: dict[str, Any], labels: Sequence[int], titles: Sequence[str]) -> None:
         """Assemble the output of all images and, last, write its card; one process calls this."""
-        self._assemble(labels, titles)
+        self._assemble(card, labels, titles)
         counts = network_evaluations(int(self.evaluations().sum()), self.shape[0])
         with self._new_file(self.card_file) as temporary:
             write_json(temporary, {**card, "network_evaluations": counts})
@@ -121,14 +121,14 @@ class Output:
         """Put pixels (B, H, W, 3) of consecutive indices on the disk."""
         _write_at(self.part / "pixels", indices.start * pixels[0].nbytes, pixels.tobytes())
 
-    def _assemble(self, labels: Sequence[int], titles: Sequence[str]) -> None:
+    def _assemble(self, card: dict[str, Any], labels: Sequence[int], titles: Sequence[str]) -> None:
         """Make the output of what was kept, unless it is that already."""
 
 
 class NpzOutput(Output):
     """FILE.npz: ``arr_0`` (N, H, W, 3) uint8 and ``arr_1``, the labels (N,) int64; equal images give equal bytes."""
 
-    def _assemble(self, labels: Sequence[int], titles: Sequence[str]) -> None:
+    def _assemble(self, card: dict[str, Any], labels: Sequence[int], titles: Sequence[str]) -> None:
         header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
         with self._new_file(self.path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             # ZipInfo's time is 1980 unless it is given another.
@@ -147,11 +147,12 @@ class GridOutput(Output):
 
     card_suffix = ".png.card.json"
 
-    def _assemble(self, labels: Sequence[int], titles: Sequence[str]) -> None:
+    def _assemble(self, card: dict[str, Any], labels: Sequence[int], titles: Sequence[str]) -> None:
         pixels = torch.from_numpy(np.fromfile(self.part / "pixels", dtype=np.uint8).reshape(self.shape))
         order = np.argsort(labels, kind="stable")
         with self._new_file(self.path) as temporary:
-            save_grid(temporary, pixels[order].permute(0, 3, 1, 2), [titles[i] for i in order])
+            labels, titles = [labels[i] for i in order], [titles[i] for i in order]
+            save_grid(temporary, pixels[order].permute(0, 3, 1, 2), labels, titles, settings=_told(card))
 
 
 class FolderOutput(Output):
@@ -170,9 +171,10 @@ class FolderOutput(Output):
         return math.prod(self.shape)  # of PNGs, which are smaller
 
     def _keep(self, indices: range, pixels: np.ndarray, labels: Sequence[int]) -> None:
+        told = _told(read_json(self.part / "card.json", "card"))
         for index, label, image in zip(indices, labels, pixels, strict=True):
             with self._new_file(self.path / f"{index:06d}_{label}.png") as temporary:
-                Image.fromarray(image).save(temporary, format="PNG")
+                save_png(Image.fromarray(image), temporary, told | {"index": index, "label": label})
 
 
 def open_output(path: Path, shape: tuple[int, int, int, int]) -> Output:
@@ -188,6 +190,11 @@ def open_output(path: Path, shape: tuple[int, int, int, int]) -> Output:
 def network_evaluations(total: int, num_images: int) -> dict[str, float]:
     """Return what a card records of the network evaluations of its images."""
     return {"total": total, "per_image": total / num_images}
+
+
+def _told(card: dict[str, Any]) -> dict[str, Any]:
+    """Return what a PNG tells of a card: what decides its pixels."""
+    return {**card.get("settings", {}), "checkpoint_sha256": card.get("checkpoint_sha256")}
 
 
 def _write_at(path: Path, offset: int, data: bytes) -> None:

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from vit5gen.config import AutoencoderTraining, TrainingConfig
 from vit5gen.data.autoencoders.kl import decode, encode, load_autoencoder, psnr, to_uint8
 from vit5gen.data.images import ImageSet, open_images
+from vit5gen.generation.grid import save_pairs
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import check_writable, clear_weights
 from vit5gen.system.precision import PRECISIONS
@@ -26,6 +25,7 @@ from vit5gen.training.folder import RunFolder, to_yaml
 from vit5gen.training.trainer import Outcome, Trainer
 
 _WARMUP = 100  # steps
+_SHOWN = 48  # held-out pictures at most in round_trips.png
 _SIZES = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")  # of diffusers' network
 
 
@@ -205,8 +205,12 @@ def _evaluate(vae: AutoencoderKL, images: ImageSet, output: Path) -> float:
     scores = psnr(originals, decoded)
     for label, name in enumerate(images.class_names):
         print(f"{name:>12}: {scores[images.labels == label].mean():.2f} dB")
-    shown = torch.linspace(0, len(images) - 1, 64).long()  # odd rows of the picture: what the rows above come back as
-    pairs = [tile for row in shown.split(16) for tile in (originals[row], decoded[row])]
-    picture = make_grid(torch.cat(pairs), nrow=16)
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(output / "round_trips.png")
+    shown = torch.linspace(0, len(images) - 1, min(len(images), _SHOWN)).long().tolist()
+    classes = [int(label) for label in images.labels[shown]]
+    titles = [
+        (images.class_names[label], label, f"{scores[i]:.1f} dB") for i, label in zip(shown, classes, strict=True)
+    ]
+    fact = f"held-out pictures, each with what the autoencoder makes of it; all {len(images)}: {scores.mean():.2f} dB"
+    pairs = [(originals[i], decoded[i]) for i in shown]
+    save_pairs(output / "round_trips.png", pairs, titles, [fact], {"psnr": scores.mean().item()})
     return scores.mean().item()

@@ -81,6 +81,7 @@ class RunFolder:
         self.config, self.data = self.path / checkpoint.CONFIG, self.path / "data.json"
         self.log, self.metrics = self.path / "log.jsonl", self.path / "metrics.json"
         self.samples, self.loss_curve = self.path / "samples.png", self.path / "loss.png"
+        self.changes: list[str] = []  # keys that differ from those of the checkpoint that is resumed
         self.pipeline, self._pipeline_before = self.path / PIPELINE, self.path / f".{PIPELINE}.old"
 
     def __str__(self) -> str:
@@ -146,7 +147,9 @@ class RunFolder:
         values = config.model_dump()
         if values["training"]["checkpoint_every"] is None:
             values["training"]["checkpoint_every"] = max(1, min(10_000, math.ceil(last / 4)))
-        return start, validate(Config, values, "configuration")  # in which every key counts as given
+        config = validate(Config, values, "configuration")  # in which every key counts as given
+        self.changes = [] if start is None else differences(checkpoint.read_config(start), config, changeable=())
+        return start, config
 
     def record(self, config: Config, step: int, data: dict[str, Any]) -> None:
         """Write configuration and data of a run that starts from ``step``, now that all of its input has proved to fit.
@@ -172,6 +175,10 @@ class RunFolder:
         """Tell whether the run has its last checkpoint and its last evaluation, after which nothing is left to do."""
         last = config.training.num_steps
         return start == self.checkpoints / checkpoint.step_name(last) and self.evaluated(last)
+
+    def saved_steps(self) -> list[int]:
+        """Return the steps of the checkpoints, oldest first."""
+        return [int(path.name.removeprefix("step_")) for path in checkpoint.steps(self.checkpoints)]
 
     def lines(self) -> list[dict[str, Any]]:
         """Return the lines of the log; those that a kill cut short or a disk damaged are left out."""

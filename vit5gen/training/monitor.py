@@ -1,4 +1,4 @@
-"""What a run shows of itself: log lines, the loss curve, sample grids and the Frechet distance of the EMA.
+"""What a run shows of itself: log lines, curves, sample grids, held-out loss and Frechet distance of the EMA.
 
 Pictures and distances go through the very pipeline that users call.
 """
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -26,18 +25,19 @@ from vit5gen.data.images import make_source
 from vit5gen.data.latents import images_beside
 from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
 from vit5gen.generation.card import TrainingFacts
-from vit5gen.generation.grid import save_grid
 from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.system.distributed import gather_objects, on_main
-from vit5gen.system.files import atomic
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.checkpoint import gather_shards
+from vit5gen.training.curves import gap_note, save_curves
 from vit5gen.training.folder import RunFolder
+from vit5gen.training.held_out import HeldOut, affordable, find_held_out
 from vit5gen.training.optimizers import learning_rate
 from vit5gen.training.reference import Reference, build_reference
+from vit5gen.training.samples import Samples, preview_steps
 from vit5gen.training.trainer import Outcome, Trainer
 
 
@@ -68,12 +68,20 @@ class Monitor:
         total, hidden = config.training.num_steps, not self.accelerator.is_main_process
         self.bar = tqdm(total=total, initial=trainer.step, unit="step", disable=hidden)
         self._since = time.perf_counter(), trainer.step
+        self._start, self._previews = trainer.step, preview_steps(total, config.training.log_every)
+        self._held_out_loss: dict[int, float | None] = {}  # of the newest step
+        self._seconds = dict.fromkeys(("training", "held-out loss", "previews"), 0.0)
+        self._saved = trainer.step  # the newest checkpoint that the log tells of
+        self._events: dict[str, Any] = {"resumed": trainer.step} if trainer.step else {}
+        self._events |= {"changed": folder.changes} if folder.changes else {}
+        self._samples = Samples(config, folder.samples, class_names)
 
     def write(self, outcome: Outcome) -> None:
         """Add a line on the steps since the last one to the log and the trackers, and show it in the bar."""
         trainer, step = self.trainer, self.trainer.step
         (begun, first), self._since = self._since, (time.perf_counter(), step)
         num_images = (step - first) * self.config.training.global_batch_size
+        self._seconds["training"] += self._since[0] - begun
         line = {
             "loss": trainer.mean_loss(),
             "grad_norm": outcome.grad_norm if outcome.finite else None,
@@ -83,28 +91,48 @@ class Monitor:
         }
         if len(outcome.losses) > 1 and outcome.finite:
             line |= {f"loss_{name}": loss for name, loss in outcome.losses.items()}
-        if self.accelerator.is_main_process:
-            self.folder.add_line({"step": step, **line})
         self.accelerator.log({key: value for key, value in line.items() if value is not None}, step=step)
-        shown = {"loss": line["loss"], "norm": line["grad_norm"], "images/s": line["images_per_second"]}
-        shown |= {"skipped": trainer.skipped} if trainer.skipped else {}
+        if not outcome.stop and (self._evaluation_due(step) or (step in self._previews and step in self._measured)):
+            held_out = self._measure(self._pipeline())
+            line |= {} if held_out is None else {"held_out_loss": held_out}
+            self._since = time.perf_counter(), step
+        if self.accelerator.is_main_process:
+            saved = max(self.folder.saved_steps(), default=0)
+            events = self._events | ({"checkpoint": saved} if saved > self._saved else {})
+            self.folder.add_line({"step": step, **line, **events})
+            self._saved, self._events = saved, {}
+        held_out = next(iter(self._held_out_loss.values()), None)
+        shown = {"loss": line["loss"], "held-out": held_out, "norm": line["grad_norm"]}
+        shown |= {"images/s": line["images_per_second"], "skipped": trainer.skipped or None}
         self.bar.set_postfix({k: f"{value:.3g}" for k, value in shown.items() if value is not None}, refresh=False)
 
     def due(self, step: int) -> bool:
-        """Tell whether ``step`` wants an evaluation that the run does not have yet."""
+        """Tell whether ``step`` wants an evaluation that the run does not have yet, or a preview."""
+        return (step in self._previews and step > self._start) or self._evaluation_due(step)
+
+    def _evaluation_due(self, step: int) -> bool:
         every, last = self.config.evaluation.every, self.config.training.num_steps
         wanted = step in (0, last) or (every is not None and step % every == 0)
         return wanted and on_main(lambda: not self.folder.evaluated(step))
 
     def evaluate(self, step: int) -> bool:
-        """Sample from the EMA: refresh ``pipeline/``, ``samples.png`` and ``loss.png``, add to ``metrics.json``.
+        """Draw from the EMA: refresh ``samples.png`` and ``loss.png``; then the distance, unless this is a preview.
 
-        Returns False when a signal asked to stop before all images were drawn; nothing is written then.
+        An evaluation, unlike a preview, also refreshes ``pipeline/`` and adds to ``metrics.json``, last of all. Returns
+        False when a signal asked to stop before all images were drawn.
         """
         self.bar.set_description("evaluate")
+        begun, evaluation, pipe = time.perf_counter(), self._evaluation_due(step), self._pipeline()
+        held_out = self._measure(pipe) if evaluation else None
+        entry = {"step": step} | ({} if held_out is None else {"held_out_loss": held_out})
         try:
             with PRECISIONS[self.config.training.precision].autocast(self.accelerator.device):
-                self._evaluate(step)
+                grid = self._draw(pipe)
+                if evaluation:
+                    self._evaluate(pipe, grid, entry)
+                else:
+                    on_main(lambda: self._show(grid, self.folder.evaluations()))
+                    self._seconds["previews"] += time.perf_counter() - begun
         except Interrupted:
             return False
         finally:
@@ -113,35 +141,64 @@ class Monitor:
             self._since = time.perf_counter(), step
         return True
 
-    def _evaluate(self, step: int) -> None:
-        pipe = self._pipeline()
-        entry: dict[str, Any] = {"step": step}
+    def _evaluate(self, pipe: SiTPipeline, grid: Tensor, entry: dict[str, Any]) -> None:
+        """Measure the distance, and keep what was measured with the pipeline that gave it."""
+        if self._has_images:  # the distance takes a while: show what is drawn
+            on_main(lambda: self._samples.save(grid, entry["step"], self.folder.evaluations()))
         if self._reference is not None:
             batches = (images for _, images in self._generate(pipe, self._reference.labels))
             generated = frechet_of(batches, self._extractor).all_reduce()
             report = frechet_report(generated, self._reference.distance, self._reference.floor)
             entry[self._extractor.metric] = report
-            self.accelerator.log({self._extractor.metric: report["value"]}, step=step)
-        classes = range(min(len(self.class_names), self.config.evaluation.grid_classes))
-        labels = [label for label in classes for _ in range(self.config.evaluation.images_per_class)]
-        parts = [part for share in gather_objects(list(self._generate(pipe, labels))) for part in share]
-        grid = torch.cat([images for _, images in sorted(parts, key=lambda part: part[0].start)])
+            self.accelerator.log({self._extractor.metric: report["value"]}, step=entry["step"])
         if self.accelerator.is_main_process:
-            picture = self.folder.samples
-            save_grid(picture, grid, [self.class_names[label] for label in labels])
-            save_loss_curve(self.folder.loss_curve, self.folder.lines())
-            for tracker in self.accelerator.trackers:
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                pixels = np.asarray(Image.open(picture).convert("RGB"))[None]
-                tracker.log_images({"samples": pixels}, step=step, **layout)
+            earlier = self.folder.evaluations()
+            self._show(grid, [*earlier, entry])
             command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
             with self.folder.new_pipeline() as new:
-                pipe.save_pretrained(new, facts=TrainingFacts(command=command, metrics=entry, picture=picture))
-            if note := floor_note(self.folder.evaluations(), entry):
+                facts = TrainingFacts(command=command, metrics=entry, picture=self.folder.samples)
+                pipe.save_pretrained(new, facts=facts)
+            if note := floor_note(earlier, entry):
                 print(f"\nnote: {note}", flush=True)
+            if entry["step"] == self.config.training.num_steps and (whole := self._seconds.pop("training")):
+                parts = [f"{what} {spent:.1f} s ({spent / whole:.1%})" for what, spent in self._seconds.items()]
+                print(f"\nsteps took {whole:.1f} s; beside them {', '.join(parts)}", flush=True)
             # Last of all: an evaluation that stands in metrics.json has left everything else behind.
             self.folder.add_evaluation(entry)
         self.accelerator.wait_for_everyone()
+
+    def _show(self, grid: Tensor, evaluations: list[dict[str, Any]]) -> None:
+        """Write ``samples.png`` and ``loss.png``, and say where training pictures alone gain; the main process does."""
+        lines, step = self.folder.lines(), self.trainer.step
+        self._samples.save(grid, step, evaluations)
+        save_curves(self.folder.loss_curve, lines, evaluations, self.folder.saved_steps())
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            pixels = np.asarray(Image.open(self.folder.samples).convert("RGB"))[None]
+            tracker.log_images({"samples": pixels}, step=step, **layout)
+        if note := gap_note(lines, evaluations):
+            print(f"\nnote: {note}", flush=True)
+
+    def _measure(self, pipe: SiTPipeline) -> float | None:
+        """Return the held-out loss at this step, in fp32 as the study's; None where no images are held out."""
+        step, begun = self.trainer.step, time.perf_counter()
+        if step not in self._held_out_loss:
+            self._held_out_loss = {step: None if self._held_out is None else self._held_out.loss(pipe)}
+            self._seconds["held-out loss"] += time.perf_counter() - begun
+            if (loss := self._held_out_loss[step]) is not None:
+                self.accelerator.log({"held_out_loss": loss}, step=step)
+        return self._held_out_loss[step]
+
+    @cached_property
+    def _measured(self) -> set[int]:
+        """The steps of previews at which the held-out loss is measured, too."""
+        batch = 3 * self.config.training.global_batch_size  # forwards that cost as much as a step
+        return affordable(self._previews, 0 if self._held_out is None else len(self._held_out.images) / batch)
+
+    def _draw(self, pipe: SiTPipeline) -> Tensor:
+        """Return the images of samples.png (N, 3, H, W), uint8, on every process."""
+        parts = [part for share in gather_objects(list(self._generate(pipe, self._samples.labels))) for part in share]
+        return torch.cat([images for _, images in sorted(parts, key=lambda part: part[0].start)])
 
     def _pipeline(self) -> SiTPipeline:
         model, average = self.trainer.model, self.trainer.averages["model"]
@@ -171,13 +228,22 @@ class Monitor:
         return load_extractor(self.config.evaluation.extractor, self.accelerator.device)
 
     @cached_property
-    def _reference(self) -> Reference | None:
-        """What images are compared with; None where latents are trained on and any process lacks their images."""
+    def _has_images(self) -> bool:
+        """Whether all processes have the images beside latents that are given; else says so."""
         absent = images_beside(self.config.data)[1] if self.config.data.latents is not None else ""
         if reasons := [reason for reason in gather_objects(absent) if reason]:
-            self.accelerator.print(f"\nnote: evaluations compute no distance because there are no images: {reasons[0]}")
-            return None
-        return build_reference(self.config, self._extractor)
+            what = f"evaluations compute no distance and no held-out loss because there are no images: {reasons[0]}"
+            self.accelerator.print(f"\nnote: {what}")
+        return not reasons
+
+    @cached_property
+    def _reference(self) -> Reference | None:
+        """What images are compared with; None where any process lacks them."""
+        return build_reference(self.config, self._extractor) if self._has_images else None
+
+    @cached_property
+    def _held_out(self) -> HeldOut | None:
+        return find_held_out(self.config, self.vae, self.class_names) if self._has_images else None
 
     def next_command(self) -> str:
         """Return the shell command that draws more images of the run's first class."""
@@ -188,7 +254,7 @@ class Monitor:
 
 def floor_note(earlier: list[dict[str, Any]], entry: dict[str, Any]) -> str | None:
     """Return a note if the last of the ``earlier`` evaluations with ``entry``'s distance has another floor."""
-    for name in entry.keys() - {"step"}:
+    for name in entry.keys() - {"step", "held_out_loss"}:
         before = next((old for old in reversed(earlier) if name in old), entry)
         was, now = before[name]["floor"], entry[name]["floor"]
         if was != now and (None in (was, now) or not math.isclose(was, now, rel_tol=1e-3)):
@@ -196,14 +262,3 @@ def floor_note(earlier: list[dict[str, Any]], entry: dict[str, Any]) -> str | No
             what = f"the floor is {now}, but was {was} at step {before['step']}: {changed}"
             return f"{name}: {what}; distances before and after are not comparable"
     return None
-
-
-def save_loss_curve(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Plot the logged loss over steps."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([line["step"] for line in lines], [line["loss"] for line in lines])
-    axes.set(xlabel="step", ylabel="training loss")
-    axes.grid(alpha=0.3)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)

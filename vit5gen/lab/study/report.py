@@ -16,7 +16,10 @@ FEWEST_SEEDS = 5  # below, intervals are shown but no test is made: three seeds 
 
 @dataclass(frozen=True)
 class Difference:
-    """What a cell has more of ``measure`` than its baseline cell, seed by seed; ``low``..``high`` is 95 % (Student)."""
+    """What a cell has more of ``measure`` than its baseline cell, seed by seed; ``low``..``high`` is 95 % (Student).
+
+    reference: the mean of the baseline cell over these seeds.
+    """
 
     cell: str
     baseline: str
@@ -24,6 +27,7 @@ class Difference:
     values: tuple[float, ...]
     low: float
     high: float
+    reference: float
     p: float | None = None  # two-sided paired t-test, corrected over the study by Holm
 
     @property
@@ -48,17 +52,18 @@ def find_differences(study: StudyConfig, rows: list[Row]) -> list[Difference]:
                 if levels != reference and len(shared) > 1:
                     cell, baseline = (", ".join(dict(one).values()) for one in (levels, reference))
                     pairs = [values[levels, seed] - values[reference, seed] for seed in shared]
-                    family.append(_difference(cell, baseline, measure, pairs))
+                    mean = float(np.mean([values[reference, seed] for seed in shared]))
+                    family.append(_difference(cell, baseline, measure, pairs, mean))
         found += _holm(family)
     return found
 
 
-def _difference(cell: str, baseline: str, measure: str, pairs: list[float]) -> Difference:
+def _difference(cell: str, baseline: str, measure: str, pairs: list[float], reference: float) -> Difference:
     half = float(stats.sem(pairs) * stats.t.ppf(0.975, len(pairs) - 1))
     mean = float(np.mean(pairs))
     tested = len(pairs) >= FEWEST_SEEDS and half > 1e-9 * abs(mean)  # else they differ by rounding alone
     p = float(stats.ttest_1samp(pairs, 0.0).pvalue) if tested else None
-    return Difference(cell, baseline, measure, tuple(pairs), mean - half, mean + half, p)
+    return Difference(cell, baseline, measure, tuple(pairs), mean - half, mean + half, reference, p)
 
 
 def _holm(family: list[Difference]) -> list[Difference]:
@@ -77,7 +82,7 @@ def write_report(study: StudyConfig, rows: list[Row], output: Path) -> None:
     plot = output / "differences.png"
     if found:
         with atomic(plot) as temporary:
-            _plot(found, rows[0].metric).savefig(temporary, format="png", dpi=120, bbox_inches="tight")
+            _plot(study, found, rows[0].metric).savefig(temporary, format="png", dpi=120, bbox_inches="tight")
     else:
         plot.unlink(missing_ok=True)
 
@@ -114,20 +119,28 @@ def _table(found: list[Difference]) -> str:
     return "\n".join(lines)
 
 
-def _plot(found: list[Difference], metric: str) -> Figure:
-    """Draw a row for each difference: the seeds, their mean and its interval; left of zero is better than baseline."""
+def _plot(study: StudyConfig, found: list[Difference], metric: str) -> Figure:
+    """Draw a row for each difference, in per cent of its baseline, so that studies and measures compare.
+
+    A row has the seeds, their mean and its interval, and tells the number of seeds and p.
+    """
     panels = [[d for d in found if d.measure == measure] for measure in MEASURES]
-    baselines = {d.baseline for d in found}
-    against = min(baselines) if len(baselines) == 1 else "baseline"
-    figure = Figure(figsize=(11, 1.2 + 0.34 * len(panels[0])), layout="constrained")
+    baseline = ", ".join(f"{axis}: {level}" for axis, level in study.baseline.items())
+    figure = Figure(figsize=(11, 1.4 + 0.34 * len(panels[0])), layout="constrained")
     for axes, panel, title in zip(figure.subplots(1, 2, sharey=True), panels, ("held-out loss", metric), strict=True):
         for height, d in enumerate(reversed(panel)):
-            axes.plot(d.values, [height] * len(d.values), "o", color="0.65", markersize=4)
-            axes.errorbar(d.mean, height, xerr=[[d.mean - d.low], [d.high - d.mean]], fmt="o", color="C0", capsize=3)
+            values, mean, low, high = (100 * np.array(x) / d.reference for x in (d.values, d.mean, d.low, d.high))
+            axes.plot(values, [height] * len(d.values), "o", color="0.65", markersize=4)
+            axes.errorbar(mean, height, xerr=[[mean - low], [high - mean]], fmt="o", color="C0", capsize=3)
+            told = f"{len(d.values)} seeds" + ("" if d.p is None else f", p = {d.p:.2g}")
+            axes.annotate(told, (1.01, height), xycoords=("axes fraction", "data"), va="center", fontsize=8)
         axes.axvline(0, color="0.3", linewidth=0.8)
-        names = [d.cell if len(baselines) == 1 else f"{d.cell} - {d.baseline}" for d in reversed(panel)]
+        several = len(study.baseline) > 1  # else the cell tells with which it is compared
+        names = [f"{d.cell} - {d.baseline}" if several else d.cell for d in reversed(panel)]
         axes.set_yticks(range(len(panel)), names)
-        axes.set_xlabel(f"{title}: difference to {against}\n(95 % interval; left of 0 is better)")
+        axes.set_ylim(-0.6, len(panel) - 0.4)
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel(f"difference to the baseline ({baseline}), in % of it\n(95 % interval; left of 0 is better)")
         axes.locator_params(axis="x", nbins=6)
         axes.grid(axis="x", alpha=0.3)
     return figure

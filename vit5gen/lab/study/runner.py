@@ -1,23 +1,20 @@
 """Trains and measures the runs of a study one after another, and keeps a row of each that is finished."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from vit5gen.config import Config, read_yaml
-from vit5gen.data.autoencoders.kl import encode, load_autoencoder
-from vit5gen.data.images import open_held_out, readable
+from vit5gen.data.autoencoders.kl import load_autoencoder
+from vit5gen.data.images import open_held_out
 from vit5gen.data.latents import open_for
 from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
-from vit5gen.flow import NonFiniteError, draw_timesteps
+from vit5gen.flow import NonFiniteError
 from vit5gen.generation.card import commit
 from vit5gen.generation.loading import load_pipeline
 from vit5gen.generation.many import SamplingJob, generate
-from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.lab.study.plan import Row, Run, StudyConfig, read_rows, read_study
 from vit5gen.lab.study.report import write_report
 from vit5gen.system.distributed import start_processes
@@ -26,12 +23,10 @@ from vit5gen.system.files import write_text
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.dry_run import run_cost
 from vit5gen.training.folder import CHANGEABLE, RunFolder, differences
+from vit5gen.training.held_out import held_out_loss
 from vit5gen.training.loop import train
 from vit5gen.training.process import NONFINITE, RESUME, STOPPED
 from vit5gen.training.reference import Reference, build_reference
-
-NUM_HELD_OUT = 2048  # images of the held-out loss, where there are as many
-
 
 # What runs are compared with, by the data and the evaluation of their configuration.
 References = dict[str, tuple[Extractor, Reference]]
@@ -155,24 +150,3 @@ def measure(folder: Path, config: Config, references: References) -> dict[str, A
         report = frechet_report(frechet_of(images, extractor), reference.distance, reference.floor)
     found = {"held_out_loss": held_out_loss(pipe, config), "metric": extractor.metric, "distance": report["value"]}
     return found | {"floor": report["floor"], "n": report["n"]}
-
-
-@torch.inference_mode()
-def held_out_loss(pipe: SiTPipeline, config: Config, count: int = NUM_HELD_OUT) -> float:
-    """Return the mean loss of a pipeline's network, in fp32, on the same ``count`` held-out images for every run.
-
-    Noise and order come from ``evaluation.seed``; one t lies in each of ``count`` equal parts of the time interval.
-    """
-    names = [pipe.class_name(i) for i in range(config.data.num_classes)]
-    images = open_held_out(config.data, config.evaluation.held_out_split, names)
-    generator = torch.Generator().manual_seed(config.evaluation.seed)
-    chosen = readable(images.select(torch.randperm(len(images), generator=generator)[:count]), config.data)
-    count, total = len(chosen), 0.0
-    order = torch.randperm(count, generator=generator)
-    t = draw_timesteps(pipe.flow, torch.full((count,), 0.5), stratum=(order, count))
-    for part in torch.arange(count).split(config.evaluation.batch_size):
-        labels = chosen.labels[part].to(pipe.device)
-        x1, _ = encode(pipe.vae, torch.stack([chosen.read(int(i)) for i in part]).to(pipe.device))
-        x0 = torch.randn(x1.shape, generator=generator).to(pipe.device)
-        total += pipe.flow.loss(partial(pipe.transformer, class_labels=labels), x1, x0, t[part]).sum().item()
-    return total / count

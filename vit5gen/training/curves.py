@@ -1,0 +1,112 @@
+"""What a run's numbers show over its steps: ``loss.png``, and whether held-out pictures still gain."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vit5gen.system.files import atomic
+
+_CLEAR_RISE = 0.02  # of the held-out loss above its minimum; with the same noise and times it hardly fluctuates
+_RECENT = 10  # lines of the log whose mean tells whether the training loss falls
+Entries = Sequence[dict[str, Any]]
+
+
+def held_out_points(lines: Entries, evaluations: Entries) -> dict[int, float]:
+    """Return the held-out loss by step, from lines of the log and evaluations, in order."""
+    found = {
+        one["step"]: one["held_out_loss"] for one in [*evaluations, *lines] if one.get("held_out_loss") is not None
+    }
+    return dict(sorted(found.items()))
+
+
+def newest_distance(evaluations: Entries) -> tuple[str, int, dict[str, Any]] | None:
+    """Return the name, the step and the report of the newest distance, None where there is none."""
+    reports = ((name, one["step"], value) for one in reversed(evaluations) for name, value in one.items())
+    return next((report for report in reports if isinstance(report[2], dict)), None)
+
+
+def gap_note(lines: Entries, evaluations: Entries) -> str | None:
+    """Say that held-out pictures lose while training ones gain, at the first step at which that shows; else None."""
+    points = held_out_points(lines, evaluations)
+    widening = [step for step in points if _widens(lines, points, step)]
+    if not points or widening != [max(points)]:
+        return None
+    best, now = min(points, key=lambda step: points[step]), widening[0]
+    rise = f"rose from {points[best]:.4g} at step {best} to {points[now]:.4g} at step {now}"
+    advice = "the model begins to memorise; use fewer steps, more pictures or a smaller model"
+    return f"the held-out loss {rise}, while the training loss falls: {advice}"
+
+
+def _widens(lines: Entries, points: dict[int, float], step: int) -> bool:
+    seen = {at: value for at, value in points.items() if at <= step}
+    best = min(seen, key=lambda at: seen[at])
+    losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None and line["step"] <= step]
+    before = [loss for at, loss in losses if at <= best][-_RECENT:]
+    after = [loss for at, loss in losses if at > best][-_RECENT:]
+    rises = seen[step] > (1 + _CLEAR_RISE) * seen[best]
+    return rises and bool(before and after) and float(np.mean(after)) < float(np.mean(before))
+
+
+def save_curves(path: Path, lines: Entries, evaluations: Entries, checkpoints: Sequence[int] = ()) -> None:
+    """Plot both losses, the distance against its floor, and the learning rate over steps.
+
+    checkpoints: steps of those on the disk, which are marked beside those that the lines tell of; so are resumes, with
+    the keys that changed.
+    """
+    distance = newest_distance(evaluations)
+    heights = [3.0, *([2.0] if distance else []), 1.0]
+    figure = Figure(figsize=(8, 1.6 * sum(heights)), layout="constrained")
+    panels: Sequence[Axes] = figure.subplots(len(heights), sharex=True, height_ratios=heights)
+
+    # Losses. What the first steps lose is many times the rest, and would flatten it.
+    logged = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    points = held_out_points(lines, evaluations)
+    if logged:
+        panels[0].plot(*zip(*logged, strict=True), color="C0", linewidth=1, label="training (weights, the run's times)")
+    if points:
+        label = "held-out (average of the weights, uniform times)"
+        panels[0].plot(list(points), list(points.values()), "o-", color="C1", markersize=4, label=label)
+    if logged and points:
+        late = [loss for step, loss in [*logged, *points.items()] if step >= 0.05 * logged[-1][0]]
+        room = 0.1 * (max(late) - min(late)) or 0.1
+        panels[0].set_ylim(min(late) - room, min(max(late) + 3 * room, panels[0].get_ylim()[1]))
+    panels[0].set_ylabel("loss")
+
+    if distance:
+        name = distance[0]
+        measured = [(one["step"], one[name]["value"], one[name].get("floor")) for one in evaluations if name in one]
+        steps, values, floors = zip(*measured, strict=True)
+        panels[1].plot(steps, values, "o-", color="C2", markersize=4, label=name)
+        if floors[-1] is not None:
+            label = f"floor: held-out pictures score {floors[-1]:.4g}"
+            panels[1].axhline(floors[-1], color="0.4", linestyle="--", linewidth=1, label=label)
+        panels[1].set(ylabel="distance", ylim=(0, None))
+    rates = [(line["step"], line["learning_rate"]) for line in lines if "learning_rate" in line]
+    if rates:
+        panels[-1].plot(*zip(*rates, strict=True), color="0.3", linewidth=1)
+    panels[-1].set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+
+    # Events: checkpoints at the foot, resumes across all panels, changed keys beside them.
+    foot = panels[0].get_xaxis_transform()
+    saved = sorted({*checkpoints, *(line["checkpoint"] for line in lines if "checkpoint" in line)})
+    if saved:
+        panels[0].plot(saved, [0.02] * len(saved), "^", color="0.3", markersize=5, transform=foot, label="checkpoint")
+    for number, line in enumerate(line for line in lines if "resumed" in line):
+        at = line["resumed"]
+        for axes in panels:
+            name = "resumed" if axes is panels[0] and not number else "_"  # which the legend leaves out
+            axes.axvline(at, color="C3", linestyle=":", linewidth=1, label=name)
+        text = "\n".join(f" {key} " for key in line.get("changed", []))
+        side = "right" if 2 * at > lines[-1]["step"] else "left"
+        place = (at, 0.72 - 0.1 * (number % 5))
+        panels[0].text(*place, text, ha=side, va="top", fontsize=7, color="C3", transform=foot)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(loc="upper right" if axes is panels[0] else "best", fontsize=8)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

@@ -1,0 +1,125 @@
+"""The loss on held-out images: the same images, noise and times at every step and in every run."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from vit5gen.config import Config
+from vit5gen.data.autoencoders.kl import decode, encode, psnr, to_uint8
+from vit5gen.data.images import BrokenImage, ImageSet, open_held_out, readable
+from vit5gen.flow import Flow, draw_timesteps
+from vit5gen.generation.pipeline import SiTPipeline
+from vit5gen.generation.scheduler import SiTScheduler
+from vit5gen.system.distributed import gather_objects, processes, rank_and_world, sum_over_processes
+from vit5gen.system.errors import UserError
+
+NUM_HELD_OUT = 2048  # images of the held-out loss, where there are as many
+_NUM_DECODED = 256  # images that tell what the autoencoder keeps
+_SHARE = 0.0125  # of the training so far that the held-out losses of previews may take
+_POOR = 20  # dB of an autoencoder below which every picture is blurred
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """``images`` with noise and times, and the latents of this process's share.
+
+    parts: of consecutive images their indices (B,), x1 and x0 (B, C, h, w), t (B,) and labels (B,), on the CPU.
+    """
+
+    images: ImageSet
+    parts: list[tuple[Tensor, ...]]
+
+    @classmethod
+    @torch.inference_mode()
+    def of(
+        cls, images: ImageSet, config: Config, flow: Flow, vae: AutoencoderKL, count: int = NUM_HELD_OUT
+    ) -> "HeldOut":
+        """Choose ``count`` of the images and encode them, shared over the processes.
+
+        Noise and order come from ``evaluation.seed``; one t lies in each of ``count`` equal parts of the time interval.
+        Raises `UserError` for fewer than 2 images, or a broken one.
+        """
+        generator = torch.Generator().manual_seed(config.evaluation.seed)
+        chosen = readable(images.select(torch.randperm(len(images), generator=generator)[:count]), config.data)
+        if len(chosen) < 2:
+            split = config.evaluation.held_out_split
+            raise UserError(f"data: split {split!r} has {len(chosen)} images; expected at least 2")
+        order = torch.randperm(len(chosen), generator=generator)
+        t = draw_timesteps(flow, torch.full((len(chosen),), 0.5), stratum=(order, len(chosen)))
+        rank, world = rank_and_world()
+        parts: list[tuple[Tensor, ...]] = []
+        for number, part in enumerate(torch.arange(len(chosen)).split(config.evaluation.batch_size)):
+            x0 = torch.randn(len(part), *config.latent_shape, generator=generator)
+            if number % world == rank:
+                x1, _ = encode(vae, _stack(chosen, part).to(vae.device))
+                parts.append((part, x1.cpu(), x0, t[part], chosen.labels[part]))
+        return cls(chosen, parts)
+
+    @torch.inference_mode()
+    def loss(self, pipe: SiTPipeline) -> float:
+        """Return the mean loss of a pipeline's network; all processes take part."""
+        total, network = torch.zeros((), dtype=torch.float64), pipe.transformer
+        for _, *values in self.parts:
+            x1, x0, t, labels = (value.to(pipe.device) for value in values)
+            x1, x0 = x1.to(network.dtype), x0.to(network.dtype)
+            total += pipe.flow.loss(partial(network, class_labels=labels), x1, x0, t).sum().item()
+        return sum_over_processes(total).item() / len(self.images)
+
+    @torch.inference_mode()
+    def psnr(self, vae: AutoencoderKL) -> float:
+        """Return the mean PSNR in dB of some of the images and what the autoencoder makes of their latents."""
+        total = torch.zeros(2, dtype=torch.float64)
+        for part, x1, *_ in self.parts:
+            if part[0] < _NUM_DECODED:
+                found = psnr(_stack(self.images, part), to_uint8(decode(vae, x1.to(vae.device))).cpu())
+                total += torch.stack([found.sum(), found.new_tensor(len(found))])
+        gain, number = sum_over_processes(total).tolist()
+        return gain / number
+
+
+def find_held_out(config: Config, vae: AutoencoderKL, class_names: list[str]) -> HeldOut | None:
+    """Encode a run's held-out images, and say what the autoencoder keeps of them.
+
+    Returns None, having said why, where a process has none or one is broken. All processes take part.
+    """
+    found, fault = None, ""
+    flow = SiTScheduler(config.flow.path, config.flow.prediction).flow
+    try:
+        images = open_held_out(config.data, config.evaluation.held_out_split, class_names)
+        found = HeldOut.of(images, config, flow, vae)
+    except BrokenImage as error:
+        fault = f"no held-out loss, because a held-out image is broken: {error}"
+    except UserError as error:
+        fault = f"no held-out loss and no floor beside the distance, because there are no held-out images: {error}"
+    if faults := [fault for fault in gather_objects(fault) if fault]:
+        processes().print(f"\nnote: {faults[0]}")
+    if found is None or faults:
+        return None
+    quality = found.psnr(vae)
+    poor = f"; warning: below {_POOR} dB every picture is blurred: train one on yours (vit5gen autoencoder)"
+    told = f"the autoencoder gives {quality:.1f} dB on held-out pictures, which bounds the model"
+    processes().print(f"\nnote: {told}{poor if quality < _POOR else ''}")
+    return found
+
+
+def held_out_loss(pipe: SiTPipeline, config: Config, count: int = NUM_HELD_OUT) -> float:
+    """Return the mean loss of a pipeline's network, in fp32, on the same ``count`` held-out images for every run."""
+    names = [pipe.class_name(i) for i in range(pipe.transformer.config.num_classes)]
+    images = open_held_out(config.data, config.evaluation.held_out_split, names)
+    return HeldOut.of(images, config, pipe.flow, pipe.vae, count).loss(pipe)
+
+
+def affordable(previews: set[int], cost: float) -> set[int]:
+    """Return the previews at which something that costs as much as ``cost`` steps keeps its share of those so far."""
+    chosen: list[int] = []
+    for step in sorted(previews):
+        if (len(chosen) + 1) * cost <= _SHARE * step:
+            chosen.append(step)
+    return set(chosen)
+
+
+def _stack(images: ImageSet, indices: Tensor) -> Tensor:
+    return torch.stack([images.read(int(i)) for i in indices])
