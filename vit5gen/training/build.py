@@ -40,7 +40,7 @@ def check_values(config: Config) -> None:
 def build_model(config: Config) -> SiTTransformer2DModel:
     """Construct the transformer on the present default device, initialised from ``training.seed``."""
     channels, side, _ = config.latent_shape
-    arguments = {"sample_size": side, "in_channels": channels, "num_classes": config.data.num_classes}
+    arguments = {"sample_size": side, "in_channels": channels, "num_classes": config.num_classes}
     arguments |= {key: value for key, value in config.model.model_dump().items() if value is not None}
     preset = arguments.pop("preset", None)
     with torch.random.fork_rng(devices=[]):

@@ -8,7 +8,7 @@ import torch
 
 from vit5gen.config import DataConfig
 from vit5gen.data.images import ImageSet, Source, read_image, register_source
-from vit5gen.data.pictures import content_digest, find_classes, folder_names, listing_digest
+from vit5gen.data.pictures import content_digest, content_hashes, find_classes, folder_names, listing_digest
 from vit5gen.system.errors import UserError, listed
 
 # Names of folders that are taken for splits without being named in a configuration.
@@ -33,7 +33,8 @@ class FolderSource(Source):
         files = [file for of_class in found.values() for file in of_class]
         labels = torch.repeat_interleave(torch.tensor([len(of_class) for of_class in found.values()]))
         read, digest = partial(_read_file, files, data), listing_digest if data.rules == 1 else content_digest
-        return ImageSet(names, labels, read, partial(digest, root, files), partial(_file_name, files), instead)
+        hashes = partial(content_hashes, root, files)
+        return ImageSet(names, labels, read, partial(digest, root, files), partial(_file_name, files), instead, hashes)
 
     def missing(self) -> dict[str, str]:
         return self.missing_folder("a folder with one folder of images for each class, perhaps below train/ and val/")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vit5gen.config import Config, read_yaml
+from vit5gen.config import Config, load_recorded, read_yaml
 from vit5gen.data.autoencoders.kl import encode, load_autoencoder
 from vit5gen.data.images import open_held_out, readable
 from vit5gen.data.latents import open_for
@@ -120,7 +120,7 @@ def _row(run: Run, folder: Path, references: References, revision: str) -> Row:
     steps = [0, *(line["step"] for line in lines)]
     if steps[-1] != config.training.num_steps:
         raise UserError(f"{RunFolder(folder).log} ends at step {steps[-1]}; delete that folder to do the run again")
-    cost = run_cost(config)
+    cost = run_cost(load_recorded(RunFolder(folder).config))  # which knows the number of classes
     images = config.training.global_batch_size * np.diff(steps)
     return Row(
         run=run.name,
@@ -163,7 +163,7 @@ def held_out_loss(pipe: SiTPipeline, config: Config, count: int = NUM_HELD_OUT) 
 
     Noise and order come from ``evaluation.seed``; one t lies in each of ``count`` equal parts of the time interval.
     """
-    names = [pipe.class_name(i) for i in range(config.data.num_classes)]
+    names = [pipe.class_name(i) for i in range(pipe.transformer.config.num_classes)]
     images = open_held_out(config.data, config.evaluation.held_out_split, names)
     generator = torch.Generator().manual_seed(config.evaluation.seed)
     chosen = readable(images.select(torch.randperm(len(images), generator=generator)[:count]), config.data)
