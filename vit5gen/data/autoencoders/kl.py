@@ -16,7 +16,8 @@ from vit5gen.system.errors import UserError
 from vit5gen.system.precision import exact_float32
 
 _HALF = (torch.bfloat16, torch.float16)
-EMOJI = Path(__file__).parents[1] / "emoji_vae"
+# The autoencoders that ship with the package.
+SHIPPED = {"emoji": Path(__file__).parents[1] / "emoji_vae"}
 
 
 def load_autoencoder(name: str) -> AutoencoderKL:
@@ -24,7 +25,7 @@ def load_autoencoder(name: str) -> AutoencoderKL:
 
     Raises `UserError` when there is no such autoencoder or it cannot be fetched.
     """
-    source = EMOJI if name == "emoji" else Path(name).expanduser()
+    source = SHIPPED.get(name) or Path(name).expanduser()
     try:
         here, weights = not missing(name), source if source.is_dir() else name
         if not here:
@@ -43,7 +44,7 @@ def load_autoencoder(name: str) -> AutoencoderKL:
 
 def missing(name: str) -> dict[str, str]:
     """Return an autoencoder that is neither a folder here nor fetched yet, with how to get it."""
-    if name == "emoji" or Path(name).expanduser().is_dir():
+    if name in SHIPPED or Path(name).expanduser().is_dir():
         return {}
     with suppress(HFValidationError):  # of what is no name on the hub either
         if isinstance(try_to_load_from_cache(name, "config.json"), str):

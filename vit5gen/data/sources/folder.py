@@ -12,7 +12,9 @@ from vit5gen.data.pictures import content_digest, content_hashes, find_classes, 
 from vit5gen.system.errors import UserError, listed
 
 # Names of folders that are taken for splits without being named in a configuration.
-_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "held_out", "holdout")
+TRAINING = ("train", "training")
+HELD_OUT = ("test", "testing", "val", "valid", "validation", "dev", "eval", "held_out", "holdout")
+_SPLITS = (*TRAINING, *HELD_OUT)
 
 
 @register_source("folder")
@@ -20,8 +22,7 @@ class FolderSource(Source):
     """Files of images; the folders of classes may lie below folders of splits. ImageNet's ids get English names."""
 
     def open(self, split: str) -> ImageSet:
-        data = self.data
-        root = _split_folder(self.need_folder(), data, split)
+        data, root = self.data, self.folder(split)
         found, instead = find_classes(root, data.rules)
         if not found:
             raise UserError(f"data.path {root}: no class folders; expected one folder of images for each class")
@@ -35,6 +36,10 @@ class FolderSource(Source):
         read, digest = partial(_read_file, files, data), listing_digest if data.rules == 1 else content_digest
         hashes = partial(content_hashes, root, files)
         return ImageSet(names, labels, read, partial(digest, root, files), partial(_file_name, files), instead, hashes)
+
+    def folder(self, split: str) -> Path:
+        """Return the folder of class folders of a split; raise `UserError` when there is none."""
+        return _split_folder(self.need_folder(), self.data, split)
 
     def missing(self) -> dict[str, str]:
         return self.missing_folder("a folder with one folder of images for each class, perhaps below train/ and val/")
