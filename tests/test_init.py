@@ -203,7 +203,7 @@ def test_the_held_out_part_is_a_function_of_the_files_alone() -> None:
     fill(root / "a", 30)
     fill(root / "b", 12)
     whole, held_out = names(data.model_copy(update={"held_out": None})), names(data, "test")
-    before = {file.read_bytes() for file in root.rglob("*.png") if f"a/{file.name}" in held_out}
+    before = {file.read_bytes() for file in (root / "a").iterdir() if f"a/{file.name}" in held_out}
     assert len(open_images(data, "test")) == 4
     assert len(open_images(data)) == 38
     assert names(data) | held_out == whole

@@ -247,9 +247,9 @@ def _hold_out(images: ImageSet, fraction: float, classes: Collection[str]) -> to
     hashes = [sha256(row.encode()).hexdigest() for row in rows] if images.hashes is None else images.hashes()
     kept = set(map(composed, classes))
     of_class: dict[str, set[str]] = {}
-    for name, found in zip(owners, hashes, strict=True):
+    for name, one in zip(owners, hashes, strict=True):
         if name in kept:
-            of_class.setdefault(name, set()).add(found)
+            of_class.setdefault(name, set()).add(one)
     ranked = [sorted(found) for found in of_class.values()]
     counts = [min(max(1, round(fraction * len(found))), len(found) - 1) for found in ranked]
     if sum(counts) == 1:

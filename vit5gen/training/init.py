@@ -260,8 +260,8 @@ _TEMPLATE = """\
 #   {command}
 #
 # {seen}
-# About {took} on this machine, beside encoding and evaluation. Poor pictures get better with more num_steps, or with
-# more pictures where the held-out ones come out worse than those of training.
+# About {took} on this machine, encoding and evaluation not included. docs/training.md shows a good and a bad
+# result, and how to tell.
 data: # num_classes is found in the data
 {data}vae: # returns these pictures with {quality:.1f} dB; no generated picture can be better than that
   name: {name}
