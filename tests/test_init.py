@@ -4,6 +4,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tiny_run import forget_processes, make_inputs
 
 from vit5gen.cli import main
 from vit5gen.config import DataConfig, load_config, load_recorded
-from vit5gen.data.images import open_held_out, open_images, open_training_images
+from vit5gen.data.images import ImageSet, _hold_out, open_held_out, open_images, open_training_images
 from vit5gen.system.errors import UserError
 from vit5gen.training import init
 from vit5gen.training.build import check_values
@@ -227,6 +228,16 @@ def test_at_least_two_are_held_out_and_every_class_keeps_one() -> None:
     assert open_images(data).labels.bincount().tolist() == [1, 1]
     Path("p/a/0.png").write_bytes(sorted((path.read_bytes() for path in Path("p/b").iterdir()), key=_hash)[0])
     assert open_images(data).labels.bincount().tolist() == [1, 2]  # a copy of a's only picture stays beside it
+
+
+def test_images_without_files_are_held_out_by_class_and_row() -> None:
+    labels = torch.arange(60) % 2
+    images = ImageSet(["a", "b"], labels, lambda _: torch.zeros(3, 8, 8), str)
+    held_out = _hold_out(images, 0.1, ["a", "b"])
+    assert labels[held_out].bincount().tolist() == [3, 3]
+    fewer = _hold_out(replace(images, labels=labels[:50]), 0.1, ["b"])
+    assert labels[:50][fewer].tolist() == [1, 1]  # of 25
+    assert (held_out[:50] & ~_hold_out(replace(images, labels=labels[:50]), 0.12, ["a", "b"])).sum() == 0
 
 
 def _hash(content: bytes) -> str:

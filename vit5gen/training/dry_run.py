@@ -89,6 +89,9 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
         trial = f"none before {preparation}, which training does"
     else:
         trial = _trial(config, accelerator, start, accept_changes)
+    if here and "on this machine" not in trial:
+        took = duration(step * config.training.num_steps)
+        trial += f"; on this machine: about {took}, by the speed of a product of matrices"
     accelerator.print(f"trial:    {trial}")
     return 0
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from vit5gen.config import Config, DataConfig, VaeConfig, parse_yaml, validate
 from vit5gen.data.autoencoders import kl
-from vit5gen.data.images import BrokenImage, ImageSet, centre_crop, decoding, open_held_out, open_images, readable
+from vit5gen.data.images import BrokenImage, ImageSet, centre_crop, decoding, open_held_out, open_images
 from vit5gen.data.pictures import find_classes, folder_names
 from vit5gen.data.sources.folder import HELD_OUT, TRAINING, FolderSource
 from vit5gen.system.errors import UserError, listed
@@ -111,7 +111,7 @@ def look(folder: str) -> Survey:
     return survey
 
 
-def choose_autoencoder(data: DataConfig, images: ImageSet) -> tuple[str, AutoencoderKL, float]:
+def choose_autoencoder(resolution: int, images: ImageSet) -> tuple[str, AutoencoderKL, float]:
     """Return the name of an autoencoder that is at hand, itself, and the dB of a round trip of some images.
 
     It is the default one where it has been fetched, else the shipped one that was trained nearest in size.
@@ -124,12 +124,11 @@ def choose_autoencoder(data: DataConfig, images: ImageSet) -> tuple[str, Autoenc
             vae = None
     if vae is None:
         shipped = {name: kl.load_autoencoder(name) for name in kl.SHIPPED}
-        name = min(shipped, key=lambda name: abs(np.log2(shipped[name].config.sample_size / data.resolution)))
+        name = min(shipped, key=lambda name: abs(np.log2(shipped[name].config.sample_size / resolution)))
         vae = shipped[name]
-    some = np.linspace(0, len(images) - 1, min(len(images), _MOST_ROUND_TRIPS)).astype(int).tolist()
-    chosen, scores, begun = readable(images.select(some), data), [], 0.0
-    for part in torch.arange(len(chosen)).split(8):
-        pixels = torch.stack([chosen.read(int(i)) for i in part])
+    chosen, scores, begun = np.linspace(0, len(images) - 1, min(len(images), _MOST_ROUND_TRIPS)), [], 0.0
+    for part in torch.from_numpy(chosen).long().split(8):
+        pixels = torch.stack([images.read(int(i)) for i in part])
         scores.append(kl.psnr(pixels, kl.to_uint8(kl.decode(vae, kl.encode(vae, pixels)[0]))))
         begun = begun or time.perf_counter()
         if time.perf_counter() - begun > _ROUND_TRIP_SECONDS:
@@ -139,7 +138,7 @@ def choose_autoencoder(data: DataConfig, images: ImageSet) -> tuple[str, Autoenc
 
 def near_duplicates(held_out: ImageSet, training: ImageSet, thumbnails: dict[str, torch.Tensor]) -> int:
     """Return how many held-out pictures nearly equal a training picture, among those that were looked at."""
-    names = [[images.name(i).removeprefix("image ") for i in range(len(images))] for images in (held_out, training)]
+    names = [[_path(images, i) for i in range(len(images))] for images in (held_out, training)]
     ours, theirs = ([thumbnails[name] for name in part if name in thumbnails] for part in names)
     if not ours or not theirs:
         return 0
@@ -195,7 +194,8 @@ def init(folder: str, output: str) -> None:
         print(f"held out: none, so that scores have nothing to compare with: {error}")
 
     # The autoencoder, the model, and how long a step takes here.
-    name, vae, quality = choose_autoencoder(data, training)
+    sound = [i for i in range(len(training)) if _path(training, i) in survey.thumbnails]
+    name, vae, quality = choose_autoencoder(resolution, training.select(sound or range(len(training))))
     print(f"autoencoder: {name} returns these pictures with {quality:.1f} dB")
     factor, count = kl.downsample(vae), len(training)
     batch = 2 ** (min(machine.batch, count).bit_length() - 1)
@@ -247,6 +247,10 @@ def describe(survey: Survey) -> list[str]:
     facts += [f"{survey.grey:,} grey"] * bool(survey.grey)
     facts += [f"{len(survey.broken):,} do not decode ({listed(survey.broken, 3)})"] * bool(survey.broken)
     return [" ".join(fact.split()) for fact in facts]
+
+
+def _path(images: ImageSet, index: int) -> str:
+    return images.name(index).removeprefix("image ")
 
 
 def _quoted(text: str) -> str:
