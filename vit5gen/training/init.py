@@ -48,7 +48,7 @@ class Machine:
     evaluated: int
 
 
-_CPU, _GPU = Machine(32, 8, 15, (400, 10_000), "fp32", 256), Machine(64, 16, 20, (2000, 50_000), "bf16", 1000)
+_CPU, _GPU = Machine(32, 8, 15, (800, 10_000), "fp32", 256), Machine(64, 16, 20, (2000, 50_000), "bf16", 1000)
 
 
 @dataclass
