@@ -115,18 +115,18 @@ def test_a_port_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch, reques
 @pytest.mark.parametrize(
     ("given", "launcher", "code", "said"),
     [
-        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, [], 0, "GPU-hours"),
-        ({"MASTER_ADDR": "node017"}, [], 0, "GPU-hours"),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, [], 0, "on this machine"),
+        ({"MASTER_ADDR": "node017"}, [], 0, "on this machine"),
         ({"WORLD_SIZE": "4"}, [], 2, "WORLD_SIZE = 4"),
         ({}, ["accelerate.commands.launch", "--cpu", "--mixed_precision", "bf16"], 1, "training.precision"),
         ({}, ["accelerate.commands.launch", "--cpu", "--dynamo_backend", "inductor"], 1, "training.compile"),
-        ({}, ["accelerate.commands.launch", "--cpu"], 0, "GPU-hours"),
+        ({}, ["accelerate.commands.launch", "--cpu"], 0, "on this machine"),
         ({}, ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], 1, "ACCELERATE_USE_CPU=true"),
         (
             {"ACCELERATE_USE_CPU": "1"},
             ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
             0,
-            "GPU-hours",
+            "on this machine",
         ),
     ],
 )

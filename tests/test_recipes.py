@@ -133,9 +133,9 @@ def test_the_extractor_of_adm_is_known_to_a_training() -> None:
 
 def test_dry_run_tries_real_steps_where_the_data_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_inputs(tmp_path)
-    trial = r"trial:    3 real steps: peak memory [\d.]+ GB, [\d.,]+ images/s; 10 steps will take \S+ hours"
+    trial = r"trial:    3 real steps: peak memory [\d.]+ GB, [\d.,]+ images/s; on this machine: \S+ seconds, 10 steps"
     before = tree(tmp_path)
-    assert dry_run(capsys, config)[-1].startswith("trial:    skipped until the latents are encoded")
+    assert re.fullmatch(trial.replace("real", "synthetic"), dry_run(capsys, config)[-1])
     assert re.fullmatch(trial, dry_run(capsys, config, "--data.from_images", "true")[-1])
     with pytest.raises(SystemExit):
         main(["encode", str(config), "--output", str(tmp_path / "latents")])
@@ -146,7 +146,8 @@ def test_dry_run_tries_real_steps_where_the_data_are(tmp_path: Path, capsys: pyt
     shutil.rmtree(tmp_path / "vae")
     printed = dry_run(capsys, config, *accumulated)
     assert printed[-2].startswith(f"missing: {tmp_path / 'vae'} (")
-    assert printed[-1] == "trial:    skipped until nothing is missing"
+    assert printed[-1].startswith("trial:    3 synthetic steps: ")
+    assert not any(line.startswith("time:") for line in printed)  # GPU-hours
 
 
 def test_dry_run_tells_where_a_run_would_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

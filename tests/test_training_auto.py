@@ -12,7 +12,7 @@ from vit5gen.config import Config, load_config, validate
 from vit5gen.system import cpu
 from vit5gen.system.errors import UserError
 from vit5gen.training import build
-from vit5gen.training.build import settle
+from vit5gen.training.build import settle_auto
 from vit5gen.training.reference import build_reference
 
 AUTO = {"precision": "auto", "compile": "auto"}
@@ -20,7 +20,7 @@ AUTO = {"precision": "auto", "compile": "auto"}
 
 def settled(recorded: dict | None = None, **training: object) -> tuple[str, object]:
     config = validate(Config, {"model": {"preset": "S/2"}, "training": training}, "test")
-    found = settle(config, {} if recorded is None else {"training": recorded}).training
+    found = settle_auto(config, {} if recorded is None else {"training": recorded}).training
     return found.precision, found.compile
 
 

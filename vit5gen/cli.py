@@ -21,7 +21,7 @@ from vit5gen.commands.options import ConfigOptions, Options, dashed
 from vit5gen.config import Config, SamplingConfig, parse_yaml, validate
 from vit5gen.system.errors import UserError, choose, nearest, short
 
-COMMANDS = ("train", "encode", "sample", "evaluate", "convert", "classify", "study", "autoencoder", "benchmark")
+COMMANDS = ("init", "train", "encode", "sample", "evaluate", "convert", "classify", "study", "autoencoder", "benchmark")
 _AS_YAML = {"guidance_interval"}  # a list that is one value
 
 

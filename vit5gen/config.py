@@ -29,6 +29,7 @@ Positive = Annotated[Float, Field(gt=0)]
 Ratio = Annotated[Float, Field(gt=0, le=1000)]
 NonNegative = Annotated[Float, Field(ge=0)]
 Unit = Annotated[Float, Field(ge=0, le=1)]
+Fraction = Annotated[Float, Field(gt=0, lt=1)]
 Decay = Annotated[Float, Field(ge=0, lt=1)]
 # Beyond these a value is a slip of the finger: it would end in a hang, an overflow or a machine without memory.
 MOST_WIDTH, MOST_LAYERS, MOST_CLASSES, MOST_SIDE = 2**16, 1000, 10**7, 2**14
@@ -47,6 +48,7 @@ Side = Annotated[int, Field(ge=1, le=MOST_SIDE)]
 Classes = Annotated[int, Field(ge=1, le=MOST_CLASSES)]
 Tiles = Annotated[int, Field(ge=1, le=1000)]
 Small = Annotated[int, Field(ge=0, le=MOST_WORKERS)]
+ASSUMED_CLASSES = 1000
 _MOST_VALUES = 10**5  # of one file
 T = TypeVar("T", bound=BaseModel)
 
@@ -125,7 +127,12 @@ class DataConfig(Section):
     split: str = Field("train", description="split to train on")
     resolution: Side = Field(256, description="side of the square images, in pixels")
     classes: list[Name] | None = Field(None, description="use only these classes; default: all")
-    num_classes: Classes = Field(1000, description="number of classes; checked against the data")
+    num_classes: Classes | None = Field(
+        None, description="number of classes; default: found in the data when a run begins"
+    )
+    held_out: Fraction | None = Field(
+        None, description="part of each class that is held out, by hash, where the data set has no split for it"
+    )
     horizontal_flip: bool = Field(True, description="mirror half of the images at random")
     exif: Exif = Field("apply", description="whether to rotate photos upright by their EXIF orientation")
     rules: Rules = Field(2, description="version of the rules for which files are images; a resumed run keeps its own")
@@ -242,6 +249,11 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @property
+    def num_classes(self) -> int:
+        """The number of classes; before a run has found it, ImageNet's, which costs of no data assume."""
+        return self.data.num_classes or ASSUMED_CLASSES
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of the run's latents; raises `UserError` when the resolution does not fit the autoencoder."""
         side, rest = divmod(self.data.resolution, self.vae.downsample)
@@ -351,6 +363,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
 # What keys meant that a run, or latents, of an earlier version have not recorded: it keeps what it began with.
 DEFAULTS_BEFORE: dict[str, Any] = {
     "data.exif": "ignore",
+    "data.num_classes": 1000,
     "data.rules": 1,
     "training.checkpoint_every": 10_000,
     "training.checkpoint_minutes": None,

@@ -1,7 +1,7 @@
 """Labelled images, and what all sources of them share: uint8 RGB squares that are read one at a time."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -32,6 +32,7 @@ class ImageSet:
     digest: Callable[[], str]  # changes when the source's images do
     name: Callable[[int], str] = "image {}".format  # for messages
     instead: dict[str, str] = field(default_factory=dict)  # what the folders of classes without images hold
+    hashes: Callable[[], list[str]] | None = None  # SHA-256 of all its files, for a source that has some
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -43,7 +44,7 @@ class ImageSet:
         """Return only these images, in this order."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         read, name = partial(_of_selected, self.read, chosen), partial(_of_selected, self.name, chosen)
-        return replace(self, labels=self.labels[chosen], read=read, name=name)
+        return replace(self, labels=self.labels[chosen], read=read, name=name, hashes=None)
 
 
 def digest_pixels(pixels: torch.Tensor) -> str:
@@ -82,6 +83,12 @@ class Source:
         """Open the images of a split without decoding any; raise `UserError` when they are absent."""
         raise NotImplementedError
 
+    def has_split(self, split: str) -> bool:
+        """Tell whether there is a split of this name."""
+        with suppress(UserError):
+            return split in self.splits if self.splits is not None else bool(self.open(split))
+        return False
+
     def missing(self) -> dict[str, str]:
         """Return each absent path or package with how to get it."""
         return {}
@@ -119,16 +126,26 @@ def read_image(file: str | Path | IO[bytes], data: DataConfig, name: str) -> tor
 def open_images(data: DataConfig, split: str | None = None) -> ImageSet:
     """Open the images of a configuration without decoding any; ``split`` replaces ``data.split``.
 
+    With `data.held_out` that part of `data.split` stands for any other split, and `data.split` for the rest.
     Raises `UserError` when the data are absent, hold no classes or not `data.classes`, or a class has no images; in
     another split than the one to train on, only when a class folder is there.
     """
     source, wanted = make_source(data), split or data.split
+    if data.held_out is not None:
+        for other in sorted({"test", wanted} - {data.split}):
+            if source.has_split(other):
+                found = f"{data.path or data.source} has a split {other!r} already"
+                raise UserError(f"data.held_out = {data.held_out}: {found}; remove data.held_out, or that split")
+    part = wanted if data.held_out is None else data.split
     if source.splits is not None:
-        choose("data.split", wanted, source.splits)
-    opened = source.open(wanted)
+        choose("data.split", part, source.splits)
+    opened = source.open(part)
     names = distinct(f"data.path {data.path}, classes", opened.class_names)
     instead = {composed(name): why for name, why in opened.instead.items()}
     opened = replace(opened, class_names=names, instead=instead)
+    if data.held_out is not None:
+        held_out = _hold_out(opened, data.held_out, data.classes or names)
+        opened = opened.select(torch.nonzero(held_out == (wanted != data.split))[:, 0])
     if data.classes is not None:
         classes = distinct("data.classes", data.classes)
         opened = _keep_classes(opened, [choose("data.classes", name, names) for name in classes])
@@ -139,9 +156,9 @@ def open_images(data: DataConfig, split: str | None = None) -> ImageSet:
 
 
 def open_training_images(data: DataConfig) -> ImageSet:
-    """Open the images that a run trains on; raise `UserError` when their classes are not `data.num_classes`."""
+    """Open the images that a run trains on; raise `UserError` when their classes are not a given `data.num_classes`."""
     images = open_images(data)
-    if (found := len(images.class_names)) != data.num_classes:
+    if (found := len(images.class_names)) != (data.num_classes or found):
         classes = f"data.num_classes = {data.num_classes}: the data set has {found} ({listed(images.class_names)})"
         raise UserError(f"{classes}; set data.num_classes to {found}")
     return images
@@ -218,6 +235,31 @@ def _keep_classes(images: ImageSet, classes: list[str]) -> ImageSet:
     labels = torch.tensor([numbers.get(name, -1) for name in images.class_names])[images.labels]
     kept = images.select(torch.nonzero(labels >= 0)[:, 0])
     return replace(kept, class_names=classes, labels=labels[labels >= 0])
+
+
+def _hold_out(images: ImageSet, fraction: float, classes: Collection[str]) -> torch.Tensor:
+    """Return (N,) bool, true for the lowest ``fraction`` by hash of each of ``classes``; copies fall on one side.
+
+    At least one of a class of two or more, and two in all where a class has three. The hash is of a file's content,
+    else of class and row: neither order nor other images nor the machine have a say in it.
+    """
+    owners = [images.class_names[label] for label in images.labels.tolist()]
+    rows = (f"{name} {row}" for row, name in enumerate(owners))
+    hashes = [sha256(row.encode()).hexdigest() for row in rows] if images.hashes is None else images.hashes()
+    kept = set(map(composed, classes))
+    of_class: dict[str, set[str]] = {}
+    for name, one in zip(owners, hashes, strict=True):
+        if name in kept:
+            of_class.setdefault(name, set()).add(one)
+    ranked = [sorted(found) for found in of_class.values()]
+    counts = [min(max(1, round(fraction * len(found))), len(found) - 1) for found in ranked]
+    if sum(counts) == 1:
+        counts = [min(2 * count, len(found) - 1) for count, found in zip(counts, ranked, strict=True)]
+    held_out = {one for count, found in zip(counts, ranked, strict=True) for one in found[:count]}
+    for found in ranked:  # a class whose images are all copies of another one's held-out images
+        if held_out.issuperset(found):
+            held_out.difference_update(found)
+    return torch.tensor([one in held_out and name in kept for one, name in zip(hashes, owners, strict=True)])
 
 
 def _of_selected(function: Callable[[int], Any], chosen: torch.Tensor, index: int) -> Any:

@@ -39,6 +39,13 @@ def identity(manifest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def find_num_classes(config: Config) -> int:
+    """Return how many classes a run's data have; raise `UserError` when these are absent."""
+    if config.data.latents is not None and not config.data.from_images:
+        return len(LatentDataset(Path(config.data.latents).expanduser()).class_names)
+    return len(open_images(config.data).class_names)
+
+
 def images_beside(data: DataConfig) -> tuple[ImageSet | None, str]:
     """Open the images of latents that are given, without which a machine can train; or return None, and why."""
     try:
@@ -143,7 +150,8 @@ class LatentDataset:
             names = f" ({self.manifest.get('vae')}, not {wanted['vae']})" if key == "vae_sha256" else ""
             self._compare(key, self.manifest.get(key), wanted[key], names)
         names = f" (classes of the latents: {listed(self.class_names)})"
-        self._compare("num_classes", len(self.class_names), config.data.num_classes, names)
+        self._compare("num_classes", len(self.class_names), config.data.num_classes or len(self.class_names), names)
+        self._compare("held_out", self.manifest.get("held_out"), config.data.held_out)
         images, _ = images_beside(config.data)
         classes = config.data.classes or (self.class_names if images is None else images.class_names)
         self._compare("classes", self.class_names, classes)
@@ -204,8 +212,9 @@ def settings_of(images: ImageSet, vae: AutoencoderKL, config: Config) -> dict[st
         "images_sha256": images.digest(),
         "id2label": {str(label): name for label, name in enumerate(images.class_names)},
     }
-    if config.data.source_kwargs:
-        of_images["source_kwargs"] = config.data.source_kwargs
+    for key in ("source_kwargs", "held_out"):
+        if value := getattr(config.data, key):
+            of_images[key] = value
     return _latent_settings(vae, config) | _reading(config) | of_images
 
 

@@ -8,7 +8,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from hashlib import sha256
@@ -164,19 +164,33 @@ def _digest(lines: Iterable[str]) -> str:
 def content_digest(root: Path, files: Sequence[Path]) -> str:
     """Return the SHA-256 of the names below ``root`` and the contents of files.
 
-    It is remembered in the cache for as long as names, sizes and times of change stay: they take a moment to look at.
+    It is remembered as `content_hashes` are.
     """
+    lines = (f"{file.relative_to(root).as_posix()} {hash_file(file)}\n" for file in files)
+    return _remembered("contents", root, files, lambda: [_digest(lines)])[0]
+
+
+def content_hashes(root: Path, files: Sequence[Path]) -> list[str]:
+    """Return the SHA-256 of each file's content.
+
+    They are remembered in the cache for as long as names, sizes and times of change stay: these take a moment to look
+    at.
+    """
+    return _remembered("hashes", root, files, lambda: [hash_file(file) for file in files])
+
+
+def _remembered(kind: str, root: Path, files: Sequence[Path], compute: Callable[[], list[str]]) -> list[str]:
     looked_at = [file.stat() for file in files]
     times = [f"{status.st_mtime_ns} {status.st_ctime_ns}\n" for status in looked_at]
     key = _digest([f"{root.resolve()}\n{listing_digest(root, files)}\n", *times])
-    known = cache_folder() / f"contents-{key}.txt"
+    known = cache_folder() / f"{kind}-{key}.txt"
     with suppress(OSError, ValueError):  # absent or damaged
-        if re.fullmatch("[0-9a-f]{64}", found := known.read_text(encoding="ascii")):
-            return found
-    digest = _digest(f"{file.relative_to(root).as_posix()} {hash_file(file)}\n" for file in files)
+        if re.fullmatch(r"[0-9a-f]{64}(\n[0-9a-f]{64})*", found := known.read_text(encoding="ascii")):
+            return found.split("\n")
+    hashes = compute()
     with suppress(OSError):
-        write_text(known, digest)
-    return digest
+        write_text(known, "\n".join(hashes))
+    return hashes
 
 
 def to_rgb(image: Image.Image, exif: Exif = "apply", rules: Rules = 2) -> Image.Image:

@@ -118,8 +118,7 @@ def open_data(data: DataConfig, batch_size: int) -> Samples:
     """Open the images of a configuration's data section, the split that it names."""
     images = open_images(data)
     identity = {"kind": "data", "path": data.path or data.source, **data.model_dump(include=_DECIDING)}
-    if data.source_kwargs:
-        identity["source_kwargs"] = data.source_kwargs
+    identity |= {key: value for key in ("source_kwargs", "held_out") if (value := getattr(data, key))}
     count, labels = len(images), images.labels.tolist()
     return Samples(count, lambda: _stacked(images.read, count, batch_size), identity, labels)
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from vit5gen.config import AutoencoderTraining, TrainingConfig
+from vit5gen.config import AutoencoderTraining, TrainingConfig, recorded_values
 from vit5gen.data.autoencoders.kl import decode, encode, load_autoencoder, psnr, to_uint8
-from vit5gen.data.images import ImageSet, open_images
+from vit5gen.data.images import ImageSet, open_images, readable
 from vit5gen.generation.grid import save_pairs
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import check_writable, clear_weights
@@ -103,7 +103,9 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
     accelerator = process.make_accelerator(settings, folder.path)
     PRECISIONS[config.precision].set_products()
     PRECISIONS[config.precision].warn_if_slow(accelerator.device, accelerator.print)
-    images, held_out = open_images(config.data), open_images(config.data, config.held_out_split)
+    images, held_out = (
+        readable(open_images(config.data, split), config.data) for split in (None, config.held_out_split)
+    )
     with folder.locked(("checkpoints", "config.json")):
         check_writable(folder.path / "config.json")
         if (folder.path / "config.json").exists() and not checkpoint.steps(folder.checkpoints):
@@ -165,6 +167,7 @@ def _check_sizes(config: AutoencoderTraining) -> None:
 def _resume(trainer: Trainer, shuffle: Shuffle, start: Path, config: AutoencoderTraining) -> None:
     """Restore a checkpoint of the same configuration and number of images; raise `UserError` for another one."""
     recorded, now = checkpoint.read_config(start), config.model_dump(mode="json")
+    recorded["data"] = recorded_values(recorded)["data"] | {"num_classes": config.data.num_classes}  # of no consequence
     if changed := [key for key, value in now.items() if recorded.get(key) != value]:
         raise UserError(f"{start} has another {', '.join(changed)}; restore the old value or choose another --output")
     trainer.restore(start)

@@ -40,7 +40,7 @@ def check_values(config: Config) -> None:
         choose("data.split", config.data.split, source.splits)
 
 
-def settle(config: Config, recorded: dict[str, Any]) -> Config:
+def settle_auto(config: Config, recorded: dict[str, Any]) -> Config:
     """Replace `auto` by what the ``recorded`` configuration of a checkpoint has, else by what suits the machine.
 
     Prints a note where that precision is slow here. Raises `UserError` where blocks are to be compiled and there is no
@@ -64,7 +64,7 @@ def settle(config: Config, recorded: dict[str, Any]) -> Config:
 def build_model(config: Config) -> SiTTransformer2DModel:
     """Construct the transformer on the present default device, initialised from ``training.seed``."""
     channels, side, _ = config.latent_shape
-    arguments = {"sample_size": side, "in_channels": channels, "num_classes": config.data.num_classes}
+    arguments = {"sample_size": side, "in_channels": channels, "num_classes": config.num_classes}
     arguments |= {key: value for key, value in config.model.model_dump().items() if value is not None}
     preset = arguments.pop("preset", None)
     with torch.random.fork_rng(devices=[]):

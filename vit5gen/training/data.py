@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -48,6 +49,21 @@ class ImageSource:
         """Return (uint8 image (3, H, W), label)."""
         image, label = self.images[index]
         return image.flip(-1) if flip else image, label
+
+
+@dataclass(frozen=True)
+class RandomLatents:
+    """Normal latents, in place of encoded images."""
+
+    shape: tuple[int, int, int]
+    num_classes: int
+
+    def __len__(self) -> int:
+        return 1000
+
+    def get(self, index: int, flip: bool) -> tuple[Tensor, Tensor, int]:
+        """Return (mean, standard deviation, label)."""
+        return torch.zeros(self.shape), torch.ones(self.shape), index % self.num_classes
 
 
 def open_source(
@@ -124,7 +140,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
         index = data_index(seed, step, position, config.training.global_batch_size, len(self.source))
         *data, label = self.source.get(index, config.data.horizontal_flip and draws.flip)
         sample = {"x0": draws.noise, "uniform": draws.uniform, "position": position, "index": index}
-        sample["label"] = config.data.num_classes if draws.drop < config.model.class_dropout_prob else int(label)
+        sample["label"] = config.num_classes if draws.drop < config.model.class_dropout_prob else int(label)
         if len(data) == 2:
             mean, std = data
             return sample | {"x1": mean + std * draws.posterior}

@@ -9,29 +9,37 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers import AutoencoderKL
 
 from vit5gen import registry
-from vit5gen.config import Config, DataConfig
+from vit5gen.config import ASSUMED_CLASSES, Config, DataConfig
 from vit5gen.data import encoding
 from vit5gen.data.autoencoders import kl
 from vit5gen.data.images import make_source, open_training_images
-from vit5gen.data.latents import MANIFEST, check_autoencoder
+from vit5gen.data.latents import MANIFEST, check_autoencoder, find_num_classes
 from vit5gen.evaluation.features import EXTRACTORS
 from vit5gen.models.backbone import BACKBONES
+from vit5gen.system.cpu import fast_products
 from vit5gen.system.distributed import on_main
 from vit5gen.training import cost
-from vit5gen.training.build import build_flow, build_model, check_values, settle
-from vit5gen.training.data import micro_batches, open_source
-from vit5gen.training.folder import RunFolder
+from vit5gen.training.build import build_flow, build_model, check_values, settle_auto
+from vit5gen.training.data import RandomLatents, Source, micro_batches, open_source
+from vit5gen.training.folder import RunFolder, settle
 from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.objectives import OBJECTIVES, build_objectives
 from vit5gen.training.process import batch_sizes, make_accelerator
+from vit5gen.training.trainer import Trainer
 
 TRIAL_STEPS = 3
+_LONGEST_STEP = 10.0  # seconds, of one that a dry run tries on a CPU
+_UNITS = ((1.0, "seconds", 90.0), (60.0, "minutes", 7200.0), (3600.0, "hours", 172800.0))
+_DAY = 86400.0  # seconds; what takes longer on a CPU is told in hours of GPUs
 
 
 def plan(config: Config, output: str | None, resume: str, accept_changes: bool) -> int:
-    """Check every value, print what the run costs and what is missing, and try 3 steps where nothing is; return 0.
+    """Check every value, print what the run costs and what is missing, and try 3 steps; return 0.
+
+    These are of the run where all that it needs is here; else a CPU tries latents that are drawn, and a GPU none.
 
     output, resume, accept_changes: as in training; where it would start is printed if ``output`` is given.
     Raises `UserError` for a value that does not fit, as training would.
@@ -41,18 +49,25 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     check_values(config)
     start = None
     if output is None:
-        config = settle(config, {})
+        config = settle_auto(config, {})
     else:
         folder = RunFolder(output)
         with ExitStack() as stack:
             on_main(lambda: stack.enter_context(folder.locked(write=False)))
-            start, config = on_main(partial(folder.find_start, config, resume, accept_changes))
+            start, config = on_main(partial(folder.find_start, config, resume, accept_changes, _classes_here))
         if folder.finished(config, start):
             accelerator.print(f"{folder} is already trained to step {config.training.num_steps}; nothing to do")
             return 0
         accelerator.print(f"start:    {'a new run' if start is None else f'resumes from {start}'} in {folder}")
+    config = settle(config, _classes_here)
+    if config.data.num_classes is None:
+        accelerator.print(f"classes:  to be found in the data; {config.num_classes} assumed until these are here")
+    found, on_cpu = run_cost(config), accelerator.device.type == "cpu"
+    step = _guess_seconds(config, found) if on_cpu else 0.0
+    here = on_cpu and step * config.training.num_steps < _DAY
     for line in describe(config, accelerator.num_processes):
-        accelerator.print(line)
+        if not (here and line.startswith("time:")):  # of GPUs
+            accelerator.print(line)
     absent = missing(config)
     for path, remedy in absent.items():
         accelerator.print(f"missing: {path} ({remedy})")
@@ -65,14 +80,21 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
         check_autoencoder(config, kl.load_autoencoder(config.vae.name))
     if config.data.path is not None and not images:
         open_training_images(config.data)
-    if absent:
+    encoded = config.data.latents is not None or config.data.from_images
+    pictures = any(OBJECTIVES.get(name).needs_image for name in config.training.objectives)
+    if (absent or not encoded or source.preparation()) and on_cpu and not pictures and step < _LONGEST_STEP:
+        trial = _synthetic(config, accelerator)
+    elif absent:
         trial = "skipped until nothing is missing"
-    elif config.data.latents is None and not config.data.from_images:
+    elif not encoded:
         trial = "skipped until the latents are encoded: run `vit5gen encode`, then add --data.latents FOLDER"
     elif preparation := source.preparation():
         trial = f"skipped until {preparation}, which training does first"
     else:
         trial = _trial(config, accelerator, start, accept_changes)
+    if here and "on this machine" not in trial:
+        took = duration(step * config.training.num_steps)
+        trial += f"; on this machine: about {took}, by the speed of a product of matrices"
     accelerator.print(f"trial:    {trial}")
     return 0
 
@@ -131,7 +153,7 @@ def time_line(config: Config, found: cost.Cost) -> str:
 def disk_line(config: Config, found: cost.Cost) -> str:
     """Describe what latents and run take on disk."""
     data = config.data
-    count = cost.IMAGENET_IMAGES if data.num_classes == 1000 else 1000
+    count = cost.IMAGENET_IMAGES if config.num_classes == ASSUMED_CLASSES else 1000
     shard = {"dtype": data.shard_dtype, "horizontal_flip": data.horizontal_flip, "latent_shape": config.latent_shape}
     sizes = (encoding.shard_bytes(count, shard), cost.checkpoint_bytes(found, config), cost.run_bytes(found, config))
     first, each, run = (_short(size / 1e9) for size in sizes)
@@ -162,27 +184,70 @@ def _latents_suffice(data: DataConfig) -> bool:
     return data.latents is not None and not data.from_images and (Path(data.latents).expanduser() / MANIFEST).is_file()
 
 
+def _classes_here(config: Config) -> int | None:
+    """Return how many classes the data have, None where they are not here."""
+    source, data = make_source(config.data), config.data
+    here = not source.preparation() and not {data.latents, *source.missing()} & missing(config).keys()
+    return find_num_classes(config) if here else None
+
+
+def _guess_seconds(config: Config, found: cost.Cost) -> float:
+    """Return about how long a step takes on this CPU, of whose speed at a product of matrices training reaches half."""
+    matrix = torch.ones(1024, 1024)
+    with fast_products():
+        matrix @ matrix
+        begun = time.perf_counter()
+        matrix @ matrix
+    flops = found.executed_flops * config.training.global_batch_size
+    return 2 * flops * (time.perf_counter() - begun) / (2 * 1024**3)
+
+
+def _synthetic(config: Config, accelerator: Accelerator) -> str:
+    """Train a few steps on latents that are drawn, and say what `_trial` does."""
+    config = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
+    source = RandomLatents(config.latent_shape, config.num_classes)
+    return f"{TRIAL_STEPS} synthetic steps: {_pace(config, accelerator, build_trainer(config, accelerator), source)}"
+
+
 def _trial(config: Config, accelerator: Accelerator, start: Path | None, accept_changes: bool) -> str:
     """Train a few steps of the run from ``start``, and say what they took and how long the whole run will take."""
     source, vae, _ = open_source(config, accelerator, start, accept_changes)
-    trainer, device = build_trainer(config, accelerator), accelerator.device
+    trainer = build_trainer(config, accelerator)
     if start is not None:
         trainer.restore(start)
+    return f"{TRIAL_STEPS} real steps: {_pace(config, accelerator, trainer, source, vae)}"
+
+
+def seconds_of_step(
+    config: Config, accelerator: Accelerator, trainer: Trainer, source: Source, vae: AutoencoderKL | None = None
+) -> float:
+    """Train a few steps; return how long each of them took after the first, which compiles and allocates."""
     num_steps = {"num_steps": trainer.step + TRIAL_STEPS}
     short = config.model_copy(update={"training": config.training.model_copy(update=num_steps)})
     batches, begun = micro_batches(short, source, vae, accelerator, trainer.step), 0.0
     for _ in range(TRIAL_STEPS):
         train_step(trainer, short, batches)
-        begun = begun or time.perf_counter()  # after the first step, which compiles and allocates
-    seconds = (time.perf_counter() - begun) / (TRIAL_STEPS - 1)
+        begun = begun or time.perf_counter()
+    return (time.perf_counter() - begun) / (TRIAL_STEPS - 1)
+
+
+def _pace(
+    config: Config, accelerator: Accelerator, trainer: Trainer, source: Source, vae: AutoencoderKL | None = None
+) -> str:
+    seconds, device = seconds_of_step(config, accelerator, trainer, source, vae), accelerator.device
     speed, used, peak = config.training.global_batch_size / seconds, "", _peak_of_process()
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         used = utilisation(config, speed / accelerator.num_processes, torch.cuda.get_device_name(device))
     steps = config.training.num_steps
     memory = "" if peak is None else f"peak memory {_short(peak / 1e9)} GB, "
-    hours = f"{steps:,} steps will take {_short(steps * seconds / 3600)} hours"
-    return f"{TRIAL_STEPS} real steps: {memory}{_short(speed)} images/s{used}; {hours}"
+    return f"{memory}{_short(speed)} images/s{used}; on this machine: {duration(steps * seconds)}, {steps:,} steps"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people tell it."""
+    unit, name = next(((unit, name) for unit, name, most in _UNITS if seconds < most), (_DAY, "days"))
+    return f"{_short(seconds / unit)} {name}"
 
 
 def _peak_of_process() -> int | None:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,19 @@ from typing import Any
 import yaml
 
 from vit5gen.config import Config, Section, as_recorded, read_yaml, recorded_values, validate
+from vit5gen.data.latents import find_num_classes
 from vit5gen.generation.loading import PIPELINE
 from vit5gen.system.errors import UserError, short
 from vit5gen.system.files import locked_file, read_json, write_json, write_text
 from vit5gen.training import checkpoint
-from vit5gen.training.build import settle
+from vit5gen.training.build import settle_auto
 
 # Sections and keys that may differ when a run is resumed: they change what is kept and shown, not what is computed.
 _HOW_FAR = {"training.num_steps", "training.max_nonfinite_steps"}
 _WITH_WHAT = {"data.num_workers", "data.latents", "training.micro_batch_size", "training.gradient_checkpointing"}
 _KEPT = {"training.checkpoint_every", "training.checkpoint_minutes", "training.keep_last", "training.keep_every"}
 _SHOWN = {"evaluation", "sampling", "training.log_every", "training.trackers"}
+FindClasses = Callable[[Config], int | None]
 CHANGEABLE = _HOW_FAR | _WITH_WHAT | _KEPT | _SHOWN
 
 
@@ -40,6 +42,16 @@ def differences(old: dict[str, Any], config: Config, changeable: Collection[str]
         for key, value in values.items()
         if not {section, f"{section}.{key}"} & set(changeable) and old[section].get(key) != value
     ]
+
+
+def settle(config: Config, find: FindClasses = find_num_classes) -> Config:
+    """Return the configuration with what is fixed when a run begins, in which every key counts as given."""
+    values = config.model_dump()
+    if values["training"]["checkpoint_every"] is None:
+        values["training"]["checkpoint_every"] = max(1, min(10_000, math.ceil(config.training.num_steps / 4)))
+    if values["data"]["num_classes"] is None:
+        values["data"]["num_classes"] = find(config)
+    return validate(Config, values, "configuration")
 
 
 def _accept(start: Path, fault: str, changes: list[str], accept_changes: bool) -> None:
@@ -123,9 +135,12 @@ class RunFolder:
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
 
-    def find_start(self, config: Config, resume: str, accept_changes: bool) -> tuple[Path | None, Config]:
+    def find_start(
+        self, config: Config, resume: str, accept_changes: bool, find: FindClasses = find_num_classes
+    ) -> tuple[Path | None, Config]:
         """Settle where a run starts and by which values; return the checkpoint to resume, if any, and these values.
 
+        find: how many classes the data have, where the configuration does not say.
         Raises `UserError` when the folder holds another run, or the checkpoint does not fit the configuration.
         """
         start, last = None, config.training.num_steps
@@ -138,16 +153,13 @@ class RunFolder:
         elif checkpoint.steps(self.checkpoints):
             raise UserError(f"--output {self}: contains a run; choose a new folder, or --resume auto to resume it")
         recorded = {} if start is None else checkpoint.read_config(start)
-        config = settle(config, recorded)
+        config = settle_auto(config, recorded)
         if start is not None:
             _accept(start, "was made with another configuration", differences(recorded, config), accept_changes)
             config = as_recorded(config, recorded)
             if (step := checkpoint.read_state(start)["step"]) > last:
                 raise UserError(f"{start} is past training.num_steps = {last}; set it to {step} or more")
-        values = config.model_dump()
-        if values["training"]["checkpoint_every"] is None:
-            values["training"]["checkpoint_every"] = max(1, min(10_000, math.ceil(last / 4)))
-        config = validate(Config, values, "configuration")  # in which every key counts as given
+        config = settle(config, find)
         self.changes = [] if start is None else differences(checkpoint.read_config(start), config, changeable=())
         return start, config
 

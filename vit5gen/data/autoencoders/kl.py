@@ -43,12 +43,17 @@ def load_autoencoder(name: str) -> AutoencoderKL:
             raise ValueError(f"it lacks {len(lacking)} weights of an AutoencoderKL")
     except Exception as error:  # file, hub and http errors are those of many libraries
         detail = " ".join(str(error).split())[:120]
-        ships = ", ".join([*AUTOENCODERS.names(), *shipped_names()])
+        ships = ", ".join(shipped_autoencoders())
         wanted = f"the folder of one (config.json, safetensors), one that ships ({ships}), or a hub name and a network"
         raise UserError(f"vae.name {name!r}: no autoencoder can be loaded ({detail}); expected {wanted}") from error
     vae.register_to_config(_name_or_path=name)  # as it was asked for: pipelines tell it, not this machine's folder
     scaling(vae)  # raises where it is none that `encode` and `decode` know
     return vae.float().eval().requires_grad_(False)
+
+
+def shipped_autoencoders() -> list[str]:
+    """Return the names of the autoencoders that ship, those of generators among them."""
+    return [*AUTOENCODERS.names(), *shipped_names()]
 
 
 def _folder(name: str) -> Path:

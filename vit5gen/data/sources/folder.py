@@ -8,11 +8,13 @@ import torch
 
 from vit5gen.config import DataConfig
 from vit5gen.data.images import ImageSet, Source, read_image, register_source
-from vit5gen.data.pictures import content_digest, find_classes, folder_names, listing_digest
+from vit5gen.data.pictures import content_digest, content_hashes, find_classes, folder_names, listing_digest
 from vit5gen.system.errors import UserError, listed
 
 # Names of folders that are taken for splits without being named in a configuration.
-_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "held_out", "holdout")
+TRAINING = ("train", "training")
+HELD_OUT = ("test", "testing", "val", "valid", "validation", "dev", "eval", "held_out", "holdout")
+_SPLITS = (*TRAINING, *HELD_OUT)
 
 
 @register_source("folder")
@@ -20,8 +22,7 @@ class FolderSource(Source):
     """Files of images; the folders of classes may lie below folders of splits. ImageNet's ids get English names."""
 
     def open(self, split: str) -> ImageSet:
-        data = self.data
-        root = _split_folder(self.need_folder(), data, split)
+        data, root = self.data, self.folder(split)
         found, instead = find_classes(root, data.rules)
         if not found:
             raise UserError(f"data.path {root}: no class folders; expected one folder of images for each class")
@@ -33,7 +34,12 @@ class FolderSource(Source):
         files = [file for of_class in found.values() for file in of_class]
         labels = torch.repeat_interleave(torch.tensor([len(of_class) for of_class in found.values()]))
         read, digest = partial(_read_file, files, data), listing_digest if data.rules == 1 else content_digest
-        return ImageSet(names, labels, read, partial(digest, root, files), partial(_file_name, files), instead)
+        hashes = partial(content_hashes, root, files)
+        return ImageSet(names, labels, read, partial(digest, root, files), partial(_file_name, files), instead, hashes)
+
+    def folder(self, split: str) -> Path:
+        """Return the folder of class folders of a split; raise `UserError` when there is none."""
+        return _split_folder(self.need_folder(), self.data, split)
 
     def missing(self) -> dict[str, str]:
         return self.missing_folder("a folder with one folder of images per class, optionally inside train/ and val/")

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vit5gen.config import Config, validate
 from vit5gen.generation.pipeline import SiTPipeline
@@ -34,7 +34,7 @@ from vit5gen.system.errors import UserError
 from vit5gen.system.precision import PRECISIONS, resolve
 from vit5gen.training.build import build_model
 from vit5gen.training.cost import communication_bytes
-from vit5gen.training.data import micro_batches
+from vit5gen.training.data import RandomLatents, micro_batches
 from vit5gen.training.dry_run import run_cost
 from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.process import make_accelerator
@@ -69,28 +69,13 @@ def step_config(sizes: Sizes, backbone: str = "sit", **training: Any) -> Config:
     return validate(Config, sections, "benchmark")
 
 
-@dataclass(frozen=True)
-class RandomLatents:
-    """Normal latents, in place of encoded images."""
-
-    shape: tuple[int, int, int]
-    num_classes: int
-
-    def __len__(self) -> int:
-        return 1000
-
-    def get(self, index: int, flip: bool) -> tuple[Tensor, Tensor, int]:
-        """Return (mean, standard deviation, label)."""
-        return torch.zeros(self.shape), torch.ones(self.shape), index % self.num_classes
-
-
 class OurStep:
     """One step of the training loop a call; source: the data, by default `RandomLatents`."""
 
     def __init__(self, config: Config, source: Any = None) -> None:
         accelerator = make_accelerator(config.training, Path())
         self.config, self.trainer = config, build_trainer(config, accelerator)
-        source = source or RandomLatents(config.latent_shape, config.data.num_classes)
+        source = source or RandomLatents(config.latent_shape, config.num_classes)
         self.batches = micro_batches(config, source, None, accelerator)
 
     def __call__(self) -> None:

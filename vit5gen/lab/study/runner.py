@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vit5gen.config import Config, read_yaml
+from vit5gen.config import Config, load_recorded, read_yaml
 from vit5gen.data.autoencoders.kl import load_autoencoder
 from vit5gen.data.images import open_held_out
 from vit5gen.data.latents import open_for
@@ -115,7 +115,7 @@ def _row(run: Run, folder: Path, references: References, revision: str) -> Row:
     steps = [0, *(line["step"] for line in lines)]
     if steps[-1] != config.training.num_steps:
         raise UserError(f"{RunFolder(folder).log} ends at step {steps[-1]}; delete that folder to do the run again")
-    cost = run_cost(config)
+    cost = run_cost(load_recorded(RunFolder(folder).config))  # which knows the number of classes
     images = config.training.global_batch_size * np.diff(steps)
     return Row(
         run=run.name,

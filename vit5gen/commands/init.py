@@ -1,0 +1,19 @@
+"""`vit5gen init`."""
+
+from vit5gen.commands.options import Options, Utf8Path, argument
+
+
+class InitOptions(Options):
+    """Look at a folder of pictures and write a configuration for it."""
+
+    folder: Utf8Path = argument(
+        ..., "FOLDER", "a folder of pictures for each class, perhaps in train/ and test/", option=""
+    )
+    output: Utf8Path = argument(..., "NAME.yaml", "configuration that is written")
+
+
+def run(options: InitOptions) -> None:
+    """Write a configuration for a folder, print what was seen and the next command."""
+    from vit5gen.training.init import init
+
+    init(options.folder, options.output)
