@@ -273,7 +273,7 @@ def test_classes_are_found_when_a_run_begins_and_latents_remember_what_is_held_o
     for _ in range(2):
         fill(tmp_path / "data" / "train" / "moon", 2)
         assert call("train", config, "--output", "run", "--training.num_steps", 3) == 2
-        assert "num_classes = 3: the data have 4 classes" in capsys.readouterr().err
+        assert "num_classes = 3: the data set has 4 (circle" in capsys.readouterr().err
     (tmp_path / "data" / "test").rename(tmp_path / "away")
     assert call("encode", config, "--output", "latents", "--data.held_out", 0.1) == 0
     assert json.loads(Path("latents/manifest.json").read_text())["held_out"] == 0.1
