@@ -13,7 +13,7 @@ from vit5gen.evaluation import FrechetReference, load_extractor
 from vit5gen.evaluation.distances import ScoreSums, frechet_with_error, kernel_distance, precision_recall
 from vit5gen.evaluation.evaluate import evaluation_card
 from vit5gen.evaluation.reference import open_reference
-from vit5gen.evaluation.samples import open_source
+from vit5gen.evaluation.samples import open_image_set
 from vit5gen.evaluation.statistics import Grouped
 from vit5gen.system.distributed import gather_rows, sum_over_processes
 
@@ -52,7 +52,7 @@ def given_features(rank: int, processes: int) -> dict[str, float]:
 def from_images(folder: Path) -> dict[str, float]:
     extractor = load_extractor("colours")
     reference = open_reference(folder / "real.npz", extractor, 7)
-    card = evaluation_card([open_source(folder / "samples.npz", 7)], reference, extractor)
+    card = evaluation_card([open_image_set(folder / "samples.npz", 7)], reference, extractor)
     values = {name: score["value"] for name, score in card["metrics"].items()} if card else {}
     return values | {"processes": card["processes"]} if card else {}
 

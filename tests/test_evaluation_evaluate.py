@@ -21,7 +21,7 @@ from vit5gen.evaluation.evaluate import evaluation_card, markdown, open_samples,
 from vit5gen.evaluation.extractors.inception import INCEPTION_SHA256
 from vit5gen.evaluation.features import Extractor, Features
 from vit5gen.evaluation.reference import open_reference
-from vit5gen.evaluation.samples import Samples, open_folder, open_source
+from vit5gen.evaluation.samples import Samples, open_folder, open_image_set
 from vit5gen.generation.many import SamplingJob, draw_labels, generate
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256
@@ -244,7 +244,7 @@ def test_npz_and_folder_of_the_same_images_score_alike_at_any_batch_size(tmp_pat
             assert card["metrics"][name]["value"] == pytest.approx(score["value"], rel=1e-6)
     compressed = tmp_path / "compressed.npz"
     np.savez_compressed(compressed, arr_0=images.permute(0, 2, 3, 1).numpy())
-    assert torch.equal(list(open_source(compressed, 20).chunks())[1][1], images[20:])
+    assert torch.equal(list(open_image_set(compressed, 20).chunks())[1][1], images[20:])
 
 
 def test_statistics_file_scores_as_its_images_and_knows_its_extractor(tmp_path, colour_extractor, capsys) -> None:
@@ -503,7 +503,7 @@ def test_adm_leaves_images_as_they_are_stored(tmp_path) -> None:
         f"{{model: {{preset: S/2}}, data: {{path: {tmp_path / 'data'}, resolution: 16, num_classes: 1}}}}"
     )
     for path in (tmp_path / "data", tmp_path / "data.yaml"):
-        upright, as_stored = open_source(path, 1), open_source(path, 1, "adm")
+        upright, as_stored = open_image_set(path, 1), open_image_set(path, 1, "adm")
         assert (upright.identity["exif"], as_stored.identity["exif"]) == ("apply", "ignore")
         pixels, turned = (next(iter(one.chunks()))[1] for one in (upright, as_stored))
         assert torch.equal(pixels, turned.rot90(-1, (2, 3)))

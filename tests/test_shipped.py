@@ -17,7 +17,7 @@ import vit5gen
 from vit5gen import SiTPipeline
 from vit5gen.config import load_config
 from vit5gen.data.autoencoders.kl import load_autoencoder, missing
-from vit5gen.evaluation.samples import open_source
+from vit5gen.evaluation.samples import open_image_set
 from vit5gen.generation.card import pipeline_hash
 from vit5gen.generation.loading import find_pipeline, load_pipeline
 from vit5gen.system import shipped
@@ -174,6 +174,6 @@ def test_evaluation_draws_from_a_name(tiny: Path, tmp_path: Path) -> None:
 def test_a_reference_may_be_a_configuration_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vit5gen.evaluation.samples.open_data", lambda data, batch_size: data)
-    assert open_source("quickstart", 8) == load_config("quickstart").data
+    assert open_image_set("quickstart", 8) == load_config("quickstart").data
     with pytest.raises(UserError, match="quickstrat: expected an npz"):
-        open_source("quickstrat", 8)
+        open_image_set("quickstrat", 8)

@@ -26,7 +26,7 @@ from vit5gen.system.errors import UserError
 from vit5gen.training import checkpoint, process
 from vit5gen.training.averages import EMA
 from vit5gen.training.build import build_model
-from vit5gen.training.data import micro_batches, open_source
+from vit5gen.training.data import micro_batches, open_training_data
 from vit5gen.training.folder import RunFolder, to_yaml
 from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.monitor import Monitor
@@ -153,7 +153,7 @@ def test_the_main_process_alone_decides_on_a_save(config_file: Path, monkeypatch
     forget_processes()
     config = load_config(config_file)
     accelerator = process.make_accelerator(config.training, Path())
-    source, vae, _ = open_source(config, accelerator)
+    source, vae, _ = open_training_data(config, accelerator)
     trainer = build_trainer(config, accelerator)
     batches = micro_batches(config, source, vae, accelerator)
     assert train_step(trainer, config, batches, save_due=lambda: True).save

@@ -40,8 +40,8 @@ Exif = Literal["apply", "ignore"]
 Rules = Literal[1, 2]
 Count = Annotated[int, Field(ge=1, lt=2**63)]
 Several = Annotated[int, Field(ge=2, le=MOST_IMAGES)]
-Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
-Batch = Annotated[int, Field(ge=1, le=MOST_BATCH)]
+StepCount = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+BatchSize = Annotated[int, Field(ge=1, le=MOST_BATCH)]
 Width = Annotated[int, Field(ge=1, le=MOST_WIDTH)]
 Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
 Side = Annotated[int, Field(ge=1, le=MOST_SIDE)]
@@ -61,7 +61,7 @@ def _read_numbers(value: Any) -> Any:
     return {k: float(v) if isinstance(v, str) and exponent.fullmatch(v) else v for k, v in value.items()}
 
 
-Options = Annotated[dict[str, Any], BeforeValidator(_read_numbers)]
+PlugOptions = Annotated[dict[str, Any], BeforeValidator(_read_numbers)]
 
 
 class Section(BaseModel):
@@ -77,7 +77,7 @@ class ModelConfig(Section):
     """The transformer. Latent size, channels and classes follow from the data."""
 
     backbone: str = Field("vit5", description="registered backbone: vit5, sit or your own")
-    backbone_kwargs: Options = Field({}, description="options of the backbone, e.g. {gamma_init: 1}")
+    backbone_kwargs: PlugOptions = Field({}, description="options of the backbone, e.g. {gamma_init: 1}")
     preset: str | None = Field(None, description="S/2 ... XL/8: sets the four sizes below")
     hidden_size: Width | None = Field(None, description="width of the tokens; default: the preset's")
     num_layers: Layers | None = Field(None, description="number of blocks; default: the preset's")
@@ -115,14 +115,14 @@ class VaeConfig(Section):
     name: str = Field("stabilityai/sd-vae-ft-ema", description="hub name, folder, or one that ships: emoji, emoji-64")
     latent_channels: Width = Field(4, description="latent channels; checked against the autoencoder")
     downsample: Side = Field(8, description="image side over latent side; checked against the autoencoder")
-    batch_size: Batch = Field(16, description="images encoded at once, per process")
+    batch_size: BatchSize = Field(16, description="images encoded at once, per process")
 
 
 class DataConfig(Section):
     """Labelled images, or latents that were encoded from them."""
 
     source: str = Field("folder", description="kind of data set: emoji, fashion-mnist, folder, huggingface or your own")
-    source_kwargs: Options = Field({}, description="options of a data source of your own")
+    source_kwargs: PlugOptions = Field({}, description="options of a data source of your own")
     path: str | None = Field(None, description="folder of class folders, idx files, or data set name")
     split: str = Field("train", description="split to train on")
     resolution: Side = Field(256, description="side of the square images, in pixels")
@@ -151,13 +151,13 @@ class TrainingConfig(Section):
     """Optimisation, precision, checkpoints and logs."""
 
     num_steps: Natural = Field(400_000, description="total number of optimizer steps")
-    global_batch_size: Batch = Field(256, description="samples per step, over all processes")
-    micro_batch_size: Batch | None = Field(None, description="samples per forward pass, per process; default: all")
+    global_batch_size: BatchSize = Field(256, description="samples per step, over all processes")
+    micro_batch_size: BatchSize | None = Field(None, description="samples per forward pass, per process; default: all")
     seed: Natural = Field(0, description="seed of initialisation, data order and all random draws")
     precision: Literal["auto", "fp64", "fp32", "tf32", "bf16"] = Field(
         "tf32", description="precision of matrix products; auto: bf16 where the machine is fast at it"
     )
-    objectives: dict[str, Options] = Field(
+    objectives: dict[str, PlugOptions] = Field(
         {"flow": {}}, min_length=1, description="objectives to minimise, by name, each with its weight and options"
     )
     optimizer: str = Field("adamw", description="name of the optimizer")
@@ -189,7 +189,7 @@ class SamplingConfig(Section):
     """How images are drawn: by this command or, in a configuration, by training's evaluations."""
 
     sampler: str = Field("ode-heun", description="ode-{euler,heun,midpoint,rk4,ab2,dopri5} or sde-{euler,heun}")
-    num_inference_steps: Steps = Field(50, description="solver steps")
+    num_inference_steps: StepCount = Field(50, description="solver steps")
     guidance_scale: NonNegative = Field(1.0, description="scale of classifier-free guidance; 1 = off, one forward pass")
     guidance_interval: list[Unit] = Field(
         [0.0, 1.0], min_length=2, max_length=2, description="guide only between these times; 0 = noise, 1 = data"
@@ -230,7 +230,7 @@ class EvaluationConfig(Section):
     num_images: Several = Field(1000, description="images generated for the distance, at most as many as are held out")
     num_reference: Several = Field(10_000, description="training images to compare generated images with")
     held_out_split: str = Field("test", description="split of real images whose distance is the floor")
-    batch_size: Batch = Field(100, description="images generated at once, per process")
+    batch_size: BatchSize = Field(100, description="images generated at once, per process")
     extractor: str = Field("effnet-lite0", description="feature network")
     seed: Natural = Field(0, description="seed of the generated images")
     images_per_class: Tiles = Field(8, description="columns of samples.png")
@@ -275,7 +275,7 @@ class AutoencoderTraining(Section):
     latent_channels: Width = Field(4, description="channels of a latent")
     norm_num_groups: Width = Field(8, description="groups of a group norm; must divide every width")
     num_steps: Count = Field(6000, description="optimizer steps")
-    batch_size: Batch = Field(32, description="images per step")
+    batch_size: BatchSize = Field(32, description="images per step")
     learning_rate: Positive = Field(2e-3, description="peak learning rate of AdamW; decays to zero as a cosine")
     l1_weight: NonNegative = Field(0.05, description="weight of the absolute error; squared error has weight 1")
     kl_weight: NonNegative = Field(1e-3, description="weight of the KL divergence from the unit normal")

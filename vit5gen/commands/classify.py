@@ -1,7 +1,7 @@
 """`vit5gen classify`."""
 
 from vit5gen.commands.options import Options, argument
-from vit5gen.config import Batch, Small
+from vit5gen.config import BatchSize, Small
 
 
 class ClassifyOptions(Options):
@@ -17,7 +17,7 @@ class ClassifyOptions(Options):
     folder: str = argument(..., "FOLDER", "folder of class folders, e.g. ImageNet's val", option="")
     model: str = argument(..., "NAME", "vit5_small | vit5_base | vit5_large | vit5_xlarge")
     checkpoint: str = argument(..., "FILE", "published .pth file")
-    batch_size: Batch = argument(64, "N", "images per batch")
+    batch_size: BatchSize = argument(64, "N", "images per batch")
     num_workers: Small = argument(0, "N", "processes that read images; 0 = this process reads")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from vit5gen.commands.options import Images, Options, argument
-from vit5gen.config import Batch, DrawConfig, Natural
+from vit5gen.config import BatchSize, DrawConfig, Natural
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import check_writable, write_json
 
@@ -35,7 +35,7 @@ class EvaluateOptions(DrawConfig, Options):
     protocol: Literal["adm"] | None = argument(
         None, "adm", "ADM's metrics and settings; prints FID-50K only if all conditions are met"
     )
-    batch_size: Batch = argument(50, "N", "images per batch, per process")
+    batch_size: BatchSize = argument(50, "N", "images per batch, per process")
     num_images: Images = argument(50_000, "N", "images to draw from a run or pipeline folder")
     seed: list[Natural] = argument([0], "N", "seeds for drawing from a run; several give mean and std")
 
@@ -47,7 +47,7 @@ def run(options: EvaluateOptions) -> int:
     from vit5gen.evaluation import evaluate, load_extractor
     from vit5gen.evaluation.metric import METRICS
     from vit5gen.evaluation.reference import open_reference, reference_of, save_statistics
-    from vit5gen.evaluation.samples import open_source
+    from vit5gen.evaluation.samples import open_image_set
     from vit5gen.generation.loading import find_pipeline
     from vit5gen.system.distributed import start_processes
 
@@ -68,7 +68,7 @@ def run(options: EvaluateOptions) -> int:
 
     # A reference alone.
     if options.save_statistics is not None:
-        made = reference_of(open_source(options.samples[0], batch_size, protocol), network)
+        made = reference_of(open_image_set(options.samples[0], batch_size, protocol), network)
         if state.is_main_process:
             save_statistics(made, network, Path(options.save_statistics))
             print(f"{options.save_statistics}: {made.count} images, {network.name}")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from vit5gen.commands.options import Images, Options, argument
-from vit5gen.config import Batch, DrawConfig, EvaluationConfig, Natural
+from vit5gen.config import BatchSize, DrawConfig, EvaluationConfig, Natural
 from vit5gen.system.errors import UserError
 
 _EVALUATION = EvaluationConfig()
@@ -16,7 +16,7 @@ class SampleOptions(DrawConfig, Options):
     num_images: Images = argument(..., "N", "number of images")
     output: str = argument(..., "FILE|FOLDER", "FILE.png (grid), FILE.npz, or a folder")
     seed: Natural = argument(_EVALUATION.seed, "N", "seed of labels, initial noise and the solver's noise")
-    batch_size: Batch = argument(_EVALUATION.batch_size, "N", "images drawn at once, per process")
+    batch_size: BatchSize = argument(_EVALUATION.batch_size, "N", "images drawn at once, per process")
 
 
 def run(options: SampleOptions) -> None:

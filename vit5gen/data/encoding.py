@@ -25,7 +25,7 @@ from vit5gen.data.latents import (
     READ_BEFORE,
     LatentDataset,
     all_finite,
-    find_damage,
+    find_shard_damage,
     open_for,
     read_labels,
     settings_of,
@@ -124,7 +124,7 @@ def _finished(folder: Path, settings: dict[str, Any], numbers: range) -> dict[in
     records = (manifest.get("shards") or []) + [read_json(path, "record") for path in folder.glob("shard_*.json")]
     known = {record.get("file"): record for record in records}
     found = {k: known[name] for k in numbers if (name := _shard_name(k)) in known}
-    return {k: one for k, one in found.items() if not find_damage(folder / one["file"], one.get("sha256"))}
+    return {k: one for k, one in found.items() if not find_shard_damage(folder / one["file"], one.get("sha256"))}
 
 
 def _begun(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from safetensors import safe_open
 
 from vit5gen.config import DEFAULTS_BEFORE, Config, DataConfig
-from vit5gen.data.autoencoders.kl import downsample, scaling
+from vit5gen.data.autoencoders.kl import downsample, latent_scaling
 from vit5gen.data.images import ImageSet, make_source, open_images, open_training_images
 from vit5gen.system.distributed import processes, rank_and_world
 from vit5gen.system.errors import UserError, check_whole, distinct, listed, short
@@ -128,7 +128,7 @@ class LatentDataset:
         rank, world = rank_and_world()
         for shard in self.manifest["shards"][rank::world]:
             path, expected = self.folder / shard["file"], [shard["images"], *views]
-            if damage := find_damage(path, shard["sha256"]):
+            if damage := find_shard_damage(path, shard["sha256"]):
                 raise UserError(f"latents: {path} {damage}")
             with safe_open(path, framework="pt") as file:
                 found = [file.get_slice(name).get_shape() for name in ("mean", "std", "labels")]
@@ -185,7 +185,7 @@ def _latent_settings(vae: AutoencoderKL, config: Config) -> dict[str, Any]:
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.float().cpu().contiguous().numpy())
-    scale, shift = scaling(vae)
+    scale, shift = latent_scaling(vae)
     return {
         "vae": config.vae.name,
         "vae_sha256": digest.hexdigest(),
@@ -227,7 +227,7 @@ def all_finite(values: torch.Tensor) -> bool:
     return all(bool(bound.isfinite()) for bound in values.aminmax())  # NaN is both bounds
 
 
-def find_damage(path: Path, checksum: str | None) -> str:
+def find_shard_damage(path: Path, checksum: str | None) -> str:
     """Return what is wrong with the bytes or numbers of a shard, and what to do; nothing if it is sound."""
     if not path.is_file() or sha256(path) != checksum:
         return "does not match its checksum; encode again to fix it"

@@ -17,7 +17,7 @@ from vit5gen.evaluation.extractors.inception import INCEPTION_SHA256
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.metric import RELIABLE_COUNT, Score, available, scores
 from vit5gen.evaluation.reference import REFERENCE_ROWS, Reference, scan
-from vit5gen.evaluation.samples import Samples, open_source
+from vit5gen.evaluation.samples import Samples, open_image_set
 from vit5gen.generation.card import pipeline_hash, versions
 from vit5gen.generation.loading import find_pipeline, pipeline_folder
 from vit5gen.generation.many import SamplingJob, describe_job, generate, make_job, open_pipeline
@@ -127,7 +127,7 @@ def open_samples(
     The card next to images, if any, records how they were drawn.
     """
     if find_pipeline(path) is None:
-        images = open_source(path, batch_size, protocol)
+        images = open_image_set(path, batch_size, protocol)
         place = Path(images.identity["path"])
         card = place / "card.json" if place.is_dir() else place.with_suffix(".card.json")
         return [replace(images, sampling=read_json(card, "sampling card") if card.is_file() else None)]

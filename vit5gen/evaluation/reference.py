@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vit5gen.evaluation.distances import FrechetReference, ScoreSums
 from vit5gen.evaluation.features import Extractor
-from vit5gen.evaluation.samples import Samples, broken_npz, open_npz, open_source
+from vit5gen.evaluation.samples import Samples, broken_npz, open_image_set, open_npz
 from vit5gen.evaluation.statistics import GROUPS, FeatureStatistics, Grouped
 from vit5gen.generation.card import versions
 from vit5gen.system.distributed import gather_rows
@@ -111,13 +111,13 @@ class Reference:
 
 
 def open_reference(path: str | Path, extractor: Extractor, batch_size: int, protocol: str | None = None) -> Reference:
-    """Open what samples are compared with: ADM's npz, a statistics file, or the images of `open_source`."""
+    """Open what samples are compared with: ADM's npz, a statistics file, or the images of `open_image_set`."""
     file = Path(path)
     if _is_statistics(file):
         return read_statistics(file, extractor)
     is_npz = file.suffix == ".npz" and zipfile.is_zipfile(file)
     adm = read_adm_reference(file, extractor, batch_size) if is_npz else None
-    return adm or reference_of(open_source(path, batch_size, protocol), extractor)
+    return adm or reference_of(open_image_set(path, batch_size, protocol), extractor)
 
 
 def reference_of(images: Samples, extractor: Extractor) -> Reference:

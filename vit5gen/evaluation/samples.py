@@ -46,7 +46,7 @@ class Samples:
         return 1 < len(runs) == len(set(runs)) < len(self.labels)
 
 
-def open_source(path: str | Path, batch_size: int, protocol: str | None = None) -> Samples:
+def open_image_set(path: str | Path, batch_size: int, protocol: str | None = None) -> Samples:
     """Open an npz, a folder of images, or the data section of a configuration (see `find_config`).
 
     Under ADM's ``protocol`` images stay as they are stored, whatever EXIF says of their orientation.

@@ -22,7 +22,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from vit5gen.config import MOST_BATCH, MOST_STEPS, SamplingConfig
-from vit5gen.data.autoencoders.kl import decode, downsample, scaling, to_uint8
+from vit5gen.data.autoencoders.kl import decode, downsample, latent_scaling, to_uint8
 from vit5gen.flow import Flow, GuidedModel, Steps
 from vit5gen.generation.card import TrainingFacts, model_card
 from vit5gen.generation.labels import Labels, find_class_ids, names_by_id
@@ -110,7 +110,7 @@ class SiTPipeline(DiffusionPipeline):
         for module in filter(None, (transformer, vae, guide)):
             align(module)
         if vae is not None:
-            scaling(vae)  # raises where it is none that `decode` knows
+            latent_scaling(vae)  # raises where it is none that `decode` knows
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, guide=guide)
         self.register_to_config(id2label=names_by_id(id2label), **({"attribution": attribution} if attribution else {}))
         self._flow = scheduler.flow if isinstance(scheduler, SiTScheduler) else Flow()
@@ -188,7 +188,7 @@ class SiTPipeline(DiffusionPipeline):
         if output_type != "latent" and self.vae is None:
             raise UserError(f"output_type = {output_type!r} needs an autoencoder; set pipe.vae or use 'latent'")
         if self.vae is not None:  # it may have been assigned
-            scaling(self.vae)
+            latent_scaling(self.vae)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         for name in callback_on_step_end_tensor_inputs:

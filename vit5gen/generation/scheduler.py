@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vit5gen.config import FlowConfig
 from vit5gen.flow import ODE_METHODS, SDE_METHODS, Flow, Steps, ode_steps, offer, sde_steps, shift_time, to_diffusers
+from vit5gen.flow.flow import ModelFn
 from vit5gen.models.layers import check_positive
 from vit5gen.registry import Registry
 from vit5gen.system.errors import UserError
@@ -29,7 +30,6 @@ _DEFAULT = {
 }
 
 Generators = torch.Generator | list[torch.Generator] | None
-ModelFn = Callable[[Tensor, Tensor], Tensor]
 
 
 class SiTScheduler(SchedulerMixin, ConfigMixin):

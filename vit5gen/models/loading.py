@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from vit5gen.system.errors import UserError, listed
 
-Source = Mapping[str, Any] | str | Path
+Weights = Mapping[str, Any] | str | Path
 
 
-def read_checkpoint(source: Source) -> dict[str, Tensor]:
+def read_checkpoint(source: Weights) -> dict[str, Tensor]:
     """Return the state dict of a file or mapping: the EMA weights if there are any, wrappers' key prefixes removed.
 
     Files are .safetensors, or pickles read with ``weights_only=True`` that may hold an `argparse.Namespace`.

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vit5gen.models.classifier import ViT5, checkpoint_filter_fn
-from vit5gen.models.loading import Source, load_exactly, read_checkpoint
+from vit5gen.models.loading import Weights, load_exactly, read_checkpoint
 from vit5gen.models.transformer import CLASS_DROPOUT_PROB, SIZES, SiTTransformer2DModel
 from vit5gen.system.errors import UserError, listed
 
@@ -46,7 +46,7 @@ def _side(count: int, name: str) -> int:
     return math.isqrt(count)
 
 
-def load_sit(source: Source, num_attention_heads: int | None = None, **overrides: Any) -> SiTTransformer2DModel:
+def load_sit(source: Weights, num_attention_heads: int | None = None, **overrides: Any) -> SiTTransformer2DModel:
     """Build the generator from SiT's published state dict (layout of ``SiT-XL-2-256x256.pt``).
 
     Sizes, classes and `learn_sigma` follow from the shapes; the heads, which no shape shows, from the preset of that
@@ -87,7 +87,7 @@ def load_sit(source: Source, num_attention_heads: int | None = None, **overrides
 
 
 def load_vit5(
-    source: Source,
+    source: Weights,
     img_size: int | tuple[int, int] | None = None,
     patch_size: int | None = None,
     num_heads: int | None = None,

@@ -25,7 +25,7 @@ from vit5gen.training.process import batch_sizes, signals_blocked
 from vit5gen.training.random import data_index, sample_draws
 
 
-class Source(Protocol):
+class SampleSource(Protocol):
     """What training reads: latents ``(mean, std, label)`` or images ``(uint8 image, label)``."""
 
     def __len__(self) -> int: ...
@@ -66,7 +66,7 @@ class RandomLatents:
         return torch.zeros(self.shape), torch.ones(self.shape), index % self.num_classes
 
 
-def open_source(
+def open_training_data(
     config: Config, accelerator: Accelerator, start: Path | None = None, accept_changes: bool = False
 ) -> tuple[ImageSource | LatentDataset, AutoencoderKL, dict[str, Any]]:
     """Open what a run trains on, encoding latents first where there are none yet, and its autoencoder.
@@ -131,7 +131,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
     and ``x0`` noise, ``uniform`` in [0, 1), ``label`` (already null where dropped) and ``index`` of the sample.
     """
 
-    source: Source
+    source: SampleSource
     config: Config
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def batch_keys(settings: TrainingConfig, first_step: int, rank: int, world: int)
 
 
 def micro_batches(
-    config: Config, source: Source, vae: AutoencoderKL | None, accelerator: Accelerator, first_step: int = 0
+    config: Config, source: SampleSource, vae: AutoencoderKL | None, accelerator: Accelerator, first_step: int = 0
 ) -> Generator[Batch]:
     """Yield this process's micro-batches (see `TrainingSet`) from ``first_step`` to the last, images encoded."""
     settings, workers, on_gpu = config.training, config.data.num_workers, accelerator.device.type == "cuda"

@@ -23,7 +23,7 @@ from vit5gen.system.cpu import fast_products
 from vit5gen.system.distributed import on_main
 from vit5gen.training import cost
 from vit5gen.training.build import build_flow, build_model, check_values, settle_auto
-from vit5gen.training.data import RandomLatents, Source, micro_batches, open_source
+from vit5gen.training.data import RandomLatents, SampleSource, micro_batches, open_training_data
 from vit5gen.training.folder import RunFolder, settle
 from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.objectives import OBJECTIVES, build_objectives
@@ -211,7 +211,7 @@ def _synthetic(config: Config, accelerator: Accelerator) -> str:
 
 def _trial(config: Config, accelerator: Accelerator, start: Path | None, accept_changes: bool) -> str:
     """Train a few steps of the run from ``start``, and say what they took and how long the whole run will take."""
-    source, vae, _ = open_source(config, accelerator, start, accept_changes)
+    source, vae, _ = open_training_data(config, accelerator, start, accept_changes)
     trainer = build_trainer(config, accelerator)
     if start is not None:
         trainer.restore(start)
@@ -219,7 +219,7 @@ def _trial(config: Config, accelerator: Accelerator, start: Path | None, accept_
 
 
 def seconds_of_step(
-    config: Config, accelerator: Accelerator, trainer: Trainer, source: Source, vae: AutoencoderKL | None = None
+    config: Config, accelerator: Accelerator, trainer: Trainer, source: SampleSource, vae: AutoencoderKL | None = None
 ) -> float:
     """Train a few steps; return how long each of them took after the first, which compiles and allocates."""
     num_steps = {"num_steps": trainer.step + TRIAL_STEPS}
@@ -232,7 +232,7 @@ def seconds_of_step(
 
 
 def _pace(
-    config: Config, accelerator: Accelerator, trainer: Trainer, source: Source, vae: AutoencoderKL | None = None
+    config: Config, accelerator: Accelerator, trainer: Trainer, source: SampleSource, vae: AutoencoderKL | None = None
 ) -> str:
     seconds, device = seconds_of_step(config, accelerator, trainer, source, vae), accelerator.device
     speed, used, peak = config.training.global_batch_size / seconds, "", _peak_of_process()

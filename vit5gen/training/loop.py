@@ -20,7 +20,7 @@ from vit5gen.system.errors import UserError
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.training import process
 from vit5gen.training.build import build_flow, build_model_to_train, check_values
-from vit5gen.training.data import micro_batches, nonfinite_advice, open_source
+from vit5gen.training.data import micro_batches, nonfinite_advice, open_training_data
 from vit5gen.training.folder import RunFolder, to_yaml
 from vit5gen.training.monitor import Monitor
 from vit5gen.training.objectives import Batch, build_objectives
@@ -145,7 +145,7 @@ def train(config: Config, output: str | Path, resume: str, accept_changes: bool)
 def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: Path | None, accept: bool) -> int:
     # What is trained, on which data, and from where.
     settings, trainer = config.training, build_trainer(config, accelerator)
-    source, vae, data = open_source(config, accelerator, start, accept)
+    source, vae, data = open_training_data(config, accelerator, start, accept)
     if start is not None:
         trainer.restore(start)
     trainer.data |= {key: value for key, value in data.items() if value is not None}  # old latents know no digest

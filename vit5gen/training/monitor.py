@@ -36,7 +36,7 @@ from vit5gen.training.curves import gap_note, save_curves
 from vit5gen.training.folder import RunFolder
 from vit5gen.training.held_out import HeldOut, affordable, find_held_out
 from vit5gen.training.optimizers import learning_rate
-from vit5gen.training.reference import Reference, build_reference
+from vit5gen.training.reference import TrainingReference, build_reference
 from vit5gen.training.samples import Samples, preview_steps
 from vit5gen.training.trainer import Outcome, Trainer
 
@@ -237,7 +237,7 @@ class Monitor:
         return not reasons
 
     @cached_property
-    def _reference(self) -> Reference | None:
+    def _reference(self) -> TrainingReference | None:
         """What images are compared with; None where any process lacks them."""
         return build_reference(self.config, self._extractor) if self._has_images else None
 

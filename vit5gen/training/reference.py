@@ -25,7 +25,7 @@ _CHOSEN = {"seed", "num_images", "num_reference", "held_out_split", "batch_size"
 
 
 @dataclass(frozen=True)
-class Reference:
+class TrainingReference:
     """Training images as `FrechetReference`, ``labels`` to generate, and ``floor``: the distance of held-out images.
 
     The floor belongs to the same number of images with the same labels; it is None where no images are held out.
@@ -36,7 +36,7 @@ class Reference:
     floor: float | None
 
 
-def build_reference(config: Config, extractor: Extractor) -> Reference:
+def build_reference(config: Config, extractor: Extractor) -> TrainingReference:
     """Score the real images, shared over the processes; what is scored once is found in the cache the next time.
 
     Raises:
@@ -71,8 +71,8 @@ def build_reference(config: Config, extractor: Extractor) -> Reference:
         if len(held_out) < 2:
             raise UserError(f"data: split {split!r} has {len(held_out)} images; expected at least 2")
     except UserError:  # the monitor says so
-        return Reference(distance, training.labels[: evaluation.num_images].tolist(), floor=None)
-    return Reference(distance, held_out.labels.tolist(), distance.distance(*moments(held_out)))
+        return TrainingReference(distance, training.labels[: evaluation.num_images].tolist(), floor=None)
+    return TrainingReference(distance, held_out.labels.tolist(), distance.distance(*moments(held_out)))
 
 
 def _recall(config: Config, images: ImageSet, extractor: Extractor) -> tuple[Path, tuple[Tensor, Tensor] | None]:

@@ -47,7 +47,7 @@ def load_autoencoder(name: str) -> AutoencoderKL:
         wanted = f"the folder of one (config.json, safetensors), one that ships ({ships}), or a hub name and a network"
         raise UserError(f"vae.name {name!r}: no autoencoder can be loaded ({detail}); expected {wanted}") from error
     vae.register_to_config(_name_or_path=name)  # as it was asked for: pipelines tell it, not this machine's folder
-    scaling(vae)  # raises where it is none that `encode` and `decode` know
+    latent_scaling(vae)  # raises where it is none that `encode` and `decode` know
     return vae.float().eval().requires_grad_(False)
 
 
@@ -84,13 +84,13 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torc
     """Return mean and standard deviation (B, C, h, w) of the scaled latents of uint8 images (B, 3, H, W)."""
     with torch.autocast(images.device.type, enabled=False), torch.no_grad():
         posterior = vae.encode(images.to(vae.dtype) / 127.5 - 1).latent_dist
-    scale, shift = scaling(vae)
+    scale, shift = latent_scaling(vae)
     return (posterior.mean - shift) * scale, posterior.std * scale
 
 
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Return images (B, 3, H, W) in [-1, 1] of scaled latents (B, C, h, w)."""
-    scale, shift = scaling(vae)
+    scale, shift = latent_scaling(vae)
     wide = torch.promote_types(vae.dtype, torch.float32)  # in bf16 two values in five would move by a grey level
     with exact_float32(latents.device), torch.no_grad(), nullcontext() if vae.dtype == wide else _Widening():
         return vae.decode(latents.to(wide) / scale + shift).sample.clamp(-1, 1)
@@ -107,7 +107,7 @@ def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return 10 * torch.log10(255**2 / error)
 
 
-def scaling(vae: AutoencoderKL) -> tuple[float, float]:
+def latent_scaling(vae: AutoencoderKL) -> tuple[float, float]:
     """Return scale and shift of the latents, ``(z - shift) * scale``; refuse an autoencoder that scales otherwise."""
     config, name = vae.config, vae.config.get("_name_or_path") or type(vae).__name__
     scale, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0

@@ -26,10 +26,10 @@ from vit5gen.training.folder import CHANGEABLE, RunFolder, differences
 from vit5gen.training.held_out import held_out_loss
 from vit5gen.training.loop import train
 from vit5gen.training.process import NONFINITE, RESUME, STOPPED
-from vit5gen.training.reference import Reference, build_reference
+from vit5gen.training.reference import TrainingReference, build_reference
 
 # What runs are compared with, by the data and the evaluation of their configuration.
-References = dict[str, tuple[Extractor, Reference]]
+References = dict[str, tuple[Extractor, TrainingReference]]
 
 
 def run_study(path: str | Path, output: str | Path) -> int:
