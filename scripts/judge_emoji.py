@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from vit5gen.data.emoji import CLASSES
+from vit5gen.data.sources.emoji import CLASSES
 
 from vit5gen.data import load_emoji
 

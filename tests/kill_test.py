@@ -1,6 +1,6 @@
 """Kill a training run, or an encoding, with SIGKILL at random moments, and compare its end with an undisturbed one's.
 
-    python tests/kill_test.py configs/quickstart.yaml --kills 25 --output runs/kill-test [--training.num_steps 200 ...]
+    python tests/kill_test.py configs/quickstart.yaml --kills 25 --output runs/kill-test [--training.compile false ...]
     python tests/kill_test.py configs/quickstart.yaml --kills 25 --output runs/kill-test --encode
 
 Options that this script does not know go to the command. A quarter of the kills strike inside a save. The processes are

@@ -26,7 +26,7 @@ def test_our_step_is_that_of_the_loop(tmp_path: Path) -> None:
     trained = weights(tmp_path / "run", 3)
     for name, weight in step.trainer.model.named_parameters():
         assert torch.equal(weight, trained[f"model/{name}"]), name
-    for name, average in step.trainer.averaged(0.9):
+    for name, average in step.trainer.averages["model"].items(0.9):
         assert torch.equal(average, trained[f"ema_0.9/{name}"]), name
 
 

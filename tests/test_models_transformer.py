@@ -188,7 +188,7 @@ def test_taps_and_extra_tokens(backbone):
     assert not torch.allclose(moved, plain)
     moved.sum().backward()
     assert extra.grad.any()
-    with pytest.raises(UserError, match="taps: 4"):
+    with pytest.raises(UserError, match="taps: block 4 does not exist"):
         model(latents, t, y, taps=(4,))
 
 

@@ -147,7 +147,7 @@ def make_old(run_folder: Path) -> None:
     """Take from a run what the version before did not record."""
     for folder in (run_folder, *(run_folder / "checkpoints").iterdir()):
         config = read_yaml(folder / "config.yaml")
-        for dotted in DEFAULTS_BEFORE:
+        for dotted in DEFAULTS_BEFORE.keys() - {"data.num_classes"}:  # which every version recorded
             section, key = dotted.split(".")
             config[section].pop(key, None)
         config["training"]["checkpoint_every"] = 10_000
