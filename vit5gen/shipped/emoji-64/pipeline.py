@@ -1,0 +1,1 @@
+from vit5gen import SiTPipeline  # noqa: F401
