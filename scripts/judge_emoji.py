@@ -22,9 +22,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from vit5gen.data.sources.emoji import CLASSES
 
 from vit5gen.data import load_emoji
+from vit5gen.data.sources.emoji import CLASSES
 
 SIDE, BATCH, SHIFT = 64, 64, 4
 LEARNING_RATE, WEIGHT_DECAY, WARMUP = 2e-3, 0.05, 50

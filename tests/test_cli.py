@@ -12,7 +12,8 @@ import yaml
 from tiny_run import make_inputs
 
 from vit5gen import __version__
-from vit5gen.cli import exit_on_bad_input, main
+from vit5gen.cli import _read, build_parser, exit_on_bad_input, main
+from vit5gen.commands.options import ConfigOptions
 from vit5gen.system.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -348,3 +349,11 @@ def test_old_spelling_names_the_new_command(module: str, name: str, capsys: pyte
     assert caught.value.code == 2
     assert error.count("\n") == 1
     assert f"`vit5gen {name} CONFIG --output FOLDER`" in error
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False), ("auto", "auto")])
+def test_a_switch_that_may_also_be_auto_is_read(text: str, value: object) -> None:
+    args = build_parser().parse_args(["train", "quickstart", "--dry-run", "--training.compile", text])
+    options = _read(args)
+    assert isinstance(options, ConfigOptions)
+    assert options.load().training.compile == value

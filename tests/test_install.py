@@ -20,7 +20,7 @@ def test_a_name_without_a_path_is_a_configuration_that_ships(tmp_path: Path, mon
     assert find_config("quickstart.yaml") == Path("quickstart.yaml")
     Path("quickstart").write_text("model: {preset: S/2}")  # a file of that name comes first
     assert load_config("quickstart").model.preset == "S/2"
-    with pytest.raises(UserError, match=r"quickstrat: No such file.* or one that ships, e.g. quickstart"):
+    with pytest.raises(UserError, match=r"quickstrat: No such file.* Did you mean 'quickstart'"):
         load_config("quickstrat")
 
 

@@ -1,6 +1,7 @@
 """What a run shows of itself: held-out loss, previews, curves, and the lines that it says once."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -145,3 +146,13 @@ def test_what_the_autoencoder_keeps_is_told_once(
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "dB on held-out pictures" in line]
     assert line.startswith("note: the autoencoder gives 9.")
     assert "which bounds the model; warning: below 20 dB" in line
+
+
+def test_curves_show_what_is_finite_and_any_name_of_a_key(tmp_path: Path) -> None:
+    lines = [
+        {"step": 1, "loss": 1.0, "learning_rate": 1e-3, "held_out_loss": math.inf},
+        {"step": 2, "loss": 2.0, "resumed": 1, "changed": ["data.path: 'p$a_{$' -> 'data'"]},
+    ]
+    save_curves(tmp_path / "loss.png", lines, [{"step": 2, "held_out_loss": math.nan}])
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    assert held_out_points(lines, [{"step": 2, "held_out_loss": 0.5}]) == {2: 0.5}

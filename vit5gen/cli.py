@@ -87,7 +87,7 @@ def _value(section: type[BaseModel], key: str, option: str, text: Any) -> Any:
         return text if isinstance(text, bool) else None
     if isinstance(text, list):
         return [one if str in kinds else _parse(option, one) for one in text]
-    return text if str in kinds and not kinds & {dict, list} else _parse(option, text)
+    return text if str in kinds and not kinds & {dict, list, bool} else _parse(option, text)
 
 
 def _kinds(annotation: Any) -> set[Any]:

@@ -317,10 +317,15 @@ def parse_yaml(text: str) -> Any:
 
 def find_config(path: str | Path) -> Path:
     """Return ``path``, or the configuration of that name that ships with the package: ``quickstart``, ``vae/emoji``."""
+    return Path(path) if Path(path).exists() else shipped_configs().get(str(path), Path(path))
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the configurations that ship with the package, by name."""
     # An installed package holds them; in a clone they stand beside it.
     folders = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
-    shipped = [folder / f"{path}.yaml" for folder in folders]
-    return next((file for file in shipped if file.is_file() and not Path(path).exists()), Path(path))
+    found = ((folder, file) for folder in folders for file in folder.rglob("*.yaml"))
+    return {str(file.relative_to(folder).with_suffix("")): file for folder, file in found}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -328,9 +333,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         data = parse_yaml(find_config(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"configuration {path}: {error.strerror}; expected a YAML file, or one that ships, e.g. quickstart"
-        ) from error
+        expected = f"expected a YAML file, or one that ships, e.g. quickstart.{nearest(str(path), shipped_configs())}"
+        raise UserError(f"configuration {path}: {error.strerror}; {expected}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         detail = " ".join(str(error).split())
         raise UserError(f"configuration {path} is not valid YAML: {detail}; fix the file") from error

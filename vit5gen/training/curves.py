@@ -1,5 +1,6 @@
 """What a run's numbers show over its steps: ``loss.png``, and whether held-out pictures still gain."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,8 @@ Entries = Sequence[dict[str, Any]]
 
 def held_out_points(lines: Entries, evaluations: Entries) -> dict[int, float]:
     """Return the held-out loss by step, from lines of the log and evaluations, in order."""
-    found = {
-        one["step"]: one["held_out_loss"] for one in [*evaluations, *lines] if one.get("held_out_loss") is not None
-    }
-    return dict(sorted(found.items()))
+    found = ((one["step"], one.get("held_out_loss")) for one in [*evaluations, *lines])
+    return dict(sorted((step, loss) for step, loss in found if loss is not None and math.isfinite(loss)))
 
 
 def newest_distance(evaluations: Entries) -> tuple[str, int, dict[str, Any]] | None:
@@ -103,7 +102,7 @@ def save_curves(path: Path, lines: Entries, evaluations: Entries, checkpoints: S
         text = "\n".join(f" {key} " for key in line.get("changed", []))
         side = "right" if 2 * at > lines[-1]["step"] else "left"
         place = (at, 0.72 - 0.1 * (number % 5))
-        panels[0].text(*place, text, ha=side, va="top", fontsize=7, color="C3", transform=foot)
+        panels[0].text(*place, text, ha=side, va="top", fontsize=7, color="C3", transform=foot, parse_math=False)
     for axes in panels:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[1]:

@@ -5,6 +5,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -221,14 +222,14 @@ def _trial(config: Config, accelerator: Accelerator, start: Path | None, accept_
 def seconds_of_step(
     config: Config, accelerator: Accelerator, trainer: Trainer, source: SampleSource, vae: AutoencoderKL | None = None
 ) -> float:
-    """Train a few steps; return how long each of them took after the first, which compiles and allocates."""
+    """Train a few steps; return how long the fastest took, on which other jobs on the machine bear least."""
     num_steps = {"num_steps": trainer.step + TRIAL_STEPS}
     short = config.model_copy(update={"training": config.training.model_copy(update=num_steps)})
-    batches, begun = micro_batches(short, source, vae, accelerator, trainer.step), 0.0
+    batches, times = micro_batches(short, source, vae, accelerator, trainer.step), [time.perf_counter()]
     for _ in range(TRIAL_STEPS):
         train_step(trainer, short, batches)
-        begun = begun or time.perf_counter()
-    return (time.perf_counter() - begun) / (TRIAL_STEPS - 1)
+        times.append(time.perf_counter())
+    return min(end - begin for begin, end in pairwise(times))
 
 
 def _pace(

@@ -192,6 +192,8 @@ def init(folder: str, output: str) -> None:
         print(f"held out: {len(held_out):,} pictures; {alike:,} of them nearly equal one to train on")
     except UserError as error:
         print(f"held out: none, so that scores have nothing to compare with: {error}")
+        data_section = "".join(f"  {line}\n" for line in lines if not line.startswith("held_out"))
+        data = validate(DataConfig, parse_yaml(data_section), folder)
 
     # The autoencoder, the model, and how long a step takes here.
     sound = [i for i in range(len(training)) if _path(training, i) in survey.thumbnails]

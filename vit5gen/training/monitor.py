@@ -24,6 +24,7 @@ from vit5gen.config import Config
 from vit5gen.data.images import make_source
 from vit5gen.data.latents import images_beside
 from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
+from vit5gen.flow import NonFiniteError
 from vit5gen.generation.card import TrainingFacts
 from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.generation.pipeline import SiTPipeline
@@ -135,6 +136,10 @@ class Monitor:
                     self._seconds["previews"] += time.perf_counter() - begun
         except Interrupted:
             return False
+        except NonFiniteError as error:  # training goes on: its steps may be finite again
+            if evaluation or self.accelerator.num_processes > 1:
+                raise
+            print(f"\nnote: no preview at step {step}: {error}", flush=True)
         finally:
             self.bar.set_description("train")
             self.bar.unpause()  # the time left is that of steps
@@ -180,10 +185,12 @@ class Monitor:
             print(f"\nnote: {note}", flush=True)
 
     def _measure(self, pipe: SiTPipeline) -> float | None:
-        """Return the held-out loss at this step, in fp32 as the study's; None where no images are held out."""
+        """Return the held-out loss at this step, in the run's precision; None where no images are held out."""
         step, begun = self.trainer.step, time.perf_counter()
         if step not in self._held_out_loss:
-            self._held_out_loss = {step: None if self._held_out is None else self._held_out.loss(pipe)}
+            with PRECISIONS[self.config.training.precision].autocast(self.accelerator.device):
+                loss = None if self._held_out is None else self._held_out.loss(pipe)
+            self._held_out_loss = {step: loss if loss is not None and math.isfinite(loss) else None}
             self._seconds["held-out loss"] += time.perf_counter() - begun
             if (loss := self._held_out_loss[step]) is not None:
                 self.accelerator.log({"held_out_loss": loss}, step=step)
