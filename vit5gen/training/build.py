@@ -75,10 +75,14 @@ def build_model(config: Config) -> SiTTransformer2DModel:
 
 
 def build_model_to_train(config: Config) -> SiTTransformer2DModel:
-    """Construct the transformer as it is trained: in its precision, recomputed and compiled as configured."""
-    model, weights = build_model(config), PRECISIONS[config.training.precision].weights
-    if weights != torch.float32:
-        nn.Module.to(model, weights)
+    """Construct the transformer as it is trained: in its precision, recomputed and compiled as configured.
+
+    How products are computed is set for the whole process.
+    """
+    model, precision = build_model(config), PRECISIONS[config.training.precision]
+    precision.set_products()
+    if precision.weights != torch.float32:
+        nn.Module.to(model, precision.weights)
     if config.training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.training.compile:

@@ -54,7 +54,6 @@ class Learner(nn.Module):
 
 def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     """Construct what a run trains, shared out over the processes."""
-    PRECISIONS[config.training.precision].set_products()
     learner, settings = Learner(config), config.training
     parts: dict[str, nn.Module] = {"model": learner.model, "objectives": learner.objectives}
     return Trainer(accelerator, learner, build_optimizer(learner, settings), parts, settings.ema_decays)
