@@ -49,6 +49,7 @@ Classes = Annotated[int, Field(ge=1, le=MOST_CLASSES)]
 Tiles = Annotated[int, Field(ge=1, le=1000)]
 Small = Annotated[int, Field(ge=0, le=MOST_WORKERS)]
 ASSUMED_CLASSES = 1000
+_HELD_OUT = "test"  # split
 _MOST_VALUES = 10**5  # of one file
 T = TypeVar("T", bound=BaseModel)
 
@@ -229,7 +230,7 @@ class EvaluationConfig(Section):
     every: Count | None = Field(None, description="steps between evaluations; default: first and last step only")
     num_images: Several = Field(1000, description="images generated for the distance, at most as many as are held out")
     num_reference: Several = Field(10_000, description="training images to compare generated images with")
-    held_out_split: str = Field("test", description="split of real images whose distance is the floor")
+    held_out_split: str = Field(_HELD_OUT, description="split of real images whose distance is the floor")
     batch_size: BatchSize = Field(100, description="images generated at once, per process")
     extractor: str = Field("effnet-lite0", description="feature network")
     seed: Natural = Field(0, description="seed of the generated images")
@@ -269,7 +270,7 @@ class AutoencoderTraining(Section):
     """How a small autoencoder is trained; has a file of its own, e.g. configs/vae/emoji.yaml."""
 
     data: DataConfig
-    held_out_split: str = Field("test", description="split of the data used only for the final score")
+    held_out_split: str = Field(_HELD_OUT, description="split of the data used only for the final score")
     block_out_channels: list[Width] = Field([24, 48, 96], min_length=1, description="width at each resolution")
     layers_per_block: Layers = Field(1, description="residual blocks at each resolution of the encoder")
     latent_channels: Width = Field(4, description="channels of a latent")

@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from vit5gen.flow.flow import Flow, ModelFn, Time, lower_choice, rows
-from vit5gen.flow.solvers import final_state, integrate
+from vit5gen.flow.solvers import ATOL, RTOL, final_state, integrate
 from vit5gen.flow.times import time_grid
 
 PROBES = ("rademacher", "exact")
@@ -20,8 +20,8 @@ def log_likelihood(
     method: str = "dopri5",
     probes: str = "rademacher",
     generator: Generator | None = None,
-    rtol: float = 1e-3,
-    atol: float = 1e-6,
+    rtol: float = RTOL,
+    atol: float = ATOL,
 ) -> tuple[Tensor, Tensor]:
     """Return the log-density of data ``x1`` (B, ...) in nats, (B,), and the noise ``x0`` it flows from.
 

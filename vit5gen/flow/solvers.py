@@ -26,6 +26,7 @@ Steps = Generator[Step, Tensor | None, None]
 Noise = Iterable[Tensor] | torch.Generator | Sequence[torch.Generator] | None
 Past = list[tuple[float, Tensor]]
 
+RTOL, ATOL = 1e-3, 1e-6  # of dopri5
 LAST_STEPS = ("none", "mean", "tweedie", "euler")
 SDE_METHODS = ("euler", "heun")
 
@@ -144,8 +145,8 @@ def ode_steps(
     method: str = "euler",
     t_span: tuple[float, float] | None = None,
     reverse: bool = False,
-    rtol: float = 1e-3,
-    atol: float = 1e-6,
+    rtol: float = RTOL,
+    atol: float = ATOL,
     shift: float = 1.0,
 ) -> Steps:
     """Yield ``(i, t, x)`` after each step of the probability-flow ODE from ``x0`` (B, ...).

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from vit5gen.config import ModelConfig
 from vit5gen.models.classifier import ViT5, checkpoint_filter_fn
 from vit5gen.models.loading import Weights, load_exactly, read_checkpoint
-from vit5gen.models.transformer import CLASS_DROPOUT_PROB, SIZES, SiTTransformer2DModel
+from vit5gen.models.transformer import SIZES, SiTTransformer2DModel
 from vit5gen.system.errors import UserError, listed
 
 _SIT_NAMES = {
@@ -63,11 +64,12 @@ def load_sit(source: Weights, num_attention_heads: int | None = None, **override
     rows = _shape(state, "y_embedder.embedding_table.weight", "SiT")[0]
     outputs = _shape(state, "final_layer.linear.weight", "SiT")[0]
     positions = _shape(state, "pos_embed", "SiT")[1]
+    dropout = overrides.get("class_dropout_prob", ModelConfig.model_fields["class_dropout_prob"].default)
     found = {
         "backbone": "sit",
         "patch_size": patch,
         "in_channels": channels,
-        "num_classes": rows - (overrides.get("class_dropout_prob", CLASS_DROPOUT_PROB) > 0),
+        "num_classes": rows - (dropout > 0),
         "hidden_size": hidden_size,
         "num_layers": _depth(state),
         "num_attention_heads": num_attention_heads,

@@ -14,6 +14,7 @@ from einops import rearrange
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
+from vit5gen.config import ModelConfig
 from vit5gen.models.backbone import BACKBONES, Backbone
 from vit5gen.models.layers import Float32Linear, check_positive, check_sizes, init_linears, make_norm, modulate
 from vit5gen.models.loading import align, check_fit
@@ -22,9 +23,10 @@ from vit5gen.system.cpu import fast_inference
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import clear_weights
 
+_DEFAULTS = ModelConfig(preset="XL/2")
+
 # name: hidden_size, num_layers, num_attention_heads
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-CLASS_DROPOUT_PROB = 0.1
 PRESETS = {
     f"{size}/{patch}": {"hidden_size": d, "num_layers": n, "num_attention_heads": h, "patch_size": patch}
     for size, (d, n, h) in SIZES.items()
@@ -85,7 +87,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        backbone: str = "vit5",
+        backbone: str = _DEFAULTS.backbone,
         sample_size: int | tuple[int, int] = 32,
         patch_size: int = 2,
         in_channels: int = 4,
@@ -93,9 +95,9 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         hidden_size: int = 1152,
         num_layers: int = 28,
         num_attention_heads: int = 16,
-        mlp_ratio: float = 4.0,
-        class_dropout_prob: float = CLASS_DROPOUT_PROB,
-        learn_sigma: bool = False,
+        mlp_ratio: float = _DEFAULTS.mlp_ratio,
+        class_dropout_prob: float = _DEFAULTS.class_dropout_prob,
+        learn_sigma: bool = _DEFAULTS.learn_sigma,
         backbone_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -128,7 +130,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         return self.config.class_dropout_prob > 0
 
     @classmethod
-    def from_preset(cls, name: str, backbone: str = "vit5", **overrides: Any) -> "SiTTransformer2DModel":
+    def from_preset(cls, name: str, backbone: str = _DEFAULTS.backbone, **overrides: Any) -> "SiTTransformer2DModel":
         """Build ``S/2`` ... ``XL/8`` (size / patch); `overrides` are further arguments of the constructor."""
         return cls(**{"backbone": backbone, **PRESETS[choose("preset", name, PRESETS)], **overrides})
 
