@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 
 from vit5gen.cli import exit_on_bad_input
 from vit5gen.config import SamplingConfig, load_recorded
-from vit5gen.data.autoencoders.kl import decode, encode, psnr, to_uint8
+from vit5gen.data.autoencoders.kl import round_trip_psnr
 from vit5gen.data.images import ImageSet, make_source, open_images
 from vit5gen.generation.card import TrainingFacts, pipeline_hash
 from vit5gen.generation.loading import load_pipeline
@@ -88,11 +88,8 @@ def ship(
 
 def _psnr(vae: AutoencoderKL, images: ImageSet) -> float:
     """Return the mean PSNR of round trips in dB."""
-    scores = []
-    for chunk in torch.arange(len(images)).split(64):
-        originals = torch.stack([images.read(int(i)) for i in chunk])
-        scores.append(psnr(originals, to_uint8(decode(vae, encode(vae, originals)[0]))))
-    return torch.cat(scores).mean().item()
+    chunks = torch.arange(len(images)).split(64)
+    return torch.cat([round_trip_psnr(vae, images.stack(chunk)) for chunk in chunks]).mean().item()
 
 
 def _figures(scored: dict[str, Any]) -> dict[str, Any]:

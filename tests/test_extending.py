@@ -111,6 +111,14 @@ def test_a_package_may_offer_what_its_inner_module_defines(monkeypatch: pytest.M
         registry.register("part")(functools.partial(torch.mul))
 
 
+def test_a_table_without_a_group_looks_into_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "entry_points", None)
+    table: Registry = Registry("table")
+    table.register("one")(torch.add)
+    assert table.get("one") is torch.add
+    assert table.names() == ["one"]
+
+
 def test_two_packages_that_offer_one_plug_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("first", "second"):
         folder = tmp_path / f"{name}-1.0.dist-info"

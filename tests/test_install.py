@@ -47,3 +47,13 @@ def test_the_files_beside_the_package_agree_with_it() -> None:
     assert project["urls"]["Homepage"] == citation["repository-code"]
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     assert [step["run"] for step in workflow["jobs"]["run"]["steps"] if "run" in step] == [".ci/run"]
+
+
+def test_configurations_of_others_beside_an_installed_package_are_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("vit5gen/configs", "configs"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "quickstart.yaml").write_text("model: {preset: S/2}")
+    monkeypatch.setattr("vit5gen.config.__file__", str(tmp_path / "vit5gen/config.py"))
+    assert find_config("quickstart") == tmp_path / "vit5gen/configs/quickstart.yaml"

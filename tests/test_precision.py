@@ -73,9 +73,10 @@ def test_a_setting_of_one_thread_waits_for_the_exact_part_of_another() -> None:
         other = threading.Thread(target=work, args=(context,))
         other.start()
         inside.wait()
-        assert precision_of(network) == "fp32"  # whatever the other thread computes by
+        before = precision_of(network)  # whatever the other thread computes by
         PRECISIONS["tf32"].set_products()
         leave.set()
         other.join()
+        assert before == "fp32"
         assert precision_of(network) == "tf32"  # nor does its end undo what was set meanwhile
         PRECISIONS["fp32"].set_products()

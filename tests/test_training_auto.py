@@ -9,11 +9,13 @@ from safetensors.torch import load_file
 from tiny_run import assert_identical, make_inputs, run, weights
 
 from vit5gen.config import Config, load_config, validate
+from vit5gen.data.images import open_images
+from vit5gen.evaluation import load_extractor
 from vit5gen.system import cpu
 from vit5gen.system.errors import UserError
 from vit5gen.training import build
 from vit5gen.training.build import settle_auto
-from vit5gen.training.reference import build_reference
+from vit5gen.training.reference import _recall, build_reference
 
 AUTO = {"precision": "auto", "compile": "auto"}
 
@@ -64,8 +66,6 @@ def test_auto_is_settled_at_the_first_step_and_recorded(tmp_path: Path, monkeypa
 
 
 def test_real_images_are_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vit5gen.evaluation import load_extractor
-
     monkeypatch.setenv("VIT5GEN_CACHE", str(tmp_path / "cache"))
     config, extractor = load_config(make_inputs(tmp_path)), load_extractor("effnet-lite0")
     first = build_reference(config, extractor)
@@ -87,3 +87,11 @@ def test_real_images_are_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         file.write_bytes(b"damaged")
     assert build_reference(config, extractor).floor == first.floor
     assert set(load_file(files[0])) == {"mean", "covariance"}
+
+
+def test_what_is_held_out_decides_over_the_cached_moments(tmp_path: Path) -> None:
+    config, extractor = load_config(make_inputs(tmp_path)), load_extractor("effnet-lite0")
+    images = open_images(config.data)
+    parts = [None, 0.3, 0.4]  # which may well leave as many images of each class
+    changed = (config.model_copy(update={"data": config.data.model_copy(update={"held_out": p})}) for p in parts)
+    assert len({_recall(one, images, extractor)[0] for one in changed}) == 3

@@ -13,12 +13,12 @@ from tiny_run import assert_identical, run, weights
 
 from vit5gen.config import load_config
 from vit5gen.generation.loading import load_pipeline
-from vit5gen.training import held_out, samples
+from vit5gen.training import held_out, previews
 from vit5gen.training.curves import gap_note, held_out_points, newest_distance, save_curves
 from vit5gen.training.folder import RunFolder
 from vit5gen.training.held_out import affordable, held_out_loss
 from vit5gen.training.monitor import Monitor
-from vit5gen.training.samples import Samples, preview_steps
+from vit5gen.training.previews import SampleGrid, preview_steps
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_previews_change_no_bit_of_training(
     config_file: Path, watched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Monitor, "due", lambda self, step: False)
-    monkeypatch.setattr(samples, "_PREVIEWS", ())
+    monkeypatch.setattr(previews, "_PREVIEWS", ())
     run(config_file, tmp_path / "run", training__num_steps=80)
     assert_identical(weights(tmp_path / "run", 80), weights(watched, 80))
     losses = [[line["loss"] for line in RunFolder(folder).lines()] for folder in (tmp_path / "run", watched)]
@@ -68,13 +68,13 @@ def test_samples_are_shown_before_the_distance_and_on_the_way(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[tuple[int, bool]] = []
-    save, folder = Samples.save, RunFolder(tmp_path / "run")
+    save, folder = SampleGrid.save, RunFolder(tmp_path / "run")
 
-    def noted(self: Samples, images: torch.Tensor, step: int, evaluations: list[dict[str, Any]]) -> None:
+    def noted(self: SampleGrid, images: torch.Tensor, step: int, evaluations: list[dict[str, Any]]) -> None:
         shown.append((step, newest_distance(evaluations) is not None))
         save(self, images, step, evaluations)
 
-    monkeypatch.setattr(Samples, "save", noted)
+    monkeypatch.setattr(SampleGrid, "save", noted)
     run(config_file, folder.path, training__num_steps=64, training__log_every=10)
     assert shown == [(0, False), (0, True), (10, True), (20, True), (40, True), (50, True), (64, True), (64, True)]
     told = json.loads(Image.open(folder.samples).text["settings"])  # type: ignore[attr-defined]

@@ -165,8 +165,8 @@ def test_the_dry_run_counts_the_parameters_of_objectives(config_file: Path) -> N
     plain, both = (load_config(config_file, {"training.objectives": chosen}) for chosen in ({"flow": {}}, BOTH))
     width, one, two = plain.model.hidden_size, run_cost(plain), run_cost(both)
     assert width is not None
-    assert (one.beside, two.beside) == (0, width * width + width)
+    assert (one.of_objectives, two.of_objectives) == (0, width * width + width)
     assert (
-        checkpoint_bytes(two, both) - checkpoint_bytes(one, plain) == 5 * 4 * two.beside
+        checkpoint_bytes(two, both) - checkpoint_bytes(one, plain) == 5 * 4 * two.of_objectives
     )  # weights, 2 averages, 2 moments
-    assert f"{one.parameters:,} parameters, {two.beside:,} more in objectives" in describe(both)[0]
+    assert f"{one.parameters:,} parameters, {two.of_objectives:,} more in objectives" in describe(both, two)[0]

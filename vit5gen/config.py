@@ -323,10 +323,10 @@ def find_config(path: str | Path) -> Path:
 
 def shipped_configs() -> dict[str, Path]:
     """Return the configurations that ship with the package, by name."""
-    # An installed package holds them; in a clone they stand beside it.
-    folders = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
-    found = ((folder, file) for folder in folders for file in folder.rglob("*.yaml"))
-    return {str(file.relative_to(folder).with_suffix("")): file for folder, file in found}
+    # An installed package holds them; in a clone they stand beside it. Beside an installed one stand other packages.
+    folder = Path(__file__).parent / "configs"
+    folder = folder if folder.is_dir() else Path(__file__).parents[1] / "configs"
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in folder.rglob("*.yaml")}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -45,12 +45,12 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """Return all names: those registered here, in that order, and those that packages offer; none is imported."""
-        offered = importlib.metadata.entry_points(group=self.group or "").names
+        offered = {one.name for one in self._entries()}
         return [*self._known, *sorted(offered - self._known.keys())]
 
     def get(self, name: str) -> T:
         """Return the plug called ``name``; `UserError` for an unknown name, a broken package, or two that offer it."""
-        entries = list(importlib.metadata.entry_points(group=self.group or "", name=name))
+        entries = self._entries(name=name)
         known = self._known.get(name)
         offers = {
             one.dist.name if one.dist else one.value: one.dist.name if one.dist else one.module for one in entries
@@ -106,6 +106,10 @@ class Registry(Generic[T]):
         except NameError:  # of a type that is imported for type checkers alone: the defaults tell the kinds
             parameters = inspect.signature(self.get(name)).parameters
         return {key: one for key, one in parameters.items() if one.kind is one.KEYWORD_ONLY}
+
+    def _entries(self, **chosen: Any) -> list[importlib.metadata.EntryPoint]:
+        """Return what installed packages offer; a table without a group looks for none."""
+        return list(importlib.metadata.entry_points(group=self.group, **chosen)) if self.group else []
 
     def _kind_of(self, option: inspect.Parameter) -> Any:
         """Return what pydantic checks a value of the option by."""

@@ -1,6 +1,6 @@
 """Labelled images, and what all sources of them share: uint8 RGB squares that are read one at a time."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -39,6 +39,10 @@ class ImageSet:
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return self.read(index), int(self.labels[index])
+
+    def stack(self, indices: Iterable[Any]) -> torch.Tensor:
+        """Return these images as one batch (B, 3, H, W) uint8; raise `BrokenImage` for one that does not decode."""
+        return torch.stack([self.read(int(index)) for index in indices])
 
     def select(self, indices: Sequence[int] | torch.Tensor) -> "ImageSet":
         """Return only these images, in this order."""

@@ -152,7 +152,7 @@ class GridOutput(Output):
         order = np.argsort(labels, kind="stable")
         with self._new_file(self.path) as temporary:
             labels, titles = [labels[i] for i in order], [titles[i] for i in order]
-            save_grid(temporary, pixels[order].permute(0, 3, 1, 2), labels, titles, settings=_told(card))
+            save_grid(temporary, pixels[order].permute(0, 3, 1, 2), labels, titles, settings=_settings_of(card))
 
 
 class FolderOutput(Output):
@@ -171,10 +171,10 @@ class FolderOutput(Output):
         return math.prod(self.shape)  # of PNGs, which are smaller
 
     def _keep(self, indices: range, pixels: np.ndarray, labels: Sequence[int]) -> None:
-        told = _told(read_json(self.part / "card.json", "card"))
+        settings = _settings_of(read_json(self.part / "card.json", "card"))
         for index, label, image in zip(indices, labels, pixels, strict=True):
             with self._new_file(self.path / f"{index:06d}_{label}.png") as temporary:
-                save_png(Image.fromarray(image), temporary, told | {"index": index, "label": label})
+                save_png(Image.fromarray(image), temporary, settings | {"index": index, "label": label})
 
 
 def open_output(path: Path, shape: tuple[int, int, int, int]) -> Output:
@@ -192,8 +192,8 @@ def network_evaluations(total: int, num_images: int) -> dict[str, float]:
     return {"total": total, "per_image": total / num_images}
 
 
-def _told(card: dict[str, Any]) -> dict[str, Any]:
-    """Return what a PNG tells of a card: what decides its pixels."""
+def _settings_of(card: dict[str, Any]) -> dict[str, Any]:
+    """Return what a PNG records of a card: what decides its pixels."""
     return {**card.get("settings", {}), "checkpoint_sha256": card.get("checkpoint_sha256")}
 
 

@@ -82,7 +82,7 @@ class Shuffle(nn.Module):
         if place == 0:
             self.order = torch.randperm(len(self.order), generator=self.generator)
         indices = self.order[place * size : (place + 1) * size]
-        batch = torch.stack([self.images.read(int(i)) for i in indices])
+        batch = self.images.stack(indices)
         mirrored = torch.rand(len(batch), generator=self.generator) < 0.5
         batch[mirrored] = batch[mirrored].flip(-1)
         rows, columns = torch.randint(2 * shift + 1, (2,), generator=self.generator).tolist()
@@ -94,8 +94,8 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
     """Train an `AutoencoderKL`, save it with fp16 weights and a picture of round trips; return the exit code.
 
     A signal saves a checkpoint, from which the same command resumes, bit for bit; a folder that holds a trained one is
-    left alone. In the end scale and shift give
-    latents of the training images mean 0 and standard deviation 1. Raises `UserError` for input that does not fit.
+    left alone. In the end scale and shift give latents of the training images mean 0 and standard deviation 1. Raises
+    `UserError` for input that does not fit.
     """
     folder, begun = RunFolder(output), time.perf_counter()
     _check_sizes(config)
@@ -195,14 +195,14 @@ def _finish(vae: AutoencoderKL, images: ImageSet, held_out: ImageSet, folder: Ru
 
 def _encode_all(vae: AutoencoderKL, images: ImageSet) -> tuple[Tensor, Tensor]:
     chunks = torch.arange(len(images)).split(64)
-    encoded = [encode(vae, torch.stack([images.read(int(i)) for i in chunk]).to(vae.device)) for chunk in chunks]
+    encoded = [encode(vae, images.stack(chunk).to(vae.device)) for chunk in chunks]
     mean, std = zip(*encoded, strict=True)
     return torch.cat(mean), torch.cat(std)
 
 
 def _evaluate(vae: AutoencoderKL, images: ImageSet, output: Path) -> float:
     """Print the PSNR of each class, save a picture of round trips; return the mean PSNR in dB."""
-    originals = torch.stack([images.read(i) for i in range(len(images))])
+    originals = images.stack(range(len(images)))
     mean, _ = _encode_all(vae, images)
     decoded = torch.cat([to_uint8(decode(vae, latents)) for latents in mean.split(64)])
     scores = psnr(originals, decoded)

@@ -50,7 +50,7 @@ class Cost:
     backward_flops: int
     activation_bytes: int
     recomputes: bool
-    beside: int = 0  # parameters of objectives, which are trained but are not part of the pipeline
+    of_objectives: int = 0  # parameters that are trained but are not part of the pipeline
 
     @property
     def training_flops(self) -> int:
@@ -117,7 +117,7 @@ def model_cost(model: SiTTransformer2DModel, precision: str = "fp32", recomputes
 
 
 def _weight_bytes(cost: Cost, config: Config) -> int:
-    return (cost.parameters + cost.beside) * PRECISIONS[config.training.precision].weights.itemsize
+    return (cost.parameters + cost.of_objectives) * PRECISIONS[config.training.precision].weights.itemsize
 
 
 def memory_bytes(cost: Cost, config: Config, micro_batch_size: int, num_processes: int, sharded: bool = False) -> int:

@@ -66,7 +66,7 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     found, on_cpu = run_cost(config), accelerator.device.type == "cpu"
     step = _guess_seconds(config, found) if on_cpu else 0.0
     here = on_cpu and step * config.training.num_steps < _DAY
-    for line in describe(config, accelerator.num_processes):
+    for line in describe(config, found, accelerator.num_processes):
         if not (here and line.startswith("time:")):  # of GPUs
             accelerator.print(line)
     absent = missing(config)
@@ -106,19 +106,19 @@ def run_cost(config: Config) -> cost.Cost:
         model = build_model(config)
         _, objectives, _ = build_objectives(config.training, model, build_flow(config))
     found = cost.model_cost(model, config.training.precision, config.training.gradient_checkpointing)
-    return replace(found, beside=sum(parameter.numel() for parameter in objectives.parameters()))
+    return replace(found, of_objectives=sum(parameter.numel() for parameter in objectives.parameters()))
 
 
-def describe(config: Config, num_processes: int = 1) -> list[str]:
+def describe(config: Config, found: cost.Cost, num_processes: int = 1) -> list[str]:
     """Return the lines on size, memory, time and disk, for the present number of processes and for 1 and 8 GPUs."""
-    found, section, settings = run_cost(config), config.model, config.training
+    section, settings = config.model, config.training
     unit = settings.micro_batch_size or 1
     processes = sorted({num_processes} | {n for n in (1, 8) if settings.global_batch_size % (n * unit) == 0})
     size = section.preset or f"{section.num_layers}x{section.hidden_size}"
-    beside = f", {found.beside:,} more in objectives" if found.beside else ""
+    more = f", {found.of_objectives:,} more in objectives" if found.of_objectives else ""
     forward, backward = _short(found.forward_flops / 1e9), _short(found.backward_flops / 1e9)
     return [
-        f"model:    {section.backbone} {size}, {found.parameters:,} parameters{beside}, {found.tokens} tokens",
+        f"model:    {section.backbone} {size}, {found.parameters:,} parameters{more}, {found.tokens} tokens",
         f"FLOPs:    {forward} G forward, {backward} G backward, per image",
         *(memory_line(config, found, n) for n in processes),
         time_line(config, found),

@@ -160,7 +160,7 @@ class RunFolder:
             if (step := checkpoint.read_state(start)["step"]) > last:
                 raise UserError(f"{start} is past training.num_steps = {last}; set it to {step} or more")
         config = settle(config, find)
-        self.changes = [] if start is None else differences(checkpoint.read_config(start), config, changeable=())
+        self.changes = [] if start is None else differences(recorded, config, changeable=())
         return start, config
 
     def record(self, config: Config, step: int, data: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from vit5gen.config import Config
-from vit5gen.data.autoencoders.kl import decode, encode, psnr, to_uint8
+from vit5gen.data.autoencoders.kl import POOR_PSNR, decode, encode, psnr, to_uint8
 from vit5gen.data.images import BrokenImage, ImageSet, open_held_out, readable
 from vit5gen.flow import Flow, draw_timesteps
 from vit5gen.generation.pipeline import SiTPipeline
@@ -19,7 +19,6 @@ from vit5gen.system.errors import UserError
 NUM_HELD_OUT = 2048  # images of the held-out loss, where there are as many
 _NUM_DECODED = 256  # images that tell what the autoencoder keeps
 _SHARE = 0.0125  # of the training so far that the held-out losses of previews may take
-_POOR = 20  # dB of an autoencoder below which every picture is blurred
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class HeldOut:
         for number, part in enumerate(torch.arange(len(chosen)).split(config.evaluation.batch_size)):
             x0 = torch.randn(len(part), *config.latent_shape, generator=generator)
             if number % world == rank:
-                x1, _ = encode(vae, _stack(chosen, part).to(vae.device))
+                x1, _ = encode(vae, chosen.stack(part).to(vae.device))
                 parts.append((part, x1.cpu(), x0, t[part], chosen.labels[part]))
         return cls(chosen, parts)
 
@@ -74,7 +73,7 @@ class HeldOut:
         total = torch.zeros(2, dtype=torch.float64)
         for part, x1, *_ in self.parts:
             if part[0] < _NUM_DECODED:
-                found = psnr(_stack(self.images, part), to_uint8(decode(vae, x1.to(vae.device))).cpu())
+                found = psnr(self.images.stack(part), to_uint8(decode(vae, x1.to(vae.device))).cpu())
                 total += torch.stack([found.sum(), found.new_tensor(len(found))])
         gain, number = sum_over_processes(total).tolist()
         return gain / number
@@ -99,9 +98,9 @@ def find_held_out(config: Config, vae: AutoencoderKL, class_names: list[str]) ->
     if found is None or faults:
         return None
     quality = found.psnr(vae)
-    poor = f"; warning: below {_POOR} dB every picture is blurred: train one on yours (vit5gen autoencoder)"
+    poor = f"; warning: below {POOR_PSNR:g} dB every picture is blurred: train one on yours (vit5gen autoencoder)"
     told = f"the autoencoder gives {quality:.1f} dB on held-out pictures, which bounds the model"
-    processes().print(f"\nnote: {told}{poor if quality < _POOR else ''}")
+    processes().print(f"\nnote: {told}{poor if quality < POOR_PSNR else ''}")
     return found
 
 
@@ -119,7 +118,3 @@ def affordable(previews: set[int], cost: float) -> set[int]:
         if (len(chosen) + 1) * cost <= _SHARE * step:
             chosen.append(step)
     return set(chosen)
-
-
-def _stack(images: ImageSet, indices: Tensor) -> Tensor:
-    return torch.stack([images.read(int(i)) for i in indices])

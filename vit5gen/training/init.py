@@ -21,6 +21,7 @@ from vit5gen.data.pictures import find_classes, folder_names
 from vit5gen.data.sources.folder import HELD_OUT, TRAINING, FolderSource
 from vit5gen.system.errors import UserError, listed
 from vit5gen.system.files import check_writable, write_text
+from vit5gen.training.build import settle_auto
 from vit5gen.training.data import RandomLatents
 from vit5gen.training.dry_run import duration, seconds_of_step
 from vit5gen.training.loop import build_trainer
@@ -30,7 +31,6 @@ _RESOLUTIONS = (32, 64, 128, 256)
 _MOST_ON_CPU = 64  # pixels
 _MOST_LOOKED_AT, _LOOK_SECONDS = 4000, 30.0  # pictures; more would hardly change what is said of them
 _MOST_ROUND_TRIPS, _ROUND_TRIP_SECONDS = 64, 20.0
-_POOR = 20.0  # dB, below which an autoencoder does not know such pictures
 _THUMBNAIL, _NEAR_DUPLICATE = 16, 8.0  # pixels; root mean square difference in grey levels below which two are one
 _MEGAPIXELS = 150  # that a new autoencoder sees; configs/vae/emoji.yaml takes 19 minutes for 197 of them
 _EPOCHS, _FEW_STEPS = 300, 1000  # after so many passes over the pictures a model mostly repeats them
@@ -44,11 +44,10 @@ class Machine:
     tokens: int
     minutes: float
     steps: tuple[int, int]
-    precision: str
     evaluated: int
 
 
-_CPU, _GPU = Machine(32, 8, 15, (800, 10_000), "fp32", 256), Machine(64, 16, 20, (2000, 50_000), "bf16", 1000)
+_CPU, _GPU = Machine(32, 8, 15, (800, 10_000), 256), Machine(64, 16, 20, (2000, 50_000), 1000)
 
 
 @dataclass
@@ -128,8 +127,7 @@ def choose_autoencoder(resolution: int, images: ImageSet) -> tuple[str, Autoenco
         vae = shipped[name]
     chosen, scores, begun = np.linspace(0, len(images) - 1, min(len(images), _MOST_ROUND_TRIPS)), [], 0.0
     for part in torch.from_numpy(chosen).long().split(8):
-        pixels = torch.stack([images.read(int(i)) for i in part])
-        scores.append(kl.psnr(pixels, kl.to_uint8(kl.decode(vae, kl.encode(vae, pixels)[0]))))
+        scores.append(kl.round_trip_psnr(vae, images.stack(part)))
         begun = begun or time.perf_counter()
         if time.perf_counter() - begun > _ROUND_TRIP_SECONDS:
             break
@@ -204,10 +202,10 @@ def init(folder: str, output: str) -> None:
     sizes = model_for(resolution // factor, machine)
     width = sizes["hidden_size"]
     vae_section = {"name": name, "latent_channels": vae.config.latent_channels, "downsample": factor}
-    settings: dict[str, Any] = {"global_batch_size": batch, "precision": machine.precision, "trackers": []}
+    settings: dict[str, Any] = {"global_batch_size": batch, "precision": "auto", "trackers": []}
     model = {"backbone": "vit5", "backbone_kwargs": {"gamma_init": 1.0}, **sizes}
     trial = {"data": {"resolution": resolution}, "vae": vae_section, "model": model, "training": settings}
-    config = validate(Config, trial, folder)
+    config = settle_auto(validate(Config, trial, folder), {})
     accelerator = make_accelerator(config.training, Path())
     source = RandomLatents(config.latent_shape, config.num_classes)
     seconds = seconds_of_step(config, accelerator, build_trainer(config, accelerator), source)
@@ -219,13 +217,13 @@ def init(folder: str, output: str) -> None:
     text = _TEMPLATE.format(
         command=next_command, seen="\n# ".join(describe(survey)), took=duration(steps * seconds), data=data_section,
         quality=quality, name=_quoted(name), channels=vae.config.latent_channels, factor=factor, model=model_section,
-        steps=int(steps), batch=batch, precision=machine.precision, rate={128: 2e-3, 192: 1.5e-3, 384: 5e-4}[width],
+        steps=int(steps), batch=batch, rate={128: 2e-3, 192: 1.5e-3, 384: 5e-4}[width],
         decay=0.99 if steps < 5000 else 0.999, images=machine.evaluated, split=_quoted(split),
     )  # fmt: skip
     write_text(file, text)
     print(f"{file}: {steps:.0f} steps of {batch} pictures of {resolution} px, about {duration(steps * seconds)} here")
     print(f"Next:\n{next_command}")
-    if quality < _POOR:
+    if quality < kl.POOR_PSNR:
         small, vae_run = min(batch, 32 if resolution == 32 else 16), shlex.quote(f"runs/{file.stem}-vae")
         train_vae = f"vit5gen autoencoder {shlex.quote(str(other))} --output {vae_run}"
         content = {"command": train_vae, "name": name, "quality": quality, "data": data_section, "batch": small}
@@ -281,7 +279,7 @@ model:
 training:
   num_steps: {steps}
   global_batch_size: {batch}
-  precision: {precision}
+  precision: auto # bf16 where the machine has instructions for it
   learning_rate: {rate}
   schedule: cosine
   warmup_steps: 100

@@ -37,8 +37,8 @@ from vit5gen.training.curves import gap_note, save_curves
 from vit5gen.training.folder import RunFolder
 from vit5gen.training.held_out import HeldOut, affordable, find_held_out
 from vit5gen.training.optimizers import learning_rate
+from vit5gen.training.previews import SampleGrid, preview_steps
 from vit5gen.training.reference import TrainingReference, build_reference
-from vit5gen.training.samples import Samples, preview_steps
 from vit5gen.training.trainer import Outcome, Trainer
 
 
@@ -75,7 +75,7 @@ class Monitor:
         self._saved = trainer.step  # the newest checkpoint that the log tells of
         self._events: dict[str, Any] = {"resumed": trainer.step} if trainer.step else {}
         self._events |= {"changed": folder.changes} if folder.changes else {}
-        self._samples = Samples(config, folder.samples, class_names)
+        self._samples = SampleGrid(config, folder.samples, class_names)
 
     def write(self, outcome: Outcome) -> None:
         """Add a line on the steps since the last one to the log and the trackers, and show it in the bar."""
@@ -136,7 +136,7 @@ class Monitor:
                     self._seconds["previews"] += time.perf_counter() - begun
         except Interrupted:
             return False
-        except NonFiniteError as error:  # training goes on: its steps may be finite again
+        except NonFiniteError as error:  # the steps to come may be finite again
             if evaluation or self.accelerator.num_processes > 1:
                 raise
             print(f"\nnote: no preview at step {step}: {error}", flush=True)
@@ -165,9 +165,10 @@ class Monitor:
                 pipe.save_pretrained(new, facts=facts)
             if note := floor_note(earlier, entry):
                 print(f"\nnote: {note}", flush=True)
-            if entry["step"] == self.config.training.num_steps and (whole := self._seconds.pop("training")):
-                parts = [f"{what} {spent:.1f} s ({spent / whole:.1%})" for what, spent in self._seconds.items()]
-                print(f"\nsteps took {whole:.1f} s; beside them {', '.join(parts)}", flush=True)
+            if entry["step"] == self.config.training.num_steps and (steps := self._seconds["training"]):
+                spent = {what: seconds for what, seconds in self._seconds.items() if what != "training"}
+                parts = [f"{what} {seconds:.1f} s ({seconds / steps:.1%})" for what, seconds in spent.items()]
+                print(f"\nsteps took {steps:.1f} s; in addition {', '.join(parts)}", flush=True)
             # Last of all: an evaluation that stands in metrics.json has left everything else behind.
             self.folder.add_evaluation(entry)
         self.accelerator.wait_for_everyone()

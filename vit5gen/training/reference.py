@@ -20,7 +20,7 @@ from vit5gen.system.errors import UserError
 from vit5gen.system.files import atomic, cache_folder
 
 # What decides, beside the images and the extractor, over the features of a split.
-_PIXELS = {"source", "source_kwargs", "split", "resolution", "classes", "exif", "rules", "on_broken_image"}
+_PIXELS = {"source", "source_kwargs", "split", "resolution", "classes", "exif", "rules", "on_broken_image", "held_out"}
 _CHOSEN = {"seed", "num_images", "num_reference", "held_out_split", "batch_size"}
 
 
@@ -55,8 +55,7 @@ def build_reference(config: Config, extractor: Extractor) -> TrainingReference:
             return known
         rank, world_size = rank_and_world()
         chunks = torch.arange(len(images)).split(evaluation.batch_size)[rank::world_size]
-        batches = (torch.stack([images.read(int(i)) for i in chunk]) for chunk in chunks)
-        found = frechet_of(batches, extractor).all_reduce()
+        found = frechet_of(map(images.stack, chunks), extractor).all_reduce()
         mean, covariance = found.mean, found.covariance
         if is_main():
             with suppress(OSError, SafetensorError), atomic(path) as temporary:

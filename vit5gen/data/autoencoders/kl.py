@@ -18,6 +18,7 @@ from vit5gen.system.errors import UserError
 from vit5gen.system.precision import exact_float32
 from vit5gen.system.shipped import shipped, shipped_names
 
+POOR_PSNR = 20.0  # dB on held-out pictures below which an autoencoder does not know them: all are blurred
 _HALF = (torch.bfloat16, torch.float16)
 EMOJI = Path(__file__).parents[1] / "emoji_vae"
 
@@ -105,6 +106,11 @@ def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Return the peak signal-to-noise ratio (B,) in dB between uint8 images (B, 3, H, W)."""
     error = (images.double() - others.double()).square().flatten(1).mean(1)
     return 10 * torch.log10(255**2 / error)
+
+
+def round_trip_psnr(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Return the PSNR in dB, (B,), of images (B, 3, H, W) uint8 against what the autoencoder makes of them."""
+    return psnr(images, to_uint8(decode(vae, encode(vae, images.to(vae.device))[0])).cpu())
 
 
 def latent_scaling(vae: AutoencoderKL) -> tuple[float, float]:

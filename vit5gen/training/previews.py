@@ -20,7 +20,7 @@ _REAL = 2  # real pictures at the head of a row
 _PREVIEWS, _FEWEST_STEPS = (1 / 32, 1 / 8, 1 / 4, 1 / 2, 3 / 4), 64
 
 
-class Samples:
+class SampleGrid:
     """``samples.png`` of a run; ``labels`` are those of the images that it shows."""
 
     def __init__(self, config: Config, path: Path, class_names: list[str]) -> None:
