@@ -162,7 +162,7 @@ def test_a_poor_autoencoder_brings_the_file_of_a_better_one(
 ) -> None:
     flat(Path("p"))
     for limit, there in ((0.0, False), (99.0, True)):
-        monkeypatch.setattr(init, "_POOR", limit)
+        monkeypatch.setattr("vit5gen.data.autoencoders.kl.POOR_PSNR", limit)
         Path("own.yaml").unlink(missing_ok=True)
         assert call("init", "p", "--output", "own.yaml") == 0
         assert Path("own-autoencoder.yaml").exists() == there
