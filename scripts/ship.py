@@ -22,12 +22,12 @@ from vit5gen.config import SamplingConfig, load_recorded
 from vit5gen.data.autoencoders.kl import round_trip_psnr
 from vit5gen.data.images import ImageSet, make_source, open_images
 from vit5gen.generation.card import TrainingFacts, pipeline_hash
-from vit5gen.generation.loading import load_pipeline
-from vit5gen.models.loading import check_finite
+from vit5gen.generation.find_pipeline import load_pipeline
+from vit5gen.models.weights import check_finite
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import read_json, write_json
 from vit5gen.system.shipped import FOLDER
-from vit5gen.training.folder import RunFolder
+from vit5gen.training.run_folder import RunFolder
 
 MOST_BYTES = 12e6  # of all files
 _DRAWN = {*SamplingConfig.model_fields, "seed", "precision"}

@@ -16,7 +16,7 @@ from benchmark_peers import write_sit, write_vit5
 from tiny_run import make_inputs, run
 
 from vit5gen.cli import main
-from vit5gen.generation.loading import load_pipeline
+from vit5gen.generation.find_pipeline import load_pipeline
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.lab.benchmark import NAMES, inference, sampling, steps
 from vit5gen.lab.benchmark.command import BENCHMARKS, costs

@@ -10,8 +10,8 @@ from tiny_run import make_inputs, run, weights
 from vit5gen.config import load_config
 from vit5gen.lab.benchmark.engine import FULL, QUICK
 from vit5gen.lab.benchmark.steps import OurStep, published_step, step_config
+from vit5gen.training.batches import open_training_data
 from vit5gen.training.build import build_model
-from vit5gen.training.data import open_training_data
 from vit5gen.training.process import make_accelerator
 
 

@@ -18,7 +18,7 @@ from vit5gen.models import load_sit
 from vit5gen.system.errors import UserError
 from vit5gen.training.build import build_model
 from vit5gen.training.checkpoint import save
-from vit5gen.training.folder import to_yaml
+from vit5gen.training.run_folder import to_yaml
 
 FIXTURES = Path(__file__).with_name("fixtures")
 

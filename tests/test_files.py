@@ -15,8 +15,8 @@ from vit5gen.data import encoding
 from vit5gen.system import files
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import atomic, locked_file, write_text
-from vit5gen.training.folder import RunFolder
 from vit5gen.training.process import signals_blocked
+from vit5gen.training.run_folder import RunFolder
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from test_models_parity import read_oracle, relative
 
 from vit5gen.models import ViT5, load_sit, load_vit5
-from vit5gen.models.loading import read_checkpoint
+from vit5gen.models.weights import read_checkpoint
 from vit5gen.system.errors import UserError
 
 

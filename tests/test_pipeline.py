@@ -24,7 +24,7 @@ from tiny import NAMES, tiny_autoencoder, tiny_pipeline, tiny_transformer
 from vit5gen import SiTPipeline, SiTScheduler, SiTTransformer2DModel
 from vit5gen.flow import Flow, sample_ode, sample_sde
 from vit5gen.generation.card import TrainingFacts, pipeline_hash
-from vit5gen.generation.loading import load_pipeline
+from vit5gen.generation.find_pipeline import load_pipeline
 from vit5gen.generation.scheduler import SAMPLERS
 from vit5gen.system.errors import UserError
 

@@ -14,7 +14,7 @@ from tiny_run import forget_processes, make_inputs
 from vit5gen.cli import main
 from vit5gen.config import Config, load_config
 from vit5gen.training.dry_run import utilisation
-from vit5gen.training.folder import RunFolder
+from vit5gen.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(ROOT.glob("configs/imagenet*/*.yaml"))

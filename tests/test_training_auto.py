@@ -15,7 +15,7 @@ from vit5gen.system import cpu
 from vit5gen.system.errors import UserError
 from vit5gen.training import build
 from vit5gen.training.build import settle_auto
-from vit5gen.training.reference import _recall, build_reference
+from vit5gen.training.reference_moments import _recall, build_reference
 
 AUTO = {"precision": "auto", "compile": "auto"}
 
@@ -72,7 +72,7 @@ def test_real_images_are_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     files = sorted((tmp_path / "cache").glob("reference-*.safetensors"))
     assert len(files) == 2  # training images, held-out images
     with monkeypatch.context() as patch:
-        patch.setattr("vit5gen.training.reference.frechet_of", None)  # nothing is extracted again
+        patch.setattr("vit5gen.training.reference_moments.frechet_of", None)  # nothing is extracted again
         again = build_reference(config, extractor)
     assert (again.floor, again.labels) == (first.floor, first.labels)
     assert torch.equal(again.distance.mean, first.distance.mean)

@@ -12,8 +12,8 @@ from vit5gen.config import AutoencoderTraining, DataConfig
 from vit5gen.data.autoencoders.kl import encode, load_autoencoder
 from vit5gen.data.images import open_images
 from vit5gen.system.errors import UserError
-from vit5gen.training.autoencoder import Shuffle, train_autoencoder
 from vit5gen.training.process import STOPPED
+from vit5gen.training.train_autoencoder import Shuffle, train_autoencoder
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors", "round_trips.png")
 
@@ -94,7 +94,7 @@ def test_what_comes_after_the_last_step_may_be_cut_and_a_trained_one_is_left_alo
         raise SystemExit(143)
 
     with monkeypatch.context() as patch:
-        patch.setattr("vit5gen.training.autoencoder._finish", killed)
+        patch.setattr("vit5gen.training.train_autoencoder._finish", killed)
         with pytest.raises(SystemExit):
             train_autoencoder(config, tmp_path / "a")
     assert [path.name for path in (tmp_path / "a/checkpoints").iterdir()] == ["step_00000005"]

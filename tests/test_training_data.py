@@ -20,9 +20,9 @@ from vit5gen.lab.study.plan import Row
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256
 from vit5gen.training.dry_run import missing, plan
-from vit5gen.training.folder import differences
 from vit5gen.training.monitor import Monitor, floor_note
 from vit5gen.training.process import NONFINITE
+from vit5gen.training.run_folder import differences
 
 
 @pytest.fixture

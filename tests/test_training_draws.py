@@ -5,7 +5,7 @@ import torch
 from scipy import stats
 
 from vit5gen.config import Config, TrainingConfig, validate
-from vit5gen.training.data import TrainingSet, batch_keys
+from vit5gen.training.batches import TrainingSet, batch_keys
 from vit5gen.training.random import data_index, sample_draws
 
 

@@ -20,19 +20,19 @@ from torch import nn
 
 from vit5gen.config import TrainingConfig, load_config, parse_yaml
 from vit5gen.data.images import BrokenImage
-from vit5gen.generation.loading import load_pipeline
+from vit5gen.generation.find_pipeline import load_pipeline
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.system.errors import UserError
 from vit5gen.training import checkpoint, process
 from vit5gen.training.averages import EMA
+from vit5gen.training.batches import micro_batches, open_training_data
 from vit5gen.training.build import build_model
-from vit5gen.training.data import micro_batches, open_training_data
-from vit5gen.training.folder import RunFolder, to_yaml
 from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.monitor import Monitor
 from vit5gen.training.optimizers import build_optimizer, learning_rate
 from vit5gen.training.process import STOPPED
-from vit5gen.training.reference import build_reference
+from vit5gen.training.reference_moments import build_reference
+from vit5gen.training.run_folder import RunFolder, to_yaml
 
 
 @pytest.mark.parametrize(("number", "where"), [(signal.SIGTERM, "write"), (signal.SIGINT, "_generate")])

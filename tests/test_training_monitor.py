@@ -12,13 +12,13 @@ from PIL import Image
 from tiny_run import assert_identical, run, weights
 
 from vit5gen.config import load_config
-from vit5gen.generation.loading import load_pipeline
+from vit5gen.generation.find_pipeline import load_pipeline
 from vit5gen.training import held_out, previews
 from vit5gen.training.curves import gap_note, held_out_points, newest_distance, save_curves
-from vit5gen.training.folder import RunFolder
 from vit5gen.training.held_out import affordable, held_out_loss
 from vit5gen.training.monitor import Monitor
 from vit5gen.training.previews import SampleGrid, preview_steps
+from vit5gen.training.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")

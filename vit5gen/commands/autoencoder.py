@@ -13,7 +13,7 @@ class AutoencoderOptions(Options):
 
 def run(options: AutoencoderOptions) -> int:
     """Train the autoencoder; return the exit code."""
-    from vit5gen.training.autoencoder import train_autoencoder
+    from vit5gen.training.train_autoencoder import train_autoencoder
 
     config = validate(AutoencoderTraining, read_yaml(options.config), f"configuration {options.config}")
     return train_autoencoder(config, options.output)

@@ -48,7 +48,7 @@ def run(options: EvaluateOptions) -> int:
     from vit5gen.evaluation.metric import METRICS
     from vit5gen.evaluation.reference import open_reference, reference_of, save_statistics
     from vit5gen.evaluation.samples import open_image_set
-    from vit5gen.generation.loading import find_pipeline
+    from vit5gen.generation.find_pipeline import find_pipeline
     from vit5gen.system.distributed import start_processes
 
     # What can be told to be wrong before anything is loaded.

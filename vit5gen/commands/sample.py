@@ -28,7 +28,7 @@ def run(options: SampleOptions) -> None:
     from tqdm import tqdm
 
     from vit5gen.generation.card import pipeline_hash, versions
-    from vit5gen.generation.loading import pipeline_folder
+    from vit5gen.generation.find_pipeline import pipeline_folder
     from vit5gen.generation.many import describe_job, generate, make_job, open_pipeline
     from vit5gen.generation.outputs import open_output
     from vit5gen.system.distributed import start_processes

@@ -19,7 +19,7 @@ from vit5gen.evaluation.metric import RELIABLE_COUNT, Score, available, scores
 from vit5gen.evaluation.reference import REFERENCE_ROWS, Reference, scan
 from vit5gen.evaluation.samples import Samples, open_image_set
 from vit5gen.generation.card import pipeline_hash, versions
-from vit5gen.generation.loading import find_pipeline, pipeline_folder
+from vit5gen.generation.find_pipeline import find_pipeline, pipeline_folder
 from vit5gen.generation.many import SamplingJob, describe_job, generate, make_job, open_pipeline
 from vit5gen.generation.outputs import network_evaluations
 from vit5gen.generation.pipeline import SiTPipeline

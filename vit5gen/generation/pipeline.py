@@ -28,7 +28,7 @@ from vit5gen.generation.card import TrainingFacts, model_card
 from vit5gen.generation.labels import Labels, find_class_ids, names_by_id
 from vit5gen.generation.scheduler import Generators, ModelFn, SiTScheduler, foreign_steps
 from vit5gen.models import SiTTransformer2DModel
-from vit5gen.models.loading import align
+from vit5gen.models.weights import align
 from vit5gen.system.errors import UserError, check_whole, choose
 from vit5gen.system.files import clear_weights, write_text
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from vit5gen.models.backbone import Backbone
 from vit5gen.models.layers import check_heads, check_positive, check_sizes, init_linears, make_norm
-from vit5gen.models.loading import read_checkpoint
 from vit5gen.models.positions import Grid, Segment, patch_grid, resample_positions, rope_table
 from vit5gen.models.transformer import SIZES
 from vit5gen.models.vit5 import REGISTER_THETA, ROPE_THETA, ViT5Block, check_registers
+from vit5gen.models.weights import read_checkpoint
 from vit5gen.system.cpu import fast_inference
 from vit5gen.system.errors import choose
 

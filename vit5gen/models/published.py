@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vit5gen.config import ModelConfig
 from vit5gen.models.classifier import ViT5, checkpoint_filter_fn
-from vit5gen.models.loading import Weights, load_exactly, read_checkpoint
 from vit5gen.models.transformer import SIZES, SiTTransformer2DModel
+from vit5gen.models.weights import Weights, load_exactly, read_checkpoint
 from vit5gen.system.errors import UserError, listed
 
 _SIT_NAMES = {

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from vit5gen.config import ModelConfig
 from vit5gen.models.backbone import BACKBONES, Backbone
 from vit5gen.models.layers import Float32Linear, check_positive, check_sizes, init_linears, make_norm, modulate
-from vit5gen.models.loading import align, check_fit
 from vit5gen.models.positions import patch_grid
+from vit5gen.models.weights import align, check_fit
 from vit5gen.system.cpu import fast_inference
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import clear_weights

@@ -23,12 +23,12 @@ from vit5gen.models.backbone import BACKBONES
 from vit5gen.system.cpu import fast_products
 from vit5gen.system.distributed import on_main
 from vit5gen.training import cost
+from vit5gen.training.batches import RandomLatents, SampleSource, micro_batches, open_training_data
 from vit5gen.training.build import build_flow, build_model, check_values, settle_auto
-from vit5gen.training.data import RandomLatents, SampleSource, micro_batches, open_training_data
-from vit5gen.training.folder import RunFolder, settle
 from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.objectives import OBJECTIVES, build_objectives
 from vit5gen.training.process import batch_sizes, make_accelerator
+from vit5gen.training.run_folder import RunFolder, settle
 from vit5gen.training.trainer import Trainer
 
 TRIAL_STEPS = 3

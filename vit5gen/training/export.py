@@ -14,12 +14,12 @@ from vit5gen.generation.card import TrainingFacts
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.models import SiTTransformer2DModel, load_sit
-from vit5gen.models.loading import check_finite, load_exactly
+from vit5gen.models.weights import check_finite, load_exactly
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import read_json
 from vit5gen.training.build import build_model
 from vit5gen.training.checkpoint import CONFIG, find_damage, load_tensors, newest_valid
-from vit5gen.training.folder import RunFolder
+from vit5gen.training.run_folder import RunFolder
 
 
 def export_pipeline(

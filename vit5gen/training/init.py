@@ -21,8 +21,8 @@ from vit5gen.data.pictures import find_classes, folder_names
 from vit5gen.data.sources.folder import HELD_OUT, TRAINING, FolderSource
 from vit5gen.system.errors import UserError, listed
 from vit5gen.system.files import check_writable, write_text
+from vit5gen.training.batches import RandomLatents
 from vit5gen.training.build import settle_auto
-from vit5gen.training.data import RandomLatents
 from vit5gen.training.dry_run import duration, seconds_of_step
 from vit5gen.training.loop import build_trainer
 from vit5gen.training.process import make_accelerator

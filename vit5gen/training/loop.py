@@ -19,12 +19,12 @@ from vit5gen.system.distributed import on_main
 from vit5gen.system.errors import UserError
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.training import process
+from vit5gen.training.batches import micro_batches, nonfinite_advice, open_training_data
 from vit5gen.training.build import build_flow, build_model_to_train, check_values
-from vit5gen.training.data import micro_batches, nonfinite_advice, open_training_data
-from vit5gen.training.folder import RunFolder, to_yaml
 from vit5gen.training.monitor import Monitor
 from vit5gen.training.objectives import Batch, build_objectives
 from vit5gen.training.optimizers import build_optimizer, learning_rate
+from vit5gen.training.run_folder import RunFolder, to_yaml
 from vit5gen.training.trainer import Outcome, Trainer
 
 

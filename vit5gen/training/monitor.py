@@ -34,11 +34,11 @@ from vit5gen.system.distributed import gather_objects, on_main
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.checkpoint import gather_shards
 from vit5gen.training.curves import gap_note, save_curves
-from vit5gen.training.folder import RunFolder
 from vit5gen.training.held_out import HeldOut, affordable, find_held_out
 from vit5gen.training.optimizers import learning_rate
 from vit5gen.training.previews import SampleGrid, preview_steps
-from vit5gen.training.reference import TrainingReference, build_reference
+from vit5gen.training.reference_moments import TrainingReference, build_reference
+from vit5gen.training.run_folder import RunFolder
 from vit5gen.training.trainer import Outcome, Trainer
 
 

@@ -12,7 +12,7 @@ from vit5gen.config import Config, load_recorded, validate
 from vit5gen.data.images import open_images
 from vit5gen.evaluation import load_extractor
 from vit5gen.generation.card import commit, versions
-from vit5gen.generation.loading import load_pipeline
+from vit5gen.generation.find_pipeline import load_pipeline
 from vit5gen.lab.benchmark import NAMES, inference, sampling, steps
 from vit5gen.lab.benchmark.engine import FULL, QUICK, Row, Setting, fresh
 from vit5gen.lab.benchmark.peers import SIT, VIT5
@@ -22,7 +22,7 @@ from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import check_writable, sha256, write_json, write_text
 from vit5gen.training import cost
 from vit5gen.training.dry_run import run_cost
-from vit5gen.training.folder import RunFolder
+from vit5gen.training.run_folder import RunFolder
 
 BENCHMARKS = {
     "train-step": steps.on_cpu,

@@ -18,7 +18,7 @@ from vit5gen.evaluation.statistics import Grouped
 from vit5gen.lab.benchmark.engine import Row, Setting, race, row
 from vit5gen.lab.benchmark.peers import VIT5, check_equal, load, running, without_cuda
 from vit5gen.models.classifier import ViT5, vit5_small
-from vit5gen.models.loading import load_exactly
+from vit5gen.models.weights import load_exactly
 from vit5gen.system.files import sha256
 
 TOLERANCE = 1e-3  # of logits of order one, in fp32

@@ -10,11 +10,11 @@ from vit5gen.config import load_recorded
 from vit5gen.evaluation import load_extractor
 from vit5gen.evaluation.distances import jackknife_error
 from vit5gen.evaluation.statistics import Grouped
-from vit5gen.generation.loading import load_pipeline
+from vit5gen.generation.find_pipeline import load_pipeline
 from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.lab.benchmark.engine import Row, Setting, race, row
-from vit5gen.training.folder import RunFolder
-from vit5gen.training.reference import build_reference
+from vit5gen.training.reference_moments import build_reference
+from vit5gen.training.run_folder import RunFolder
 
 PUBLISHED = ("sde-euler", "ode-euler")
 # In the order of their network evaluations, of which SiT's Heun for the SDE takes one more for its last step.

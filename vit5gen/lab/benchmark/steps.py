@@ -32,9 +32,9 @@ from vit5gen.system.cpu import fast_products
 from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError
 from vit5gen.system.precision import PRECISIONS, resolve
+from vit5gen.training.batches import RandomLatents, micro_batches
 from vit5gen.training.build import build_model
 from vit5gen.training.cost import communication_bytes
-from vit5gen.training.data import RandomLatents, micro_batches
 from vit5gen.training.dry_run import run_cost
 from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.process import make_accelerator

@@ -11,8 +11,8 @@ from pydantic import Field, field_validator
 from vit5gen.config import Config, Natural, Section, find_config, load_config, read_yaml, recorded_values, validate
 from vit5gen.system.errors import UserError, choose
 from vit5gen.training.build import check_values
-from vit5gen.training.folder import differences
 from vit5gen.training.process import batch_sizes
+from vit5gen.training.run_folder import differences
 
 
 class StudyConfig(Section):

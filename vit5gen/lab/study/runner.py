@@ -13,7 +13,7 @@ from vit5gen.data.latents import open_for
 from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
 from vit5gen.flow import NonFiniteError
 from vit5gen.generation.card import commit
-from vit5gen.generation.loading import load_pipeline
+from vit5gen.generation.find_pipeline import load_pipeline
 from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.lab.study.plan import Row, Run, StudyConfig, read_rows, read_study
 from vit5gen.lab.study.report import write_report
@@ -22,11 +22,11 @@ from vit5gen.system.errors import UserError
 from vit5gen.system.files import write_text
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.dry_run import run_cost
-from vit5gen.training.folder import CHANGEABLE, RunFolder, differences
 from vit5gen.training.held_out import held_out_loss
 from vit5gen.training.loop import train
 from vit5gen.training.process import NONFINITE, RESUME, STOPPED
-from vit5gen.training.reference import TrainingReference, build_reference
+from vit5gen.training.reference_moments import TrainingReference, build_reference
+from vit5gen.training.run_folder import CHANGEABLE, RunFolder, differences
 
 # What runs are compared with, by the data and the evaluation of their configuration.
 References = dict[str, tuple[Extractor, TrainingReference]]

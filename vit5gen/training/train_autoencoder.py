@@ -21,7 +21,7 @@ from vit5gen.system.errors import UserError
 from vit5gen.system.files import check_writable, clear_weights
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.training import checkpoint, process
-from vit5gen.training.folder import RunFolder, to_yaml
+from vit5gen.training.run_folder import RunFolder, to_yaml
 from vit5gen.training.trainer import Outcome, Trainer
 
 _WARMUP = 100  # steps

@@ -19,10 +19,10 @@ from vit5gen.data.images import ImageSet, check_classes, drop_broken
 from vit5gen.data.latents import LatentDataset, identity, open_for, settings_of
 from vit5gen.system.distributed import on_main
 from vit5gen.system.precision import PRECISIONS
-from vit5gen.training.folder import check_data
 from vit5gen.training.objectives import OBJECTIVES, Batch
 from vit5gen.training.process import batch_sizes, signals_blocked
 from vit5gen.training.random import data_index, sample_draws
+from vit5gen.training.run_folder import check_data
 
 
 class SampleSource(Protocol):

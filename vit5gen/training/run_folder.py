@@ -13,7 +13,7 @@ import yaml
 
 from vit5gen.config import Config, Section, as_recorded, read_yaml, recorded_values, validate
 from vit5gen.data.latents import find_num_classes
-from vit5gen.generation.loading import PIPELINE
+from vit5gen.generation.find_pipeline import PIPELINE
 from vit5gen.system.errors import UserError, short
 from vit5gen.system.files import locked_file, read_json, write_json, write_text
 from vit5gen.training import checkpoint

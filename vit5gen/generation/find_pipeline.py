@@ -8,7 +8,7 @@ from torch import nn
 
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.models import SiTTransformer2DModel
-from vit5gen.models.loading import check_finite
+from vit5gen.models.weights import check_finite
 from vit5gen.system.errors import UserError, nearest, short
 from vit5gen.system.files import read_json
 from vit5gen.system.shipped import shipped, shipped_names
