@@ -157,7 +157,7 @@ def test_a_scale_may_change_between_evaluations(batch: tuple[Tensor, Tensor, Ten
         with pytest.raises(UserError, match=r"guidance_scale: .*expected a finite number"):
             guided(x, t)
     scale = 2.0
-    with pytest.raises(UserError, match="null_label: the model has none"):
+    with pytest.raises(UserError, match="the model has no null label"):
         GuidedModel(model, y, lambda: scale)
 
 

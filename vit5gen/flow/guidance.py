@@ -48,7 +48,8 @@ class GuidedModel:
         if weak_model is None and weak_scale != 1:
             raise UserError(f"weak_scale: {weak_scale!r} without a weak_model; pass one, or weak_scale=1.")
         self.model, self.labels, self.ask_scale = model, class_labels, scale if callable(scale) else lambda: scale
-        self.null_label: Any = getattr(model, "null_label", None) if null_label is None else null_label
+        own = getattr(model, "null_label", None) if getattr(model, "has_null_label", True) else None
+        self.null_label: Any = own if null_label is None else null_label
         self.interval, self.channels = tuple(interval), channels
         self.weak_model, self.weak_scale, self.rows = weak_model, weak_scale, 0
         _ = self.scale  # raises before the first step
@@ -58,7 +59,8 @@ class GuidedModel:
         """The scale of classifier-free guidance by now."""
         scale = _check_finite("guidance_scale", self.ask_scale())
         if scale != 1 and self.null_label is None:
-            raise UserError("null_label: the model has none; pass the label that stands for no class.")
+            reason = "the model has no null label, perhaps because it was trained without label dropout"
+            raise UserError(f"guidance_scale = {scale}: {reason}; use 1, or autoguidance, or pass null_label")
         return scale
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:

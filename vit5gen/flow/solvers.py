@@ -147,6 +147,7 @@ def ode_steps(
     reverse: bool = False,
     rtol: float = RTOL,
     atol: float = ATOL,
+    *,
     shift: float = 1.0,
 ) -> Steps:
     """Yield ``(i, t, x)`` after each step of the probability-flow ODE from ``x0`` (B, ...).
@@ -203,6 +204,7 @@ def sde_steps(
     last_step: str | None = "mean",
     last_step_size: float = 0.04,
     noise: Noise = None,
+    *,
     t_span: tuple[float, float] | None = None,
     shift: float = 1.0,
 ) -> Steps:
@@ -214,12 +216,15 @@ def sde_steps(
     or none, which sets that size to 0.  noise: an iterable of (B, ...) tensors, a Generator, B Generators, or None; one
     draw a step.  t_span, shift: as in `ode_steps`. Raises `UserError` on bad values.
     """
+    # Refuse what the solver does not know before its first step.
     method = lower_choice("method", method, SDE_METHODS)
     diffusion = lower_choice("diffusion", diffusion, DIFFUSIONS)
     last_step = lower_choice("last_step", last_step, LAST_STEPS)
     size = 0.0 if last_step == "none" else last_step_size
     if not 0 <= size < 1:
         raise UserError(f"last_step_size: {last_step_size!r}; expected a number in [0, 1).")
+
+    # The times of the steps, which leave room for the last one and keep off what is infinite.
     evaluates_end = method == "heun" or last_step != "none"
     start, end = t_span or flow.sde_interval(diffusion, size, evaluates_end)
     grid = time_grid(num_steps, start, end, shift)
@@ -227,6 +232,7 @@ def sde_steps(
         raise UserError(f"last_step_size: {size!r} from t = {grid[-1]}; expected to end by t = 1.")
     flow.diffusion(grid[0], diffusion, diffusion_norm)  # raises on a bad norm before the first step
 
+    # The network predicts once; velocity and score both follow from that.
     @torch.no_grad()
     def drift(x: Tensor, t: float) -> Tensor:
         prediction, _ = flow.predict(model_fn, x, t)
@@ -235,6 +241,7 @@ def sde_steps(
         return velocity + gain * flow.convert(prediction, x, t, "score")
 
     def steps(x: Tensor) -> Steps:
+        # Euler-Maruyama, or SiT's Heun: the noise of the whole step first, then the drift.
         draws = _draws(noise, x, int(num_steps))
         for i, (t, end) in enumerate(pairwise(grid)):
             step = end - t
@@ -246,6 +253,8 @@ def sde_steps(
                 first = drift(x, t)
                 x = x + step / 2 * (first + drift(x + step * first, end))
             x = yield from offer(i, end, x)
+
+        # The last step adds no noise: what it added there would stay in the image.
         if last_step == "none":
             return
         t = grid[-1]

@@ -40,7 +40,7 @@ _SAMPLING = SamplingConfig()
 
 
 @dataclass
-class _Call:
+class _CallState:
     """What a call shows, and lets its callback change."""
 
     guidance_scale: float = _SAMPLING.guidance_scale
@@ -50,36 +50,36 @@ class _Call:
     running: bool = False
 
 
-class _Calls(threading.local):
-    """The call of each thread: the one that runs there, or else its last one, or else the pipeline's last one."""
+class _CallStates(threading.local):
+    """The state of each thread's call: of the one that runs, or else its last one, or else the pipeline's last one."""
 
-    def __init__(self, last: list[_Call]) -> None:
+    def __init__(self, last: list[_CallState]) -> None:
         self.last = last
-        self.own: _Call | None = None
+        self.own: _CallState | None = None
 
     def __reduce__(self) -> tuple:  # of a copy: its threads have made no call
-        return type(self), ([_Call()],)
+        return type(self), ([_CallState()],)
 
     @property
-    def now(self) -> _Call:
+    def now(self) -> _CallState:
         return self.own or self.last[0]
 
     @contextmanager
-    def enter(self) -> Iterator[_Call]:
+    def enter(self) -> Iterator[_CallState]:
         outer = self.own
-        self.own = self.last[0] = call = _Call(running=True)
+        self.own = self.last[0] = state = _CallState(running=True)
         try:
-            yield call
+            yield state
         finally:
-            call.running = False
+            state.running = False
             if outer is not None and outer.running:  # a callback has called the pipeline
                 self.own = outer
 
 
-def _of_the_call(name: str, doc: str) -> Any:
-    """Return a property that reads and sets what `_Call` holds under this name."""
+def _of_state(name: str, doc: str) -> Any:
+    """Return a property that reads and sets what `_CallState` holds under this name."""
     return property(
-        lambda pipe: getattr(pipe._calls.now, name), lambda pipe, value: setattr(pipe._calls.now, name, value), doc=doc
+        lambda pipe: getattr(pipe._states.now, name), lambda pipe, new: setattr(pipe._states.now, name, new), doc=doc
     )
 
 
@@ -114,15 +114,15 @@ class SiTPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, guide=guide)
         self.register_to_config(id2label=names_by_id(id2label), **({"attribution": attribution} if attribution else {}))
         self._flow = scheduler.flow if isinstance(scheduler, SiTScheduler) else Flow()
-        self._calls = _Calls([_Call()])
+        self._states = _CallStates([_CallState()])
 
     # diffusers' names; a callback sets those with an underscore, and they hold for its call alone.
-    guidance_scale = _guidance_scale = _of_the_call("guidance_scale", "The scale of this thread's call.")
-    num_timesteps = _num_timesteps = _of_the_call(
+    guidance_scale = _guidance_scale = _of_state("guidance_scale", "The scale of this thread's call.")
+    num_timesteps = _num_timesteps = _of_state(
         "num_timesteps", "How often the callback is called; with ode-dopri5, which cannot know, how often so far."
     )
-    interrupt = _interrupt = _of_the_call("interrupt", "Whether a callback wants the call to end after its step.")
-    num_evaluations = _of_the_call("num_evaluations", "How often the networks were evaluated for each image.")
+    interrupt = _interrupt = _of_state("interrupt", "Whether a callback wants the call to end after its step.")
+    num_evaluations = _of_state("num_evaluations", "How often the networks were evaluated for each image.")
 
     @property
     def flow(self) -> Flow:
@@ -156,6 +156,7 @@ class SiTPipeline(DiffusionPipeline):
         guidance_scale: float = _SAMPLING.guidance_scale,
         num_inference_steps: int = _SAMPLING.num_inference_steps,
         sampler: str | None = None,
+        *,
         guidance_interval: Sequence[float] = tuple(_SAMPLING.guidance_interval),
         guidance_channels: int | None = _SAMPLING.guidance_channels,
         autoguidance_scale: float = 1.0,
@@ -179,6 +180,7 @@ class SiTPipeline(DiffusionPipeline):
         output_type: pil | np (B, H, W, 3) and pt (B, 3, H, W) in [0, 1] | uint8 (B, 3, H, W) | latent (B, C, h, w).
         Raises `UserError` for bad values.
         """
+        # Refuse what cannot be drawn before any work.
         of_each = check_whole("num_images_per_label =", num_images_per_label, 1, MOST_BATCH)
         ids = [i for i in self.class_ids(class_labels) for _ in range(of_each)]
         if not ids:
@@ -194,18 +196,22 @@ class SiTPipeline(DiffusionPipeline):
         for name in callback_on_step_end_tensor_inputs:
             choose("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
 
+        # The noise to start from, and the weaker model of autoguidance.
         generator = _generators(generator, len(ids))
         x = self._initial_latents(len(ids), height, width, generator, latents)
         weak = None if autoguidance_scale == 1 else self._weak_model(autoguidance_scale)
-        with self._calls.enter() as call:
-            call.guidance_scale = guidance_scale
-            labels, null_label = torch.tensor(ids, device=x.device), self.transformer.null_label
-            rest = (guidance_interval, guidance_channels, weak, autoguidance_scale)
-            model_fn = GuidedModel(self.transformer, labels, partial(self._scale_of, call), null_label, *rest)
-            call.num_timesteps, steps = self._steps(sampler, model_fn, x, num_inference_steps, generator)
+        with self._states.enter() as state:
+            # The guided network, which asks for the scale at every step: a callback may change it.
+            state.guidance_scale = guidance_scale
+            labels, settings = torch.tensor(ids, device=x.device), (guidance_interval, guidance_channels)
+            ask_scale = partial(getattr, state, "guidance_scale")
+            model_fn = GuidedModel(self.transformer, labels, ask_scale, None, *settings, weak, autoguidance_scale)
+
+            # Step by step from noise to data; what a callback returns takes the place of the state.
+            state.num_timesteps, steps = self._steps(sampler, model_fn, x, num_inference_steps, generator)
             with self.progress_bar(total=num_inference_steps) as bar:
                 for i, t, x in steps:
-                    call.num_timesteps = max(call.num_timesteps, i + 1)
+                    state.num_timesteps = max(state.num_timesteps, i + 1)
                     if callback_on_step_end is not None:
                         given = dict.fromkeys(callback_on_step_end_tensor_inputs, x)
                         replaced = callback_on_step_end(self, i, t, given).get("latents", x)
@@ -215,18 +221,14 @@ class SiTPipeline(DiffusionPipeline):
                         if replaced is not x:
                             _, _, x = steps.send(replaced)
                     bar.update(round(t * num_inference_steps) - bar.n)  # some solvers take more or fewer steps
-                    if call.interrupt:
+                    if state.interrupt:
                         break
-            call.num_evaluations = model_fn.rows // len(ids)
+
+            # Images of the last state, of which a callback may have asked for an early end.
+            state.num_evaluations = model_fn.rows // len(ids)
             images = x if output_type == "latent" else self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _scale_of(self, call: _Call) -> float:
-        if call.guidance_scale != 1 and not self.transformer.has_null_label:
-            reason = "the model was trained without label dropout and has no null label"
-            raise UserError(f"guidance_scale = {call.guidance_scale}: {reason}; use 1, or autoguidance")
-        return call.guidance_scale
 
     def _weak_model(self, scale: float) -> nn.Module:
         if self.guide is None:
