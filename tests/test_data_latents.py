@@ -210,10 +210,10 @@ def test_a_run_waits_while_another_fills_its_cache(config: Config, tmp_path: Pat
     file, entered = tmp_path / "cache" / "latents-x.lock", threading.Event()
 
     def other() -> None:
-        with encoding._alone(file):
+        with encoding._waiting_lock(file):
             entered.set()
 
-    with encoding._alone(file):
+    with encoding._waiting_lock(file):
         waiting = threading.Thread(target=other)
         waiting.start()
         assert not entered.wait(0.2)

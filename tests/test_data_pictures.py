@@ -14,9 +14,8 @@ import torch
 from PIL import Image, ImageOps
 
 from vit5gen.config import DataConfig
-from vit5gen.data.images import centre_crop, check_classes, open_images, open_training_images
+from vit5gen.data.images import ImageSet, centre_crop, check_classes, open_images, open_training_images
 from vit5gen.data.pictures import SUFFIXES, cut_strip, eight_bits, find_images, listing_digest, to_rgb
-from vit5gen.evaluation.accuracy import _ClassFolders
 from vit5gen.evaluation.samples import Samples, open_data, open_folder
 from vit5gen.system.errors import UserError
 
@@ -116,7 +115,7 @@ def test_every_reader_takes_the_same_suffixes(tmp_path: Path, suffix: str) -> No
     assert len(_class_folders(tmp_path)) == 1
 
 
-def _class_folders(root: Path) -> _ClassFolders:
+def _class_folders(root: Path) -> ImageSet:
     from vit5gen.evaluation.accuracy import _image_folder
 
     config = {"crop_pct": 1.0, "interpolation": "bicubic", "mean": (0, 0, 0), "std": (1, 1, 1)}

@@ -77,7 +77,7 @@ def test_bad_images_and_weights_are_errors_of_one_line(effnet, tmp_path) -> None
     (tmp_path / "weights.pth").write_bytes(b"other")
     with pytest.raises(UserError, match=r"weights.pth: sha256 .* expected 57934424"):
         load_extractor("effnet-lite0", weights=tmp_path / "weights.pth")
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="is not a file"):
         load_weights(tmp_path / "absent.pth", "00")
 
 

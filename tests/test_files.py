@@ -63,7 +63,7 @@ def test_a_lock_where_there_is_no_fcntl(tmp_path: Path, monkeypatch: pytest.Monk
             pass
         with locked_file(tmp_path / "run" / ".lock", wait=True):
             assert len(held) == 1
-    with encoding._alone(tmp_path / "cache" / "a.lock"), signals_blocked():
+    with encoding._waiting_lock(tmp_path / "cache" / "a.lock"), signals_blocked():
         assert len(held) == 2
 
 

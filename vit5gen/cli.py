@@ -113,6 +113,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     for name in COMMANDS:
+        # A command: its docstring is the help, its fields are the options.
         module = importlib.import_module(f"vit5gen.commands.{name}")
         section: type[Options] = getattr(module, f"{name.capitalize()}Options")
         first, _, rest = inspect.cleandoc(section.__doc__ or "").partition("\n")
@@ -124,6 +125,7 @@ def build_parser() -> Parser:
         for key in section.model_fields:
             if key != "overrides":
                 _add_field(sampling if key in SamplingConfig.model_fields else sub, section, key, f"--{dashed(key)}")
+        # Every key of the configuration is an option too.
         if issubclass(section, ConfigOptions):
             sub.usage = "%(prog)s CONFIG --output PATH [--section.key VALUE ...] [other options]"
             for part, field in Config.model_fields.items():

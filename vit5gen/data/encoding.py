@@ -46,6 +46,7 @@ def encode_dataset(images: ImageSet, vae: AutoencoderKL, folder: str | Path, con
     Raises `UserError` when the folder has other latents, the disk is too small, an image is broken and
     `data.on_broken_image` is ``"fail"``, or has latents that are not finite in the shard's type.
     """
+    # What this process still has to encode: shards that are there and sound are kept.
     state, folder = processes(), Path(folder)
     vae = vae.to(state.device)
     settings = settings_of(images, vae, config)
@@ -54,12 +55,16 @@ def encode_dataset(images: ImageSet, vae: AutoencoderKL, folder: str | Path, con
     records = _finished(folder, settings, mine)
     todo = [k for k in mine if k not in records]
     ours = sum(len(chunks[k]) for k in todo)
+
+    # Room for it, and the folder's manifest, by which an interrupted encoding is known.
     missing = sum(gather_objects(ours))  # every process has looked at the folder before any writes there
     if missing and state.is_main_process:
         _reserve(folder, missing, settings)
         if not _begun(folder):
             write_json(folder / MANIFEST, settings | {"shards": None})
     state.wait_for_everyone()
+
+    # The shards, each with a record of its own until the manifest has all of them.
     silent = not (todo and state.is_main_process)
     with tqdm(desc="encode", unit="image", total=ours, disable=silent, delay=1) as progress:
         for k in todo:
@@ -77,16 +82,16 @@ def ensure_latents(images: ImageSet, vae: AutoencoderKL, config: Config) -> Path
     path = None if config.data.path is None else str(Path(config.data.path).expanduser().resolve())
     settings = settings_of(images, vae, config)
     # What earlier versions did without recording it is not part of the name, so that their latents are found.
-    told = {key: value for key, value in settings.items() if READ_BEFORE.get(key, ...) != value}
-    key = json.dumps(told | {"path": path}, sort_keys=True)
+    recorded = {key: value for key, value in settings.items() if READ_BEFORE.get(key, ...) != value}
+    key = json.dumps(recorded | {"path": path}, sort_keys=True)
     folder = cache_folder() / f"latents-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    with _alone(folder.with_suffix(".lock")):
+    with _waiting_lock(folder.with_suffix(".lock")):
         encode_dataset(images, vae, folder, config)
     return folder
 
 
 @contextmanager
-def _alone(file: Path) -> Iterator[None]:
+def _waiting_lock(file: Path) -> Iterator[None]:
     """Wait until no other run fills this part of the cache: it would remove what is half written."""
     state = processes()
     with ExitStack() as stack:
@@ -148,7 +153,7 @@ def _finish(folder: Path, settings: dict[str, Any], shards: list[dict[str, Any]]
         write_json(folder / MANIFEST, manifest)
     for leftover in [*folder.glob("shard_*.json"), *folder.glob(".*.tmp")]:
         leftover.unlink(missing_ok=True)
-    if broken := [problem for shard in shards for problem in shard["broken"]]:
+    if broken := [fault for shard in shards for fault in shard["broken"]]:
         print(f"{folder}: skipped {len(broken)} broken images, listed in {MANIFEST}; the first: {broken[0]}")
 
 
@@ -200,6 +205,7 @@ def _encode_shard(
         broken += bad
         if broken and data.on_broken_image == "fail":
             raise BrokenImage(broken[0])
+        # Means and deviations of the images and, if they are mirrored, of their mirror images.
         if good:
             pixels = torch.stack([image for image, _ in good.values()]).to(vae.device)
             views = [encode(vae, pixels)] + ([encode(vae, pixels.flip(-1))] if data.horizontal_flip else [])
@@ -208,7 +214,7 @@ def _encode_shard(
                 tensors[name].append(exact.to(dtype))
                 for index, latents, kept in zip(good, exact, tensors[name][-1], strict=True):
                     if not all_finite(kept):
-                        raise UserError(f"{images.name(index)}: {_why(latents, dtype)}")
+                        raise UserError(f"{images.name(index)}: {_explain_nonfinite(latents, dtype)}")
             tensors["labels"].append(torch.tensor([label for _, label in good.values()]))
         progress.update(len(good) + len(bad))
     if not tensors["labels"]:
@@ -216,7 +222,7 @@ def _encode_shard(
     return {name: torch.cat(parts) for name, parts in tensors.items()}, broken
 
 
-def _why(latents: torch.Tensor, dtype: torch.dtype) -> str:
+def _explain_nonfinite(latents: torch.Tensor, dtype: torch.dtype) -> str:
     """Return why latents (F, C, h, w) are not finite in ``dtype``, and what to do."""
     if not all_finite(latents):
         return "the autoencoder's latents of this image are not finite; check vae.name and its weights"

@@ -134,6 +134,7 @@ def open_images(data: DataConfig, split: str | None = None) -> ImageSet:
     Raises `UserError` when the data are absent, hold no classes or not `data.classes`, or a class has no images; in
     another split than the one to train on, only when a class folder is there.
     """
+    # A part that is held out takes the place of a split, beside which there must be none.
     source, wanted = make_source(data), split or data.split
     if data.held_out is not None:
         for other in sorted({"test", wanted} - {data.split}):
@@ -143,10 +144,14 @@ def open_images(data: DataConfig, split: str | None = None) -> ImageSet:
     part = wanted if data.held_out is None else data.split
     if source.splits is not None:
         choose("data.split", part, source.splits)
+
+    # The images of the source, under names that are compared as `composed` has them.
     opened = source.open(part)
     names = distinct(f"data.path {data.path}, classes", opened.class_names)
     instead = {composed(name): why for name, why in opened.instead.items()}
     opened = replace(opened, class_names=names, instead=instead)
+
+    # Only the part and the classes that are asked for.
     if data.held_out is not None:
         held_out = _hold_out(opened, data.held_out, data.classes or names)
         opened = opened.select(torch.nonzero(held_out == (wanted != data.split))[:, 0])
@@ -204,14 +209,14 @@ def readable(images: ImageSet, data: DataConfig) -> ImageSet:
 
 def drop_broken(images: ImageSet) -> tuple[ImageSet, list[str]]:
     """Decode every image once; return the set without the broken ones, and what is wrong with each of those."""
-    good, problems = [], []
+    good, faults = [], []
     for index in range(len(images)):
         try:
             images.read(index)
             good.append(index)
         except BrokenImage as error:
-            problems.append(str(error))
-    return images.select(good), problems
+            faults.append(str(error))
+    return images.select(good), faults
 
 
 def centre_crop(image: Image.Image, resolution: int, exif: Exif = "apply", rules: Rules = 2) -> torch.Tensor:
@@ -247,6 +252,7 @@ def _hold_out(images: ImageSet, fraction: float, classes: Collection[str]) -> to
     At least one of a class of two or more, and two in all where a class has three. The hash is of a file's content,
     else of class and row: neither order nor other images nor the machine have a say in it.
     """
+    # The hashes of each class.
     owners = [images.class_names[label] for label in images.labels.tolist()]
     rows = (f"{name} {row}" for row, name in enumerate(owners))
     hashes = [sha256(row.encode()).hexdigest() for row in rows] if images.hashes is None else images.hashes()
@@ -255,6 +261,8 @@ def _hold_out(images: ImageSet, fraction: float, classes: Collection[str]) -> to
     for name, one in zip(owners, hashes, strict=True):
         if name in kept:
             of_class.setdefault(name, set()).add(one)
+
+    # The lowest ones of every class, but never all of it.
     ranked = [sorted(found) for found in of_class.values()]
     counts = [min(max(1, round(fraction * len(found))), len(found) - 1) for found in ranked]
     if sum(counts) == 1:

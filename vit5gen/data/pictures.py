@@ -8,7 +8,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from hashlib import sha256
@@ -54,7 +54,7 @@ def find_images(folder: Path, left_out: Counter[str], rules: Rules = 2) -> list[
     stack = [(folder, frozenset(map(_identity, (folder, *folder.resolve().parents))))]
     while stack:
         here, above = stack.pop()
-        folders, images = _look(here, left_out, rules)
+        folders, images = _list_folder(here, left_out, rules)
         found += images
         for inner in folders:
             if rules == 1 and inner.is_symlink():
@@ -72,7 +72,7 @@ def find_classes(root: Path, rules: Rules = 2) -> tuple[dict[str, list[Path]], d
     What is left out is reported on stderr. Raises `UserError` for a folder that cannot be read.
     """
     left_out: Counter[str] = Counter()
-    folders, beside = _look(root, left_out, rules)
+    folders, beside = _list_folder(root, left_out, rules)
     left_out["image outside class folders"] += len(beside)
     files: dict[str, list[Path]] = {}
     instead: dict[str, str] = {}
@@ -82,7 +82,7 @@ def find_classes(root: Path, rules: Rules = 2) -> tuple[dict[str, list[Path]], d
         others: Counter[str] = Counter()
         files[name] = find_images(root / name, others, rules)
         if not files[name]:
-            instead[name] = f"found: {_counted(others)}" if others else "its folder is empty"
+            instead[name] = f"found: {_count_by_kind(others)}" if others else "its folder is empty"
         left_out += others
     tell_left_out(root, left_out)
     return files, instead
@@ -90,28 +90,28 @@ def find_classes(root: Path, rules: Rules = 2) -> tuple[dict[str, list[Path]], d
 
 def folder_names(folder: Path) -> tuple[list[str], bool]:
     """Return the names of the folders in a folder that may hold data, sorted, and whether images are next to them."""
-    folders, images = _look(folder, Counter(), 2)
+    folders, images = _list_folder(folder, Counter(), 2)
     return sorted(inner.name for inner in folders), bool(images)
 
 
 def tell_left_out(folder: Path, left_out: Counter[str]) -> None:
     """Say once, and on the main process only, how many files of which kinds are not used."""
     if total := left_out.total():
-        _tell(f"note: {folder}: {total} {'file' if total == 1 else 'files'} skipped ({_counted(left_out)})")
+        _print_once(f"note: {folder}: {total} {'file' if total == 1 else 'files'} skipped ({_count_by_kind(left_out)})")
 
 
 @cache  # a command opens its data several times
-def _tell(line: str) -> None:
+def _print_once(line: str) -> None:
     if processes().is_main_process:
         print(line, file=sys.stderr, flush=True)
 
 
-def _counted(kinds: Counter[str]) -> str:
+def _count_by_kind(kinds: Counter[str]) -> str:
     ordered = sorted((-count, kind) for kind, count in kinds.items() if count)
     return listed(f"{-count} {kind}" for count, kind in ordered)
 
 
-def _look(folder: Path, left_out: Counter[str], rules: Rules) -> tuple[list[Path], list[Path]]:
+def _list_folder(folder: Path, left_out: Counter[str], rules: Rules) -> tuple[list[Path], list[Path]]:
     """Return the folders and the images that lie in a folder, without opening any file."""
     kinds: dict[str, list[Path]] = {"folder": [], "image": []}
     try:
@@ -162,12 +162,9 @@ def _digest(lines: Iterable[str]) -> str:
 
 
 def content_digest(root: Path, files: Sequence[Path]) -> str:
-    """Return the SHA-256 of the names below ``root`` and the contents of files.
-
-    It is remembered as `content_hashes` are.
-    """
-    lines = (f"{file.relative_to(root).as_posix()} {hash_file(file)}\n" for file in files)
-    return _remembered("contents", root, files, lambda: [_digest(lines)])[0]
+    """Return the SHA-256 of the names below ``root`` and the contents of files."""
+    hashes = zip(files, content_hashes(root, files), strict=True)
+    return _digest(f"{file.relative_to(root).as_posix()} {content}\n" for file, content in hashes)
 
 
 def content_hashes(root: Path, files: Sequence[Path]) -> list[str]:
@@ -176,18 +173,14 @@ def content_hashes(root: Path, files: Sequence[Path]) -> list[str]:
     They are remembered in the cache for as long as names, sizes and times of change stay: these take a moment to look
     at.
     """
-    return _remembered("hashes", root, files, lambda: [hash_file(file) for file in files])
-
-
-def _remembered(kind: str, root: Path, files: Sequence[Path], compute: Callable[[], list[str]]) -> list[str]:
     looked_at = [file.stat() for file in files]
     times = [f"{status.st_mtime_ns} {status.st_ctime_ns}\n" for status in looked_at]
     key = _digest([f"{root.resolve()}\n{listing_digest(root, files)}\n", *times])
-    known = cache_folder() / f"{kind}-{key}.txt"
+    known = cache_folder() / f"hashes-{key}.txt"
     with suppress(OSError, ValueError):  # absent or damaged
         if re.fullmatch(r"[0-9a-f]{64}(\n[0-9a-f]{64})*", found := known.read_text(encoding="ascii")):
             return found.split("\n")
-    hashes = compute()
+    hashes = [hash_file(file) for file in files]
     with suppress(OSError):
         write_text(known, "\n".join(hashes))
     return hashes

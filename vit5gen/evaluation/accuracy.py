@@ -1,7 +1,7 @@
 """Top-1 and top-5 of a published ViT-5 on a folder of images."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,9 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from vit5gen.data.images import ImageSet
 from vit5gen.data.pictures import UNREADABLE, cut_strip, eight_bits, find_classes
 from vit5gen.models import load_vit5
 from vit5gen.models.classifier import default_cfgs
@@ -27,20 +28,25 @@ def classify(
     Raises `UserError` when the model is not known, the checkpoint is of another model, the folder's classes are not as
     many as the checkpoint's, or an image cannot be read.
     """
+    # The checkpoint's network, and on the meta device the one that the model's name promises.
     choose("--model", model, sorted({name.split(".")[0] for name in default_cfgs}))
     where = start_processes().device
     net = load_vit5(checkpoint).eval().to(where)
     with torch.device("meta"):
-        named = timm.create_model(model)
-    if (net.embed_dim, len(net.blocks)) != (named.embed_dim, len(named.blocks)):
+        expected = timm.create_model(model)
+    if (net.embed_dim, len(net.blocks)) != (expected.embed_dim, len(expected.blocks)):
         found = f"{len(net.blocks)} blocks of width {net.embed_dim}"
-        wanted = f"{len(named.blocks)} of {named.embed_dim}"
+        wanted = f"{len(expected.blocks)} of {expected.embed_dim}"
         raise UserError(f"--checkpoint: {found}, but {model} has {wanted}; set --model to the model of the file.")
-    images = _image_folder(folder, net.patch_embed.img_size[0], named.pretrained_cfg)
-    if len(images.classes) != net.num_classes:
-        found = f"{len(images.classes)} classes, the checkpoint {net.num_classes} ({listed(images.classes)})"
+
+    # The images as the checkpoint takes them, a folder for each of its classes.
+    images: Any = _image_folder(folder, net.patch_embed.img_size[0], expected.pretrained_cfg)
+    if len(names := images.class_names) != net.num_classes:
+        found = f"{len(names)} classes, the checkpoint {net.num_classes} ({listed(names)})"
         advice = "labels follow from the order of the folders, so none may be missing."
         raise UserError(f"FOLDER: {str(folder)!r} has {found}; {advice}")
+
+    # How often the first guess is right, and how often one of five.
     hits = torch.zeros(2, dtype=torch.int64)
     with torch.inference_mode():
         for pixels, labels in DataLoader(images, batch_size, num_workers=num_workers):
@@ -52,28 +58,17 @@ def classify(
     return {"top1": top1, "top5": top5, "num_images": len(images)}
 
 
-@dataclass(frozen=True)
-class _ClassFolders(Dataset):
-    """Images as a network takes them, with the place of their folder as label; workers get it pickled."""
-
-    classes: list[str]
-    files: list[tuple[Path, int]]
-    transform: Callable[[Image.Image], torch.Tensor]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        path, label = self.files[index]
-        try:
-            with Image.open(path) as image:
-                return self.transform(cut_strip(eight_bits(image).convert("RGB"))), label
-        except UNREADABLE as error:
-            found = f"{str(path)!r} cannot be read as an image ({error})"
-            raise UserError(f"FOLDER: {found}; replace or remove it.") from error
+def _read(files: list[Path], transform: Callable[[Image.Image], torch.Tensor], index: int) -> torch.Tensor:
+    """Return an image as a network takes it."""
+    try:
+        with Image.open(files[index]) as image:
+            return transform(cut_strip(eight_bits(image).convert("RGB")))
+    except UNREADABLE as error:
+        found = f"{str(files[index])!r} cannot be read as an image ({error})"
+        raise UserError(f"FOLDER: {found}; replace or remove it.") from error
 
 
-def _image_folder(folder: str | Path, size: int, config: Any) -> _ClassFolders:
+def _image_folder(folder: str | Path, size: int, config: Any) -> ImageSet:
     """Open the folder with the evaluation transform that `config`, timm's pretrained configuration, describes.
 
     EXIF orientation is ignored, as where the published figures come from.
@@ -84,5 +79,6 @@ def _image_folder(folder: str | Path, size: int, config: Any) -> _ClassFolders:
         reason = "; ".join(f"class {name!r} has no images, {why}" for name, why in list(instead.items())[:3])
         reason = reason or ("no class folders" if Path(folder).is_dir() else "no such folder")
         raise UserError(f"FOLDER: {str(folder)!r} does not contain one folder per class ({reason}).")
-    files = [(file, label) for label, of_class in enumerate(found.values()) for file in of_class]
-    return _ClassFolders(list(found), files, transform)
+    files = [file for of_class in found.values() for file in of_class]
+    labels = torch.repeat_interleave(torch.tensor([len(of_class) for of_class in found.values()]))
+    return ImageSet(list(found), labels, partial(_read, files, transform), digest=str)

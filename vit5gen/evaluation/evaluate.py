@@ -67,23 +67,28 @@ def evaluation_card(
     ``models`` holds the scores of each model: of several seeds (see `_by_model`) their mean, with the deviation between
     them. ``metrics`` are the scores of the first. Raises `UserError` on bad input.
     """
+    # Which metrics: those that are asked for, ADM's, or all that reference and extractor allow.
     adm = protocol is not None and choose("protocol", protocol, ["adm"]) == "adm"
     if adm and metrics is not None and set(metrics) != set(ADM_METRICS):
         raise UserError(f"--protocol adm fixes the metrics {', '.join(ADM_METRICS)}; omit --metrics")
     wanted, skipped = available(ADM_METRICS if adm else metrics, reference, extractor, ADM_OPTIONS if adm else None)
     need_rows = any("rows" in metric.needs for metric in wanted.values())
+
+    # A pass over each set of images, in which all processes share; the main one has the scores.
     runs: list[dict[str, Score]] = []
     described = []
-    for one in samples:
-        found = scan(one.chunks(), one.count, extractor, rows=one.count if need_rows else 0)
+    for images in samples:
+        found = scan(images.chunks(), images.count, extractor, rows=images.count if need_rows else 0)
         if is_main():
             runs.append(scores(found, reference, extractor, wanted))
-            described.append(one.identity | {"count": one.count, "size": found.size, "sampling": one.sampling})
+            described.append(images.identity | {"count": images.count, "size": found.size, "sampling": images.sampling})
     if not is_main():
         return {}
+
+    # The card: a model has the mean over its seeds, and the name FID-50K is earned by keeping all of ADM's protocol.
     differences = _differences_from_adm(samples, reference, extractor) if adm else []
     label = "FID-50K" if adm and not differences else extractor.metric
-    models = [{"samples": places, "metrics": _join([runs[place] for place in places])} for places in _by_model(samples)]
+    models = [{"samples": sets, "metrics": _join([runs[i] for i in sets])} for sets in _by_model(samples)]
     card: dict[str, Any] = {
         "samples": described,
         "reference": reference.identity | {"count": reference.count},
@@ -128,8 +133,8 @@ def open_samples(
     """
     if find_pipeline(path) is None:
         images = open_image_set(path, batch_size, protocol)
-        place = Path(images.identity["path"])
-        card = place / "card.json" if place.is_dir() else place.with_suffix(".card.json")
+        file = Path(images.identity["path"])
+        card = file / "card.json" if file.is_dir() else file.with_suffix(".card.json")
         return [replace(images, sampling=read_json(card, "sampling card") if card.is_file() else None)]
     pipe = open_pipeline(path, draw, processes().device)
     jobs = [make_job(pipe, draw, num_images, seed, batch_size) for seed in dict.fromkeys(seeds)]
@@ -137,18 +142,18 @@ def open_samples(
 
 
 def _by_model(samples: Sequence[Samples]) -> list[list[int]]:
-    """Return the places of the sets of each model: several only of one checkpoint, drawn alike but for their seeds.
+    """Return the numbers of the sets of each model: several only of one checkpoint, drawn alike but for their seeds.
 
     The pipeline that draws, or the card next to a file, decides; a file without a card is a model of its own.
     """
     models: dict[str, dict[Any, int]] = {}
-    for i, one in enumerate(samples):
-        told = one.sampling or {}
-        checkpoint, drawn = one.identity.get("sha256"), told
-        if one.identity["kind"] != "pipeline":
-            checkpoint, drawn = told.get("checkpoint_sha256"), told.get("settings") or {}
+    for i, images in enumerate(samples):
+        card = images.sampling or {}
+        checkpoint, drawn = images.identity.get("sha256"), card
+        if images.identity["kind"] != "pipeline":
+            checkpoint, drawn = card.get("checkpoint_sha256"), card.get("settings") or {}
         alike = {key: value for key, value in drawn.items() if key not in _OF_A_SEED}
-        key = json.dumps([one.identity["kind"], checkpoint, told.get("versions"), alike], sort_keys=True)
+        key = json.dumps([images.identity["kind"], checkpoint, card.get("versions"), alike], sort_keys=True)
         seeds = models.setdefault(key if "seed" in drawn and checkpoint else f"set {i}", {})
         if (seed := drawn.get("seed")) in seeds:
             seeds = models.setdefault(f"set {i}", {})

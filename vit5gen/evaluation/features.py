@@ -1,6 +1,5 @@
 """Feature networks: images ``(B, 3, H, W)`` uint8 to features, with everything that defines the metric pinned."""
 
-import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vit5gen.evaluation.statistics import FeatureStatistics
+from vit5gen.models.weights import read_tensors
 from vit5gen.registry import Registry
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256
@@ -62,7 +62,6 @@ EXTRACTORS: Registry[ExtractorFactory] = Registry("extractor", "vit5gen.extracto
 # Registers ``factory(device, weights, weights_sha256) -> Extractor``: ``weights`` is a file that the user gives,
 # ``weights_sha256`` the hash of one that differs from the published file.
 register_extractor = EXTRACTORS.register
-extractor_names = EXTRACTORS.names
 
 
 def load_extractor(
@@ -83,14 +82,7 @@ def frechet_of(batches: Iterable[Tensor], extractor: Extractor) -> FeatureStatis
 
 def load_weights(path: Path, expected_sha256: str) -> dict[str, Tensor]:
     """Read a state dict safely after checking the file's hash; raise `UserError` when it is absent or differs."""
-    if not path.is_file():
-        raise UserError(f"extractor weights {path}: no such file; check the path")
-    found = sha256(path)
-    if found != expected_sha256:
+    if path.is_file() and (found := sha256(path)) != expected_sha256:
         advice = "download it again or, to use other weights, pass their hash as --weights-sha256"
         raise UserError(f"extractor weights {path}: sha256 {found}, expected {expected_sha256[:8]}...; {advice}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        detail = str(error).splitlines()[0]
-        raise UserError(f"extractor weights {path}: not a plain file of tensors ({detail}); check the file") from error
+    return read_tensors(path, "extractor weights")

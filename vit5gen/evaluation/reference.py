@@ -50,12 +50,15 @@ def scan(
     ``total`` images in all; pooled features of ``rows`` of them, evenly spaced, are kept.
     Raises `UserError` when an image has features that are not finite, or when images are missing.
     """
+    # What an image adds to: sums whose size does not grow with the number of images, and the rows that are kept.
     pooled = Grouped(extractor.dim, groups)
     spatial = Grouped(extractor.spatial_dim, groups) if extractor.spatial_dim else None
     score = ScoreSums(total, extractor.num_classes) if extractor.num_classes else None
     # Filled in place: a list of batches would take twice the memory when it is joined.
     kept, seen = torch.empty(rows, extractor.dim), torch.zeros(rows, dtype=torch.bool)
     size: list[int] = []
+
+    # One pass; an image whose features are no numbers would spoil all sums.
     for first, images in chunks:
         size = list(images.shape[2:])
         features = extractor(images)
@@ -69,10 +72,12 @@ def scan(
             spatial.update(features.spatial.cpu(), indices)
         if score is not None and features.logits is not None:
             score.update(features.logits.double().softmax(dim=1), indices)
-        places = indices * rows // total
-        chosen = places != (indices + 1) * rows // total
-        kept[places[chosen]] = values[chosen].float()
-        seen[places[chosen]] = True
+        slots = indices * rows // total
+        chosen = slots != (indices + 1) * rows // total
+        kept[slots[chosen]] = values[chosen].float()
+        seen[slots[chosen]] = True
+
+    # Join the processes, of which each has read a part.
     for sums in (pooled, spatial, score):
         if sums is not None:
             sums.all_reduce()
@@ -105,8 +110,8 @@ class Reference:
         held_out.update(self.rows[torch.arange(count) * len(self.rows) // count])
         rest = self.pooled
         if self.count is not None:
-            whole = FeatureStatistics.from_moments(self.pooled.mean, self.pooled.covariance, self.count)
-            rest = FrechetReference.of(whole.without(held_out))
+            everything = FeatureStatistics.from_moments(self.pooled.mean, self.pooled.covariance, self.count)
+            rest = FrechetReference.of(everything.without(held_out))
         return rest.distance(held_out.mean, held_out.covariance)
 
 
@@ -176,6 +181,7 @@ def _is_statistics(path: Path) -> bool:
 
 def read_statistics(path: Path, extractor: Extractor) -> Reference:
     """Read a file of `save_statistics`; raise `UserError` when another extractor made it."""
+    # Only a file that `save_statistics` wrote,
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -184,23 +190,22 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
         raise UserError(f"reference {path} cannot be read ({error}); create it with --save-statistics") from error
     if metadata.get("format") != FORMAT:
         raise UserError(f"reference {path}: not a statistics file; create one with --save-statistics")
+
+    # from features of the same extractor,
     made_with = json.loads(metadata["extractor"])
     for key, value in extractor.identity.items():
         if made_with.get(key) != value:
             found = f"from another extractor ({key} {made_with.get(key)!r}, now {value!r})"
             advice = "create it again with --save-statistics and this extractor"
             raise UserError(f"reference {path}: {found}; {advice}")
+
+    # and what it holds of them.
     content = json.loads(metadata["content"])
-    moments = [tensors.get(name) for name in ("spatial_mean", "spatial_covariance")]
-    spatial = None if moments[0] is None else FrechetReference(*moments)
+    pooled = FrechetReference(tensors["mean"], tensors["covariance"])
+    has_spatial = "spatial_mean" in tensors
+    spatial = FrechetReference(tensors["spatial_mean"], tensors["spatial_covariance"]) if has_spatial else None
     identity = {"kind": "statistics", "path": str(path), "sha256": sha256(path), "source": content["source"]}
-    return Reference(
-        FrechetReference(tensors["mean"], tensors["covariance"]),
-        spatial,
-        content["count"],
-        tensors.get("rows"),
-        identity,
-    )
+    return Reference(pooled, spatial, content["count"], tensors.get("rows"), identity)
 
 
 _ADM_SHAPES = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}

@@ -64,6 +64,7 @@ def open_image_set(path: str | Path, batch_size: int, protocol: str | None = Non
 
 def open_npz(path: Path, batch_size: int) -> Samples:
     """Open ADM's npz: ``arr_0 (N, H, W, 3)`` uint8 and perhaps ``arr_1 (N,)`` labels; 10 GB never lie in memory."""
+    # What the headers say; labels are small enough to be read at once.
     with broken_npz(path), zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if "arr_0.npy" not in names:
@@ -77,6 +78,7 @@ def open_npz(path: Path, batch_size: int) -> Samples:
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]:
         raise UserError(f"npz {path}: arr_0 is {dtype} {shape}; expected uint8 (N, H, W, 3); write it again")
 
+    # A chunk is read where it lies in the file, by the process that it falls to.
     def chunks() -> Iterator[tuple[int, Tensor]]:
         with broken_npz(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
             _header(member)

@@ -78,12 +78,14 @@ def dopri5_steps(
     Every round evaluates the whole batch ``x`` (B, ...) at its own times (B,) (a network may hold a label for each
     row); a sample that rejects its step or has arrived stays as it is. Raises `NonFiniteError` if no step size works.
     """
+    # Every sample starts at its own time, with a step of its own.
     sign = math.copysign(1.0, end - start)
     times = [start] * len(x)
     slope = field(x, torch.tensor(times, dtype=torch.float64))
     steps = _first_step(field, x, slope, start, end, rtol, atol)
     i = 0
     while any(t != end for t in times):
+        # The steps of this round end where the way does.
         left = [abs(end - t) for t in times]
         taken = [min(h, rest) for h, rest in zip(steps, left, strict=True)]
         for t, h in zip(times, steps, strict=True):
@@ -91,12 +93,16 @@ def dopri5_steps(
                 raise NonFiniteError(
                     f"dopri5: no step size works at t = {t:.6g}; expected finite, smooth model output there."
                 )
+
+        # Six more slopes; the last one is at the end of the step, and so the first one of the next.
         column = _column([sign * h for h in taken], x)
         slopes = [slope]
         for node, weights in zip(_NODES[1:], _STAGES[1:], strict=True):
             trial = x + column * _weighted(weights, slopes)
             stage = torch.tensor([t + sign * node * h for t, h in zip(times, taken, strict=True)], dtype=torch.float64)
             slopes.append(field(trial, stage))
+
+        # Accept a step whose error is within the tolerance, and choose the next from how far within or beyond.
         ratios = _norms(column * _weighted(_ERROR, slopes), atol + rtol * torch.maximum(x.abs(), trial.abs()))
         accepted = [ratio <= 1 and t != end for ratio, t in zip(ratios, times, strict=True)]
         mask = torch.tensor(accepted, device=x.device).reshape(column.shape)

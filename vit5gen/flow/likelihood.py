@@ -37,6 +37,7 @@ def log_likelihood(
         device = x1.device if generator is None else generator.device
         signs = torch.randint(0, 2, x1.shape, generator=generator, device=device).to(x1) * 2 - 1
 
+    # The state has one more column than x: its velocity is the divergence there.
     def field(state: Tensor, t: Time) -> Tensor:
         with torch.enable_grad():
             x = state[:, :size].reshape(x1.shape).detach().requires_grad_()
@@ -49,6 +50,7 @@ def log_likelihood(
                 divergence = torch.stack([rows(slope)[:, i] for i, slope in enumerate(slopes)], dim=1).sum(1)
         return torch.cat([rows(velocity.detach()), divergence[:, None]], dim=1)
 
+    # From data to noise.
     state = torch.cat([rows(x1.detach()), x1.new_zeros(len(x1), 1)], dim=1)
     state = final_state(integrate(field, state, grid, method, rtol, atol))
     x0 = state[:, :size]

@@ -71,6 +71,7 @@ def model_card(
         f"{transformer['num_classes']} classes, latents of {transformer['in_channels']} channels and side "
         f"{transformer['sample_size']}, autoencoder: {vae}.",
     ]
+    # What is known only of some models stands between what every card has: how to use it, and its sizes.
     if facts.picture is not None:
         parts.append(f"![samples]({facts.picture.name})")
     parts.append(

@@ -26,8 +26,10 @@ def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
     for name, entry in read_json(folder / "model_index.json", "pipeline").items():
         # diffusers would import any module that stands there
         if isinstance(entry, list) and entry[:1] not in ([None], ["vit5gen"], ["diffusers"]):
-            told = f"checkpoint {folder}: {name} = {short(entry)}"
-            raise UserError(f"{told} is not a part of vit5gen or diffusers; {_REMEDY}")
+            found = f"checkpoint {folder}: {name} = {short(entry)}"
+            raise UserError(f"{found} is not a part of vit5gen or diffusers; {_REMEDY}")
+
+    # diffusers loads the parts; each must be of the kind that the pipeline calls.
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # of three files read
     try:
@@ -42,6 +44,8 @@ def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+    # Weights that diverged would draw the same nothing for every class.
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
             check_finite(f"checkpoint {folder}: {name}", component.state_dict())

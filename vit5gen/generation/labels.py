@@ -24,6 +24,7 @@ def find_class_ids(class_labels: Labels, names: dict[int, str], num_classes: int
 
 def _class_id(label: object, names: dict[int, str], count: int) -> int:
     """Return the id of one class."""
+    # A name, or in digits an id that no class has for a name.
     if isinstance(label, str):
         matches = _ids_called(label, names)
         if len(matches) > 1:
@@ -42,6 +43,8 @@ def _class_id(label: object, names: dict[int, str], count: int) -> int:
         if not matches and any(numbers) and int(label) < count:
             warnings.warn(f"no class is named {label!r}; using it as id {int(label)}", stacklevel=4)
         label = min(matches) if matches else int(label)
+
+    # An id.
     if isinstance(label, bool) or not isinstance(label, int | np.integer):
         raise UserError(f"class_labels: {label!r} is neither an id nor a name; expected an id, a name or a flat list")
     if not 0 <= label < count:
@@ -51,12 +54,12 @@ def _class_id(label: object, names: dict[int, str], count: int) -> int:
 
 def _ids_called(label: str, names: dict[int, str]) -> set[int]:
     """Return the ids of a name: exact spelling counts more than any case, the whole more than a part between commas."""
-    whole = {i: [name] for i, name in names.items()}
+    full_names = {i: [name] for i, name in names.items()}
     synonyms = {i: name.split(",") for i, name in names.items()}
     spellings: list[Callable[[str], str]] = [str, str.casefold]
-    for spell, parts in product(spellings, (whole, synonyms)):
+    for spell, names_of in product(spellings, (full_names, synonyms)):
         wanted = spell(composed(label))
-        if found := {i for i, some in parts.items() if wanted in (spell(composed(part)) for part in some)}:
+        if found := {i for i, known in names_of.items() if wanted in (spell(composed(name)) for name in known)}:
             return found
     return set()
 

@@ -106,11 +106,11 @@ def make_job(pipe: SiTPipeline, draw: DrawConfig, num_images: int, seed: int, ba
 def describe_job(pipe: SiTPipeline, job: SamplingJob, draw: DrawConfig) -> dict[str, Any]:
     """Return what a card records of the sampling: the settings and the scheduler (if foreign, it is the sampler)."""
     scheduler = json.loads(pipe.scheduler.to_json_string())
-    told = {name: value for name, value in scheduler.items() if name == "_class_name" or name[0] != "_"}
+    public = {name: value for name, value in scheduler.items() if name == "_class_name" or name[0] != "_"}
     settings = draw.model_dump(exclude={"guide"})
     if not isinstance(pipe.scheduler, SiTScheduler):
         settings["sampler"] = None
     if draw.guide is not None:
         settings["guide_sha256"] = pipeline_hash(pipeline_folder(draw.guide))
     found = {"classes": job.classes, "precision": precision_of(pipe.transformer), "resolution": list(pipe.image_size)}
-    return settings | found | {"seed": job.seed, "scheduler": told}
+    return settings | found | {"seed": job.seed, "scheduler": public}

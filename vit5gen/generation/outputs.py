@@ -71,8 +71,8 @@ class Output:
         if not cards and any(file != self.part for file in inside):
             raise UserError(f"output {self.path} exists and has no card; choose another --output or delete it")
         path = self.path.absolute()
-        there = next(place for place in (path, *path.parents) if place.exists())
-        need, free = self.missing_bytes, shutil.disk_usage(there).free
+        existing = next(folder for folder in (path, *path.parents) if folder.exists())
+        need, free = self.missing_bytes, shutil.disk_usage(existing).free
         if free < need and not self.finished:
             raise UserError(f"output {path} needs {need / 1e9:.2g} GB, {free / 1e9:.2g} GB are free; free some space")
 

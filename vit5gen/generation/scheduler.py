@@ -76,6 +76,7 @@ def foreign_steps(
     The grid is uniform in t, as ours is, if the scheduler takes sigmas; otherwise its own.
     Raises `UserError` for a scheduler that is not made for flow matching or a path that is not linear.
     """
+    # Refuse what is not for flow matching on the linear path.
     name = type(scheduler).__name__
     if not (name.startswith("FlowMatch") or scheduler.config.get("prediction_type") == "flow_prediction"):
         other = "one with prediction_type='flow_prediction' and use_flow_sigmas=True"
@@ -85,6 +86,8 @@ def foreign_steps(
         raise UserError(f"scheduler: {name} with use_dynamic_shifting needs an image size; set it to False")
     if flow.path != "linear":
         raise UserError(f"scheduler: {name} supports only the linear path, not {flow.path!r}; use SiTScheduler")
+
+    # Its own copy, set to the grid of times.
     scheduler = copy.deepcopy(scheduler)
     if "sigmas" in signature(scheduler.set_timesteps).parameters:
         scheduler.set_timesteps(sigmas=1 - np.arange(num_steps) / num_steps, device=x.device)
@@ -92,8 +95,7 @@ def foreign_steps(
         scheduler.set_timesteps(num_steps, device=x.device)
     scheduler.set_begin_index(0)
     options = {"generator": noise} if "generator" in signature(scheduler.step).parameters else {}
-    # Not the timesteps: some schedulers round them.
-    sigmas = scheduler.sigmas.tolist()
+    sigmas = scheduler.sigmas.tolist()  # not the timesteps: some schedulers round them
 
     def steps(x: Tensor) -> Steps:
         for i, timestep in enumerate(scheduler.timesteps):

@@ -46,10 +46,13 @@ class ViT5(Backbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        # Refuse sizes that no layer can have.
         check_sizes(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth)
         check_positive(mlp_ratio=mlp_ratio)
         check_heads(embed_dim, num_heads, rope=True, names=("embed_dim", "num_heads"))
         check_registers(num_registers)
+
+        # What timm asks of a model.
         self.patch_size = patch_size
         self.grid = patch_grid("image size", to_2tuple(img_size), patch_size)
         self.num_classes, self.global_pool = num_classes, choose("global_pool", global_pool, ("token", "avg", ""))
@@ -57,6 +60,8 @@ class ViT5(Backbone):
         self.num_prefix_tokens, self.num_reg_tokens, self.head_dim = 1, num_registers, embed_dim // num_heads
         info = {"num_chs": embed_dim, "reduction": patch_size}
         self.feature_info = [{"module": f"blocks.{i}", **info} for i in range(depth)]
+
+        # Tokens, blocks and head, and their first values.
         self.patch_embed = PatchEmbed(to_2tuple(img_size), patch_size, in_chans, embed_dim, strict_img_size=False)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), embed_dim))

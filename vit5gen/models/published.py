@@ -54,11 +54,11 @@ def load_sit(source: Weights, num_attention_heads: int | None = None, **override
     width unless given. The label table is assumed to end in the null row unless ``class_dropout_prob=0`` is given.
     `overrides` are further arguments of `SiTTransformer2DModel`. Raises `UserError` if anything does not fit.
     """
+    # The sizes, each from the shape of a weight; heads show in none.
     state = read_checkpoint(source)
     hidden_size, channels, patch, _ = _shape(state, "x_embedder.proj.weight", "SiT")
-    if num_attention_heads is None:
-        num_attention_heads = {width: heads for width, _, heads in SIZES.values()}.get(hidden_size)
-    if num_attention_heads is None:
+    heads = num_attention_heads or {width: heads for width, _, heads in SIZES.values()}.get(hidden_size)
+    if heads is None:
         fault = f"cannot be read from the shapes, and no preset has hidden_size {hidden_size}"
         raise UserError(f"num_attention_heads: {fault}; set num_attention_heads.")
     rows = _shape(state, "y_embedder.embedding_table.weight", "SiT")[0]
@@ -72,13 +72,15 @@ def load_sit(source: Weights, num_attention_heads: int | None = None, **override
         "num_classes": rows - (dropout > 0),
         "hidden_size": hidden_size,
         "num_layers": _depth(state),
-        "num_attention_heads": num_attention_heads,
+        "num_attention_heads": heads,
         "mlp_ratio": _ratio(_shape(state, "blocks.0.mlp.fc1.weight", "SiT")[0], hidden_size),
         "learn_sigma": outputs == 2 * channels * patch**2,
     }
     if "sample_size" not in overrides:
         found["sample_size"] = _side(positions, "sample_size") * patch
     model = SiTTransformer2DModel(**(found | overrides))
+
+    # The weights under their names here; the patch embedding is a convolution there and a product here.
     converted = {}
     for key, value in state.items():
         for pattern, replacement in _SIT_NAMES.items():

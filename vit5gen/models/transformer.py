@@ -101,6 +101,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         backbone_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        # Refuse sizes that no layer can have.
         check_sizes(patch_size=patch_size, in_channels=in_channels, num_classes=num_classes)
         check_sizes(hidden_size=hidden_size, num_layers=num_layers, sample_size=max(to_2tuple(sample_size)))
         check_positive(mlp_ratio=mlp_ratio)
@@ -108,6 +109,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
             raise UserError(f"mlp_ratio: {mlp_ratio} of hidden_size {hidden_size} gives MLP width 0; choose e.g. 4.")
         if not 0 <= class_dropout_prob <= 1:
             raise UserError(f"class_dropout_prob: {class_dropout_prob} is not a probability; expected 0 to 1.")
+
+        # Embeddings and head, as SiT initialises them; the backbone initialises itself.
         self._patch, self._channels, self._discard = patch_size, in_channels, learn_sigma
         self.null_label = num_classes
         self.patch_embed = nn.Linear(in_channels * patch_size**2, hidden_size)

@@ -21,7 +21,7 @@ def read_checkpoint(source: Weights) -> dict[str, Tensor]:
     Files are .safetensors, or pickles read with ``weights_only=True`` that may hold an `argparse.Namespace`.
     Raises `UserError` for a file that is absent, unreadable or unsafe.
     """
-    found: Any = source if isinstance(source, Mapping) else _read_file(Path(source))
+    found: Any = source if isinstance(source, Mapping) else read_tensors(Path(source), "checkpoint")
     found = found if isinstance(found, Mapping) else {None: found}  # a name that is none is refused below
     wrappers = ("ema", "model_ema", "model", "state_dict")
     state = next((found[key] for key in wrappers if isinstance(found.get(key), Mapping)), found)
@@ -31,9 +31,10 @@ def read_checkpoint(source: Weights) -> dict[str, Tensor]:
     return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in state.items()}
 
 
-def _read_file(path: Path) -> Any:
+def read_tensors(path: Path, what: str) -> Any:
+    """Return what a file of tensors holds; raise a `UserError` that names ``what`` where it is absent or unsafe."""
     if not path.is_file():
-        raise UserError(f"checkpoint: {str(path)!r} is not a file; give the path of a .pt, .pth or .safetensors file.")
+        raise UserError(f"{what}: {str(path)!r} is not a file; give the path of a .pt, .pth or .safetensors file.")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -44,7 +45,7 @@ def _read_file(path: Path) -> Any:
             reason, advice = f"it contains {unsafe[1]}", "save only its state dict"
         else:
             reason, advice = (str(error).strip() or repr(error)).split("\n")[0][:200], "download it again"
-        raise UserError(f"checkpoint: {str(path)!r} cannot be read safely as tensors ({reason}); {advice}.") from error
+        raise UserError(f"{what}: {str(path)!r} cannot be read safely as tensors ({reason}); {advice}.") from error
 
 
 def check_fit(what: str, missing: list[str], unexpected: list[str], misshapen: list[str], total: int) -> None:

@@ -44,6 +44,7 @@ def find_fault(environment: Mapping[str, str], num_gpus: int | None) -> str | No
 
     num_gpus: of this machine; None when the run is on the CPU in any case.
     """
+    # Settings that are not obeyed, and numbers that are none.
     for name, (obeyed, advice) in _OBEYED.items():
         if name in environment and environment[name].strip().lower() not in obeyed:
             return f"{name} = {environment[name]!r} in the environment is not supported: {advice}"
@@ -55,6 +56,8 @@ def find_fault(environment: Mapping[str, str], num_gpus: int | None) -> str | No
         if not value.strip().isdecimal() or len(value) > 9:
             return f"{name} = {value!r} in the environment: expected a whole number; unset it, or start with {_LAUNCH}"
         numbers[name] = int(value)
+
+    # Ranks, devices and sharding that do not go together.
     size, asked = numbers["WORLD_SIZE"], environment.get("ACCELERATE_USE_CPU", "false").strip().lower()
     on_cpu = num_gpus is None or asked not in _FALSE
     for name in ("RANK", "LOCAL_RANK"):
@@ -69,6 +72,8 @@ def find_fault(environment: Mapping[str, str], num_gpus: int | None) -> str | No
     if num_gpus is not None and on_gpus and numbers["LOCAL_RANK"] >= num_gpus:
         more = f"start at most {num_gpus} here" if num_gpus else "set ACCELERATE_USE_CPU=true to use the CPU"
         return f"LOCAL_RANK = {numbers['LOCAL_RANK']} of WORLD_SIZE = {size}: this machine has {num_gpus} GPUs; {more}"
+
+    # Processes that could not find each other, or would not know of each other.
     wanted = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     absent = [name for name in wanted if not environment.get(name)]
     if absent and (size > 1 or sharded):
@@ -101,9 +106,9 @@ def processes() -> PartialState:
     try:
         return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or torch.backends.mps.is_available())
     except (ValueError, RuntimeError) as error:  # torch's: a port in use, an address that is none
-        place = ", ".join(f"{name} = {os.environ.get(name)!r}" for name in ("MASTER_ADDR", "MASTER_PORT"))
+        address = ", ".join(f"{name} = {os.environ.get(name)!r}" for name in ("MASTER_ADDR", "MASTER_PORT"))
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the processes cannot connect at {place} ({reason}); start them with {_LAUNCH}") from error
+        raise UserError(f"the processes cannot connect at {address} ({reason}); start them with {_LAUNCH}") from error
 
 
 def _settle() -> None:

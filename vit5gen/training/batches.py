@@ -79,6 +79,7 @@ def open_training_data(
     def check(data: dict[str, Any]) -> None:
         on_main(partial(check_data, start, accept_changes, data))
 
+    # Latents on disk, whose manifest tells at once of what they are.
     vae = load_autoencoder(config.vae.name).to(accelerator.device)
     source: ImageSource | LatentDataset
     if config.data.latents is not None and not config.data.from_images:
@@ -87,6 +88,8 @@ def open_training_data(
         data = identity(latents.manifest)
         check(data)
         latents.verify()
+
+    # Images: used as they are, each decoded once to find the broken ones, or encoded into the cache.
     else:
         images = open_for(config, vae)
         with accelerator.main_process_first():  # the others find in the cache what it has read
@@ -95,13 +98,15 @@ def open_training_data(
         check(data)
         if config.data.from_images:
             if config.data.on_broken_image == "skip":
-                images, problems = drop_broken(images)
-                for problem in problems:
-                    accelerator.print(f"warning: skipped: {problem}")
+                images, faults = drop_broken(images)
+                for fault in faults:
+                    accelerator.print(f"warning: skipped: {fault}")
                 check_classes(images, config.data, why="all are broken")
             source = ImageSource(images)
         else:
             source = LatentDataset(ensure_latents(images, vae, config))
+
+    # How many images were left out is known only now.
     broken = {"broken": data["samples"] - len(source)}
     check(broken)
     return source, vae, data | broken

@@ -73,8 +73,8 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
     try:
         temporary.mkdir(parents=True)
         for name, values in tensors.items():
-            whole = {key: value.contiguous() for key, value in values.items()}
-            safetensors.torch.save_file(whole, temporary / f"{name}.safetensors")
+            contiguous = {key: value.contiguous() for key, value in values.items()}
+            safetensors.torch.save_file(contiguous, temporary / f"{name}.safetensors")
         write_json(temporary / "state.json", {"step": step, **state, "versions": versions()})
         (temporary / CONFIG).write_text(config, encoding="utf-8")
         files = sorted(temporary.iterdir())

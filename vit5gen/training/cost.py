@@ -70,6 +70,7 @@ def model_cost(model: SiTTransformer2DModel, precision: str = "fp32", recomputes
     checkpointing keeps the input of each block and the activations of one. Raises `UserError` for a backbone that
     cannot run on the meta device.
     """
+    # A copy without weights, in which hooks count what each layer keeps for the backward pass.
     kept = PRECISIONS[precision].activation_bytes
     wide = max(kept, 4)
     model = nn.Module.to(copy.deepcopy(model), "meta")
@@ -136,22 +137,18 @@ def memory_bytes(cost: Cost, config: Config, micro_batch_size: int, num_processe
     return states + cast + micro_batch_size * cost.activation_bytes
 
 
-def largest_micro_batch(cost: Cost, config: Config, num_processes: int, memory: float, sharded: bool = False) -> int:
+def largest_micro_batch(cost: Cost, config: Config, num_processes: int, memory: float) -> int:
     """Return how many images of one forward pass fit in ``memory`` GB of each GPU; 0 when none does."""
-    room = memory * 1e9 - memory_bytes(cost, config, 0, num_processes, sharded)
+    room = memory * 1e9 - memory_bytes(cost, config, 0, num_processes)
     return max(0, int(room // cost.activation_bytes))
 
 
-def communication_bytes(
-    cost: Cost, config: Config, accumulation: int, num_processes: int, sharded: bool = False
-) -> int:
-    """Return what each process sends in one step by ring collectives.
+def communication_bytes(cost: Cost, config: Config, num_processes: int) -> int:
+    """Return what each process sends in one step by ring collectives: DDP reduces the gradient once.
 
-    DDP reduces the gradient once. FSDP gathers the weights for the forward and the backward pass of each micro-batch
-    and scatters the gradient once. Nothing travels in bf16: only products are rounded.
+    It does not travel in bf16: only products are rounded.
     """
-    passes = 2 * accumulation + 1 if sharded else 2
-    return passes * _weight_bytes(cost, config) * (num_processes - 1) // num_processes
+    return 2 * _weight_bytes(cost, config) * (num_processes - 1) // num_processes
 
 
 def gpu_hours(cost: Cost, num_images: int, gpu: str, precision: str) -> float:

@@ -45,6 +45,7 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     output, resume, accept_changes: as in training; where it would start is printed if ``output`` is given.
     Raises `UserError` for a value that does not fit, as training would.
     """
+    # Every value, and where the run would start: as training does it, but nothing is written.
     accelerator = make_accelerator(config.training, Path())
     batch_sizes(config.training, accelerator.num_processes)
     check_values(config)
@@ -63,12 +64,16 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     config = settle(config, _classes_here)
     if config.data.num_classes is None:
         accelerator.print(f"classes:  to be found in the data; {config.num_classes} assumed until these are here")
+
+    # What it costs.
     found, on_cpu = run_cost(config), accelerator.device.type == "cpu"
     step = _guess_seconds(config, found) if on_cpu else 0.0
     here = on_cpu and step * config.training.num_steps < _DAY
     for line in describe(config, found, accelerator.num_processes):
         if not (here and line.startswith("time:")):  # of GPUs
             accelerator.print(line)
+
+    # What it lacks; and what is there must fit.
     absent = missing(config)
     for path, remedy in absent.items():
         accelerator.print(f"missing: {path} ({remedy})")
@@ -81,6 +86,8 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
         check_autoencoder(config, kl.load_autoencoder(config.vae.name))
     if config.data.path is not None and not images:
         open_training_images(config.data)
+
+    # A few steps, or why there are none.
     encoded = config.data.latents is not None or config.data.from_images
     pictures = any(OBJECTIVES.get(name).needs_image for name in config.training.objectives)
     if (absent or not encoded or source.preparation()) and on_cpu and not pictures and step < _LONGEST_STEP:
@@ -134,7 +141,7 @@ def memory_line(config: Config, found: cost.Cost, num_processes: int) -> str:
     line = f"memory:   {num_processes} GPU{'s' if num_processes > 1 else ''} x {micro} images: {needed} GB"
     if num_processes > 1:
         sharded = cost.memory_bytes(found, config, micro, num_processes, sharded=True) / 1e9
-        sent = cost.communication_bytes(found, config, local // micro, num_processes) / 1e9
+        sent = cost.communication_bytes(found, config, num_processes) / 1e9
         line += f" each (FSDP {_short(sharded)}), {_short(sent)} GB sent per step"
     most = cost.largest_micro_batch(found, config, num_processes, cost.GPUS["A100"].memory)
     if most < micro and (fitting := [n for n in range(1, min(local, most) + 1) if local % n == 0]):
@@ -229,7 +236,7 @@ def seconds_of_step(
     for _ in range(TRIAL_STEPS):
         train_step(trainer, short, batches)
         times.append(time.perf_counter())
-    return min(end - begin for begin, end in pairwise(times))
+    return min(end - start for start, end in pairwise(times))
 
 
 def _pace(

@@ -33,6 +33,7 @@ def export_pipeline(
     num_attention_heads: of a SiT whose width matches no preset.
     Raises `UserError` for anything that is not such a checkpoint, and for an output that exists.
     """
+    # The pipeline of a run's checkpoint, or of a published file, which knows no class names but ImageNet's.
     source, target = Path(checkpoint), Path(output).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"output {target} exists; choose another --output or delete it")
@@ -46,6 +47,8 @@ def export_pipeline(
         model, origin = load_sit(source, num_attention_heads), source.name
         names = imagenet_names(ImageNetInfo().label_names()) if model.config.num_classes == 1000 else []
         pipe = _assemble(model, SiTScheduler(), vae or VaeConfig().name, dict(enumerate(names)))
+
+    # Written beside the output and renamed, so that no half of it is ever there.
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         pipe.save_pretrained(temporary, facts=TrainingFacts(command=f"converted from {origin}"))
@@ -73,9 +76,9 @@ def _from_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPi
     # An average holds parameters only; buffers come from the model.
     load_exactly(model, {**load_tensors(folder, "model"), **load_tensors(folder, chosen)})
     index = RunFolder(folder.parent.parent).pipeline / "model_index.json"
-    told = read_json(index, "pipeline") if index.is_file() else {}
+    recorded = read_json(index, "pipeline") if index.is_file() else {}
     scheduler = SiTScheduler(config.flow.path, config.flow.prediction)
-    names, attribution = told.get("id2label", {}), told.get("attribution")
+    names, attribution = recorded.get("id2label", {}), recorded.get("attribution")
     return _assemble(model, scheduler, vae or config.vae.name, names, attribution), f"{chosen} of {folder}"
 
 

@@ -107,6 +107,7 @@ class RunFolder:
         folder behind. write: False makes nothing, and locks where there is a lock. Raises `UserError` when another
         process trains in this folder, it has other files, or it cannot be written or locked.
         """
+        # Only a new or empty folder, or that of a run.
         folder, lock, existed = self.path, self.path / ".lock", self.path.exists()
 
         def begun() -> bool:
@@ -116,6 +117,8 @@ class RunFolder:
         if existed and not of_a_run and (not folder.is_dir() or any(folder.iterdir())):
             advice = "choose a new folder or the folder of an earlier run"
             raise UserError(f"--output {folder}: contains files that are not a run; {advice}")
+
+        # The lock, and in the end no trace of a run that could not begin.
         with ExitStack() as stack:
             try:
                 if write:

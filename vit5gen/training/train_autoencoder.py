@@ -78,10 +78,10 @@ class Shuffle(nn.Module):
     def batch(self, step: int) -> Tensor:
         """Draw the batch of ``step`` (0-based), for whose noise the generator is next."""
         size, shift, side = self.config.batch_size, self.config.max_shift, self.config.data.resolution
-        place = step % math.ceil(len(self.order) / size)
-        if place == 0:
+        position = step % math.ceil(len(self.order) / size)  # in the epoch
+        if position == 0:
             self.order = torch.randperm(len(self.order), generator=self.generator)
-        indices = self.order[place * size : (place + 1) * size]
+        indices = self.order[position * size : (position + 1) * size]
         batch = self.images.stack(indices)
         mirrored = torch.rand(len(batch), generator=self.generator) < 0.5
         batch[mirrored] = batch[mirrored].flip(-1)
@@ -97,6 +97,7 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
     left alone. In the end scale and shift give latents of the training images mean 0 and standard deviation 1. Raises
     `UserError` for input that does not fit.
     """
+    # The machine, and the images that are learnt and held out.
     folder, begun = RunFolder(output), time.perf_counter()
     _check_sizes(config)
     settings = TrainingConfig(precision=config.precision, trackers=[])

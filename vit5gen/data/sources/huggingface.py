@@ -18,6 +18,7 @@ class HuggingFaceSource(Source):
     """A column of images and one of class labels: the only ones, or `data.image_column` and `data.label_column`."""
 
     def open(self, split: str) -> ImageSet:
+        # The table of the split, from the hub or from a folder.
         data = self.data
         try:
             import datasets
@@ -38,12 +39,16 @@ class HuggingFaceSource(Source):
             table = table[choose(f"data.split of {data.path}", split, table)]
         elif saved and split != data.split:
             raise UserError(f"data.path {data.path}: has no splits; expected one called {split!r}")
+
+        # Its columns of images and of labels, none of which may be missing.
         image = _column(data, "image_column", table.features, datasets.Image, "images")
         label = _column(data, "label_column", table.features, datasets.ClassLabel, "class labels")
         names, values = table.features[label].names, table[label][:]
         if not all(value is not None and 0 <= value < len(names) for value in values):
             found = f"split {split!r} has images without a label"
             raise UserError(f"data.path {data.path}: {found}; choose another data.split")
+
+        # The hub's fingerprint changes with the rows; where there was a choice of columns, they count too.
         pictures = _undecoded(table, image, data)
         read = partial(_read_row, pictures, image, data)
         kinds = [type(feature) for feature in table.features.values()]

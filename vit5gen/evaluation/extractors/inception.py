@@ -79,10 +79,9 @@ def _find_weights() -> Path:
     """Return the weights in torch's cache; download them there when they are absent."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-    path, alias = weights_paths()
-    for known in (path, alias):
-        if known.is_file():
-            return known
+    path, _ = paths = weights_paths()
+    if known := next(filter(Path.is_file, paths), None):
+        return known
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Writes to a temporary name and moves it, once the hash is right.

@@ -23,5 +23,5 @@ class PrecisionRecall(Metric):
         values = precision_recall(rows[0], rows[1], self.k, self.adm_fp16)
         settings = {"n": scan.count, "reference_n": len(reference.rows), "k": self.k, "adm_fp16": self.adm_fp16}
         suffix = "" if extractor.metric == "FID" else f"-{extractor.name}"
-        named = zip(("precision", "recall"), values, strict=True)
-        return {f"{name}{suffix}": {"value": value} | settings for name, value in named}
+        by_name = zip(("precision", "recall"), values, strict=True)
+        return {f"{name}{suffix}": {"value": value} | settings for name, value in by_name}

@@ -6,7 +6,7 @@ from vit5gen.evaluation.metric import Extractor, Metric, Reference, Scan, Score,
 
 @register_metric("sfid")
 class SpatialFrechet(Metric):
-    """sFID: of 7 channels of Inception's mixed_6 at every place."""
+    """sFID: of 7 channels of Inception's mixed_6 at every position."""
 
     needs = ("spatial",)
 

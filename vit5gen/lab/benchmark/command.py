@@ -1,5 +1,6 @@
 """``vit5gen benchmark``: check what is given, measure, and write rows as JSON and as a Markdown table."""
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -46,6 +47,7 @@ def run_benchmarks(output: Path, folders: Mapping[str, Path | None], only: str |
     folders: those of `Setting`. Rows that need one not given are skipped with a note. Raises `UserError` for bad
     input before any work.
     """
+    # What will be measured, and what cannot.
     names = NAMES if only is None else (choose("--only", only, NAMES),)
     if output.suffix != ".json":
         raise UserError(f"--output {output}: expected FILE.json; FILE.md is written next to it")
@@ -54,6 +56,8 @@ def run_benchmarks(output: Path, folders: Mapping[str, Path | None], only: str |
     notes += [f"{name}: rows that need --{_NEEDS[name]} are skipped" for name in absent]
     if {"train-step", "memory"} & set(names) and "bf16" not in steps.modes():
         notes.append("this CPU has no bf16 instructions: the mode bf16 is skipped, and the fastest is fp32")
+
+    # Check all input before any work, and write nothing until then.
     setting = Setting(QUICK if quick else FULL, **folders, notes=notes)
     keep_freed_memory()  # as training does, for both sides of whatever is timed in this process
     if "evaluation" in names:
@@ -61,9 +65,14 @@ def run_benchmarks(output: Path, folders: Mapping[str, Path | None], only: str |
     result: dict[str, Any] = {"rows": [], "quick": quick, "notes": notes, "peers": _check(setting)}
     for path in (output, output.with_suffix(".md")):
         check_writable(path)
-    result |= {"machine": _machine(), "costs": costs()}
+    # What affects times on this machine, and nothing that identifies it.
+    cpu = {"threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    result["machine"] = {"cpus": os.cpu_count(), **cpu, "commit": commit(), **versions()}
+    result["costs"] = costs()
     if "gpu" in names and torch.cuda.is_available():
         result["machine"]["gpu"] = fresh(torch.cuda.get_device_name)  # not here: to ask takes a part of the GPU
+
+    # Row after row.
     print("\n".join(_head(result)), flush=True)
     for name in names:
         for found in BENCHMARKS[name](setting):
@@ -96,34 +105,25 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): sha256(file) for file in folder.rglob("*.py") if file.is_file()}
 
 
-def _machine() -> dict[str, Any]:
-    """Return what affects times on this machine, and nothing that identifies it."""
-    cpu = {"threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
-    return {"cpus": os.cpu_count(), **cpu, "commit": commit(), **versions()}
-
-
 def costs() -> list[dict[str, Any]]:
     """Return FLOPs, memory, traffic and GPU-hours of the published number of steps of XL/2, for each backbone.
 
     They are computed by `vit5gen.training.cost` at an assumed utilisation, not measured.
     """
-    return [_cost(backbone, num_steps) for backbone in ("sit", "vit5") for num_steps in (400_000, 7_000_000)]
-
-
-def _cost(backbone: str, num_steps: int) -> dict[str, Any]:
-    training = {"precision": "bf16", "num_steps": num_steps}
-    config = validate(Config, {"model": {"backbone": backbone, "preset": "XL/2"}, "training": training}, "costs")
-    one, batch = run_cost(config), config.training.global_batch_size
-    return {
-        "model": f"{backbone} XL/2",
-        "steps": num_steps,
-        "batch": batch,
-        "forward GFLOPs an image": round(one.forward_flops / 1e9, 1),
-        f"GB on each of {NUM_GPUS} GPUs": round(cost.memory_bytes(one, config, batch // NUM_GPUS, NUM_GPUS) / 1e9, 1),
-        "GB sent a step": round(cost.communication_bytes(one, config, 1, NUM_GPUS) / 1e9, 2),
-        "assumed utilisation": cost.ASSUMED_UTILISATION,
-        **{f"computed {gpu}-hours": round(cost.gpu_hours(one, num_steps * batch, gpu, "bf16")) for gpu in cost.GPUS},
-    }
+    found = []
+    for backbone, num_steps in itertools.product(("sit", "vit5"), (400_000, 7_000_000)):
+        training = {"precision": "bf16", "num_steps": num_steps}
+        config = validate(Config, {"model": {"backbone": backbone, "preset": "XL/2"}, "training": training}, "costs")
+        image, batch = run_cost(config), config.training.global_batch_size
+        memory = cost.memory_bytes(image, config, batch // NUM_GPUS, NUM_GPUS)
+        hours = {gpu: round(cost.gpu_hours(image, num_steps * batch, gpu, "bf16")) for gpu in cost.GPUS}
+        entry = {"model": f"{backbone} XL/2", "steps": num_steps, "batch": batch}
+        entry["forward GFLOPs an image"] = round(image.forward_flops / 1e9, 1)
+        entry[f"GB on each of {NUM_GPUS} GPUs"] = round(memory / 1e9, 1)
+        entry["GB sent a step"] = round(cost.communication_bytes(image, config, NUM_GPUS) / 1e9, 2)
+        entry["assumed utilisation"] = cost.ASSUMED_UTILISATION
+        found.append(entry | {f"computed {gpu}-hours": number for gpu, number in hours.items()})
+    return found
 
 
 def _write(output: Path, result: dict[str, Any]) -> None:

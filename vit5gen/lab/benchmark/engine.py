@@ -85,10 +85,10 @@ def race(ours: Callable[[], object], theirs: Callable[[], object], sizes: Sizes)
     return pairs[sizes.warm_up :]
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Return how long ``call`` takes, on a GPU until its work is done."""
+def seconds(function: Callable[[], object]) -> float:
+    """Return how long ``function`` takes, on a GPU until its work is done."""
     start = time.perf_counter()
-    call()
+    function()
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter() - start
@@ -122,15 +122,15 @@ def fresh(function: Callable[..., T], *arguments: Any, count: int = 1) -> T:
         port = free.getsockname()[1]
     end_silently = (signal.signal, (signal.SIGINT, signal.SIG_DFL))  # Ctrl-C comes to all; one tells of it
     with ProcessPoolExecutor(count, get_context("spawn"), *end_silently) as pool:
-        calls = [pool.submit(_call, rank, count, port, function, arguments) for rank in range(count)]
+        futures = [pool.submit(_run_process, rank, count, port, function, arguments) for rank in range(count)]
         try:
-            results = [call.result() for call in calls]
+            results = [future.result() for future in futures]
         except BrokenProcessPool as error:
             raise UserError("a benchmark process was killed, perhaps for lack of memory; free some memory") from error
     return results[0]
 
 
-def _call(rank: int, count: int, port: int, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+def _run_process(rank: int, count: int, port: int, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if count > 1:
         joined = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}

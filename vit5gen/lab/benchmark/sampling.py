@@ -19,9 +19,9 @@ from vit5gen.training.run_folder import RunFolder
 PUBLISHED = ("sde-euler", "ode-euler")
 # In the order of their network evaluations, of which SiT's Heun for the SDE takes one more for its last step.
 CANDIDATES = [
-    (sampler, evaluations // calls)
+    (sampler, evaluations // per_step)
     for evaluations in (6, 8, 10, 12, 16, 20, 24, 30, 40, 50, 100)
-    for sampler, calls in (("ode-ab2", 1), ("ode-heun", 2), ("sde-heun", 2))
+    for sampler, per_step in (("ode-ab2", 1), ("ode-heun", 2), ("sde-heun", 2))
 ]
 FEWEST_IMAGES = 3  # of a run: a jackknife leaves one out, and two have a covariance
 
@@ -48,6 +48,7 @@ def rows(setting: Setting) -> Iterator[Row]:
     """Compare network evaluations and time of the first candidate that is `no_worse` than 250 published steps."""
     if setting.run is None:
         return
+    # The model, and what its images are compared with.
     sizes, config, pipe = setting.sizes, load_recorded(RunFolder(setting.run).config), load_pipeline(setting.run)
     extractor = load_extractor(config.evaluation.extractor)
     reference = build_reference(config, extractor)
@@ -57,6 +58,7 @@ def rows(setting: Setting) -> Iterator[Row]:
         setting.note(f"sampling: skipped because {reason}")
         return
 
+    # How a sampler is judged: the same images from the same noise, drawn once and remembered.
     def job(sampler: str, steps: int, count: int) -> SamplingJob:
         settings = config.sampling.model_copy(update={"sampler": sampler, "num_inference_steps": steps})
         return SamplingJob(labels[:count], config.evaluation.seed, config.evaluation.batch_size, settings)
@@ -73,6 +75,7 @@ def rows(setting: Setting) -> Iterator[Row]:
         distance, *rest = (reference.distance.distance(part.mean, part.covariance) for part in parts)
         return Score(distance, tuple(rest), pipe.num_evaluations)
 
+    # Against each published sampler, the cheapest of ours that is no worse: its evaluations, then its time.
     for sampler in PUBLISHED:
         peer, published = f"{sampler}-{sizes.published_steps}", (sampler, sizes.published_steps)
         theirs = score(*published)

@@ -288,7 +288,7 @@ def _processes(config: Config, sizes: Sizes) -> Row:
     """Compare two processes with one, each with one thread, on the same global batch; in turn, always new ones."""
     runs = range(sizes.fresh_repetitions)
     pairs = [(fresh(_step_time, config, sizes, count=2), fresh(_step_time, config, sizes)) for _ in runs]
-    sent = communication_bytes(run_cost(config), config, accumulation=1, num_processes=2)
+    sent = communication_bytes(run_cost(config), config, num_processes=2)
     return row("processes", "2", "1", pairs, _growth(pairs, math.log(2), -1) | {"MB sent": sent / 1e6})
 
 

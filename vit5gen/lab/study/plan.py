@@ -44,6 +44,7 @@ def read_study(path: str | Path) -> tuple[StudyConfig, list[Run]]:
 
     Raises `UserError` for a key that does not exist, a value that does not fit, or a baseline that is not a level.
     """
+    # What the file says of itself.
     study = validate(StudyConfig, read_yaml(path), f"study {path}")
     if not study.grid or not all(study.grid.values()):
         raise UserError(f"study {path}: grid needs an axis, and every axis a level; add them")
@@ -51,20 +52,26 @@ def read_study(path: str | Path) -> tuple[StudyConfig, list[Run]]:
         raise UserError(f"study {path}: seeds {study.seeds} list a seed twice; list each once")
     for axis, level in study.baseline.items():
         choose(f"study {path}: baseline {axis}", level, study.grid[choose(f"study {path}: axis", axis, study.grid)])
+
+    # The cells, whose names become folders and rows of tables.
     names = [", ".join(levels) for levels in itertools.product(*study.grid.values())]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"study {path}: two cells are called {min(twice)!r}; rename a level")
     cells = {levels: _config(path, study, levels) for levels in itertools.product(*study.grid.values())}
     if len(extractors := {config.evaluation.extractor for config in cells.values()}) > 1:
         raise UserError(f"study {path}: evaluation.extractor is {' and '.join(sorted(extractors))}; use one for all")
+
+    # Every cell from every seed.
     return study, [
-        Run(dict(zip(study.grid, levels, strict=True)), seed, _seeded(config, seed))
+        Run(dict(zip(study.grid, levels, strict=True)), seed, config.model_copy(update={"training": training}))
         for seed in study.seeds
         for levels, config in cells.items()
+        for training in [config.training.model_copy(update={"seed": seed})]
     ]
 
 
 def _config(path: str | Path, study: StudyConfig, levels: tuple[str, ...]) -> Config:
+    # The settings of all levels, none of which two axes may set.
     overrides, where = dict(study.overrides), f"study {path}: grid {' / '.join(levels)}"
     if bad := [level for level in levels if not level.isprintable() or set(level) & set("/|") or level[:1] in "."]:
         advice = "avoid '/', '|', a leading dot and unprintable characters"
@@ -76,6 +83,8 @@ def _config(path: str | Path, study: StudyConfig, levels: tuple[str, ...]) -> Co
             overrides[key] = value
     if "training.seed" in overrides:
         raise UserError(f"{where}: sets training.seed; move it to the seeds of the study")
+
+    # The run that they give, checked as training would.
     try:
         config = load_config(find_config(path).parent / study.base, overrides)
         check_values(config)
@@ -85,10 +94,6 @@ def _config(path: str | Path, study: StudyConfig, levels: tuple[str, ...]) -> Co
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     return config
-
-
-def _seeded(config: Config, seed: int) -> Config:
-    return config.model_copy(update={"training": config.training.model_copy(update={"seed": seed})})
 
 
 class Row(Section):

@@ -124,6 +124,7 @@ def _plot(study: StudyConfig, found: list[Difference], metric: str) -> Figure:
 
     A row has the seeds, their mean and its interval, and tells the number of seeds and p.
     """
+    # A panel for each measure, with a row for each difference.
     panels = [[d for d in found if d.measure == measure] for measure in MEASURES]
     baseline = ", ".join(f"{axis}: {level}" for axis, level in study.baseline.items())
     figure = Figure(figsize=(11, 1.4 + 0.34 * len(panels[0])), layout="constrained")
@@ -132,8 +133,10 @@ def _plot(study: StudyConfig, found: list[Difference], metric: str) -> Figure:
             values, mean, low, high = (100 * np.array(x) / d.reference for x in (d.values, d.mean, d.low, d.high))
             axes.plot(values, [height] * len(d.values), "o", color="0.65", markersize=4)
             axes.errorbar(mean, height, xerr=[[mean - low], [high - mean]], fmt="o", color="C0", capsize=3)
-            told = f"{len(d.values)} seeds" + ("" if d.p is None else f", p = {d.p:.2g}")
-            axes.annotate(told, (1.01, height), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+            note = f"{len(d.values)} seeds" + ("" if d.p is None else f", p = {d.p:.2g}")
+            axes.annotate(note, (1.01, height), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+
+        # The baseline is the line at 0; the rows have names at the left of the first panel.
         axes.axvline(0, color="0.3", linewidth=0.8)
         several = len(study.baseline) > 1  # else the cell tells with which it is compared
         names = [f"{d.cell} - {d.baseline}" if several else d.cell for d in reversed(panel)]

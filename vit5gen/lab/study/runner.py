@@ -49,6 +49,7 @@ def run_study(path: str | Path, output: str | Path) -> int:
 
 
 def _run_study(study: StudyConfig, runs: list[Run], output: Path) -> int:
+    # The rows so far, and whether all that the other runs need is there.
     rows, references, revision, failed = read_rows(output / "rows.jsonl", runs), References(), commit(), 0
     check_inputs([run for run in runs if run.name not in rows])
 
@@ -58,6 +59,7 @@ def _run_study(study: StudyConfig, runs: list[Run], output: Path) -> int:
         return len(finished)
 
     for number, run in enumerate(runs, start=1):
+        # Train and measure a run that has no row.
         if run.name in rows:
             continue
         folder = output / "runs" / run.name
@@ -77,6 +79,8 @@ def _run_study(study: StudyConfig, runs: list[Run], output: Path) -> int:
                 return code
             failed = code  # that run diverged; the others need not wait
             continue
+
+        # Keep its row; table and plot show all there are, in the order of the study.
         lines = [json.dumps(row.model_dump(mode="json")) + "\n" for row in rows.values()]
         write_text(output / "rows.jsonl", "".join(lines))
         report()
