@@ -86,12 +86,12 @@ def test_bad_input(data, tmp_path, monkeypatch):
         (tmp_path / "images" / f"z{label}").mkdir()
         (tmp_path / "images" / f"z{label}" / "broken.png").write_bytes(b"no image")
     for num_workers in (0, 1):
-        with pytest.raises(UserError, match=r"^FOLDER: .*broken.png' cannot be read as an image") as error:
+        with pytest.raises(UserError, match=r"^FOLDER: .*broken.png' does not decode") as error:
             classify(tmp_path / "images", "vit5_small", checkpoint, num_workers=num_workers)
         assert "\n" not in str(error.value)
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 4)
     Image.new("RGB", (9, 9)).save(tmp_path / "images" / "only" / "broken.png")
-    with pytest.raises(UserError, match=r"broken.png' cannot be read as an image \(Image size"):
+    with pytest.raises(UserError, match=r"broken.png' does not decode \(Image size"):
         classify(tmp_path / "images", "vit5_small", checkpoint)
 
 

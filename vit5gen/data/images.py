@@ -112,12 +112,11 @@ def make_source(data: DataConfig) -> Source:
 
 
 @contextmanager
-def decoding(name: str) -> Iterator[None]:
+def decoding(name: str, advice: str = "replace or remove it, or set data.on_broken_image to skip") -> Iterator[None]:
     """Turn what Pillow raises for a damaged image into a `BrokenImage` that names it."""
     try:
         yield
     except UNREADABLE as error:
-        advice = "replace or remove it, or set data.on_broken_image to skip"
         raise BrokenImage(f"{name} does not decode ({error}); {advice}") from error
 
 

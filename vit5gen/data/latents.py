@@ -78,6 +78,7 @@ class LatentDataset:
     """
 
     def __init__(self, folder: str | Path) -> None:
+        # The manifest, whose values are those of a file that anyone may have changed.
         self.folder = Path(folder)
         self.manifest: dict[str, Any] = read_json(self.folder / MANIFEST, "latents")
         try:
@@ -91,6 +92,8 @@ class LatentDataset:
             raise UserError(f"latents {self.folder}: {fault}; encode again") from error
         if shards is None:
             raise UserError(f"latents {self.folder}: encoding was interrupted; run `vit5gen encode` again to finish")
+
+        # Its shards, as whole as their sizes tell; `verify` reads them.
         for path, size in sizes.items():
             found = path.stat().st_size if path.is_file() else "none"
             if found != size:
@@ -144,6 +147,7 @@ class LatentDataset:
 
     def check(self, config: Config, vae: AutoencoderKL) -> None:
         """Raise `UserError` naming both values unless a run of this configuration can train on these latents."""
+        # What the transformer sees: latents of the same autoencoder, classes and views.
         check_autoencoder(config, vae)
         wanted = _latent_settings(vae, config)
         for key in _FIXED_BY_VAE:
@@ -157,6 +161,8 @@ class LatentDataset:
         self._compare("classes", self.class_names, classes)
         if self.manifest.get("horizontal_flip") not in ([True] if config.data.horizontal_flip else [True, False]):
             self._compare("horizontal_flip", False, True)
+
+        # What only evaluations see: images that may have changed since, and are read as the run is configured.
         if images is not None and len(images) != (count := self.manifest.get("images")):
             found = f"latents {self.folder} are of {count} images, but the data set has {len(images)}"
             processes().print(f"note: {found}; distances are computed to the data set")

@@ -11,8 +11,8 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 
-from vit5gen.data.images import ImageSet
-from vit5gen.data.pictures import UNREADABLE, cut_strip, eight_bits, find_classes
+from vit5gen.data.images import ImageSet, decoding
+from vit5gen.data.pictures import cut_strip, eight_bits, find_classes
 from vit5gen.models import load_vit5
 from vit5gen.models.classifier import default_cfgs
 from vit5gen.system.distributed import start_processes
@@ -60,12 +60,8 @@ def classify(
 
 def _read(files: list[Path], transform: Callable[[Image.Image], torch.Tensor], index: int) -> torch.Tensor:
     """Return an image as a network takes it."""
-    try:
-        with Image.open(files[index]) as image:
-            return transform(cut_strip(eight_bits(image).convert("RGB")))
-    except UNREADABLE as error:
-        found = f"{str(files[index])!r} cannot be read as an image ({error})"
-        raise UserError(f"FOLDER: {found}; replace or remove it.") from error
+    with decoding(f"FOLDER: {str(files[index])!r}", "replace or remove it"), Image.open(files[index]) as image:
+        return transform(cut_strip(eight_bits(image).convert("RGB")))
 
 
 def _image_folder(folder: str | Path, size: int, config: Any) -> ImageSet:

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from vit5gen.config import DataConfig, Exif, find_config, load_config
-from vit5gen.data.images import open_images
-from vit5gen.data.pictures import UNREADABLE, find_images, listing_digest, tell_left_out, upright
+from vit5gen.data.images import decoding, open_images
+from vit5gen.data.pictures import find_images, listing_digest, tell_left_out, upright
 from vit5gen.system.distributed import rank_and_world
 from vit5gen.system.errors import UserError
 
@@ -147,12 +147,9 @@ def broken_npz(path: Path) -> Iterator[None]:
 
 
 def _read_image(file: Path, exif: Exif) -> Tensor:
-    try:
-        with Image.open(file) as image:
-            image.load()
-            mode, pixels = image.mode, np.asarray(upright(image) if exif == "apply" else image)
-    except UNREADABLE as error:
-        raise UserError(f"image {file} does not decode ({error}); replace or remove it") from error
+    with decoding(f"image {file}", "replace or remove it"), Image.open(file) as image:
+        image.load()
+        mode, pixels = image.mode, np.asarray(upright(image) if exif == "apply" else image)
     if mode != "RGB":
         raise UserError(f"image {file} has mode {mode}; expected RGB with 8 bits per channel; convert it")
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())

@@ -159,11 +159,14 @@ def sample_ode(*args: Any, **options: Any) -> Tensor:
 
 def _draws(noise: Noise, x: Tensor, num_steps: int) -> Iterator[Tensor]:
     """Yield one Gaussian tensor like ``x`` per step: from one generator, one per sample, given tensors, or new."""
+    # One generator, torch's own where there is none, for the whole batch.
     if noise is None or isinstance(noise, torch.Generator):
         device = x.device if noise is None else noise.device
         for _ in range(num_steps):
             yield torch.randn(x.shape, generator=noise, device=device, dtype=x.dtype).to(x.device)
         return
+
+    # One for each sample, which then does not depend on its neighbours.
     if isinstance(noise, list | tuple) and noise and all(isinstance(g, torch.Generator) for g in noise):
         if len(noise) != len(x):
             raise UserError(f"noise: {len(noise)} generators; expected one per sample, {len(x)}.")
@@ -171,6 +174,8 @@ def _draws(noise: Noise, x: Tensor, num_steps: int) -> Iterator[Tensor]:
             draws = (torch.randn(x.shape[1:], generator=g, device=g.device, dtype=x.dtype) for g in noise)
             yield torch.stack([draw.to(x.device) for draw in draws])
         return
+
+    # Given tensors, as many as there are steps.
     count = 0
     for draw in noise:
         if not isinstance(draw, Tensor) or draw.shape != x.shape:

@@ -57,7 +57,8 @@ def load_sit(source: Weights, num_attention_heads: int | None = None, **override
     # The sizes, each from the shape of a weight; heads show in none.
     state = read_checkpoint(source)
     hidden_size, channels, patch, _ = _shape(state, "x_embedder.proj.weight", "SiT")
-    heads = num_attention_heads or {width: heads for width, _, heads in SIZES.values()}.get(hidden_size)
+    of_width = {width: heads for width, _, heads in SIZES.values()}
+    heads = of_width.get(hidden_size) if num_attention_heads is None else num_attention_heads
     if heads is None:
         fault = f"cannot be read from the shapes, and no preset has hidden_size {hidden_size}"
         raise UserError(f"num_attention_heads: {fault}; set num_attention_heads.")

@@ -141,10 +141,13 @@ class ViT5Backbone(Backbone):
         weight_init: str = "xavier",
     ) -> None:
         super().__init__()
+        # Refuse switches that do not go together.
         check_positive(rope_theta=rope_theta, register_theta=register_theta)
         check_registers(num_registers)
         check_heads(hidden_size, num_attention_heads, rope=rope or (register_rope and num_registers > 0))
         choose("absolute_position", absolute_position, ("learnable", "sincos_fixed", "none"))
+
+        # Registers and positions, each turned or not.
         self.grid, self.head_dim = grid, hidden_size // num_attention_heads
         self.rope_theta = rope_theta if rope else None
         self.register_theta = register_theta if register_rope else None
@@ -155,6 +158,8 @@ class ViT5Backbone(Backbone):
             self.register_buffer("pos_embed", table)
         else:
             self.register_parameter("pos_embed", None if table is None else nn.Parameter(table))
+
+        # The blocks, and the first values of what is learnt.
         options = BlockOptions(norm, affine_norms, activation, layer_scale, gamma_init, qk_norm, qkv_bias)
         sizes = (hidden_size, num_attention_heads, mlp_ratio)
         self.blocks = nn.ModuleList(ViT5Block(*sizes, options, modulated=True) for _ in range(num_layers))
