@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from vit5gen.system.errors import UserError, composed, nearest, short
+from vit5gen.system.errors import LARGEST, UserError, composed, nearest, short
 
 # YAML 1.1 reads 1e-4 (no dot) as a string.
 Float = Annotated[float, BeforeValidator(lambda value: float(value) if isinstance(value, str) else value)]
@@ -35,10 +35,10 @@ Decay = Annotated[Float, Field(ge=0, lt=1)]
 MOST_WIDTH, MOST_LAYERS, MOST_CLASSES, MOST_SIDE = 2**16, 1000, 10**7, 2**14
 MOST_IMAGES, MOST_BATCH, MOST_STEPS, MOST_WORKERS = 10**7, 2**20, 10**6, 1024
 Name = Annotated[str, AfterValidator(composed)]
-Natural = Annotated[int, Field(ge=0, lt=2**63)]
+Natural = Annotated[int, Field(ge=0, le=LARGEST)]
 Exif = Literal["apply", "ignore"]
 Rules = Literal[1, 2]
-Count = Annotated[int, Field(ge=1, lt=2**63)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Several = Annotated[int, Field(ge=2, le=MOST_IMAGES)]
 StepCount = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 BatchSize = Annotated[int, Field(ge=1, le=MOST_BATCH)]
@@ -273,7 +273,7 @@ class AutoencoderTraining(Section):
     held_out_split: str = Field(_HELD_OUT, description="split of the data used only for the final score")
     block_out_channels: list[Width] = Field([24, 48, 96], min_length=1, description="width at each resolution")
     layers_per_block: Layers = Field(1, description="residual blocks at each resolution of the encoder")
-    latent_channels: Width = Field(4, description="channels of a latent")
+    latent_channels: Width = Field(VaeConfig().latent_channels, description="channels of a latent")
     norm_num_groups: Width = Field(8, description="groups of a group norm; must divide every width")
     num_steps: Count = Field(6000, description="optimizer steps")
     batch_size: BatchSize = Field(32, description="images per step")

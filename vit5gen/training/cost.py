@@ -62,7 +62,7 @@ class Cost:
         return self.training_flops + self.forward_flops * self.recomputes
 
 
-def model_cost(model: SiTTransformer2DModel, precision: str = "fp32", recomputes: bool = False) -> Cost:
+def model_cost(model: SiTTransformer2DModel, precision: str, recomputes: bool) -> Cost:
     """Cost of a model at the latent size it was built for, from one forward and backward pass of an image.
 
     The model may be on the meta device, where the passes run. Memory, in eager mode: a layer with weights keeps input
