@@ -128,8 +128,9 @@ def build_parser() -> Parser:
             sub.usage = "%(prog)s CONFIG --output PATH [--section.key VALUE ...] [other options]"
             for part, field in Config.model_fields.items():
                 kind: Any = field.annotation
-                group = sub.add_argument_group(part, kind.__doc__)
-                for key in kind.model_fields:
+                keys = [key for key in kind.model_fields if not {part, f"{part}.{key}"} & set(section.unused)]
+                group = sub.add_argument_group(part, kind.__doc__) if keys else sub
+                for key in keys:
                     _add_field(group, kind, key, f"--{part}.{key}")
     return parser
 
@@ -163,7 +164,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
                 choose("command", words[0], COMMANDS)
             args, unknown = parser.parse_known_args(words)
             if unknown:
-                prog, first = args.parser.prog, short(unknown[0])
+                prog, first, section = args.parser.prog, short(unknown[0]), args.command[1]
+                if issubclass(section, ConfigOptions) and unknown[0].startswith(
+                    tuple(f"--{s}" for s in section.unused)
+                ):
+                    raise UserError(f"{prog}: {first} has no effect on this command; omit it")
                 hint = nearest(unknown[0].split("=")[0], args.parser._option_string_actions)
                 raise UserError(f"{prog}: unknown argument {first}.{hint} `{prog} --help` lists the options")
             sys.exit(args.command[-1](_read(args)) or 0)

@@ -204,6 +204,13 @@ class SamplingConfig(Section):
             raise ValueError("expected the start first, then the end")
         return interval
 
+    def idle_limit(self) -> str | None:
+        """Say which limit of guidance is set although the scale is 1, None if none is."""
+        for key in ("guidance_interval", "guidance_channels"):
+            if self.guidance_scale == 1 and getattr(self, key) != type(self).model_fields[key].default:
+                return f"{key}: has no effect at guidance_scale = 1 (off); set another scale, or omit {key}"
+        return None
+
 
 class DrawConfig(SamplingConfig):
     """How a command draws images of a run or a pipeline folder."""
@@ -221,6 +228,8 @@ class DrawConfig(SamplingConfig):
     def _guided(self) -> "DrawConfig":
         if self.guide is not None and self.autoguidance_scale == 1:
             raise ValueError("guide: has no effect at autoguidance_scale = 1 (off); set another scale")
+        if self.autoguidance_scale == 1 and (fault := self.idle_limit()):
+            raise ValueError(fault)
         return self
 
 
