@@ -165,6 +165,22 @@ BAD = {
         "encode TINY/run.yaml --output OUT --data.latents OUT",
         ["--data.latents", "no effect"],
     ),
+    "metric has no such option": (
+        "evaluate TINY/notes --reference TINY/notes --metrics {pr: {n: 5}}",
+        ["--metrics pr", "'n'", "k, adm_fp16"],
+    ),
+    "metric is a number": (
+        "evaluate TINY/notes --reference TINY/notes --metrics 5",
+        ["--metrics = 5", "expected NAME"],
+    ),
+    "options are a number": (
+        "evaluate TINY/notes --reference TINY/notes --extractor {inception: 5}",
+        ["--extractor", "NAME: {option: value}"],
+    ),
+    "extractor has no options": (
+        "train TINY/run.yaml --output OUT --evaluation.extractor {effnet-lite0: {size: 3}}",
+        ["evaluation.extractor", "'size'", "it has none"],
+    ),
     "MLP has no width": ("train TINY/run.yaml --output OUT --model.mlp_ratio 1e-4", ["mlp_ratio", "0.0001"]),
     "month is the 13th": ("train TINY/run.yaml --output OUT --training.seed 2024-13-45", ["training.seed", "YAML"]),
     "guidance without a null label": (

@@ -86,7 +86,11 @@ def _value(section: type[BaseModel], key: str, option: str, text: Any) -> Any:
     if isinstance(text, bool) or (text == "null" and type(None) in kinds):
         return text if isinstance(text, bool) else None
     if isinstance(text, list):
-        return [one if str in kinds else _parse(option, one) for one in text]
+        return [_value_of(kinds - {list}, option, one) for one in text]
+    return _value_of(kinds, option, text)
+
+
+def _value_of(kinds: set[Any], option: str, text: str) -> Any:
     return text if str in kinds and not kinds & {dict, list, bool} else _parse(option, text)
 
 

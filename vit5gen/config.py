@@ -62,7 +62,18 @@ def _read_numbers(value: Any) -> Any:
     return {k: float(v) if isinstance(v, str) and exponent.fullmatch(v) else v for k, v in value.items()}
 
 
+def _check_plug(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) == 1:
+        ((name, options),) = value.items()
+        if isinstance(name, str) and isinstance(options, dict):
+            return {name: _read_numbers(options)}
+    if not isinstance(value, str):
+        raise ValueError("expected NAME, or with options NAME: {option: value}")
+    return value
+
+
 PlugOptions = Annotated[dict[str, Any], BeforeValidator(_read_numbers)]
+Plug = Annotated[str | dict[str, dict[str, Any]], BeforeValidator(_check_plug)]
 
 
 class Section(BaseModel):
@@ -241,7 +252,7 @@ class EvaluationConfig(Section):
     num_reference: Several = Field(10_000, description="training images to compare generated images with")
     held_out_split: str = Field(_HELD_OUT, description="split of real images whose distance is the floor")
     batch_size: BatchSize = Field(100, description="images generated at once, per process")
-    extractor: str = Field("effnet-lite0", description="feature network")
+    extractor: Plug = Field("effnet-lite0", description="feature network, or with options {NAME: {option: value}}")
     seed: Natural = Field(0, description="seed of the generated images")
     images_per_class: Tiles = Field(8, description="columns of samples.png")
     grid_classes: Tiles = Field(10, description="rows of samples.png, one for each of the first classes")

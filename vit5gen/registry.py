@@ -129,6 +129,11 @@ def _identity(plug: Any) -> tuple[str, str]:
     return getattr(plug, "__module__", type(plug).__module__), getattr(plug, "__qualname__", repr(plug))
 
 
+def name_and_options(plug: str | Mapping[str, Mapping[str, Any]]) -> tuple[str, Mapping[str, Any]]:
+    """Return the name and the options of a plug that is given as ``NAME`` or ``{NAME: {option: value}}``."""
+    return (plug, {}) if isinstance(plug, str) else next(iter(plug.items()))
+
+
 def needs(missing: Callable[..., dict[str, str]]) -> Callable[[T], T]:
     """Decorate a function that is a plug: ``missing()`` returns what it lacks on this machine, and how to get it."""
 

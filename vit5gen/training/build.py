@@ -11,6 +11,7 @@ from vit5gen.evaluation.features import EXTRACTORS
 from vit5gen.flow import Flow
 from vit5gen.generation.scheduler import SAMPLERS
 from vit5gen.models import SiTTransformer2DModel
+from vit5gen.registry import name_and_options
 from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.precision import PRECISIONS, has_compiler, resolve
@@ -32,7 +33,7 @@ def check_values(config: Config) -> None:
         untrained = "needs a null label, but with model.class_dropout_prob = 0 none is trained"
         advice = "set class_dropout_prob above 0, or guidance_scale to 1"
         raise UserError(f"sampling.guidance_scale = {sampling.guidance_scale}: {untrained}; {advice}")
-    EXTRACTORS.get(config.evaluation.extractor)  # raises where it is unknown, or its package broken
+    EXTRACTORS.check(*name_and_options(config.evaluation.extractor), "evaluation.extractor")
     choose("training.optimizer", config.training.optimizer, OPTIMIZERS.names())
     for name in config.training.objectives:
         if OBJECTIVES.get(name).needs_image and not config.data.from_images:

@@ -174,7 +174,7 @@ def missing(config: Config) -> dict[str, str]:
         absent[data.latents] = f"vit5gen encode CONFIG --output {data.latents}"
     absent |= kl.missing(config.vae.name)
     if not (unneeded and images):  # without images there is no distance
-        absent |= registry.missing(EXTRACTORS.get(config.evaluation.extractor))
+        absent |= registry.missing(EXTRACTORS.get(registry.name_and_options(config.evaluation.extractor)[0]))
     for name in config.training.objectives:
         absent |= OBJECTIVES.get(name).missing()
     return absent | registry.missing(BACKBONES.get(config.model.backbone))
