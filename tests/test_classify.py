@@ -14,10 +14,10 @@ from torchvision.transforms import functional as T
 import vit5gen.models  # noqa: F401 (registers vit5_small with timm)
 from vit5gen.commands.classify import ClassifyOptions
 from vit5gen.evaluation import accuracy
-from vit5gen.evaluation.accuracy import classify
 from vit5gen.system.errors import UserError
 
 NUM_CLASSES = 7
+classify = functools.partial(accuracy.classify, batch_size=4, num_workers=0)
 
 
 @pytest.fixture(scope="module")

@@ -149,6 +149,38 @@ BAD = {
         "train TINY/run.yaml --output OUT --sampling.guidance_interval [0.9,0.1]",
         ["guidance_interval", "[0.9, 0.1]", "start"],
     ),
+    "interval of no guidance": (
+        "train TINY/run.yaml --output OUT --sampling.guidance_scale 1 --sampling.guidance_interval [0.1,0.9]",
+        ["sampling.guidance_interval", "no effect", "guidance_scale = 1"],
+    ),
+    "channels of no guidance": (
+        "sample --checkpoint TINY/none --num-images 1 --seed 0 --output OUT.png --guidance-channels 3",
+        ["guidance_channels", "no effect", "guidance_scale = 1"],
+    ),
+    "encoding trains nothing": (
+        "encode TINY/run.yaml --output OUT --training.seed 3",
+        ["encode", "--training.seed", "no effect"],
+    ),
+    "encoding reads no latents": (
+        "encode TINY/run.yaml --output OUT --data.latents OUT",
+        ["--data.latents", "no effect"],
+    ),
+    "metric has no such option": (
+        "evaluate TINY/notes --reference TINY/notes --metrics {pr: {n: 5}}",
+        ["--metrics pr", "'n'", "k, adm_fp16"],
+    ),
+    "metric is a number": (
+        "evaluate TINY/notes --reference TINY/notes --metrics 5",
+        ["--metrics = 5", "expected NAME"],
+    ),
+    "options are a number": (
+        "evaluate TINY/notes --reference TINY/notes --extractor {inception: 5}",
+        ["--extractor", "NAME: {option: value}"],
+    ),
+    "extractor has no options": (
+        "train TINY/run.yaml --output OUT --evaluation.extractor {effnet-lite0: {size: 3}}",
+        ["evaluation.extractor", "'size'", "it has none"],
+    ),
     "MLP has no width": ("train TINY/run.yaml --output OUT --model.mlp_ratio 1e-4", ["mlp_ratio", "0.0001"]),
     "month is the 13th": ("train TINY/run.yaml --output OUT --training.seed 2024-13-45", ["training.seed", "YAML"]),
     "guidance without a null label": (

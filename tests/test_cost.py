@@ -49,7 +49,7 @@ def inputs(model: SiTTransformer2DModel, batch: int) -> tuple[Tensor, Tensor, Te
 def test_flops_are_those_of_weights_and_attention(name: str) -> None:
     with torch.device("meta"):
         model = build(**MODELS[name])
-    found, config = cost.model_cost(model), model.config
+    found, config = cost.model_cost(model, "fp32", False), model.config
     forward, entrance = 4 * found.tokens**2 * config.hidden_size * config.num_layers, 0
     for layer, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -89,25 +89,30 @@ def built_with(backbone: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> Si
 
 def test_flops_of_a_backbone_of_other_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = built_with(Windows, monkeypatch)
-    own, found = cost.model_cost(model), 2 * 16 * 64 * 64 + 2 * 2 * 16 * 2 * 64  # a product of 16 tokens; 8 windows
+    own, found = (
+        cost.model_cost(model, "fp32", False),
+        2 * 16 * 64 * 64 + 2 * 2 * 16 * 2 * 64,
+    )  # a product of 16 tokens; 8 windows
     model.backbone.forward = lambda tokens, conditioning, grid: tokens + conditioning[:, None]
-    assert own.forward_flops - cost.model_cost(model).forward_flops == found
+    assert own.forward_flops - cost.model_cost(model, "fp32", False).forward_flops == found
     assert own.tokens == 16
 
 
 def test_a_backbone_that_reads_values_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="'Undecided' cannot run on torch's meta device") as told:
-        cost.model_cost(built_with(Undecided, monkeypatch))
+        cost.model_cost(built_with(Undecided, monkeypatch), "fp32", False)
     assert "\n" not in str(told.value)
 
 
 def test_published_sizes() -> None:
     with torch.device("meta"):
         sit, vit5 = (build("XL/2", backbone=name) for name in ("sit", "vit5"))
-    assert cost.model_cost(sit).forward_flops / 2 == pytest.approx(119e9, rel=0.01)  # arXiv 2401.08740: multiply-adds
-    assert cost.model_cost(vit5).parameters == 675_087_568
+    assert cost.model_cost(sit, "fp32", False).forward_flops / 2 == pytest.approx(
+        119e9, rel=0.01
+    )  # arXiv 2401.08740: multiply-adds
+    assert cost.model_cost(vit5, "fp32", False).parameters == 675_087_568
     positions = 256 * 1152  # a fixed table, counted in the published number and not trained
-    assert cost.model_cost(sit).parameters + positions == 675_111_184
+    assert cost.model_cost(sit, "fp32", False).parameters + positions == 675_111_184
 
 
 def kept_bytes(model: SiTTransformer2DModel, batch: int, precision: str) -> int:
@@ -139,7 +144,7 @@ def test_activations_are_what_autograd_keeps(
     found = cost.model_cost(model, precision, recomputes)
     if recomputes:
         model.enable_gradient_checkpointing()
-        whole = cost.model_cost(model, precision)
+        whole = cost.model_cost(model, precision, False)
         block = whole.activation_bytes // found.num_blocks
         assert found.activation_bytes < whole.activation_bytes
     image = kept_bytes(model, 4, precision) - kept_bytes(model, 3, precision)
@@ -161,7 +166,7 @@ def test_states_are_what_a_step_leaves() -> None:
     tensors = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
     tensors += [average for averages in ema.averages.values() for average in averages]
     tensors += [value for state in optimizer.state.values() for value in state.values() if value.ndim]
-    found = cost.model_cost(model)
+    found = cost.model_cost(model, "fp32", False)
     assert cost.memory_bytes(found, settings, 0, 1) == sum(tensor.nbytes for tensor in tensors)
 
 

@@ -49,13 +49,15 @@ def test_crop_halves_by_box_then_cuts_the_centre() -> None:
     for _ in range(2):  # 96 -> 48 -> 24, then nothing is left to scale; each mean of two is rounded up
         expected = (expected[:, 0::2] + expected[:, 1::2] + 1) // 2
         expected = (expected[0::2] + expected[1::2] + 1) // 2
-    assert centre_crop(Image.fromarray(pixels), 24).tolist() == expected[:, 4:28].transpose(2, 0, 1).tolist()
+    assert (
+        centre_crop(Image.fromarray(pixels), 24, "apply", 2).tolist() == expected[:, 4:28].transpose(2, 0, 1).tolist()
+    )
 
 
 def test_crop_scales_by_bicubic() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(256, size=(30, 20, 3), dtype=np.uint8))
     expected = np.asarray(image.resize((16, 24), Image.Resampling.BICUBIC))[4:20].transpose(2, 0, 1)
-    assert torch.equal(centre_crop(image, 16), torch.from_numpy(expected.copy()))
+    assert torch.equal(centre_crop(image, 16, "apply", 2), torch.from_numpy(expected.copy()))
 
 
 def test_folder_labels_are_the_sorted_names(pets: Path) -> None:

@@ -63,7 +63,7 @@ def test_what_systems_leave_behind_is_no_data(pets: Path, name: str, capsys: pyt
     shutil.copy(pets / "cat" / "1.png", pets / name)
     assert counted(pets) == {"cat": 2, "dog": 1}
     assert open_images(data(pets)).digest() == before
-    assert open_folder(pets, 1).count == 3
+    assert open_folder(pets, 1, "apply").count == 3
     assert capsys.readouterr().err == f"note: {pets}: 1 file skipped (1 hidden)\n"
 
 
@@ -111,7 +111,7 @@ def test_every_reader_takes_the_same_suffixes(tmp_path: Path, suffix: str) -> No
     image = Image.new("L" if suffix == ".pgm" else "1" if suffix == ".pbm" else "RGB", (8, 8), "white")
     save(tmp_path / "a" / f"1{suffix}", image, format=kind)
     assert open_images(data(tmp_path))[0][0].min() == 255
-    assert open_folder(tmp_path, 1).count == 1
+    assert open_folder(tmp_path, 1, "apply").count == 1
     assert len(_class_folders(tmp_path)) == 1
 
 
@@ -160,7 +160,7 @@ def test_links_to_folders_are_followed_and_circles_cut(pets: Path, tmp_path: Pat
     (pets / "cat" / "root").symlink_to("/")
     (pets / "bird").symlink_to(tmp_path / "elsewhere")  # the same images under two labels are the user's to choose
     left_out: Counter[str] = Counter()
-    names = [str(file.relative_to(pets)) for file in find_images(pets, left_out)]
+    names = [str(file.relative_to(pets)) for file in find_images(pets, left_out, 2)]
     assert names == ["bird/x/3.png", "cat/1.png", "cat/deep/2.jpg", "dog/1.PNG", "dog/more/x/3.png"]
     assert left_out == {"link to a folder above it": 4}
     assert counted(pets) == {"bird": 1, "cat": 2, "dog": 2}
@@ -329,7 +329,7 @@ def test_deep_grey_is_scaled_by_its_range(tmp_path: Path, case: str) -> None:
     assert torch.equal((_class_folders(tmp_path)[0][0] * 255).round().to(torch.uint8), expected)
     assert torch.equal(first_chunk(open_data(data(tmp_path, resolution=16), 1))[0], expected)
     with Image.open(file) as image:
-        assert centre_crop(image, 16, rules=1).float().mean() != 127.5  # as an old run saw it
+        assert centre_crop(image, 16, "apply", 1).float().mean() != 127.5  # as an old run saw it
 
 
 def test_a_dark_image_stays_dark() -> None:
@@ -359,14 +359,14 @@ def test_numbers_without_a_known_range_are_refused(tmp_path: Path, values: np.nd
             read(0)
         assert "\n" not in str(raised.value)
     with pytest.raises(UserError, match=r"1\.tif has mode [IF]"):
-        first_chunk(open_folder(tmp_path, 1))
+        first_chunk(open_folder(tmp_path, 1, "apply"))
 
 
 def test_a_transparent_level_of_16_bits_turns_white(tmp_path: Path) -> None:
     file = save(tmp_path / "1.png", Image.fromarray(DEEP), transparency=257)
     with Image.open(file) as image:
-        assert to_rgb(image).getpixel((1, 0)) == (255, 255, 255)
-        assert to_rgb(image).getpixel((2, 0)) == (2, 2, 2)
+        assert to_rgb(image, "apply", 2).getpixel((1, 0)) == (255, 255, 255)
+        assert to_rgb(image, "apply", 2).getpixel((2, 0)) == (2, 2, 2)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB"])
@@ -377,7 +377,7 @@ def test_images_of_8_bits_keep_their_pixels(mode: str) -> None:
         mode, lambda: image
     )()
     assert eight_bits(image) is image
-    assert torch.equal(centre_crop(image, 16), centre_crop(image, 16, "ignore", rules=1))
+    assert torch.equal(centre_crop(image, 16, "apply", 2), centre_crop(image, 16, "ignore", 1))
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "avif", "tiff"])
@@ -389,15 +389,15 @@ def test_exif_orientation(tmp_path: Path, kind: str, orientation: int) -> None:
     file = save(tmp_path / "a" / f"1.{kind}", image, exif=exif)
     with Image.open(file) as stored, Image.open(file) as again:
         expected = ImageOps.exif_transpose(again).convert("RGB")
-        assert to_rgb(stored).tobytes() == expected.tobytes()
-    assert torch.equal(open_images(data(tmp_path))[0][0], centre_crop(expected, 8))
+        assert to_rgb(stored, "apply", 2).tobytes() == expected.tobytes()
+    assert torch.equal(open_images(data(tmp_path))[0][0], centre_crop(expected, 8, "apply", 2))
     turned = np.asarray(expected).transpose(2, 0, 1)
-    assert first_chunk(open_folder(tmp_path, 1))[0].tolist() == turned.tolist()
-    assert open_folder(tmp_path, 1).identity["exif"] == "apply"
+    assert first_chunk(open_folder(tmp_path, 1, "apply"))[0].tolist() == turned.tolist()
+    assert open_folder(tmp_path, 1, "apply").identity["exif"] == "apply"
     if kind != "tiff":  # in which it is part of the format
         with Image.open(file) as stored:
             stays = stored.convert("RGB")
-        assert torch.equal(open_images(data(tmp_path, exif="ignore"))[0][0], centre_crop(stays, 8, "ignore"))
+        assert torch.equal(open_images(data(tmp_path, exif="ignore"))[0][0], centre_crop(stays, 8, "ignore", 2))
         assert first_chunk(open_folder(tmp_path, 1, "ignore")).shape == (1, 3, 12, 16)
         assert _class_folders(tmp_path)[0][0].shape == (3, 16, 16)
 
@@ -410,7 +410,7 @@ def test_exif_orientation(tmp_path: Path, kind: str, orientation: int) -> None:
 def test_damaged_exif_leaves_an_image_as_it_is(tmp_path: Path, exif: bytes) -> None:
     save(tmp_path / "a" / "1.jpg", Image.new("RGB", (12, 16)), exif=exif)
     assert open_images(data(tmp_path))[0][0].shape == (3, 8, 8)
-    assert first_chunk(open_folder(tmp_path, 1)).shape == (1, 3, 16, 12)
+    assert first_chunk(open_folder(tmp_path, 1, "apply")).shape == (1, 3, 16, 12)
 
 
 @pytest.mark.parametrize("size", [(3000, 1), (1, 3000), (2000, 4)])
@@ -420,7 +420,7 @@ def test_a_strip_takes_little_memory(size: tuple[int, int], tmp_path: Path) -> N
     whole = image.resize((round(size[0] * scale), round(size[1] * scale)), Image.Resampling.BICUBIC)
     left, top = (whole.width - 32) // 2, (whole.height - 32) // 2
     expected = np.asarray(whole)[top : top + 32, left : left + 32].transpose(2, 0, 1).astype(int)
-    assert abs(centre_crop(image, 32).numpy() - expected).max() <= 1
+    assert abs(centre_crop(image, 32, "apply", 2).numpy() - expected).max() <= 1
     cut = cut_strip(image)
     assert max(cut.size) <= 16 * min(cut.size) + 1
     save(tmp_path / "a" / "1.png", image)
@@ -430,7 +430,7 @@ def test_a_strip_takes_little_memory(size: tuple[int, int], tmp_path: Path) -> N
         patch.setattr(
             Image.Image, "resize", lambda self, to, *rest, **more: sizes.append(to) or real(self, to, *rest, **more)
         )
-        centre_crop(image, 256)
+        centre_crop(image, 256, "apply", 2)
         _class_folders(tmp_path)[0]
     assert max(width * height for width, height in sizes) <= 18 * 256 * 256
 
@@ -457,11 +457,11 @@ def test_huggingface_rows_are_read_by_the_same_rules(tmp_path: Path) -> None:
     settings = data(tmp_path / "set", source="huggingface", resolution=16)
     images = open_images(settings)
     assert images[0][0].float().mean() == 127.5
-    assert torch.equal(images[1][0], centre_crop(phone.transpose(Image.Transpose.ROTATE_270), 16))
+    assert torch.equal(images[1][0], centre_crop(phone.transpose(Image.Transpose.ROTATE_270), 16, "apply", 2))
     with pytest.raises(UserError, match=r"image 2 of .*mode I with values"):
         images[2]
     stays = open_images(settings.model_copy(update={"exif": "ignore"}))
-    assert torch.equal(stays[1][0], centre_crop(phone, 16))
+    assert torch.equal(stays[1][0], centre_crop(phone, 16, "apply", 2))
     assert stays.digest() == images.digest()
     old = open_images(settings.model_copy(update={"rules": 1, "exif": "ignore"}))
     assert old[0][0].float().mean() > 250

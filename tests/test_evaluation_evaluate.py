@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from vit5gen import cli
+from vit5gen.cli import main
 from vit5gen.config import DrawConfig, SamplingConfig
 from vit5gen.evaluation import evaluate, frechet_distance, load_extractor, register_extractor
 from vit5gen.evaluation.evaluate import evaluation_card, markdown, open_samples, samples_from_pipeline
@@ -28,16 +29,16 @@ from vit5gen.system.files import sha256
 
 
 @register_extractor("colours")
-def colours(device: torch.device, weights: Path | None, weights_sha256: str | None) -> Extractor:
-    """Mean colours of a 2 x 2 grid: fast, and with all that Inception has."""
+def colours(device: torch.device, weights: Path | None, weights_sha256: str | None, *, side: int = 2) -> Extractor:
+    """Mean colours of a grid, 2 x 2 by default: fast, and with all that Inception has."""
 
     def features(network: nn.Module, images: torch.Tensor) -> Features:
-        pooled = functional.adaptive_avg_pool2d(images.float(), 2).flatten(1) / 255
+        pooled = functional.adaptive_avg_pool2d(images.float(), side).flatten(1) / 255
         return Features(pooled, spatial=images.float().mean(dim=1).flatten(1)[:, :20] / 255, logits=pooled[:, :5] * 9)
 
     options = {"weights_sha256": "none", "settings": {}, "network": nn.Identity(), "features": features}
     return Extractor(
-        name="Colours", metric="FD-Colours", dim=12, device=device, spatial_dim=20, num_classes=5, **options
+        name="Colours", metric="FD-Colours", dim=3 * side**2, device=device, spatial_dim=20, num_classes=5, **options
     )
 
 
@@ -186,6 +187,29 @@ def test_the_name_fid_50k_needs_all_that_adm_fixes(tmp_path, colour_extractor, m
         assert card["protocol"]["label"] != "FID-50K"
     with pytest.raises(UserError, match="fixes the metrics"):
         evaluation_card([samples], adm, network, protocol="adm", metrics=["fid"])
+
+
+def test_options_of_metrics_and_extractor_come_from_the_command_line(tmp_path) -> None:
+    write_folder(tmp_path / "real", pictures(9, seed=1))
+    write_folder(tmp_path / "samples", pictures(9, seed=0))
+    words = ["evaluate", str(tmp_path / "samples"), "--reference", str(tmp_path / "real")]
+    words += ["--extractor", "colours: {side: 3}", "--metrics", "fid", "pr: {k: 5}", "--output", str(tmp_path / "card")]
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 0
+    card = json.loads((tmp_path / "card").read_text())
+    extractor = load_extractor({"colours": {"side": 3}})
+    assert extractor.dim == 27
+    assert card["extractor"] == extractor.identity
+    assert extractor.identity["settings"] == {"side": 3}
+    assert card["metric_options"] == {"pr": {"k": 5}}
+    precision = card["metrics"]["precision-Colours"]
+    assert precision["k"] == 5
+    expected = card_of(tmp_path / "samples", tmp_path / "real", extractor, metrics=["fid", {"pr": {"k": 5}}])
+    assert expected["metrics"] == card["metrics"]
+    assert "metric_options" not in card_of(tmp_path / "samples", tmp_path / "real", extractor, metrics=["fid"])
+    with pytest.raises(UserError, match="metric pr: given twice"):
+        card_of(tmp_path / "samples", tmp_path / "real", extractor, metrics=["pr", {"pr": {"k": 5}}])
 
 
 def test_effnet_scores_of_folders_equal_torch_fidelity(tmp_path) -> None:

@@ -163,7 +163,7 @@ def test_bad_input() -> None:
         lambda: Flow(prediction="x0"),
         lambda: Flow(loss_weight="snr"),
         lambda: Flow(direction_weight=-1.0),
-        lambda: Flow().diffusion(0.5, "sgima"),
+        lambda: Flow().diffusion(0.5, "sgima", 1.0),
         lambda: Flow().diffusion(0.5, "sigma", math.nan),
         lambda: draw_timesteps(Flow(), torch.rand(3), "normal"),
         lambda: draw_timesteps(Flow(), torch.rand(3), "logit_normal", logit_std=0.0),
@@ -182,7 +182,7 @@ def test_bad_input() -> None:
     with pytest.raises(UserError, match=r"'Cosine'.*linear, gvp, vp"):
         Flow("Cosine")
     with pytest.raises(UserError, match=r"'sgima'.*Did you mean 'sigma'"):
-        Flow().diffusion(0.5, "sgima")
+        Flow().diffusion(0.5, "sgima", 1.0)
 
 
 @pytest.mark.parametrize("path", PATHS)

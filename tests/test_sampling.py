@@ -51,12 +51,12 @@ def launched(*arguments: object, **options: object) -> None:
 
 
 def test_labels_are_fixed_by_the_seed_balanced_and_shuffled() -> None:
-    labels = draw_labels(103, range(10), seed=1)
-    assert labels == draw_labels(103, range(10), seed=1)
-    assert labels != draw_labels(103, range(10), seed=2)
+    labels = draw_labels(103, range(10), seed=1, mode="balanced")
+    assert labels == draw_labels(103, range(10), seed=1, mode="balanced")
+    assert labels != draw_labels(103, range(10), seed=2, mode="balanced")
     assert sorted(Counter(labels).values()) == [10] * 7 + [11] * 3
     assert labels != sorted(labels)
-    assert set(draw_labels(20, [7, 3], seed=1)) == {3, 7}
+    assert set(draw_labels(20, [7, 3], seed=1, mode="balanced")) == {3, 7}
     random_labels = draw_labels(10_000, range(10), seed=1, mode="random")
     counts = np.bincount(random_labels, minlength=10)
     assert len(set(counts)) > 1
@@ -75,7 +75,7 @@ def test_every_image_has_noise_of_its_own() -> None:
 
 
 def test_image_depends_on_its_seed_index_and_label_alone() -> None:
-    pipe, labels = tiny_pipeline(), draw_labels(23, range(5), 3)
+    pipe, labels = tiny_pipeline(), draw_labels(23, range(5), 3, mode="balanced")
     batches = [
         torch.cat([images for _, images in generate(pipe, SamplingJob(labels, 3, size, FAST))]).int()
         for size in (23, 5, 1)
@@ -212,7 +212,7 @@ def test_npz_is_in_adms_form(checkpoint: Path, tmp_path: Path) -> None:
     images, labels = file["arr_0"], file["arr_1"]
     assert images.shape == (23, 16, 16, 3)
     assert images.dtype == np.uint8
-    assert labels.tolist() == draw_labels(23, range(5), 3)
+    assert labels.tolist() == draw_labels(23, range(5), 3, mode="balanced")
     pipe = SiTPipeline.from_pretrained(checkpoint / "pipeline")
     expected = pipe(labels[5:10], generator=[image_generator(3, i) for i in range(5, 10)], **FAST.model_dump()).images
     assert np.array_equal(images[5:10], np.stack(expected))
@@ -402,7 +402,7 @@ def test_autoguidance(checkpoint: Path, tmp_path: Path) -> None:
     options = {"settings": FAST, "batch_size": 23, "autoguidance_scale": 2.5}
     draw(checkpoint, tmp_path / "out.npz", guide=tmp_path / "weak", **options)
     pipe = SiTPipeline.from_pretrained(checkpoint / "pipeline", guide=weak.transformer)
-    labels = draw_labels(23, range(5), 3)
+    labels = draw_labels(23, range(5), 3, mode="balanced")
     generators = [image_generator(3, i) for i in range(23)]
     expected = pipe(labels, generator=generators, autoguidance_scale=2.5, **FAST.model_dump()).images
     assert np.array_equal(np.load(tmp_path / "out.npz")["arr_0"], np.stack(expected))

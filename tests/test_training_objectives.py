@@ -48,6 +48,22 @@ class LookAhead(Objective):
         return (1 - F.cosine_similarity(self.projector(early), late.detach(), dim=-1)).mean(1)
 
 
+@register_objective("test-reads-values")
+class ReadsValues(Objective):
+    """What no meta tensor lets one do."""
+
+    def forward(self, prediction: Tensor, hidden: dict[int, Tensor], batch: Batch, step: int) -> Tensor:
+        return prediction.mean((1, 2, 3)) * float(batch.t.sum())
+
+
+@register_objective("test-tells-flops")
+class TellsFlops(ReadsValues):
+    """What tells its cost itself."""
+
+    def flops(self, prediction: Tensor, hidden: dict[int, Tensor], batch: Batch) -> int:
+        return 5 * 10**9
+
+
 @register_objective("test-image")
 class NeedsImage(Objective):
     """Sees the images of the batch."""
@@ -170,3 +186,21 @@ def test_the_dry_run_counts_the_parameters_of_objectives(config_file: Path) -> N
         checkpoint_bytes(two, both) - checkpoint_bytes(one, plain) == 5 * 4 * two.of_objectives
     )  # weights, 2 averages, 2 moments
     assert f"{one.parameters:,} parameters, {two.of_objectives:,} more in objectives" in describe(both, two)[0]
+
+
+def test_the_dry_run_counts_the_flops_of_objectives(config_file: Path) -> None:
+    names = (None, "test-look-ahead", "test-image", "test-tells-flops", "test-reads-values")
+    chosen = [{"flow": {}} | ({} if name is None else {name: {}}) for name in names]
+    configs = [load_config(config_file, {"training.objectives": one}) for one in chosen]
+    plain, ahead, image, told, unknown = (run_cost(config) for config in configs)
+    (_, height, side), patch, width = configs[0].latent_shape, configs[0].model.patch_size, configs[0].model.hidden_size
+    assert patch is not None
+    assert width is not None
+    # A linear layer on each token: one product forward, two backward, a multiply-add being two.
+    tokens = height * side // patch**2
+    assert ahead.training_flops - plain.training_flops == ahead.objective_flops == 3 * 2 * tokens * width**2
+    assert (plain.objective_flops, image.objective_flops, told.objective_flops) == (0, 0, 5 * 10**9)
+    assert (image.uncounted, told.uncounted, unknown.uncounted) == ((), (), ("test-reads-values",))
+    assert "G backward, per image" in describe(configs[0], plain)[1]
+    assert "5 G in objectives, per image" in describe(configs[3], told)[1]
+    assert "not counted: test-reads-values" in describe(configs[4], unknown)[1]

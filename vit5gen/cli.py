@@ -86,7 +86,11 @@ def _value(section: type[BaseModel], key: str, option: str, text: Any) -> Any:
     if isinstance(text, bool) or (text == "null" and type(None) in kinds):
         return text if isinstance(text, bool) else None
     if isinstance(text, list):
-        return [one if str in kinds else _parse(option, one) for one in text]
+        return [_value_of(kinds - {list}, option, one) for one in text]
+    return _value_of(kinds, option, text)
+
+
+def _value_of(kinds: set[Any], option: str, text: str) -> Any:
     return text if str in kinds and not kinds & {dict, list, bool} else _parse(option, text)
 
 
@@ -130,8 +134,9 @@ def build_parser() -> Parser:
             sub.usage = "%(prog)s CONFIG --output PATH [--section.key VALUE ...] [other options]"
             for part, field in Config.model_fields.items():
                 kind: Any = field.annotation
-                group = sub.add_argument_group(part, kind.__doc__)
-                for key in kind.model_fields:
+                keys = [key for key in kind.model_fields if not {part, f"{part}.{key}"} & set(section.unused)]
+                group = sub.add_argument_group(part, kind.__doc__) if keys else sub
+                for key in keys:
                     _add_field(group, kind, key, f"--{part}.{key}")
     return parser
 
@@ -165,7 +170,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
                 choose("command", words[0], COMMANDS)
             args, unknown = parser.parse_known_args(words)
             if unknown:
-                prog, first = args.parser.prog, short(unknown[0])
+                prog, first, section = args.parser.prog, short(unknown[0]), args.command[1]
+                if issubclass(section, ConfigOptions) and unknown[0].startswith(
+                    tuple(f"--{s}" for s in section.unused)
+                ):
+                    raise UserError(f"{prog}: {first} has no effect on this command; omit it")
                 hint = nearest(unknown[0].split("=")[0], args.parser._option_string_actions)
                 raise UserError(f"{prog}: unknown argument {first}.{hint} `{prog} --help` lists the options")
             sys.exit(args.command[-1](_read(args)) or 0)

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from vit5gen.system.errors import UserError, composed, nearest, short
+from vit5gen.system.errors import LARGEST, UserError, composed, nearest, short
 
 # YAML 1.1 reads 1e-4 (no dot) as a string.
 Float = Annotated[float, BeforeValidator(lambda value: float(value) if isinstance(value, str) else value)]
@@ -35,10 +35,10 @@ Decay = Annotated[Float, Field(ge=0, lt=1)]
 MOST_WIDTH, MOST_LAYERS, MOST_CLASSES, MOST_SIDE = 2**16, 1000, 10**7, 2**14
 MOST_IMAGES, MOST_BATCH, MOST_STEPS, MOST_WORKERS = 10**7, 2**20, 10**6, 1024
 Name = Annotated[str, AfterValidator(composed)]
-Natural = Annotated[int, Field(ge=0, lt=2**63)]
+Natural = Annotated[int, Field(ge=0, le=LARGEST)]
 Exif = Literal["apply", "ignore"]
 Rules = Literal[1, 2]
-Count = Annotated[int, Field(ge=1, lt=2**63)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Several = Annotated[int, Field(ge=2, le=MOST_IMAGES)]
 StepCount = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 BatchSize = Annotated[int, Field(ge=1, le=MOST_BATCH)]
@@ -62,7 +62,18 @@ def _read_numbers(value: Any) -> Any:
     return {k: float(v) if isinstance(v, str) and exponent.fullmatch(v) else v for k, v in value.items()}
 
 
+def _check_plug(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) == 1:
+        ((name, options),) = value.items()
+        if isinstance(name, str) and isinstance(options, dict):
+            return {name: _read_numbers(options)}
+    if not isinstance(value, str):
+        raise ValueError("expected NAME, or with options NAME: {option: value}")
+    return value
+
+
 PlugOptions = Annotated[dict[str, Any], BeforeValidator(_read_numbers)]
+Plug = Annotated[str | dict[str, dict[str, Any]], BeforeValidator(_check_plug)]
 
 
 class Section(BaseModel):
@@ -204,6 +215,13 @@ class SamplingConfig(Section):
             raise ValueError("expected the start first, then the end")
         return interval
 
+    def idle_limit(self) -> str | None:
+        """Say which limit of guidance is set although the scale is 1, None if none is."""
+        for key in ("guidance_interval", "guidance_channels"):
+            if self.guidance_scale == 1 and getattr(self, key) != type(self).model_fields[key].default:
+                return f"{key}: has no effect at guidance_scale = 1 (off); set another scale, or omit {key}"
+        return None
+
 
 class DrawConfig(SamplingConfig):
     """How a command draws images of a run or a pipeline folder."""
@@ -221,6 +239,8 @@ class DrawConfig(SamplingConfig):
     def _guided(self) -> "DrawConfig":
         if self.guide is not None and self.autoguidance_scale == 1:
             raise ValueError("guide: has no effect at autoguidance_scale = 1 (off); set another scale")
+        if self.autoguidance_scale == 1 and (fault := self.idle_limit()):
+            raise ValueError(fault)
         return self
 
 
@@ -232,7 +252,7 @@ class EvaluationConfig(Section):
     num_reference: Several = Field(10_000, description="training images to compare generated images with")
     held_out_split: str = Field(_HELD_OUT, description="split of real images whose distance is the floor")
     batch_size: BatchSize = Field(100, description="images generated at once, per process")
-    extractor: str = Field("effnet-lite0", description="feature network")
+    extractor: Plug = Field("effnet-lite0", description="feature network, or with options {NAME: {option: value}}")
     seed: Natural = Field(0, description="seed of the generated images")
     images_per_class: Tiles = Field(8, description="columns of samples.png")
     grid_classes: Tiles = Field(10, description="rows of samples.png, one for each of the first classes")
@@ -273,7 +293,7 @@ class AutoencoderTraining(Section):
     held_out_split: str = Field(_HELD_OUT, description="split of the data used only for the final score")
     block_out_channels: list[Width] = Field([24, 48, 96], min_length=1, description="width at each resolution")
     layers_per_block: Layers = Field(1, description="residual blocks at each resolution of the encoder")
-    latent_channels: Width = Field(4, description="channels of a latent")
+    latent_channels: Width = Field(VaeConfig().latent_channels, description="channels of a latent")
     norm_num_groups: Width = Field(8, description="groups of a group norm; must divide every width")
     num_steps: Count = Field(6000, description="optimizer steps")
     batch_size: BatchSize = Field(32, description="images per step")

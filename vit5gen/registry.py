@@ -9,7 +9,7 @@ from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin
 from pydantic import ConfigDict, Field, create_model
 
 from vit5gen.config import Float, validate
-from vit5gen.system.errors import UserError, choose, nearest, short
+from vit5gen.system.errors import LARGEST, UserError, choose, nearest, short
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -22,7 +22,7 @@ class Registry(Generic[T]):
     end whose annotation has no range of its own.
     """
 
-    def __init__(self, kind: str, group: str | None = None, most: int = 2**63 - 1) -> None:
+    def __init__(self, kind: str, group: str | None = None, most: int = LARGEST) -> None:
         self.kind, self.group, self.most = kind, group, most
         self._known: dict[str, T] = {}
         self._loaded: set[str] = set()  # names that came from a package's entry point
@@ -127,6 +127,11 @@ class Registry(Generic[T]):
 def _identity(plug: Any) -> tuple[str, str]:
     """Return module and name of a plug, which one that is no class or function may lack."""
     return getattr(plug, "__module__", type(plug).__module__), getattr(plug, "__qualname__", repr(plug))
+
+
+def name_and_options(plug: str | Mapping[str, Mapping[str, Any]]) -> tuple[str, Mapping[str, Any]]:
+    """Return the name and the options of a plug that is given as ``NAME`` or ``{NAME: {option: value}}``."""
+    return (plug, {}) if isinstance(plug, str) else next(iter(plug.items()))
 
 
 def needs(missing: Callable[..., dict[str, str]]) -> Callable[[T], T]:

@@ -1,7 +1,7 @@
 """`vit5gen classify`."""
 
 from vit5gen.commands.options import Options, argument
-from vit5gen.config import BatchSize, Small
+from vit5gen.config import BatchSize, DataConfig, Small
 
 
 class ClassifyOptions(Options):
@@ -18,7 +18,7 @@ class ClassifyOptions(Options):
     model: str = argument(..., "NAME", "vit5_small | vit5_base | vit5_large | vit5_xlarge")
     checkpoint: str = argument(..., "FILE", "published .pth file")
     batch_size: BatchSize = argument(64, "N", "images per batch")
-    num_workers: Small = argument(0, "N", "processes that read images; 0 = this process reads")
+    num_workers: Small = argument(DataConfig().num_workers, "N", "processes that read images; 0 = this process reads")
 
 
 def run(options: ClassifyOptions) -> None:

@@ -1,10 +1,14 @@
 """`vit5gen encode`."""
 
+from typing import ClassVar
+
 from vit5gen.commands.options import ConfigOptions, Utf8Path, argument
 
 
 class EncodeOptions(ConfigOptions):
     """Encode images once to latent shards."""
+
+    unused: ClassVar = ("model", "flow", "training", "sampling", "evaluation", "data.latents", "data.from_images")
 
     output: Utf8Path = argument(..., "FOLDER", "folder of the shards and their manifest")
 

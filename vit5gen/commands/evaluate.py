@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from vit5gen.commands.options import Images, Options, argument
-from vit5gen.config import BatchSize, DrawConfig, Natural
+from vit5gen.config import BatchSize, DrawConfig, Natural, Plug
+from vit5gen.registry import name_and_options
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import check_writable, write_json
 
@@ -28,10 +29,14 @@ class EvaluateOptions(DrawConfig, Options):
     reference: str | None = argument(None, "REF", "ADM npz, statistics file, folder of images, or configuration")
     output: str | None = argument(None, "CARD.json", "write all settings and results to this card")
     save_statistics: str | None = argument(None, "FILE", "write the statistics of SAMPLES, as a reference")
-    extractor: str = argument("inception", "NAME", "feature network: inception, effnet-lite0 or your own")
+    extractor: Plug = argument(
+        "inception", "NAME", "feature network: inception, effnet-lite0 or your own, e.g. 'NAME: {option: value}'"
+    )
     weights: str | None = argument(None, "FILE", "weights of the extractor; default: its cache, or a download")
     weights_sha256: str | None = argument(None, "HASH", "expected hash of --weights, if not the published file")
-    metrics: list[str] | None = argument(None, "NAME", "metrics to compute; default: all that the inputs allow")
+    metrics: list[Plug] | None = argument(
+        None, "NAME", "metrics to compute, e.g. fid 'pr: {k: 5}'; default: all that the inputs allow"
+    )
     protocol: Literal["adm"] | None = argument(
         None, "adm", "ADM's metrics and settings; prints FID-50K only if all conditions are met"
     )
@@ -52,9 +57,8 @@ def run(options: EvaluateOptions) -> int:
     from vit5gen.system.distributed import start_processes
 
     # What can be told to be wrong before anything is loaded.
-    for metric in options.metrics or ():
-        choose("--metrics", metric, METRICS.names())
-        METRICS.get(metric)
+    for name, given in map(name_and_options, options.metrics or ()):
+        METRICS.check(choose("--metrics", name, METRICS.names()), given, f"--metrics {name}")
     idle = sorted(set(_OF_PIPELINES) & options.model_fields_set)
     if idle and not any(map(find_pipeline, options.samples)):
         advice = "the option is only for runs and pipeline folders; omit it"

@@ -55,7 +55,9 @@ class Options(Section):
 
 
 class ConfigOptions(Options):
-    """The options of a command that takes a run's configuration, every key of which is an option too."""
+    """The options of a command that takes a run's configuration, whose keys are options too, but for the ``unused``."""
+
+    unused: ClassVar[tuple[str, ...]] = ()  # sections, or keys
 
     config: str = argument(..., "CONFIG", "YAML file, e.g. configs/quickstart.yaml", option="")
     overrides: dict[str, Any] = Field({}, exclude=True)

@@ -141,7 +141,7 @@ def _finish(folder: Path, settings: dict[str, Any], shards: list[dict[str, Any]]
     """Write the manifest unless it is there already, remove what interrupted calls left, and report broken images."""
     labels = torch.cat([read_labels(folder / shard["file"]) for shard in shards])
     counts = torch.bincount(labels, minlength=len(settings["id2label"])).tolist()
-    if settings.get("rules", 1) > 1 and 0 in counts:
+    if settings.get("rules", READ_BEFORE["rules"]) > 1 and 0 in counts:
         name = settings["id2label"][str(counts.index(0))]
         advice = "replace them or omit the class from data.classes, and encode into a new folder"
         raise UserError(f"output {folder}: all images of class {name!r} are broken; {advice}")

@@ -218,7 +218,7 @@ def drop_broken(images: ImageSet) -> tuple[ImageSet, list[str]]:
     return images.select(good), faults
 
 
-def centre_crop(image: Image.Image, resolution: int, exif: Exif = "apply", rules: Rules = 2) -> torch.Tensor:
+def centre_crop(image: Image.Image, resolution: int, exif: Exif, rules: Rules) -> torch.Tensor:
     """Scale the short side to ``resolution`` and cut the centre square, as ADM does; return uint8 (3, H, W).
 
     Halves with a box filter while the short side is at least twice too long, then bicubic. Before that the image gets

@@ -44,7 +44,7 @@ _LONGEST = 16  # times as long as wide: more of a strip no square crop shows
 _TURNS = (T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE, T.ROTATE_270, T.TRANSVERSE, T.ROTATE_90)
 
 
-def find_images(folder: Path, left_out: Counter[str], rules: Rules = 2) -> list[Path]:
+def find_images(folder: Path, left_out: Counter[str], rules: Rules) -> list[Path]:
     """Return the images at any depth below a folder, sorted; add what is left out to ``left_out``, by kind.
 
     Links to folders are followed, but for those that lead back to a folder in which they lie.
@@ -66,7 +66,7 @@ def find_images(folder: Path, left_out: Counter[str], rules: Rules = 2) -> list[
     return sorted(found)
 
 
-def find_classes(root: Path, rules: Rules = 2) -> tuple[dict[str, list[Path]], dict[str, str]]:
+def find_classes(root: Path, rules: Rules) -> tuple[dict[str, list[Path]], dict[str, str]]:
     """Return the images of each class folder, by name in order, and what the folders without any hold instead.
 
     What is left out is reported on stderr. Raises `UserError` for a folder that cannot be read.
@@ -186,7 +186,7 @@ def content_hashes(root: Path, files: Sequence[Path]) -> list[str]:
     return hashes
 
 
-def to_rgb(image: Image.Image, exif: Exif = "apply", rules: Rules = 2) -> Image.Image:
+def to_rgb(image: Image.Image, exif: Exif, rules: Rules) -> Image.Image:
     """Return an image in RGB with 8 bits, transparent pixels white, upright where ``exif`` is ``apply``.
 
     Raises `ValueError` as `eight_bits` does.

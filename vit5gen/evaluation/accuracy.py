@@ -11,6 +11,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 
+from vit5gen.config import DataConfig
 from vit5gen.data.images import ImageSet, decoding
 from vit5gen.data.pictures import cut_strip, eight_bits, find_classes
 from vit5gen.models import load_vit5
@@ -21,7 +22,7 @@ from vit5gen.system.precision import PRECISIONS
 
 
 def classify(
-    folder: str | Path, model: str, checkpoint: str | Path, batch_size: int = 64, num_workers: int = 0
+    folder: str | Path, model: str, checkpoint: str | Path, batch_size: int, num_workers: int
 ) -> dict[str, float]:
     """Return ``{"top1": percent, "top5": percent, "num_images": n}``; the image size is the checkpoint's.
 
@@ -70,7 +71,7 @@ def _image_folder(folder: str | Path, size: int, config: Any) -> ImageSet:
     EXIF orientation is ignored, as where the published figures come from.
     """
     transform = create_transform(size, **{key: config[key] for key in ("interpolation", "mean", "std", "crop_pct")})
-    found, instead = find_classes(Path(folder)) if Path(folder).is_dir() else ({}, {})
+    found, instead = find_classes(Path(folder), DataConfig().rules) if Path(folder).is_dir() else ({}, {})
     if not found or instead:
         reason = "; ".join(f"class {name!r} has no images, {why}" for name, why in list(instead.items())[:3])
         reason = reason or ("no class folders" if Path(folder).is_dir() else "no such folder")

@@ -14,6 +14,9 @@ from vit5gen.system.distributed import sum_over_processes
 from vit5gen.system.errors import UserError
 
 CONFIDENCE = 0.95
+SPLIT_SIZE = 5000  # samples, of the Inception Score
+SUBSET_SIZE = 1000  # rows, of the kernel distance
+NEIGHBOURS = 3  # of precision and recall
 
 
 def frechet_distance(mean1: Any, cov1: Any, mean2: Any, cov2: Any) -> float:
@@ -88,7 +91,7 @@ class ScoreSums:
     samples. Memory: ``(splits, K)`` for ``K`` classes.
     """
 
-    def __init__(self, total: int, num_classes: int, split_size: int = 5000) -> None:
+    def __init__(self, total: int, num_classes: int, split_size: int) -> None:
         if split_size < 1:
             raise UserError(f"Inception Score: split_size = {split_size}; expected at least 1")
         splits = -(-total // split_size)
@@ -116,7 +119,7 @@ class ScoreSums:
         return float((sums[:, -2] - torch.xlogy(marginal, marginal).sum(dim=1)).exp().mean())
 
 
-def inception_score(probabilities: Any, split_size: int = 5000) -> float:
+def inception_score(probabilities: Any, split_size: int = SPLIT_SIZE) -> float:
     """Return ADM's Inception Score of class probabilities ``(N, K)``: consecutive splits, unshuffled, the last shorter.
 
     Source: Salimans et al. (2016), eq. 1. Raises `UserError` on NaN or on rows that do not sum to 1.
@@ -133,7 +136,7 @@ def inception_score(probabilities: Any, split_size: int = 5000) -> float:
 
 
 def kernel_distance(
-    real: Any, generated: Any, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+    real: Any, generated: Any, subsets: int = 100, subset_size: int = SUBSET_SIZE, seed: int = 2020
 ) -> tuple[float, float]:
     """Return the Kernel Inception Distance and its standard error.
 
@@ -160,7 +163,7 @@ def kernel_distance(
     return float(torch.stack(values).mean()), float(variance.sum().sqrt())
 
 
-def precision_recall(real: Any, generated: Any, k: int = 3, adm_fp16: bool = False) -> tuple[float, float]:
+def precision_recall(real: Any, generated: Any, k: int = NEIGHBOURS, adm_fp16: bool = False) -> tuple[float, float]:
     """Return improved precision and recall in blocks of distances, as ADM computes them.
 
     Precision: the share of ``generated (M, D)`` within the k-nearest-neighbour ball of any of ``real (N, D)``; recall:

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -23,12 +23,12 @@ from vit5gen.generation.find_pipeline import find_pipeline, pipeline_folder
 from vit5gen.generation.many import SamplingJob, describe_job, generate, make_job, open_pipeline
 from vit5gen.generation.outputs import network_evaluations
 from vit5gen.generation.pipeline import SiTPipeline
+from vit5gen.registry import name_and_options
 from vit5gen.system.distributed import is_main, processes, rank_and_world, sum_over_processes
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import read_json
 
-ADM_METRICS = ("fid", "sfid", "is", "pr")
-ADM_OPTIONS = {"pr": {"adm_fp16": True}}
+ADM_METRICS: dict[str, dict[str, Any]] = {"fid": {}, "sfid": {}, "is": {}, "pr": {"adm_fp16": True}}
 _OF_A_SEED = ("seed", "labels_sha256", "batch_size", "network_evaluations")  # differ between sets of one model
 
 
@@ -58,20 +58,22 @@ def evaluation_card(
     samples: Sequence[Samples],
     reference: Reference,
     extractor: Extractor,
-    metrics: Sequence[str] | None = None,
+    metrics: Sequence[str | Mapping[str, Mapping[str, Any]]] | None = None,
     protocol: str | None = None,
 ) -> dict[str, Any]:
     """Score sets of samples and return the evaluation card.
 
+    ``metrics``: each ``NAME`` or ``{NAME: {option: value}}``, by default all that the inputs allow.
     ``protocol="adm"`` fixes ADM's metrics with their settings, and allows the name FID-50K if all of them are met.
     ``models`` holds the scores of each model: of several seeds (see `_by_model`) their mean, with the deviation between
     them. ``metrics`` are the scores of the first. Raises `UserError` on bad input.
     """
     # Which metrics: those that are asked for, ADM's, or all that reference and extractor allow.
     adm = protocol is not None and choose("protocol", protocol, ["adm"]) == "adm"
-    if adm and metrics is not None and set(metrics) != set(ADM_METRICS):
+    if adm and metrics is not None and set(map(str, metrics)) != set(ADM_METRICS):
         raise UserError(f"--protocol adm fixes the metrics {', '.join(ADM_METRICS)}; omit --metrics")
-    wanted, skipped = available(ADM_METRICS if adm else metrics, reference, extractor, ADM_OPTIONS if adm else None)
+    chosen = [{name: options} for name, options in ADM_METRICS.items()] if adm else metrics
+    wanted, skipped = available(chosen, reference, extractor)
     need_rows = any("rows" in metric.needs for metric in wanted.values())
 
     # A pass over each set of images, in which all processes share; the main one has the scores.
@@ -101,6 +103,8 @@ def evaluation_card(
         "processes": rank_and_world()[1],
         "versions": versions() | {"torch-fidelity": version("torch-fidelity"), "scipy": version("scipy")},
     }
+    if given := {name: options for name, options in map(name_and_options, metrics or ()) if options}:
+        card["metric_options"] = given
     card["markdown"] = "\n".join(markdown(card)[2:])
     return card
 

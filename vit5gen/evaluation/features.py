@@ -1,7 +1,7 @@
 """Feature networks: images ``(B, 3, H, W)`` uint8 to features, with everything that defines the metric pinned."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vit5gen.evaluation.statistics import FeatureStatistics
 from vit5gen.models.weights import read_tensors
-from vit5gen.registry import Registry
+from vit5gen.registry import Registry, name_and_options
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256
 from vit5gen.system.precision import exact_float32
@@ -37,7 +37,7 @@ class Extractor:
     metric: str
     dim: int
     weights_sha256: str
-    settings: dict[str, str]
+    settings: dict[str, Any]
     network: nn.Module = field(repr=False)
     features: Callable[[nn.Module, Tensor], Features] = field(repr=False)
     device: torch.device
@@ -65,11 +65,19 @@ register_extractor = EXTRACTORS.register
 
 
 def load_extractor(
-    name: str, device: str | torch.device = "cpu", weights: str | Path | None = None, weights_sha256: str | None = None
+    name: str | Mapping[str, Mapping[str, Any]],
+    device: str | torch.device = "cpu",
+    weights: str | Path | None = None,
+    weights_sha256: str | None = None,
 ) -> Extractor:
-    """Build a registered extractor; raise `UserError` when the name is unknown or its weights are missing."""
+    """Build a registered extractor, ``NAME`` or ``{NAME: {option: value}}``; its settings record the options.
+
+    Raises `UserError` when the name or an option is unknown, or its weights are missing.
+    """
+    name, options = name_and_options(name)
     file = Path(weights) if weights is not None else None
-    return EXTRACTORS.build(name, {}, "extractor", torch.device(device), file, weights_sha256)
+    found = EXTRACTORS.build(name, options, f"extractor {name}", torch.device(device), file, weights_sha256)
+    return replace(found, settings=found.settings | options) if options else found
 
 
 def frechet_of(batches: Iterable[Tensor], extractor: Extractor) -> FeatureStatistics:

@@ -5,8 +5,8 @@ from typing import Any
 
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.reference import Reference, Scan
-from vit5gen.registry import Registry
-from vit5gen.system.errors import UserError, choose
+from vit5gen.registry import Registry, name_and_options
+from vit5gen.system.errors import UserError
 
 RELIABLE_COUNT = 50_000
 
@@ -33,23 +33,23 @@ register_metric = METRICS.register
 
 
 def available(
-    names: Sequence[str] | None,
-    reference: Reference,
-    extractor: Extractor,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
+    wanted: Sequence[str | Mapping[str, Mapping[str, Any]]] | None, reference: Reference, extractor: Extractor
 ) -> tuple[dict[str, Metric], dict[str, str]]:
     """Return the metrics that reference and extractor allow, and the reasons against the others; before a long scan.
 
-    ``names``: those wanted, `UserError` when one is not available; by default all of this package that are.
-    ``options`` of a metric by its name.
+    ``wanted``: each ``NAME`` or ``{NAME: {option: value}}``, `UserError` when one is not available; by default all of
+    this package that are.
     """
-    metrics: dict[str, Metric] = {}
-    for name in names or METRICS.registered():
-        choose("metrics", name, METRICS.names())
-        metrics[name] = METRICS.build(name, (options or {}).get(name, {}), f"metric {name}")
+    chosen: dict[str, Mapping[str, Any]] = {}
+    for name, options in map(name_and_options, wanted or METRICS.registered()):
+        if chosen.setdefault(name, options) != options:
+            raise UserError(f"metric {name}: given twice, with options {chosen[name]} and {options}; give it once")
+    metrics: dict[str, Metric] = {
+        name: METRICS.build(name, options, f"metric {name}") for name, options in chosen.items()
+    }
     obstacles = {name: _obstacle(metric.needs, reference, extractor) for name, metric in metrics.items()}
     skipped = {name: reason for name, reason in obstacles.items() if reason is not None}
-    if names and skipped:
+    if wanted and skipped:
         raise UserError("; ".join(f"metric {name}: {reason}" for name, reason in skipped.items()))
     return {name: metric for name, metric in metrics.items() if name not in skipped}, skipped
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vit5gen.evaluation.distances import FrechetReference, ScoreSums
+from vit5gen.evaluation.distances import SPLIT_SIZE, FrechetReference, ScoreSums
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.samples import Samples, broken_npz, open_image_set, open_npz
 from vit5gen.evaluation.statistics import GROUPS, FeatureStatistics, Grouped
@@ -53,7 +53,7 @@ def scan(
     # What an image adds to: sums whose size does not grow with the number of images, and the rows that are kept.
     pooled = Grouped(extractor.dim, groups)
     spatial = Grouped(extractor.spatial_dim, groups) if extractor.spatial_dim else None
-    score = ScoreSums(total, extractor.num_classes) if extractor.num_classes else None
+    score = ScoreSums(total, extractor.num_classes, SPLIT_SIZE) if extractor.num_classes else None
     # Filled in place: a list of batches would take twice the memory when it is joined.
     kept, seen = torch.empty(rows, extractor.dim), torch.zeros(rows, dtype=torch.bool)
     size: list[int] = []

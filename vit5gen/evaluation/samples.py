@@ -23,6 +23,7 @@ from vit5gen.data.pictures import find_images, listing_digest, tell_left_out, up
 from vit5gen.system.distributed import rank_and_world
 from vit5gen.system.errors import UserError
 
+_DATA = DataConfig()
 _DECIDING = {"source", "split", "resolution", "exif", "rules"}  # keys of the data section
 
 
@@ -56,7 +57,7 @@ def open_image_set(path: str | Path, batch_size: int, protocol: str | None = Non
         data = load_config(path).data
         return open_data(data.model_copy(update={"exif": "ignore"}) if as_stored else data, batch_size)
     if path.is_dir():
-        return open_folder(path, batch_size, "ignore" if as_stored else "apply")
+        return open_folder(path, batch_size, "ignore" if as_stored else _DATA.exif)
     if path.suffix == ".npz":
         return open_npz(path, batch_size)
     raise UserError(f"{path}: expected an npz, a folder of images, a configuration or a pipeline; check the path")
@@ -95,10 +96,10 @@ def open_npz(path: Path, batch_size: int) -> Samples:
     return Samples(shape[0], chunks, {"kind": "npz", "path": str(path)}, labels)
 
 
-def open_folder(path: Path, batch_size: int, exif: Exif = "apply") -> Samples:
+def open_folder(path: Path, batch_size: int, exif: Exif) -> Samples:
     """Open the images below ``path`` in the order of their names; class folders give the labels."""
     left_out: Counter[str] = Counter()
-    files = find_images(path, left_out)
+    files = find_images(path, left_out, _DATA.rules)
     tell_left_out(path, left_out)
     if not files:
         raise UserError(f"folder {path}: no images; expected files such as .png or .jpg")

@@ -109,7 +109,7 @@ class Flow:
             end = min(end, 1 - EPS)
         return start, 1 - last_step_size if last_step_size > 0 else end
 
-    def diffusion(self, t: Time, form: str = "sigma", norm: float = 1.0) -> Tensor:
+    def diffusion(self, t: Time, form: str, norm: float) -> Tensor:
         """Return D(t), float64 in the shape of ``t``, of the SDE ``dx = (v + D score) dt + sqrt(2 D) dW``.
 
         SiT's paper writes ``w/2`` and ``sqrt(w)``: D is half of its w(t), so that form ``sigma`` is w(t) = 2 sigma_t.

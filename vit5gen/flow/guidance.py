@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vit5gen.config import DrawConfig
 from vit5gen.system.errors import UserError
 
+_DEFAULTS = DrawConfig()
 ConditionalModel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -33,12 +35,12 @@ class GuidedModel:
         self,
         model: ConditionalModel,
         class_labels: Tensor,
-        scale: float | Callable[[], float] = 1.0,
+        scale: float | Callable[[], float] = _DEFAULTS.guidance_scale,
         null_label: int | None = None,
-        interval: Sequence[float] = (0.0, 1.0),
-        channels: int | None = None,
+        interval: Sequence[float] = tuple(_DEFAULTS.guidance_interval),
+        channels: int | None = _DEFAULTS.guidance_channels,
         weak_model: ConditionalModel | None = None,
-        weak_scale: float = 1.0,
+        weak_scale: float = _DEFAULTS.autoguidance_scale,
     ) -> None:
         _check_finite("weak_scale", weak_scale)
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:

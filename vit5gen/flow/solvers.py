@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vit5gen.flow.dopri5 import dopri5_steps
 from vit5gen.flow.flow import DIFFUSIONS, Flow, ModelFn, NonFiniteError, Time, lower_choice
-from vit5gen.flow.times import time_grid
+from vit5gen.flow.times import SHIFT, time_grid
 from vit5gen.system.errors import UserError
 
 Field = Callable[[Tensor, Time], Tensor]
@@ -133,7 +133,7 @@ def ode_steps(
     rtol: float = RTOL,
     atol: float = ATOL,
     *,
-    shift: float = 1.0,
+    shift: float = SHIFT,
 ) -> Steps:
     """Yield ``(i, t, x)`` after each step of the probability-flow ODE from ``x0`` (B, ...).
 
@@ -199,7 +199,7 @@ def sde_steps(
     noise: Noise = None,
     *,
     t_span: tuple[float, float] | None = None,
-    shift: float = 1.0,
+    shift: float = SHIFT,
 ) -> Steps:
     """Yield ``(i, t, x)`` after ``num_steps`` steps of ``dx = (v + D score) dt + sqrt(2 D) dW``, and after a last one.
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from vit5gen.system.errors import UserError
 
+SHIFT = 1.0  # of a solver's times: none
+
 
 def shift_time(u: Any, shift: float) -> Any:
     """Warp ``u`` in [0, 1]: above 1, ``shift`` moves it towards noise (arXiv 2403.03206, eq. 23, with t for 1 - t)."""
@@ -21,7 +23,7 @@ def to_diffusers(t: Any, velocity: Tensor) -> tuple[Any, Tensor]:
     return 1 - t, -velocity
 
 
-def time_grid(num_steps: int, start: float, end: float, shift: float = 1.0) -> list[float]:
+def time_grid(num_steps: int, start: float, end: float, shift: float = SHIFT) -> list[float]:
     """Return the ``num_steps + 1`` times of a solver: uniform, or shifted (`shift_time`).
 
     Raises `UserError` unless num_steps >= 1 and 0 <= start < end <= 1.

@@ -32,7 +32,7 @@ class SamplingJob:
     classes: Sequence[int] = ()
 
 
-def draw_labels(num_images: int, classes: Sequence[int], seed: int, mode: str = "balanced") -> list[int]:
+def draw_labels(num_images: int, classes: Sequence[int], seed: int, mode: str) -> list[int]:
     """Return the class of every image, fixed by the seed and shuffled.
 
     mode: balanced (each of ``classes`` as often as the others, or once more) | random (independent draws).

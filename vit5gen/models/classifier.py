@@ -11,11 +11,12 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from vit5gen.config import ASSUMED_CLASSES, ModelConfig
 from vit5gen.models.backbone import Backbone
 from vit5gen.models.layers import check_heads, check_positive, check_sizes, init_linears, make_norm
 from vit5gen.models.positions import Grid, Segment, patch_grid, resample_positions, rope_table
 from vit5gen.models.transformer import SIZES
-from vit5gen.models.vit5 import REGISTER_THETA, ROPE_THETA, ViT5Block, check_registers
+from vit5gen.models.vit5 import NUM_REGISTERS, REGISTER_THETA, ROPE_THETA, ViT5Block, check_registers
 from vit5gen.models.weights import read_checkpoint
 from vit5gen.system.cpu import fast_inference
 from vit5gen.system.errors import choose
@@ -35,13 +36,13 @@ class ViT5(Backbone):
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
         in_chans: int = 3,
-        num_classes: int = 1000,
+        num_classes: int = ASSUMED_CLASSES,
         global_pool: str = "token",
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        num_registers: int = 4,
+        mlp_ratio: float = ModelConfig.model_fields["mlp_ratio"].default,
+        num_registers: int = NUM_REGISTERS,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:

@@ -169,7 +169,7 @@ def check_heads(
         raise UserError(f"{heads}: {found}; 2-D RoPE (of patches or registers) needs {wanted}.")
 
 
-def init_linears(module: nn.Module, kind: str = "xavier") -> None:
+def init_linears(module: nn.Module, kind: str) -> None:
     """Initialise the linear layers inside: Xavier-uniform (SiT) or ``trunc_normal`` of 0.02 (ViT-5); biases are zero.
 
     Layers called ``modulation`` start at zero altogether (adaLN-Zero, arXiv 2212.09748).

@@ -43,7 +43,7 @@ class SiTBackbone(Backbone):
         self.grid = grid
         self.register_buffer("pos_embed", sincos_table(hidden_size, grid))
         self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_attention_heads, mlp_ratio) for _ in range(num_layers))
-        init_linears(self)
+        init_linears(self, "xavier")
 
     def forward(
         self,

@@ -14,7 +14,7 @@ from einops import rearrange
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from vit5gen.config import ModelConfig
+from vit5gen.config import ASSUMED_CLASSES, ModelConfig, VaeConfig
 from vit5gen.models.backbone import BACKBONES, Backbone
 from vit5gen.models.layers import Float32Linear, check_positive, check_sizes, init_linears, make_norm, modulate
 from vit5gen.models.positions import patch_grid
@@ -90,8 +90,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         backbone: str = _DEFAULTS.backbone,
         sample_size: int | tuple[int, int] = 32,
         patch_size: int = 2,
-        in_channels: int = 4,
-        num_classes: int = 1000,
+        in_channels: int = VaeConfig().latent_channels,
+        num_classes: int = ASSUMED_CLASSES,
         hidden_size: int = 1152,
         num_layers: int = 28,
         num_attention_heads: int = 16,
@@ -117,7 +117,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         self.time_embed = TimeEmbedding(hidden_size)
         self.label_embed = nn.Embedding(num_classes + self.has_null_label, hidden_size)
         self.head = Head(hidden_size, patch_size**2 * in_channels * (2 if learn_sigma else 1))
-        init_linears(self)
+        init_linears(self, "xavier")
         for layer in (self.time_embed.fc1, self.time_embed.fc2, self.label_embed):
             nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.head.linear.weight)

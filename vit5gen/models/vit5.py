@@ -14,7 +14,7 @@ from vit5gen.models.layers import Attention, Mlp, SwiGLU, check_heads, check_pos
 from vit5gen.models.positions import Grid, Segment, resample_positions, rope_table, sincos_table
 from vit5gen.system.errors import UserError, choose
 
-ROPE_THETA, REGISTER_THETA = 10000.0, 100.0
+ROPE_THETA, REGISTER_THETA, NUM_REGISTERS = 10000.0, 100.0, 4
 
 _PLAIN = {"norm": "layer", "qk_norm": False, "qkv_bias": True}  # what ViT-5 changes of the vision transformer's block
 _GATED = {"activation": "swiglu", "layer_scale": "none", "absolute_position": "none", "num_registers": 0}
@@ -132,7 +132,7 @@ class ViT5Backbone(Backbone):
         absolute_position: str = "learnable",
         rope: bool = True,
         rope_theta: float = ROPE_THETA,
-        num_registers: int = 4,
+        num_registers: int = NUM_REGISTERS,
         register_rope: bool = True,
         register_theta: float = REGISTER_THETA,
         qk_norm: bool = BlockOptions.qk_norm,

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from numbers import Integral
 
+LARGEST = 2**63 - 1  # of int64, where whole numbers end that have no range of their own
+
 
 class UserError(ValueError):
     """Bad input. The command line prints its message as one line and exits with code 2."""
@@ -56,7 +58,7 @@ def listed(names: Iterable[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def check_whole(what: str, value: object, least: int = 1, most: int = 2**63 - 1) -> int:
+def check_whole(what: str, value: object, least: int = 1, most: int = LARGEST) -> int:
     """Return a whole number; ``what`` is its name with ``=``. Raise `UserError` for one out of range or none."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
         raise UserError(f"{what} {short(value)}; expected a whole number of at least {least} and at most {most}")

@@ -11,6 +11,7 @@ from vit5gen.evaluation.features import EXTRACTORS
 from vit5gen.flow import Flow
 from vit5gen.generation.scheduler import SAMPLERS
 from vit5gen.models import SiTTransformer2DModel
+from vit5gen.registry import name_and_options
 from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.precision import PRECISIONS, has_compiler, resolve
@@ -24,13 +25,15 @@ def check_values(config: Config) -> None:
     with torch.device("meta"):
         build_objectives(config.training, build_model(config), build_flow(config))
     choose("sampling.sampler", sampling.sampler, SAMPLERS.names())
+    if fault := sampling.idle_limit():
+        raise UserError(f"sampling.{fault}")
     if (asked := sampling.guidance_channels or 0) > channels:
         raise UserError(f"sampling.guidance_channels = {asked}; expected at most vae.latent_channels = {channels}")
     if sampling.guidance_scale != 1 and config.model.class_dropout_prob == 0:
         untrained = "needs a null label, but with model.class_dropout_prob = 0 none is trained"
         advice = "set class_dropout_prob above 0, or guidance_scale to 1"
         raise UserError(f"sampling.guidance_scale = {sampling.guidance_scale}: {untrained}; {advice}")
-    EXTRACTORS.get(config.evaluation.extractor)  # raises where it is unknown, or its package broken
+    EXTRACTORS.check(*name_and_options(config.evaluation.extractor), "evaluation.extractor")
     choose("training.optimizer", config.training.optimizer, OPTIMIZERS.names())
     for name in config.training.objectives:
         if OBJECTIVES.get(name).needs_image and not config.data.from_images:

@@ -5,8 +5,10 @@ papers (119 for XL/2) count it as one. Elementwise operations are left out.
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import to_2tuple
@@ -19,6 +21,7 @@ from vit5gen.models import SiTTransformer2DModel
 from vit5gen.models.layers import Attention
 from vit5gen.system.errors import UserError
 from vit5gen.system.precision import PRECISIONS
+from vit5gen.training.objectives import Batch
 
 ASSUMED_UTILISATION = 0.22  # about that of XL/2 on an H100 (docs/benchmark.md); other sizes and GPUs are not measured
 IMAGENET_IMAGES = 1_281_167
@@ -51,10 +54,12 @@ class Cost:
     activation_bytes: int
     recomputes: bool
     of_objectives: int = 0  # parameters that are trained but are not part of the pipeline
+    objective_flops: int = 0  # of their forward and backward passes
+    uncounted: tuple[str, ...] = ()  # objectives whose FLOPs are not known
 
     @property
     def training_flops(self) -> int:
-        return self.forward_flops + self.backward_flops
+        return self.forward_flops + self.backward_flops + self.objective_flops
 
     @property
     def executed_flops(self) -> int:
@@ -62,7 +67,7 @@ class Cost:
         return self.training_flops + self.forward_flops * self.recomputes
 
 
-def model_cost(model: SiTTransformer2DModel, precision: str = "fp32", recomputes: bool = False) -> Cost:
+def model_cost(model: SiTTransformer2DModel, precision: str, recomputes: bool) -> Cost:
     """Cost of a model at the latent size it was built for, from one forward and backward pass of an image.
 
     The model may be on the meta device, where the passes run. Memory, in eager mode: a layer with weights keeps input
@@ -115,6 +120,21 @@ def model_cost(model: SiTTransformer2DModel, precision: str = "fp32", recomputes
     parameters = sum(parameter.numel() for parameter in model.parameters())
     backward_flops = counter.get_total_flops() - forward_flops
     return Cost(parameters, blocks, tokens, forward_flops, backward_flops, inside + outside, recomputes)
+
+
+def objective_flops(objectives: nn.ModuleDict, model: SiTTransformer2DModel, config: Config) -> dict[str, int | None]:
+    """Return the FLOPs of each objective's passes over an image, None where they are not known; all on meta device."""
+    tokens = math.prod(config.latent_shape[1:]) // model.config.patch_size**2
+    found: dict[str, int | None] = {}
+    objective: Any
+    with torch.device("meta"):
+        latents, t, label = torch.zeros(1, *config.latent_shape), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+        image = torch.zeros(1, 3, config.data.resolution, config.data.resolution, dtype=torch.uint8)
+        batch = Batch(latents, latents, label, t, label, 0, image, t, latents, latents)
+        for name, objective in objectives.items():
+            hidden = {k: torch.zeros(1, tokens, model.config.hidden_size, requires_grad=True) for k in objective.taps}
+            found[name] = objective.flops(torch.zeros_like(latents, requires_grad=True), hidden, batch)
+    return found
 
 
 def _weight_bytes(cost: Cost, config: Config) -> int:

@@ -14,8 +14,7 @@ from diffusers import AutoencoderKL
 
 from vit5gen import registry
 from vit5gen.config import ASSUMED_CLASSES, Config, DataConfig
-from vit5gen.data import encoding
-from vit5gen.data.autoencoders import kl
+from vit5gen.data import autoencoders, encoding
 from vit5gen.data.images import make_source, open_training_images
 from vit5gen.data.latents import MANIFEST, check_autoencoder, find_num_classes
 from vit5gen.evaluation.features import EXTRACTORS
@@ -83,7 +82,7 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
         reason = next(iter(images))
         accelerator.print(f"images:   not found ({reason}): evaluations will draw samples without computing a distance")
     if config.vae.name not in absent:
-        check_autoencoder(config, kl.load_autoencoder(config.vae.name))
+        check_autoencoder(config, autoencoders.load_autoencoder(config.vae.name))
     if config.data.path is not None and not images:
         open_training_images(config.data)
 
@@ -113,7 +112,13 @@ def run_cost(config: Config) -> cost.Cost:
         model = build_model(config)
         _, objectives, _ = build_objectives(config.training, model, build_flow(config))
     found = cost.model_cost(model, config.training.precision, config.training.gradient_checkpointing)
-    return replace(found, of_objectives=sum(parameter.numel() for parameter in objectives.parameters()))
+    flops = cost.objective_flops(objectives, model, config)
+    return replace(
+        found,
+        of_objectives=sum(parameter.numel() for parameter in objectives.parameters()),
+        objective_flops=sum(filter(None, flops.values())),
+        uncounted=tuple(name for name, count in flops.items() if count is None),
+    )
 
 
 def describe(config: Config, found: cost.Cost, num_processes: int = 1) -> list[str]:
@@ -124,9 +129,12 @@ def describe(config: Config, found: cost.Cost, num_processes: int = 1) -> list[s
     size = section.preset or f"{section.num_layers}x{section.hidden_size}"
     more = f", {found.of_objectives:,} more in objectives" if found.of_objectives else ""
     forward, backward = _short(found.forward_flops / 1e9), _short(found.backward_flops / 1e9)
+    extra = f", {_short(found.objective_flops / 1e9)} G in objectives" if found.objective_flops else ""
+    if found.uncounted:
+        extra += f" (not counted: {', '.join(found.uncounted)}, which cannot run on torch's meta device)"
     return [
         f"model:    {section.backbone} {size}, {found.parameters:,} parameters{more}, {found.tokens} tokens",
-        f"FLOPs:    {forward} G forward, {backward} G backward, per image",
+        f"FLOPs:    {forward} G forward, {backward} G backward{extra}, per image",
         *(memory_line(config, found, n) for n in processes),
         time_line(config, found),
         disk_line(config, found),
@@ -179,9 +187,9 @@ def missing(config: Config) -> dict[str, str]:
     absent = {} if unneeded else images
     if data.latents is not None and not (Path(data.latents).expanduser() / MANIFEST).is_file():
         absent[data.latents] = f"vit5gen encode CONFIG --output {data.latents}"
-    absent |= kl.missing(config.vae.name)
+    absent |= autoencoders.missing(config.vae.name)
     if not (unneeded and images):  # without images there is no distance
-        absent |= registry.missing(EXTRACTORS.get(config.evaluation.extractor))
+        absent |= registry.missing(EXTRACTORS.get(registry.name_and_options(config.evaluation.extractor)[0]))
     for name in config.training.objectives:
         absent |= OBJECTIVES.get(name).missing()
     return absent | registry.missing(BACKBONES.get(config.model.backbone))

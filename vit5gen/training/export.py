@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from timm.data import ImageNetInfo
 
 from vit5gen.config import VaeConfig, load_recorded
-from vit5gen.data.autoencoders.kl import load_autoencoder
+from vit5gen.data.autoencoders import load_autoencoder
 from vit5gen.data.sources.folder import imagenet_names
 from vit5gen.generation.card import TrainingFacts
 from vit5gen.generation.pipeline import SiTPipeline

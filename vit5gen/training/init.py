@@ -79,7 +79,7 @@ def look(folder: str) -> Survey:
     data = DataConfig(path=folder, split=split)
     source = FolderSource(data)
     splits = sorted((name for name in names if name.lower() in HELD_OUT), key=lambda name: HELD_OUT.index(name.lower()))
-    found, _ = find_classes(source.folder(split))
+    found, _ = find_classes(source.folder(split), data.rules)
     counts = {name: len(files) for name, files in found.items()}
     survey = Survey(counts, split, next((name for name in splits if source.has_split(name)), None))
     files = [(name, file) for name, of_class in found.items() for file in of_class]
@@ -95,7 +95,7 @@ def look(folder: str) -> Survey:
         unseen[name] -= 1
         try:
             with decoding(str(file)), Image.open(file) as image:
-                sides, pixels = sorted(image.size), centre_crop(image, _THUMBNAIL).float()
+                sides, pixels = sorted(image.size), centre_crop(image, _THUMBNAIL, data.exif, data.rules).float()
         except BrokenImage:
             survey.broken.append(str(file))
             continue

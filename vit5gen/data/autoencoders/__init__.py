@@ -1,1 +1,3 @@
-"""The autoencoders between images and latents, one file each."""
+"""The autoencoders between images and latents, one file each; loaded by name, whatever their kind."""
+
+from vit5gen.data.autoencoders.kl import AUTOENCODERS, load_autoencoder, missing

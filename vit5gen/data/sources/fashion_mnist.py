@@ -35,7 +35,7 @@ class FashionMnistSource(Source):
         labels = torch.from_numpy(_read_idx(root, f"{prefix}-labels-idx1-ubyte").astype(np.int64))
         if len(pixels) != len(labels) or labels.max() >= len(_CLASSES):
             raise UserError(f"data.path {root}: images and labels do not match; download the files again")
-        read = partial(_read_grey, pixels, self.data.resolution)
+        read = partial(_read_grey, pixels, self.data)
         return ImageSet(_CLASSES, labels, read, partial(digest_pixels, pixels))
 
     def missing(self) -> dict[str, str]:
@@ -56,7 +56,9 @@ def _read_idx(root: Path, name: str) -> np.ndarray:
         raise UserError(f"data.path: {path} is not an idx file ({error}); download it again") from error
 
 
-def _read_grey(pixels: torch.Tensor, resolution: int, index: int) -> torch.Tensor:
+def _read_grey(pixels: torch.Tensor, data: DataConfig, index: int) -> torch.Tensor:
     """28x28 grey, padded to 32 with the black of the background, scaled only when another size is asked for."""
     image = functional.pad(pixels[index], (2, 2, 2, 2)).expand(3, 32, 32)
-    return image if resolution == 32 else centre_crop(Image.fromarray(image.permute(1, 2, 0).numpy()), resolution)
+    if data.resolution == 32:
+        return image
+    return centre_crop(Image.fromarray(image.permute(1, 2, 0).numpy()), data.resolution, data.exif, data.rules)

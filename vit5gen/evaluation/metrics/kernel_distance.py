@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from vit5gen.evaluation.distances import kernel_distance
+from vit5gen.evaluation.distances import SUBSET_SIZE, kernel_distance
 from vit5gen.evaluation.metric import Extractor, Metric, Reference, Scan, Score, register_metric
 
 
@@ -14,7 +14,7 @@ class KernelDistance(Metric):
 
     needs = ("rows",)
 
-    def __init__(self, *, subset_size: Annotated[int, Field(ge=2)] = 1000) -> None:
+    def __init__(self, *, subset_size: Annotated[int, Field(ge=2)] = SUBSET_SIZE) -> None:
         self.subset_size = subset_size
 
     def compute(self, scan: Scan, reference: Reference, extractor: Extractor) -> dict[str, Score]:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from vit5gen.evaluation.distances import precision_recall
+from vit5gen.evaluation.distances import NEIGHBOURS, precision_recall
 from vit5gen.evaluation.metric import Extractor, Metric, Reference, Scan, Score, register_metric
 
 
@@ -14,7 +14,7 @@ class PrecisionRecall(Metric):
 
     needs = ("rows",)
 
-    def __init__(self, *, k: Annotated[int, Field(ge=1)] = 3, adm_fp16: bool = False) -> None:
+    def __init__(self, *, k: Annotated[int, Field(ge=1)] = NEIGHBOURS, adm_fp16: bool = False) -> None:
         self.k, self.adm_fp16, self.least = k, adm_fp16, k + 1
 
     def compute(self, scan: Scan, reference: Reference, extractor: Extractor) -> dict[str, Score]:

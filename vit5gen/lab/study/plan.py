@@ -58,7 +58,7 @@ def read_study(path: str | Path) -> tuple[StudyConfig, list[Run]]:
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"study {path}: two cells are called {min(twice)!r}; rename a level")
     cells = {levels: _config(path, study, levels) for levels in itertools.product(*study.grid.values())}
-    if len(extractors := {config.evaluation.extractor for config in cells.values()}) > 1:
+    if len(extractors := {str(config.evaluation.extractor) for config in cells.values()}) > 1:
         raise UserError(f"study {path}: evaluation.extractor is {' and '.join(sorted(extractors))}; use one for all")
 
     # Every cell from every seed.

@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from vit5gen.config import TrainingConfig
 from vit5gen.flow import Flow
@@ -59,6 +61,20 @@ class Objective(nn.Module):
     def missing() -> dict[str, str]:
         """Return what this machine lacks for it, each with how to get it."""
         return {}
+
+    def flops(self, prediction: Tensor, hidden: dict[int, Tensor], batch: Batch) -> int | None:
+        """Return the FLOPs of its forward and backward pass over one image, None where they are not known.
+
+        They are counted in a pass on the meta device, where these arguments of `forward` are.
+        """
+        try:
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                loss = self(prediction, hidden, batch, 0).sum()
+                if loss.requires_grad:
+                    loss.backward()
+        except Exception:  # whatever a loss raises where tensors have no values, or lie on two devices
+            return None
+        return counter.get_total_flops()
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective", "vit5gen.objectives")
