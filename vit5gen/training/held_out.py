@@ -1,5 +1,6 @@
 """The loss on held-out images: the same images, noise and times at every step and in every run."""
 
+import zlib
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from vit5gen.config import Config
 from vit5gen.data.autoencoders.kl import POOR_PSNR, decode, encode, psnr, to_uint8
-from vit5gen.data.images import BrokenImage, ImageSet, open_held_out, readable
+from vit5gen.data.images import ImageSet, open_held_out, readable
 from vit5gen.flow import Flow, draw_timesteps
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
@@ -26,10 +27,12 @@ class HeldOut:
     """``images`` with noise and times, and the latents of this process's share.
 
     parts: of consecutive images their indices (B,), x1 and x0 (B, C, h, w), t (B,) and labels (B,), on the CPU.
+    checksum: of seed, pixels and labels; losses of sets with another one are not comparable.
     """
 
     images: ImageSet
     parts: list[tuple[Tensor, ...]]
+    checksum: int
 
     @classmethod
     @torch.inference_mode()
@@ -43,19 +46,20 @@ class HeldOut:
         """
         generator = torch.Generator().manual_seed(config.evaluation.seed)
         chosen = readable(images.select(torch.randperm(len(images), generator=generator)[:count]), config.data)
-        if len(chosen) < 2:
-            split = config.evaluation.held_out_split
-            raise UserError(f"data: split {split!r} has {len(chosen)} images; expected at least 2")
+        check_count(chosen, config)
         order = torch.randperm(len(chosen), generator=generator)
         t = draw_timesteps(flow, torch.full((len(chosen),), 0.5), stratum=(order, len(chosen)))
         rank, world = rank_and_world()
         parts: list[tuple[Tensor, ...]] = []
+        checksum = torch.zeros((), dtype=torch.float64)  # whole numbers, whose sum is exact
         for number, part in enumerate(torch.arange(len(chosen)).split(config.evaluation.batch_size)):
             x0 = torch.randn(len(part), *config.latent_shape, generator=generator)
             if number % world == rank:
-                x1, _ = encode(vae, chosen.stack(part).to(vae.device))
-                parts.append((part, x1.cpu(), x0, t[part], chosen.labels[part]))
-        return cls(chosen, parts)
+                pixels, labels = chosen.stack(part), chosen.labels[part]
+                content = pixels.numpy().tobytes() + labels.numpy().tobytes()
+                checksum += zlib.crc32(content, number + config.evaluation.seed % 2**31)
+                parts.append((part, encode(vae, pixels.to(vae.device))[0].cpu(), x0, t[part], labels))
+        return cls(chosen, parts, int(sum_over_processes(checksum)))
 
     @torch.inference_mode()
     def loss(self, pipe: SiTPipeline) -> float:
@@ -79,6 +83,13 @@ class HeldOut:
         return gain / number
 
 
+def check_count(images: ImageSet, config: Config) -> None:
+    """Raise `UserError` unless there are two held-out images or more: one has no spread."""
+    if len(images) < 2:
+        found = f"split {config.evaluation.held_out_split!r} has {len(images)} images"
+        raise UserError(f"data: {found}; expected at least 2: add some, or set evaluation.held_out_split")
+
+
 def find_held_out(config: Config, vae: AutoencoderKL, class_names: list[str]) -> HeldOut | None:
     """Encode a run's held-out images, and say what the autoencoder keeps of them.
 
@@ -89,13 +100,11 @@ def find_held_out(config: Config, vae: AutoencoderKL, class_names: list[str]) ->
     try:
         images = open_held_out(config.data, config.evaluation.held_out_split, class_names)
         found = HeldOut.of(images, config, flow, vae)
-    except BrokenImage as error:
-        fault = f"no held-out loss, because a held-out image is broken: {error}"
     except UserError as error:
-        fault = f"no held-out loss and no floor beside the distance, because there are no held-out images: {error}"
-    if faults := [fault for fault in gather_objects(fault) if fault]:
-        processes().print(f"\nnote: {faults[0]}")
+        fault = str(error)
+    faults = [fault for fault in gather_objects(fault) if fault]
     if found is None or faults:
+        processes().print(f"\nnote: no held-out loss and no floor beside the distance: {faults[0]}")
         return None
     quality = found.psnr(vae)
     poor = f"; warning: below {POOR_PSNR:g} dB every picture is blurred: train one on yours (vit5gen autoencoder)"

@@ -34,22 +34,9 @@ _RESOLUTIONS = (32, 64, 128, 256)
 _LOOK_SECONDS, _ROUND_TRIPS = 15.0, 32  # more would hardly change what is said of the pictures
 _THUMBNAIL, _NEAR_DUPLICATE = 16, 8.0  # pixels; root mean square difference in grey levels below which two are one
 _MEGAPIXELS = 150  # that a new autoencoder sees; configs/vae/emoji.yaml takes 19 minutes for 197 of them
+_SECONDS = 900  # of a training
 _EPOCHS, _FEW_STEPS = 300, 1000  # after so many passes over the pictures a model mostly repeats them
 _FEWEST_STEPS = 800  # before which no model draws anything, however slow the machine
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What suits a kind of device: ``largest`` pictures in pixels, ``tokens`` along a side, the length of a run."""
-
-    largest: int
-    batch: int
-    tokens: int
-    minutes: float
-    evaluated: int
-
-
-_CPU, _GPU = Machine(64, 32, 8, 15, 256), Machine(256, 64, 16, 20, 1000)
 
 
 @dataclass
@@ -145,11 +132,11 @@ def near_duplicates(held_out: ImageSet, training: ImageSet, thumbnails: dict[str
     return int((distance < _NEAR_DUPLICATE).any(1).sum())
 
 
-def model_for(latent_side: int, machine: Machine) -> tuple[dict[str, int], float]:
+def model_for(latent_side: int, on_gpu: bool) -> tuple[dict[str, int], float]:
     """Return the sizes of a model that learns something in a quarter of an hour, and its learning rate."""
     small = (128, 6, 4, 2e-3) if latent_side <= 8 else (192, 6, 3, 1.5e-3)
-    width, layers, heads, rate = (384, 12, 6, 5e-4) if machine is _GPU else small
-    patch = max(1, latent_side // machine.tokens)
+    width, layers, heads, rate = (384, 12, 6, 5e-4) if on_gpu else small
+    patch = max(1, latent_side // (16 if on_gpu else 8))
     return {"hidden_size": width, "num_layers": layers, "num_attention_heads": heads, "patch_size": patch}, rate
 
 
@@ -163,12 +150,12 @@ def init(folder: str, output: str) -> None:
         if path.exists():
             raise UserError(f"--output {file}: {path} exists already; choose another name or remove it")
     check_writable(file)
-    survey, machine = look(folder), _GPU if torch.cuda.is_available() else _CPU
+    survey, on_gpu = look(folder), torch.cuda.is_available()
     print("\n  ".join([f"{folder}:", *describe(survey)]))
 
     # The data, as the run will open them.
     side, split = median(short for short, _ in survey.sides), survey.held_out_split or "test"
-    resolution = max([size for size in _RESOLUTIONS if size <= min(side, machine.largest)] or _RESOLUTIONS[:1])
+    resolution = max([size for size in _RESOLUTIONS if size <= min(side, 256 if on_gpu else 64)] or _RESOLUTIONS[:1])
     section: dict[str, Any] = {"path": folder, "split": survey.split, "resolution": resolution}
     usable = [name for name, files in survey.files.items() if not set(files).issubset(survey.broken)]
     if len(usable) < len(survey.files):
@@ -191,22 +178,22 @@ def init(folder: str, output: str) -> None:
     name, vae, quality = choose_autoencoder(resolution, training.select(sound or range(len(training))))
     print(f"autoencoder: {name} returns these pictures with {quality:.1f} dB")
     channels, factor, count = vae.config.latent_channels, kl.downsample(vae), len(training)
-    batch = 2 ** (min(machine.batch, count).bit_length() - 1)
-    sizes, rate = model_for(resolution // factor, machine)
+    batch = 2 ** (min(64 if on_gpu else 32, count).bit_length() - 1)
+    sizes, rate = model_for(resolution // factor, on_gpu)
     content = read_yaml(shipped_configs()["quickstart"]) | {"data": section}
     content["vae"] = {"name": name, "latent_channels": channels, "downsample": factor}
     content["model"] |= sizes
     settings: dict[str, Any] = content["training"]
     settings |= {"global_batch_size": batch, "learning_rate": rate, "compile": False}
     del settings["checkpoint_every"]
-    content["evaluation"] = {"num_images": machine.evaluated, "held_out_split": split}
+    content["evaluation"] = {"num_images": 256, "held_out_split": split}
 
     # How many steps: as many as the time allows, and the pictures.
     config = settle_auto(validate(Config, content, folder), {})
     accelerator = make_accelerator(config.training, Path())
     source = RandomLatents(config.latent_shape, len(training.class_names))
     seconds = seconds_of_step(config, accelerator, build_trainer(config, accelerator), source)
-    wanted = min(60 * machine.minutes / seconds, max(_FEW_STEPS, _EPOCHS * count // batch))
+    wanted = min(_SECONDS / seconds, max(_FEW_STEPS, _EPOCHS * count // batch))
     steps = settings["num_steps"] = max(_FEWEST_STEPS, round(int(wanted), -2))
     settings["ema_decays"] = [0.99 if steps < 5000 else 0.999]
 
