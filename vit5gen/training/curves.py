@@ -75,19 +75,13 @@ def save_curves(path: Path, lines: Entries, evaluations: Entries, checkpoints: S
     figure = Figure(figsize=(8, 1.6 * sum(heights)), layout="constrained")
     panels: Sequence[Axes] = figure.subplots(len(heights), sharex=True, height_ratios=heights)
 
-    # Losses. What the first steps lose is many times the rest, and would flatten it.
-    logged, curves = _logged(lines), held_out_curves(lines, evaluations)
-    points = [point for curve in curves for point in curve.items()]
-    if logged:
+    # Losses, on a logarithmic scale: what the first steps lose is many times the rest, and would flatten it.
+    if logged := _logged(lines):
         panels[0].plot(*zip(*logged, strict=True), color="C0", linewidth=1, label="training (weights, the run's times)")
-    for number, curve in enumerate(filter(None, curves)):
+    for number, curve in enumerate(filter(None, held_out_curves(lines, evaluations))):
         label = "_" if number else "held-out (average of the weights, uniform times)"
         panels[0].plot(list(curve), list(curve.values()), "o-", color="C1", markersize=4, label=label)
-    if logged and points:
-        late = [loss for step, loss in [*logged, *points] if step >= 0.05 * logged[-1][0]]
-        room = 0.1 * (max(late) - min(late)) or 0.1
-        panels[0].set_ylim(min(late) - room, min(max(late) + 3 * room, panels[0].get_ylim()[1]))
-    panels[0].set_ylabel("loss")
+    panels[0].set(ylabel="loss", yscale="log")
 
     if distance:
         name = distance[0]

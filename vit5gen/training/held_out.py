@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from vit5gen.config import Config
-from vit5gen.data.autoencoders.kl import POOR_PSNR, decode, encode, psnr, to_uint8
+from vit5gen.data.autoencoders.kl import POOR_PSNR, encode, round_trip_psnr
 from vit5gen.data.images import ImageSet, open_held_out, readable
 from vit5gen.flow import Flow, draw_timesteps
 from vit5gen.generation.pipeline import SiTPipeline
@@ -18,15 +18,15 @@ from vit5gen.system.distributed import gather_objects, processes, rank_and_world
 from vit5gen.system.errors import UserError
 
 NUM_HELD_OUT = 2048  # images of the held-out loss, where there are as many
-_NUM_DECODED = 256  # images that tell what the autoencoder keeps
-_SHARE = 0.0125  # of the training so far that the held-out losses of previews may take
+_NUM_DECODED = 64  # images that tell what the autoencoder keeps
+_SHARE = 0.02  # of the training so far that held-out losses may take
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """``images`` with noise and times, and the latents of this process's share.
 
-    parts: of consecutive images their indices (B,), x1 and x0 (B, C, h, w), t (B,) and labels (B,), on the CPU.
+    parts: of consecutive images x1 and x0 (B, C, h, w), t (B,) and labels (B,), on the CPU.
     checksum: of seed, pixels and labels; losses of sets with another one are not comparable.
     """
 
@@ -58,29 +58,24 @@ class HeldOut:
                 pixels, labels = chosen.stack(part), chosen.labels[part]
                 content = pixels.numpy().tobytes() + labels.numpy().tobytes()
                 checksum += zlib.crc32(content, number + config.evaluation.seed % 2**31)
-                parts.append((part, encode(vae, pixels.to(vae.device))[0].cpu(), x0, t[part], labels))
+                parts.append((encode(vae, pixels.to(vae.device))[0].cpu(), x0, t[part], labels))
         return cls(chosen, parts, int(sum_over_processes(checksum)))
 
     @torch.inference_mode()
     def loss(self, pipe: SiTPipeline) -> float:
         """Return the mean loss of a pipeline's network; all processes take part."""
         total, network = torch.zeros((), dtype=torch.float64), pipe.transformer
-        for _, *values in self.parts:
-            x1, x0, t, labels = (value.to(pipe.device) for value in values)
+        for part in self.parts:
+            x1, x0, t, labels = (value.to(pipe.device) for value in part)
             x1, x0 = x1.to(network.dtype), x0.to(network.dtype)
             total += pipe.flow.loss(partial(network, class_labels=labels), x1, x0, t).sum().item()
         return sum_over_processes(total).item() / len(self.images)
 
-    @torch.inference_mode()
-    def psnr(self, vae: AutoencoderKL) -> float:
-        """Return the mean PSNR in dB of some of the images and what the autoencoder makes of their latents."""
-        total = torch.zeros(2, dtype=torch.float64)
-        for part, x1, *_ in self.parts:
-            if part[0] < _NUM_DECODED:
-                found = psnr(self.images.stack(part), to_uint8(decode(vae, x1.to(vae.device))).cpu())
-                total += torch.stack([found.sum(), found.new_tensor(len(found))])
-        gain, number = sum_over_processes(total).tolist()
-        return gain / number
+
+def mean_psnr(vae: AutoencoderKL, images: ImageSet) -> float:
+    """Return the mean PSNR in dB of some of the images against what the autoencoder makes of them."""
+    chosen = torch.linspace(0, len(images) - 1, min(len(images), _NUM_DECODED)).long().split(8)
+    return torch.cat([round_trip_psnr(vae, images.stack(part)) for part in chosen]).mean().item()
 
 
 def check_count(images: ImageSet, config: Config) -> None:
@@ -106,7 +101,7 @@ def find_held_out(config: Config, vae: AutoencoderKL, class_names: list[str]) ->
     if found is None or faults:
         processes().print(f"\nnote: no held-out loss and no floor beside the distance: {faults[0]}")
         return None
-    quality = found.psnr(vae)
+    quality = mean_psnr(vae, found.images)
     poor = f"; warning: below {POOR_PSNR:g} dB every picture is blurred: train one on yours (vit5gen autoencoder)"
     told = f"the autoencoder gives {quality:.1f} dB on held-out pictures, which bounds the model"
     processes().print(f"\nnote: {told}{poor if quality < POOR_PSNR else ''}")
@@ -121,9 +116,12 @@ def held_out_loss(pipe: SiTPipeline, config: Config, count: int = NUM_HELD_OUT) 
 
 
 def affordable(previews: set[int], cost: float) -> set[int]:
-    """Return the previews at which something that costs as much as ``cost`` steps keeps its share of those so far."""
+    """Return the previews at which a held-out loss, as dear as ``cost`` steps, keeps within its share of those so far.
+
+    Beside it count the earlier ones, those of the first and the last step, and as much for encoding the images.
+    """
     chosen: list[int] = []
     for step in sorted(previews):
-        if (len(chosen) + 1) * cost <= _SHARE * step:
+        if (len(chosen) + 4) * cost <= _SHARE * step:
             chosen.append(step)
     return set(chosen)

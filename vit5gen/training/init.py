@@ -6,7 +6,6 @@ import shlex
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,11 +26,12 @@ from vit5gen.system.files import check_writable, write_text
 from vit5gen.training.batches import RandomLatents
 from vit5gen.training.build import settle_auto
 from vit5gen.training.dry_run import duration, seconds_of_step
+from vit5gen.training.held_out import mean_psnr
 from vit5gen.training.loop import build_trainer
 from vit5gen.training.process import make_accelerator
 
 _RESOLUTIONS = (32, 64, 128, 256)
-_LOOK_SECONDS, _ROUND_TRIPS = 15.0, 32  # more would hardly change what is said of the pictures
+_LOOK_SECONDS = 15.0  # more would hardly change what is said of the pictures
 _THUMBNAIL, _NEAR_DUPLICATE = 16, 8.0  # pixels; root mean square difference in grey levels below which two are one
 _MEGAPIXELS = 150  # that a new autoencoder sees; configs/vae/emoji.yaml takes 19 minutes for 197 of them
 _SECONDS = 900  # of a training
@@ -39,71 +39,60 @@ _EPOCHS, _FEW_STEPS = 300, 1000  # after so many passes over the pictures a mode
 _FEWEST_STEPS = 800  # before which no model draws anything, however slow the machine
 
 
-@dataclass
-class Survey:
-    """What a folder holds: pictures by class; of those that were looked at sides, greys, thumbnails by name."""
-
-    files: dict[str, list[Path]]
-    split: str
-    held_out_split: str | None
-    sides: list[list[int]] = field(default_factory=list)  # short and long
-    grey: int = 0
-    thumbnails: dict[str, torch.Tensor] = field(default_factory=dict)  # (256,) fp32 grey levels
-    broken: list[Path] = field(default_factory=list)
-
-    @property
-    def complete(self) -> bool:
-        return len(self.sides) + len(self.broken) == sum(map(len, self.files.values()))
-
-
-def look(folder: str) -> Survey:
+def look(folder: str) -> tuple[dict[str, Any], str, list[str], dict[str, torch.Tensor]]:
     """Look at the pictures of a folder in random order, for at most a quarter of a minute.
 
-    Raises `UserError` where it holds no class folders with pictures that decode.
+    Returns the section `data` for them, the held-out split, what was seen, and of each picture that was looked at by
+    its name (256,) fp32 grey levels. Raises `UserError` without class folders with pictures that decode.
     """
+    # Splits and classes.
     names = {name.lower(): name for name in folder_names(FolderSource(DataConfig(path=folder)).need_folder())[0]}
     split = next((names[name] for name in TRAINING if name in names), "train")
     source = FolderSource(DataConfig(path=folder, split=split))
-    held_out = (names[name] for name in HELD_OUT if name in names and source.has_split(names[name]))
+    held_out = next((names[name] for name in HELD_OUT if name in names and source.has_split(names[name])), None)
     found, _ = find_classes(root := source.folder(split))
-    survey = Survey(found, split, next(held_out, None))
     files = [file for of_class in found.values() for file in of_class]
     if not files:
         advice = f"move the pictures of each class into a folder of its own, e.g. {root / 'cats'}; one class is enough"
         raise UserError(f"data.path {folder}: no pictures in class folders; {advice}")
-    begun = time.perf_counter()
-    for index in np.random.default_rng(0).permutation(len(files)):
+
+    # The pictures: short and long sides, whether they are grey, thumbnails.
+    sides, grey, broken, begun = [], 0, set(), time.perf_counter()
+    thumbnails: dict[str, torch.Tensor] = {}
+    for file in np.random.default_rng(0).permutation(np.array(files, dtype=object)):
         try:
-            with decoding(str(files[index])), Image.open(files[index]) as image:
-                sides, pixels = sorted(image.size), centre_crop(image, _THUMBNAIL).float()
+            with decoding(str(file)), Image.open(file) as image:
+                size, pixels = sorted(image.size), centre_crop(image, _THUMBNAIL).float()
         except BrokenImage:
-            survey.broken.append(files[index])
+            broken.add(file)
             continue
-        survey.sides.append(sides)
-        survey.grey += bool((pixels.amax(0) - pixels.amin(0)).amax() <= 2)
-        survey.thumbnails[f"image {files[index]}"] = pixels.mean(0).flatten()
+        sides.append(size)
+        grey += bool((pixels.amax(0) - pixels.amin(0)).amax() <= 2)
+        thumbnails[f"image {file}"] = pixels.mean(0).flatten()
         if time.perf_counter() - begun > _LOOK_SECONDS:
             break
-    if not survey.sides:
-        raise UserError(f"data.path {folder}: none of its pictures decodes, e.g. {survey.broken[0]}; replace them")
-    return survey
+    if not sides:
+        raise UserError(f"data.path {folder}: none of its pictures decodes, e.g. {files[0]}; replace them")
 
-
-def describe(survey: Survey) -> list[str]:
-    """Return lines on what a folder holds."""
-    counts = {name: len(files) for name, files in survey.files.items()}
-    per_class = listed(f"{name} {count:,}" for name, count in counts.items())
-    seen = "" if survey.complete else f"; of {len(survey.sides) + len(survey.broken):,} looked at"
-    short, long = zip(*survey.sides, strict=True)
+    # What they are for a run.
+    short, long = zip(*sides, strict=True)
+    largest = min(median(short), 256 if torch.cuda.is_available() else 64)
+    resolution = max([size for size in _RESOLUTIONS if size <= largest] or _RESOLUTIONS[:1])
+    section: dict[str, Any] = {"path": folder, "split": split, "resolution": resolution}
+    usable = [name for name, of_class in found.items() if not broken.issuperset(of_class)]
+    if len(usable) < len(found):
+        section["classes"] = usable
+    looked_at = len(sides) + len(broken)
+    section["held_out"] = 0.1 if held_out is None else None
+    section["on_broken_image"] = "skip" if broken or looked_at < len(files) else "fail"
+    section["horizontal_flip"] = True
     facts = [
-        f"{sum(counts.values()):,} pictures in {len(counts)} classes ({per_class}){seen}",
-        f"{min(short)}-{max(long)} px, median short side {median(short):g}, {survey.grey:,} grey",
-        f"{len(survey.broken):,} do not decode ({listed(map(str, survey.broken), 3)})"
-        if survey.broken
-        else "all decode",
-        f"held-out split: {survey.held_out_split or 'none'}",
+        f"{len(files):,} pictures in {len(found)} classes ({listed(f'{name} {len(found[name]):,}' for name in found)})",
+        f"of {looked_at:,} looked at {len(broken):,} do not decode {sorted(map(str, broken))[:3] or ''}",
+        f"{min(short)}-{max(long)} px, median short side {median(short):g}, {grey:,} grey",
+        f"held-out split: {held_out or 'none'}",
     ]
-    return [" ".join(fact.split()) for fact in facts]
+    return section, held_out or "test", [" ".join(fact.split()) for fact in facts], thumbnails
 
 
 def choose_autoencoder(resolution: int, images: ImageSet) -> tuple[str, AutoencoderKL, float]:
@@ -118,8 +107,7 @@ def choose_autoencoder(resolution: int, images: ImageSet) -> tuple[str, Autoenco
         shipped = {name: kl.load_autoencoder(name) for name in kl.shipped_autoencoders()}
         name = min(shipped, key=lambda name: abs(math.log2(shipped[name].config.sample_size / resolution)))
         vae = shipped[name]
-    chosen = torch.linspace(0, len(images) - 1, min(len(images), _ROUND_TRIPS)).long()
-    return name, vae, torch.cat([kl.round_trip_psnr(vae, images.stack(part)) for part in chosen.split(8)]).mean().item()
+    return name, vae, mean_psnr(vae, images)
 
 
 def near_duplicates(held_out: ImageSet, training: ImageSet, thumbnails: dict[str, torch.Tensor]) -> int:
@@ -150,33 +138,25 @@ def init(folder: str, output: str) -> None:
         if path.exists():
             raise UserError(f"--output {file}: {path} exists already; choose another name or remove it")
     check_writable(file)
-    survey, on_gpu = look(folder), torch.cuda.is_available()
-    print("\n  ".join([f"{folder}:", *describe(survey)]))
+    section, split, facts, thumbnails = look(folder)
+    print("\n  ".join([f"{folder}:", *facts]))
 
     # The data, as the run will open them.
-    side, split = median(short for short, _ in survey.sides), survey.held_out_split or "test"
-    resolution = max([size for size in _RESOLUTIONS if size <= min(side, 256 if on_gpu else 64)] or _RESOLUTIONS[:1])
-    section: dict[str, Any] = {"path": folder, "split": survey.split, "resolution": resolution}
-    usable = [name for name, files in survey.files.items() if not set(files).issubset(survey.broken)]
-    if len(usable) < len(survey.files):
-        section["classes"] = usable
-    section["held_out"] = 0.1 if survey.held_out_split is None else None
-    section["on_broken_image"] = "fail" if survey.complete and not survey.broken else "skip"
-    section["horizontal_flip"] = True
     data = validate(DataConfig, section, folder)
     training = open_images(data)
     try:
         held_out = open_held_out(data, split, training.class_names)
-        alike = near_duplicates(held_out, training, survey.thumbnails)
+        alike = near_duplicates(held_out, training, thumbnails)
         print(f"held out: {len(held_out):,} pictures; {alike:,} of them nearly equal one to train on")
     except UserError as error:
         print(f"held out: none, so that scores have nothing to compare with: {error}")
         section["held_out"] = None
 
     # The autoencoder, and the quick start's recipe with a model for this machine.
-    sound = [i for i in range(len(training)) if training.name(i) in survey.thumbnails]
-    name, vae, quality = choose_autoencoder(resolution, training.select(sound or range(len(training))))
+    sound = [i for i in range(len(training)) if training.name(i) in thumbnails]
+    name, vae, quality = choose_autoencoder(section["resolution"], training.select(sound or range(len(training))))
     print(f"autoencoder: {name} returns these pictures with {quality:.1f} dB")
+    resolution, on_gpu = section["resolution"], torch.cuda.is_available()
     channels, factor, count = vae.config.latent_channels, kl.downsample(vae), len(training)
     batch = 2 ** (min(64 if on_gpu else 32, count).bit_length() - 1)
     sizes, rate = model_for(resolution // factor, on_gpu)
@@ -200,7 +180,7 @@ def init(folder: str, output: str) -> None:
     # What is written, and the next commands.
     next_command = f"vit5gen train {shlex.quote(str(file))} --output {shlex.quote(f'runs/{file.stem}')}"
     took = f"{steps} steps of {batch} pictures of {resolution} px, about {duration(steps * seconds)} on this machine"
-    header = ["every key: vit5gen train --help", "", f"  {next_command}", "", *describe(survey)]
+    header = ["every key: vit5gen train --help", "", f"  {next_command}", "", *facts]
     header += [f"{took}, encoding and evaluation not included.", "docs/training.md shows a good and a bad result."]
     _write(file, header, content, _COMMENTS | {"vae": f"gives {quality:.1f} dB, which bounds the model"})
     print(f"{file}: {took}\nNext:\n{next_command}")

@@ -70,8 +70,6 @@ class Monitor:
         self.bar = tqdm(total=total, initial=trainer.step, unit="step", disable=hidden)
         self._since = time.perf_counter(), trainer.step
         self._start, self._previews = trainer.step, preview_steps(total, config.training.log_every)
-        self._built: tuple[int, SiTPipeline] | None = None  # of this step
-        self._measured: tuple[int, dict[str, float]] = -1, {}  # the newest step at which the held-out loss was
         self._seconds = dict.fromkeys(("training", "held-out loss", "previews"), 0.0)
         self._saved = trainer.step  # the newest checkpoint that the log tells of
         self._events: dict[str, Any] = {"resumed": trainer.step} if trainer.step else {}
@@ -95,14 +93,14 @@ class Monitor:
             line |= {f"loss_{name}": loss for name, loss in outcome.losses.items()}
         self.accelerator.log({key: value for key, value in line.items() if value is not None}, step=step)
         if not outcome.stop and (self._evaluation_due(step) or (step in self._previews and step in self._affordable)):
-            line |= self._measure()
+            line |= self._held_out_loss
             self._since = time.perf_counter(), step
         if self.accelerator.is_main_process:
             saved = max(self.folder.saved_steps(), default=0)
             events = self._events | ({"checkpoint": saved} if saved > self._saved else {})
             self.folder.add_line({"step": step, **line, **events})
             self._saved, self._events = saved, {}
-        shown = {"loss": line["loss"], "held-out": self._measured[1].get("held_out_loss"), "norm": line["grad_norm"]}
+        shown = {"loss": line["loss"], "held-out": line.get("held_out_loss"), "norm": line["grad_norm"]}
         shown |= {"images/s": line["images_per_second"], "skipped": trainer.skipped or None}
         self.bar.set_postfix({k: f"{value:.3g}" for k, value in shown.items() if value is not None}, refresh=False)
 
@@ -123,12 +121,11 @@ class Monitor:
         """
         self.bar.set_description("evaluate")
         begun, evaluation = time.perf_counter(), self._evaluation_due(step)
-        entry = {"step": step} | (self._measure() if evaluation else {})
         try:
             with PRECISIONS[self.config.training.precision].autocast(self.accelerator.device):
                 grid = self._draw()
                 if evaluation:
-                    self._evaluate(grid, entry)
+                    self._evaluate(grid, {"step": step, **self._held_out_loss})
                 else:
                     on_main(lambda: self._show(grid, self.folder.evaluations()))
                     self._seconds["previews"] += time.perf_counter() - begun
@@ -141,7 +138,9 @@ class Monitor:
         finally:
             self.bar.set_description("train")
             self.bar.unpause()  # the time left is that of steps
-            self._since, self._built = (time.perf_counter(), step), None
+            self._since = time.perf_counter(), step
+            for of_step in ("_pipeline", "_held_out_loss"):
+                self.__dict__.pop(of_step, None)
         return True
 
     def _evaluate(self, grid: Tensor, entry: dict[str, Any]) -> None:
@@ -160,12 +159,11 @@ class Monitor:
             command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
             with self.folder.new_pipeline() as new:
                 facts = TrainingFacts(command=command, metrics=entry, picture=self.folder.samples)
-                self._pipeline().save_pretrained(new, facts=facts)
+                self._pipeline.save_pretrained(new, facts=facts)
             if note := floor_note(earlier, entry):
                 print(f"\nnote: {note}", flush=True)
-            if entry["step"] == self.config.training.num_steps and (steps := self._seconds["training"]):
-                spent = {what: seconds for what, seconds in self._seconds.items() if what != "training"}
-                parts = [f"{what} {seconds:.1f} s ({seconds / steps:.1%})" for what, seconds in spent.items()]
+            if entry["step"] == self.config.training.num_steps and (steps := self._seconds.pop("training")):
+                parts = [f"{what} {seconds:.1f} s ({seconds / steps:.1%})" for what, seconds in self._seconds.items()]
                 print(f"\nsteps took {steps:.1f} s; in addition {', '.join(parts)}", flush=True)
             # Last of all: an evaluation that stands in metrics.json has left everything else behind.
             self.folder.add_evaluation(entry)
@@ -183,21 +181,22 @@ class Monitor:
         if note := gap_note(lines, evaluations):
             print(f"\nnote: {note}", flush=True)
 
-    def _measure(self) -> dict[str, float]:
-        """Return the held-out loss of this step, in the run's precision; nothing where no images are held out."""
-        step, begun = self.trainer.step, time.perf_counter()
-        if self._held_out is not None and step != self._measured[0]:
+    @cached_property
+    def _held_out_loss(self) -> dict[str, float]:
+        """What a log says of the held-out loss of this step, in the run's precision; `evaluate` drops it."""
+        begun, found = time.perf_counter(), {}
+        if self._held_out is not None:
             with PRECISIONS[self.config.training.precision].autocast(self.accelerator.device):
-                loss = self._held_out.loss(self._pipeline())
-            self._measured = step, {"held_out_loss": loss} if math.isfinite(loss) else {}
+                loss = self._held_out.loss(self._pipeline)
+            found = {"held_out_loss": loss} if math.isfinite(loss) else {}
             self._seconds["held-out loss"] += time.perf_counter() - begun
-            self.accelerator.log(self._measured[1], step=step)
-        return self._measured[1]
+            self.accelerator.log(found, step=self.trainer.step)
+        return found
 
     @cached_property
     def _affordable(self) -> set[int]:
         """The steps of previews at which the held-out loss is measured, too."""
-        batch = 3 * self.config.training.global_batch_size  # forwards that cost as much as a step
+        batch = 2 * self.config.training.global_batch_size  # forwards that cost as much as a compiled step
         return affordable(self._previews, 0 if self._held_out is None else len(self._held_out.images) / batch)
 
     def _draw(self) -> Tensor:
@@ -205,10 +204,9 @@ class Monitor:
         parts = [part for share in gather_objects(list(self._generate(self._samples.labels))) for part in share]
         return torch.cat([images for _, images in sorted(parts, key=lambda part: part[0].start)])
 
+    @cached_property
     def _pipeline(self) -> SiTPipeline:
-        """Return the pipeline of this step, built once."""
-        if self._built is not None and self._built[0] == self.trainer.step:
-            return self._built[1]
+        """The pipeline of this step; `evaluate` drops it."""
         model, average = self.trainer.model, self.trainer.averages["model"]
         with torch.device("meta"):
             transformer = SiTTransformer2DModel.from_config(model.config)
@@ -219,14 +217,12 @@ class Monitor:
             transformer.compile_repeated_blocks()
         scheduler = SiTScheduler(self.config.flow.path, self.config.flow.prediction)
         names, attribution = dict(enumerate(self.class_names)), make_source(self.config.data).attribution
-        pipe = SiTPipeline(transformer, scheduler, self.vae, id2label=names, attribution=attribution)
-        self._built = self.trainer.step, pipe
-        return pipe
+        return SiTPipeline(transformer, scheduler, self.vae, id2label=names, attribution=attribution)
 
     def _generate(self, labels: list[int]) -> Iterator[tuple[range, Tensor]]:
         evaluation = self.config.evaluation
         job = SamplingJob(labels, evaluation.seed, evaluation.batch_size, self.config.sampling)
-        share = generate(self._pipeline(), job)
+        share = generate(self._pipeline, job)
         for _ in range(math.ceil(len(labels) / (evaluation.batch_size * self.accelerator.num_processes))):
             # All processes ask in every round, those whose share has run out too: they stop together or not at all.
             asked = torch.tensor(float(self.stop_asked()), device=self.accelerator.device)
