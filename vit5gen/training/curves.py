@@ -19,9 +19,9 @@ Entries = Sequence[dict[str, Any]]
 
 
 def held_out_curves(lines: Entries, evaluations: Entries) -> list[dict[int, float]]:
-    """Return the held-out loss by step, from lines of the log and evaluations, in order; a curve ends with its set.
+    """Return the held-out loss by step, in order, from lines of the log and evaluations: a curve for each held-out set.
 
-    That has changed where another checksum stands in the log: losses before and after are not comparable.
+    The set has changed where another checksum stands in the log: losses before and after are not comparable.
     """
     found = {
         one["step"]: one["held_out_loss"] for one in [*evaluations, *lines] if one.get("held_out_loss") is not None
@@ -54,9 +54,8 @@ def gap_note(lines: Entries, evaluations: Entries) -> str | None:
             if before and fmean(after) < fmean(before):
                 rise = f"rose from {points[best]:.4g} at step {best} to {loss:.4g} at step {step}"
                 advice = "the model begins to memorise; use fewer steps, more pictures or a smaller model"
-                return (
-                    None if step < max(points) else f"the held-out loss {rise}, while the training loss falls: {advice}"
-                )
+                note = f"the held-out loss {rise}, while the training loss falls: {advice}"
+                return note if step == max(points) else None
     return None
 
 
@@ -75,13 +74,16 @@ def save_curves(path: Path, lines: Entries, evaluations: Entries, checkpoints: S
     figure = Figure(figsize=(8, 1.6 * sum(heights)), layout="constrained")
     panels: Sequence[Axes] = figure.subplots(len(heights), sharex=True, height_ratios=heights)
 
-    # Losses, on a logarithmic scale: what the first steps lose is many times the rest, and would flatten it.
-    if logged := _logged(lines):
-        panels[0].plot(*zip(*logged, strict=True), color="C0", linewidth=1, label="training (weights, the run's times)")
+    # Losses. What the first steps lose is many times the rest, and would flatten it.
+    if shown := _logged(lines):
+        panels[0].plot(*zip(*shown, strict=True), color="C0", linewidth=1, label="training (weights, the run's times)")
     for number, curve in enumerate(filter(None, held_out_curves(lines, evaluations))):
         label = "_" if number else "held-out (average of the weights, uniform times)"
         panels[0].plot(list(curve), list(curve.values()), "o-", color="C1", markersize=4, label=label)
-    panels[0].set(ylabel="loss", yscale="log")
+        shown += curve.items()
+    if late := [loss for step, loss in shown if step >= 0.05 * shown[-1][0]]:
+        panels[0].set_ylim(top=1.2 * max(late))
+    panels[0].set_ylabel("loss")
 
     if distance:
         name = distance[0]
