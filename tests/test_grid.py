@@ -80,7 +80,7 @@ def test_titles_of_many_scripts_are_shown(name: str) -> None:
 
 
 def test_a_script_that_no_font_shows_gives_way_to_the_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fonts, "_system_fonts", lambda characters: [])
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", list)
     for name in ("日本語", "mixed 花", "two\nlines"):
         assert write_as(name, "3", 20)[0] == "3"
     monkeypatch.setattr("PIL.features.check", lambda feature: False)

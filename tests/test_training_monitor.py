@@ -14,7 +14,7 @@ from tiny_run import assert_identical, run, weights
 from vit5gen.config import load_config
 from vit5gen.generation.find_pipeline import load_pipeline
 from vit5gen.training import held_out, previews
-from vit5gen.training.curves import gap_note, held_out_points, newest_distance, save_curves
+from vit5gen.training.curves import gap_note, held_out_curves, newest_distance, save_curves
 from vit5gen.training.held_out import affordable, held_out_loss
 from vit5gen.training.monitor import Monitor
 from vit5gen.training.previews import SampleGrid, preview_steps
@@ -26,7 +26,7 @@ def watched(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """Train 80 steps with previews, resumed with another rate of the log."""
     output = tmp_path_factory.mktemp("watched") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(held_out, "_SHARE", 1)
+        patch.setattr(held_out, "_SHARE", 2)
         run(config_file, output, training__num_steps=70, training__checkpoint_every=20)
         run(config_file, output, training__num_steps=80, training__checkpoint_every=20, training__weight_decay=0.0)
     return output
@@ -87,11 +87,12 @@ def test_previews_come_at_lines_of_the_log_and_keep_their_share() -> None:
     assert preview_steps(2400, 50) == {100, 300, 600, 1200, 1800}
     assert preview_steps(400_000, 100) == {12_500, 50_000, 100_000, 200_000, 300_000}
     assert preview_steps(50, 1) == preview_steps(100, 1000) == set()
-    assert affordable(preview_steps(2400, 50), 571 / 96) == {600, 1200, 1800}
+    assert affordable(preview_steps(2400, 50), 571 / 64) == {1800}
+    assert affordable(preview_steps(10_000, 50), 571 / 64) == {2500, 5000, 7500}
     assert affordable({100, 200}, 0) == {100, 200}
     for cost in (0.1, 1, 7, 100):
         chosen = affordable(preview_steps(2400, 50), cost)
-        assert all(cost * len([s for s in chosen if s <= step]) <= 0.0125 * step for step in chosen)
+        assert all(cost * (3 + len([s for s in chosen if s <= step])) <= 0.02 * step for step in chosen)
 
 
 def log(*losses: float) -> list[dict[str, Any]]:
@@ -113,6 +114,19 @@ def test_a_widening_gap_is_said_once() -> None:
     assert note({10: 1.0, 20: 0.9, 30: 0.95}, log(*[1.0] * 40)) is None, "training gains nothing either"
 
 
+def test_a_held_out_curve_ends_where_its_set_changes(config_file: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    for last, seed in ((2, 0), (3, 5), (4, 5)):
+        run(config_file, folder.path, training__num_steps=last, evaluation__seed=seed)
+    lines, evaluations = folder.lines(), folder.evaluations()
+    assert [line["step"] for line in lines if "held_out_checksum" in line] == [1, 3, 4]
+    assert [list(curve) for curve in held_out_curves(lines, evaluations)] == [[0, 2], [3, 4]]
+    rising = [{"step": step, "held_out_loss": value} for step, value in ((1, 1.0), (2, 9.0))]
+    falling = [line | {"held_out_checksum": line["step"]} for line in log(3.0, 2.0)]
+    assert gap_note(log(3.0, 2.0), rising) is not None
+    assert gap_note(falling, rising) is None, "of two sets"
+
+
 def test_curves_are_drawn_of_whatever_there_is(tmp_path: Path) -> None:
     save_curves(tmp_path / "empty.png", [], [])
     lines = log(*(1 / step for step in range(1, 41)))
@@ -121,7 +135,7 @@ def test_curves_are_drawn_of_whatever_there_is(tmp_path: Path) -> None:
     lines[19] |= {"resumed": 19, "changed": ["training.num_steps: 20 -> 40"], "loss": None}
     report = {"value": 3.0, "n": 2, "floor": None}
     save_curves(tmp_path / "all.png", lines, [{"step": 0, "held_out_loss": 2.0, "FD": report}], [40])
-    assert held_out_points(lines, [{"step": 0, "held_out_loss": 2.0}]) == {0: 2.0, 10: 0.5}
+    assert held_out_curves(lines, [{"step": 0, "held_out_loss": 2.0}]) == [{0: 2.0, 10: 0.5}]
     heights = [Image.open(tmp_path / f"{name}.png").height for name in ("empty", "old", "all")]
     assert heights[0] == heights[1] < heights[2]
 
@@ -133,7 +147,7 @@ def test_without_held_out_images_one_line_says_what_is_lacking(
     changes = {"training__num_steps": 2, "data__path": str(tmp_path / "data")}
     assert run(config_file, tmp_path / "run", **changes) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "held-out" in line and "steps took" not in line]
-    assert "no held-out loss and no floor beside the distance, because there are no held-out images" in line
+    assert "no held-out loss and no floor beside the distance: data.path" in line
     for one in RunFolder(tmp_path / "run").evaluations():
         assert "held_out_loss" not in one
         assert one["FD-EffNetLite0@96"]["floor"] is None
@@ -155,4 +169,4 @@ def test_curves_show_what_is_finite_and_any_name_of_a_key(tmp_path: Path) -> Non
     ]
     save_curves(tmp_path / "loss.png", lines, [{"step": 2, "held_out_loss": math.nan}])
     assert (tmp_path / "loss.png").stat().st_size > 1000
-    assert held_out_points(lines, [{"step": 2, "held_out_loss": 0.5}]) == {2: 0.5}
+    assert held_out_curves(lines, [{"step": 2, "held_out_loss": 0.5}]) == [{2: 0.5}]

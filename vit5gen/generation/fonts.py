@@ -1,6 +1,7 @@
 """Fonts for labels in any script: DejaVu Sans, which comes with matplotlib, then whatever the system has."""
 
 import unicodedata
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def write_as(text: str, instead: str, size: int) -> tuple[str, ImageFont.FreeTyp
     characters = frozenset(map(ord, text))
     # Only raqm joins letters, orders them from right to left, and sets marks on others.
     plain = all(unicodedata.bidirectional(c) not in ("R", "AL") and unicodedata.category(c) != "Mn" for c in text)
-    for path in (_dejavu(), *_system_fonts(characters)) if plain or features.check("raqm") else ():
+    for path in _fonts() if plain or features.check("raqm") else ():
         if characters <= _characters(path):
             try:
                 return text, ImageFont.truetype(path, size)
@@ -32,14 +33,13 @@ def _dejavu() -> str:
     return str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
 
 
-def _system_fonts(characters: frozenset[int]) -> list[str]:
-    """Return the system's fonts, upright and regular ones first; none where they are not needed."""
-    if characters <= _characters(_dejavu()):
-        return []
+def _fonts() -> Iterator[str]:
+    """Yield DejaVu Sans, then the system's fonts, upright and regular ones first."""
+    yield _dejavu()
     from matplotlib import font_manager  # which lists the fonts of the system when it is imported first
 
     styles = ("bold", "italic", "oblique", "mono", "serif", "condensed")
-    return sorted(font_manager.findSystemFonts(), key=lambda path: (any(s in path.lower() for s in styles), path))
+    yield from sorted(font_manager.findSystemFonts(), key=lambda path: (any(s in path.lower() for s in styles), path))
 
 
 @cache

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from vit5gen.generation.fonts import plain_font, write_as
@@ -17,6 +17,7 @@ _TILE = 96  # smaller images are enlarged (nearest neighbour, whole factors) to 
 _MAX_TITLE = 28  # characters
 _COLUMNS, _PAIRS = 16, 6
 _SHADE = (216, 216, 216)  # behind real pictures
+_LINE = 20  # pixels, of text above
 
 
 def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> None:
@@ -69,21 +70,16 @@ def save_grid(
     before = max(map(len, (real or {}).values()), default=0)
     left = margin + before * (width + GAP) + (2 * GAP if before else 0)
     right = left + max(len(row) for *_, row in rows) * (width + GAP)
-    font, line = plain_font(14), 20
-    lines = _fill(caption, font, right - 2 * GAP)
-    top = GAP + line * (len(lines) + bool(before))
-    canvas = Image.new("RGB", (right, top + len(rows) * (height + GAP)), "white")
-    draw = ImageDraw.Draw(canvas)
+    header = _LINE if before else 0
+    canvas, draw, top = _begin(caption, right, header + len(rows) * (height + GAP))
 
-    # What is written above, then the rows.
-    for i, text in enumerate(lines):
-        draw.text((GAP, GAP + line * i), text, fill="black", font=font)
+    # What is written above the columns, then the rows.
     if before:
-        draw.rectangle((margin - GAP, top - line, left - 2 * GAP - 1, canvas.height), fill=_SHADE)
+        draw.rectangle((margin - GAP, top, left - 2 * GAP - 1, canvas.height), fill=_SHADE)
         for text, x in (("real", margin), ("generated", left)):
-            draw.text((x, top - line), text, fill="black", font=font)
+            draw.text((x, top), text, fill="black", font=plain_font(14))
     for r, (label, _, start, row) in enumerate(rows):
-        y = top + r * (height + GAP)
+        y = top + header + r * (height + GAP)
         if not start:
             text, own = titles[label]
             draw.text((GAP, y + height // 2), text, fill="black", font=own, anchor="lm")
@@ -106,34 +102,30 @@ def save_pairs(
     titles: name, label and a remark of each pair, written above it; caption, settings: as of `save_grid`.
     """
     width, height = tile(pairs[0][0]).size
-    font, line = plain_font(14), 20
-    across, down = 2 * width + 4 * GAP, height + line + 2 * GAP
+    across, down = 2 * width + 4 * GAP, height + _LINE + 2 * GAP
     columns = min(_PAIRS, len(pairs))
-    lines = _fill(caption, font, columns * across)
-    top = GAP + line * len(lines)
-    canvas = Image.new("RGB", (GAP + columns * across, top + -(-len(pairs) // columns) * down), "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, text in enumerate(lines):
-        draw.text((GAP, GAP + line * i), text, fill="black", font=font)
+    canvas, draw, top = _begin(caption, GAP + columns * across, -(-len(pairs) // columns) * down)
     for i, (pair, (name, label, remark)) in enumerate(zip(pairs, titles, strict=True)):
         x, y = GAP + i % columns * across, top + i // columns * down
         text, own = write_as(f"{_cut(name, 14)} {remark}", f"{label} {remark}", 13)
         draw.text((x, y), text, fill="black", font=own)
         for k, image in enumerate(pair):
-            canvas.paste(tile(image), (x + k * (width + 1), y + line))
+            canvas.paste(tile(image), (x + k * (width + 1), y + _LINE))
     save_png(canvas, path, settings)
 
 
-def _fill(facts: Sequence[str], font: ImageFont.FreeTypeFont, width: float) -> list[str]:
-    """Join facts to lines of at most ``width`` pixels, as far as each of them fits."""
-    lines: list[str] = []
-    for fact in facts:
-        longer = f"{lines[-1]}  ·  {fact}" if lines else ""
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(fact)
-    return lines
+def _begin(facts: Sequence[str], width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
+    """Write facts, joined to lines as far as they fit, above ``height`` pixels; return where these begin, too."""
+    font, lines = plain_font(14), list(facts[:1])
+    for fact in facts[1:]:
+        longer = f"{lines[-1]}  ·  {fact}"
+        lines[-1:] = [longer] if font.getlength(longer) <= width - 2 * GAP else [lines[-1], fact]
+    top = GAP + _LINE * len(lines)
+    canvas = Image.new("RGB", (width, top + height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, text in enumerate(lines):
+        draw.text((GAP, GAP + _LINE * i), text, fill="black", font=font)
+    return canvas, draw, top
 
 
 def _cut(title: str, most: int = _MAX_TITLE) -> str:

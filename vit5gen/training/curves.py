@@ -1,11 +1,13 @@
 """What a run's numbers show over its steps: ``loss.png``, and whether held-out pictures still gain."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -16,10 +18,21 @@ _RECENT = 10  # lines of the log whose mean tells whether the training loss fall
 Entries = Sequence[dict[str, Any]]
 
 
-def held_out_points(lines: Entries, evaluations: Entries) -> dict[int, float]:
-    """Return the held-out loss by step, from lines of the log and evaluations, in order."""
-    found = ((one["step"], one.get("held_out_loss")) for one in [*evaluations, *lines])
-    return dict(sorted((step, loss) for step, loss in found if loss is not None and math.isfinite(loss)))
+def held_out_curves(lines: Entries, evaluations: Entries) -> list[dict[int, float]]:
+    """Return the held-out loss by step, in order, from lines of the log and evaluations: a curve for each held-out set.
+
+    The set has changed where another checksum stands in the log: losses before and after are not comparable.
+    """
+    found = {
+        one["step"]: one["held_out_loss"] for one in [*evaluations, *lines] if one.get("held_out_loss") is not None
+    }
+    checksums = [(line["step"], line["held_out_checksum"]) for line in lines if "held_out_checksum" in line]
+    starts = [step for (_, before), (step, now) in pairwise(checksums) if before != now]
+    curves: list[dict[int, float]] = [{} for _ in range(len(starts) + 1)]
+    for step in sorted(found):
+        if math.isfinite(found[step]):
+            curves[bisect_right(starts, step)][step] = found[step]
+    return curves
 
 
 def newest_distance(evaluations: Entries) -> tuple[str, int, dict[str, Any]] | None:
@@ -30,24 +43,24 @@ def newest_distance(evaluations: Entries) -> tuple[str, int, dict[str, Any]] | N
 
 def gap_note(lines: Entries, evaluations: Entries) -> str | None:
     """Say that held-out pictures lose while training ones gain, at the first step at which that shows; else None."""
-    points = held_out_points(lines, evaluations)
-    widening = [step for step in points if _widens(lines, points, step)]
-    if not points or widening != [max(points)]:
-        return None
-    best, now = min(points, key=lambda step: points[step]), widening[0]
-    rise = f"rose from {points[best]:.4g} at step {best} to {points[now]:.4g} at step {now}"
-    advice = "the model begins to memorise; use fewer steps, more pictures or a smaller model"
-    return f"the held-out loss {rise}, while the training loss falls: {advice}"
+    points, best = held_out_curves(lines, evaluations)[-1], -1
+    steps, losses = zip(*_logged(lines), strict=True) if _logged(lines) else ((), ())
+    for step, loss in points.items():
+        if best < 0 or loss < points[best]:
+            best = step
+        elif loss > (1 + _CLEAR_RISE) * points[best]:
+            ends = bisect_right(steps, best), bisect_right(steps, step)
+            before, after = (losses[max(0, end - _RECENT) : end] for end in ends)
+            if before and fmean(after) < fmean(before):
+                rise = f"rose from {points[best]:.4g} at step {best} to {loss:.4g} at step {step}"
+                advice = "the model begins to memorise; use fewer steps, more pictures or a smaller model"
+                note = f"the held-out loss {rise}, while the training loss falls: {advice}"
+                return note if step == max(points) else None
+    return None
 
 
-def _widens(lines: Entries, points: dict[int, float], step: int) -> bool:
-    seen = {at: value for at, value in points.items() if at <= step}
-    best = min(seen, key=lambda at: seen[at])
-    losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None and line["step"] <= step]
-    before = [loss for at, loss in losses if at <= best][-_RECENT:]
-    after = [loss for at, loss in losses if at > best][-_RECENT:]
-    rises = seen[step] > (1 + _CLEAR_RISE) * seen[best]
-    return rises and bool(before and after) and float(np.mean(after)) < float(np.mean(before))
+def _logged(lines: Entries) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
 
 
 def save_curves(path: Path, lines: Entries, evaluations: Entries, checkpoints: Sequence[int] = ()) -> None:
@@ -62,17 +75,14 @@ def save_curves(path: Path, lines: Entries, evaluations: Entries, checkpoints: S
     panels: Sequence[Axes] = figure.subplots(len(heights), sharex=True, height_ratios=heights)
 
     # Losses. What the first steps lose is many times the rest, and would flatten it.
-    logged = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    points = held_out_points(lines, evaluations)
-    if logged:
-        panels[0].plot(*zip(*logged, strict=True), color="C0", linewidth=1, label="training (weights, the run's times)")
-    if points:
-        label = "held-out (average of the weights, uniform times)"
-        panels[0].plot(list(points), list(points.values()), "o-", color="C1", markersize=4, label=label)
-    if logged and points:
-        late = [loss for step, loss in [*logged, *points.items()] if step >= 0.05 * logged[-1][0]]
-        room = 0.1 * (max(late) - min(late)) or 0.1
-        panels[0].set_ylim(min(late) - room, min(max(late) + 3 * room, panels[0].get_ylim()[1]))
+    if shown := _logged(lines):
+        panels[0].plot(*zip(*shown, strict=True), color="C0", linewidth=1, label="training (weights, the run's times)")
+    for number, curve in enumerate(filter(None, held_out_curves(lines, evaluations))):
+        label = "_" if number else "held-out (average of the weights, uniform times)"
+        panels[0].plot(list(curve), list(curve.values()), "o-", color="C1", markersize=4, label=label)
+        shown += curve.items()
+    if late := [loss for step, loss in shown if step >= 0.05 * shown[-1][0]]:
+        panels[0].set_ylim(top=1.2 * max(late))
     panels[0].set_ylabel("loss")
 
     if distance:

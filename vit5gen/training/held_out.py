@@ -1,5 +1,6 @@
 """The loss on held-out images: the same images, noise and times at every step and in every run."""
 
+import zlib
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,8 +9,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from vit5gen.config import Config
-from vit5gen.data.autoencoders.kl import POOR_PSNR, decode, encode, psnr, to_uint8
-from vit5gen.data.images import BrokenImage, ImageSet, open_held_out, readable
+from vit5gen.data.autoencoders.kl import POOR_PSNR, encode, round_trip_psnr
+from vit5gen.data.images import ImageSet, open_held_out, readable
 from vit5gen.flow import Flow, draw_timesteps
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
@@ -17,19 +18,21 @@ from vit5gen.system.distributed import gather_objects, processes, rank_and_world
 from vit5gen.system.errors import UserError
 
 NUM_HELD_OUT = 2048  # images of the held-out loss, where there are as many
-_NUM_DECODED = 256  # images that tell what the autoencoder keeps
-_SHARE = 0.0125  # of the training so far that the held-out losses of previews may take
+_NUM_DECODED = 64  # images that tell what the autoencoder keeps
+_SHARE = 0.02  # of the training so far that held-out losses may take
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """``images`` with noise and times, and the latents of this process's share.
 
-    parts: of consecutive images their indices (B,), x1 and x0 (B, C, h, w), t (B,) and labels (B,), on the CPU.
+    parts: of consecutive images x1 and x0 (B, C, h, w), t (B,) and labels (B,), on the CPU.
+    checksum: of seed, pixels and labels; losses of sets with another one are not comparable.
     """
 
     images: ImageSet
     parts: list[tuple[Tensor, ...]]
+    checksum: int
 
     @classmethod
     @torch.inference_mode()
@@ -43,40 +46,43 @@ class HeldOut:
         """
         generator = torch.Generator().manual_seed(config.evaluation.seed)
         chosen = readable(images.select(torch.randperm(len(images), generator=generator)[:count]), config.data)
-        if len(chosen) < 2:
-            split = config.evaluation.held_out_split
-            raise UserError(f"data: split {split!r} has {len(chosen)} images; expected at least 2")
+        check_count(chosen, config)
         order = torch.randperm(len(chosen), generator=generator)
         t = draw_timesteps(flow, torch.full((len(chosen),), 0.5), stratum=(order, len(chosen)))
         rank, world = rank_and_world()
         parts: list[tuple[Tensor, ...]] = []
+        checksum = torch.zeros((), dtype=torch.float64)  # whole numbers, whose sum is exact
         for number, part in enumerate(torch.arange(len(chosen)).split(config.evaluation.batch_size)):
             x0 = torch.randn(len(part), *config.latent_shape, generator=generator)
             if number % world == rank:
-                x1, _ = encode(vae, chosen.stack(part).to(vae.device))
-                parts.append((part, x1.cpu(), x0, t[part], chosen.labels[part]))
-        return cls(chosen, parts)
+                pixels, labels = chosen.stack(part), chosen.labels[part]
+                content = pixels.numpy().tobytes() + labels.numpy().tobytes()
+                checksum += zlib.crc32(content, number + config.evaluation.seed % 2**31)
+                parts.append((encode(vae, pixels.to(vae.device))[0].cpu(), x0, t[part], labels))
+        return cls(chosen, parts, int(sum_over_processes(checksum)))
 
     @torch.inference_mode()
     def loss(self, pipe: SiTPipeline) -> float:
         """Return the mean loss of a pipeline's network; all processes take part."""
         total, network = torch.zeros((), dtype=torch.float64), pipe.transformer
-        for _, *values in self.parts:
-            x1, x0, t, labels = (value.to(pipe.device) for value in values)
+        for part in self.parts:
+            x1, x0, t, labels = (value.to(pipe.device) for value in part)
             x1, x0 = x1.to(network.dtype), x0.to(network.dtype)
             total += pipe.flow.loss(partial(network, class_labels=labels), x1, x0, t).sum().item()
         return sum_over_processes(total).item() / len(self.images)
 
-    @torch.inference_mode()
-    def psnr(self, vae: AutoencoderKL) -> float:
-        """Return the mean PSNR in dB of some of the images and what the autoencoder makes of their latents."""
-        total = torch.zeros(2, dtype=torch.float64)
-        for part, x1, *_ in self.parts:
-            if part[0] < _NUM_DECODED:
-                found = psnr(self.images.stack(part), to_uint8(decode(vae, x1.to(vae.device))).cpu())
-                total += torch.stack([found.sum(), found.new_tensor(len(found))])
-        gain, number = sum_over_processes(total).tolist()
-        return gain / number
+
+def mean_psnr(vae: AutoencoderKL, images: ImageSet) -> float:
+    """Return the mean PSNR in dB of some of the images against what the autoencoder makes of them."""
+    chosen = torch.linspace(0, len(images) - 1, min(len(images), _NUM_DECODED)).long().split(8)
+    return torch.cat([round_trip_psnr(vae, images.stack(part)) for part in chosen]).mean().item()
+
+
+def check_count(images: ImageSet, config: Config) -> None:
+    """Raise `UserError` unless there are two held-out images or more: one has no spread."""
+    if len(images) < 2:
+        found = f"split {config.evaluation.held_out_split!r} has {len(images)} images"
+        raise UserError(f"data: {found}; expected at least 2: add some, or set evaluation.held_out_split")
 
 
 def find_held_out(config: Config, vae: AutoencoderKL, class_names: list[str]) -> HeldOut | None:
@@ -89,15 +95,13 @@ def find_held_out(config: Config, vae: AutoencoderKL, class_names: list[str]) ->
     try:
         images = open_held_out(config.data, config.evaluation.held_out_split, class_names)
         found = HeldOut.of(images, config, flow, vae)
-    except BrokenImage as error:
-        fault = f"no held-out loss, because a held-out image is broken: {error}"
     except UserError as error:
-        fault = f"no held-out loss and no floor beside the distance, because there are no held-out images: {error}"
-    if faults := [fault for fault in gather_objects(fault) if fault]:
-        processes().print(f"\nnote: {faults[0]}")
+        fault = str(error)
+    faults = [fault for fault in gather_objects(fault) if fault]
     if found is None or faults:
+        processes().print(f"\nnote: no held-out loss and no floor beside the distance: {faults[0]}")
         return None
-    quality = found.psnr(vae)
+    quality = mean_psnr(vae, found.images)
     poor = f"; warning: below {POOR_PSNR:g} dB every picture is blurred: train one on yours (vit5gen autoencoder)"
     told = f"the autoencoder gives {quality:.1f} dB on held-out pictures, which bounds the model"
     processes().print(f"\nnote: {told}{poor if quality < POOR_PSNR else ''}")
@@ -112,9 +116,12 @@ def held_out_loss(pipe: SiTPipeline, config: Config, count: int = NUM_HELD_OUT) 
 
 
 def affordable(previews: set[int], cost: float) -> set[int]:
-    """Return the previews at which something that costs as much as ``cost`` steps keeps its share of those so far."""
+    """Return the previews at which a held-out loss, as dear as ``cost`` steps, keeps within its share of those so far.
+
+    Beside it count the earlier ones, those of the first and the last step, and as much for encoding the images.
+    """
     chosen: list[int] = []
     for step in sorted(previews):
-        if (len(chosen) + 1) * cost <= _SHARE * step:
+        if (len(chosen) + 4) * cost <= _SHARE * step:
             chosen.append(step)
     return set(chosen)

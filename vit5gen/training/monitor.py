@@ -70,7 +70,6 @@ class Monitor:
         self.bar = tqdm(total=total, initial=trainer.step, unit="step", disable=hidden)
         self._since = time.perf_counter(), trainer.step
         self._start, self._previews = trainer.step, preview_steps(total, config.training.log_every)
-        self._held_out_loss: dict[int, float | None] = {}  # of the newest step
         self._seconds = dict.fromkeys(("training", "held-out loss", "previews"), 0.0)
         self._saved = trainer.step  # the newest checkpoint that the log tells of
         self._events: dict[str, Any] = {"resumed": trainer.step} if trainer.step else {}
@@ -93,17 +92,15 @@ class Monitor:
         if len(outcome.losses) > 1 and outcome.finite:
             line |= {f"loss_{name}": loss for name, loss in outcome.losses.items()}
         self.accelerator.log({key: value for key, value in line.items() if value is not None}, step=step)
-        if not outcome.stop and (self._evaluation_due(step) or (step in self._previews and step in self._measured)):
-            held_out = self._measure(self._pipeline())
-            line |= {} if held_out is None else {"held_out_loss": held_out}
+        if not outcome.stop and (self._evaluation_due(step) or (step in self._previews and step in self._affordable)):
+            line |= self._held_out_loss
             self._since = time.perf_counter(), step
         if self.accelerator.is_main_process:
             saved = max(self.folder.saved_steps(), default=0)
             events = self._events | ({"checkpoint": saved} if saved > self._saved else {})
             self.folder.add_line({"step": step, **line, **events})
             self._saved, self._events = saved, {}
-        held_out = next(iter(self._held_out_loss.values()), None)
-        shown = {"loss": line["loss"], "held-out": held_out, "norm": line["grad_norm"]}
+        shown = {"loss": line["loss"], "held-out": line.get("held_out_loss"), "norm": line["grad_norm"]}
         shown |= {"images/s": line["images_per_second"], "skipped": trainer.skipped or None}
         self.bar.set_postfix({k: f"{value:.3g}" for k, value in shown.items() if value is not None}, refresh=False)
 
@@ -123,14 +120,12 @@ class Monitor:
         False when a signal asked to stop before all images were drawn.
         """
         self.bar.set_description("evaluate")
-        begun, evaluation, pipe = time.perf_counter(), self._evaluation_due(step), self._pipeline()
-        held_out = self._measure(pipe) if evaluation else None
-        entry = {"step": step} | ({} if held_out is None else {"held_out_loss": held_out})
+        begun, evaluation = time.perf_counter(), self._evaluation_due(step)
         try:
             with PRECISIONS[self.config.training.precision].autocast(self.accelerator.device):
-                grid = self._draw(pipe)
+                grid = self._draw()
                 if evaluation:
-                    self._evaluate(pipe, grid, entry)
+                    self._evaluate(grid, {"step": step, **self._held_out_loss})
                 else:
                     on_main(lambda: self._show(grid, self.folder.evaluations()))
                     self._seconds["previews"] += time.perf_counter() - begun
@@ -144,14 +139,16 @@ class Monitor:
             self.bar.set_description("train")
             self.bar.unpause()  # the time left is that of steps
             self._since = time.perf_counter(), step
+            for of_step in ("_pipeline", "_held_out_loss"):
+                self.__dict__.pop(of_step, None)
         return True
 
-    def _evaluate(self, pipe: SiTPipeline, grid: Tensor, entry: dict[str, Any]) -> None:
+    def _evaluate(self, grid: Tensor, entry: dict[str, Any]) -> None:
         """Measure the distance, and keep what was measured with the pipeline that gave it."""
         if self._has_images:  # the distance takes a while: show what is drawn
             on_main(lambda: self._samples.save(grid, entry["step"], self.folder.evaluations()))
         if self._reference is not None:
-            batches = (images for _, images in self._generate(pipe, self._reference.labels))
+            batches = (images for _, images in self._generate(self._reference.labels))
             generated = frechet_of(batches, self._extractor).all_reduce()
             report = frechet_report(generated, self._reference.distance, self._reference.floor)
             entry[self._extractor.metric] = report
@@ -162,12 +159,11 @@ class Monitor:
             command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
             with self.folder.new_pipeline() as new:
                 facts = TrainingFacts(command=command, metrics=entry, picture=self.folder.samples)
-                pipe.save_pretrained(new, facts=facts)
+                self._pipeline.save_pretrained(new, facts=facts)
             if note := floor_note(earlier, entry):
                 print(f"\nnote: {note}", flush=True)
-            if entry["step"] == self.config.training.num_steps and (steps := self._seconds["training"]):
-                spent = {what: seconds for what, seconds in self._seconds.items() if what != "training"}
-                parts = [f"{what} {seconds:.1f} s ({seconds / steps:.1%})" for what, seconds in spent.items()]
+            if entry["step"] == self.config.training.num_steps and (steps := self._seconds.pop("training")):
+                parts = [f"{what} {seconds:.1f} s ({seconds / steps:.1%})" for what, seconds in self._seconds.items()]
                 print(f"\nsteps took {steps:.1f} s; in addition {', '.join(parts)}", flush=True)
             # Last of all: an evaluation that stands in metrics.json has left everything else behind.
             self.folder.add_evaluation(entry)
@@ -185,30 +181,32 @@ class Monitor:
         if note := gap_note(lines, evaluations):
             print(f"\nnote: {note}", flush=True)
 
-    def _measure(self, pipe: SiTPipeline) -> float | None:
-        """Return the held-out loss at this step, in the run's precision; None where no images are held out."""
-        step, begun = self.trainer.step, time.perf_counter()
-        if step not in self._held_out_loss:
+    @cached_property
+    def _held_out_loss(self) -> dict[str, float]:
+        """What a log says of the held-out loss of this step, in the run's precision; `evaluate` drops it."""
+        begun, found = time.perf_counter(), {}
+        if self._held_out is not None:
             with PRECISIONS[self.config.training.precision].autocast(self.accelerator.device):
-                loss = None if self._held_out is None else self._held_out.loss(pipe)
-            self._held_out_loss = {step: loss if loss is not None and math.isfinite(loss) else None}
+                loss = self._held_out.loss(self._pipeline)
+            found = {"held_out_loss": loss} if math.isfinite(loss) else {}
             self._seconds["held-out loss"] += time.perf_counter() - begun
-            if (loss := self._held_out_loss[step]) is not None:
-                self.accelerator.log({"held_out_loss": loss}, step=step)
-        return self._held_out_loss[step]
+            self.accelerator.log(found, step=self.trainer.step)
+        return found
 
     @cached_property
-    def _measured(self) -> set[int]:
+    def _affordable(self) -> set[int]:
         """The steps of previews at which the held-out loss is measured, too."""
-        batch = 3 * self.config.training.global_batch_size  # forwards that cost as much as a step
+        batch = 2 * self.config.training.global_batch_size  # forwards that cost as much as a compiled step
         return affordable(self._previews, 0 if self._held_out is None else len(self._held_out.images) / batch)
 
-    def _draw(self, pipe: SiTPipeline) -> Tensor:
+    def _draw(self) -> Tensor:
         """Return the images of samples.png (N, 3, H, W), uint8, on every process."""
-        parts = [part for share in gather_objects(list(self._generate(pipe, self._samples.labels))) for part in share]
+        parts = [part for share in gather_objects(list(self._generate(self._samples.labels))) for part in share]
         return torch.cat([images for _, images in sorted(parts, key=lambda part: part[0].start)])
 
+    @cached_property
     def _pipeline(self) -> SiTPipeline:
+        """The pipeline of this step; `evaluate` drops it."""
         model, average = self.trainer.model, self.trainer.averages["model"]
         with torch.device("meta"):
             transformer = SiTTransformer2DModel.from_config(model.config)
@@ -221,9 +219,10 @@ class Monitor:
         names, attribution = dict(enumerate(self.class_names)), make_source(self.config.data).attribution
         return SiTPipeline(transformer, scheduler, self.vae, id2label=names, attribution=attribution)
 
-    def _generate(self, pipe: SiTPipeline, labels: list[int]) -> Iterator[tuple[range, Tensor]]:
+    def _generate(self, labels: list[int]) -> Iterator[tuple[range, Tensor]]:
         evaluation = self.config.evaluation
-        share = generate(pipe, SamplingJob(labels, evaluation.seed, evaluation.batch_size, self.config.sampling))
+        job = SamplingJob(labels, evaluation.seed, evaluation.batch_size, self.config.sampling)
+        share = generate(self._pipeline, job)
         for _ in range(math.ceil(len(labels) / (evaluation.batch_size * self.accelerator.num_processes))):
             # All processes ask in every round, those whose share has run out too: they stop together or not at all.
             asked = torch.tensor(float(self.stop_asked()), device=self.accelerator.device)
@@ -251,7 +250,10 @@ class Monitor:
 
     @cached_property
     def _held_out(self) -> HeldOut | None:
-        return find_held_out(self.config, self.vae, self.class_names) if self._has_images else None
+        found = find_held_out(self.config, self.vae, self.class_names) if self._has_images else None
+        if found is not None:
+            self._events["held_out_checksum"] = found.checksum
+        return found
 
     def next_command(self) -> str:
         """Return the shell command that draws more images of the run's first class."""

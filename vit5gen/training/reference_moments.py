@@ -18,6 +18,7 @@ from vit5gen.evaluation import Extractor, FrechetReference, frechet_of
 from vit5gen.system.distributed import is_main, on_main, rank_and_world
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import atomic, cache_folder
+from vit5gen.training.held_out import check_count
 
 # What decides, beside the images and the extractor, over the features of a split.
 _PIXELS = {"source", "source_kwargs", "split", "resolution", "classes", "exif", "rules", "on_broken_image", "held_out"}
@@ -65,10 +66,9 @@ def build_reference(config: Config, extractor: Extractor) -> TrainingReference:
     training = choose(open_images(config.data), evaluation.num_reference)
     distance = FrechetReference(*moments(training))
     try:
-        split = evaluation.held_out_split
-        held_out = choose(open_held_out(config.data, split, training.class_names), evaluation.num_images)
-        if len(held_out) < 2:
-            raise UserError(f"data: split {split!r} has {len(held_out)} images; expected at least 2")
+        held_out = open_held_out(config.data, evaluation.held_out_split, training.class_names)
+        held_out = choose(held_out, evaluation.num_images)
+        check_count(held_out, config)
     except UserError:  # the monitor says so
         return TrainingReference(distance, training.labels[: evaluation.num_images].tolist(), floor=None)
     return TrainingReference(distance, held_out.labels.tolist(), distance.distance(*moments(held_out)))

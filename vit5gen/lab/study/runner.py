@@ -22,7 +22,7 @@ from vit5gen.system.errors import UserError
 from vit5gen.system.files import write_text
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.dry_run import run_cost
-from vit5gen.training.held_out import held_out_loss
+from vit5gen.training.held_out import check_count, held_out_loss
 from vit5gen.training.loop import train
 from vit5gen.training.process import NONFINITE, RESUME, STOPPED
 from vit5gen.training.reference_moments import TrainingReference, build_reference
@@ -98,8 +98,7 @@ def check_inputs(runs: list[Run]) -> None:
         seen.add(key)
         try:
             images = open_for(run.config, load_autoencoder(run.config.vae.name))
-            if (count := len(open_held_out(data, split, images.class_names))) < 2:
-                raise UserError(f"data: split {split!r} has {count} images; expected at least 2")
+            check_count(open_held_out(data, split, images.class_names), run.config)
         except UserError as error:
             raise UserError(f"run {run.name}: {error}") from error
 
