@@ -1,7 +1,7 @@
 """Feature networks: images ``(B, 3, H, W)`` uint8 to features, with everything that defines the metric pinned."""
 
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vit5gen.config import Plug
 from vit5gen.evaluation.statistics import FeatureStatistics
 from vit5gen.registry import Registry, name_and_options
 from vit5gen.system.errors import UserError
@@ -66,10 +67,7 @@ extractor_names = EXTRACTORS.names
 
 
 def load_extractor(
-    name: str | Mapping[str, Mapping[str, Any]],
-    device: str | torch.device = "cpu",
-    weights: str | Path | None = None,
-    weights_sha256: str | None = None,
+    name: Plug, device: str | torch.device = "cpu", weights: str | Path | None = None, weights_sha256: str | None = None
 ) -> Extractor:
     """Build a registered extractor, ``NAME`` or ``{NAME: {option: value}}``; its settings record the options.
 
