@@ -202,8 +202,10 @@ def test_a_package_with_one_of_each_plug_trains_resumes_samples_and_evaluates(tm
         assert one.keys() == other.keys()
         assert all(torch.equal(value, other[key]) for key, value in one.items()), name
     command("sample", "--checkpoint", run, "--num-images", 6, "--output", tmp_path / "six.npz")
-    words = ["--reference", tmp_path / "run.yaml", "--extractor", "random-conv", "--metrics", "fid", "mean-shift"]
+    words = ["--reference", tmp_path / "run.yaml", "--extractor", "random-conv", "--metrics", "fid"]
+    words += ["mean-shift: {scale: 1e-2}"]
     command("evaluate", tmp_path / "six.npz", *words, "--output", tmp_path / "card.json")
     metrics = json.loads((tmp_path / "card.json").read_text())["metrics"]
     assert set(metrics) == {"FD-RandomConv", "shift-RandomConv"}
+    assert json.loads((tmp_path / "card.json").read_text())["metric_options"] == {"mean-shift": {"scale": 0.01}}
     assert "FD-RandomConv" in (run / "metrics.json").read_text()

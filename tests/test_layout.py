@@ -77,3 +77,30 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
     for name in graph:
         visit(name, ())
+
+
+# Alike by chance: of two solvers, of training and of drawing images.
+OWN_DEFAULTS = {("method", "euler"), ("precision", "fp32"), ("seed", 0)}
+
+
+def test_no_default_is_written_twice() -> None:
+    owners: dict[tuple[str, object], list[str]] = {}
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            given: list[tuple[str, ast.expr | None]] = []
+            if isinstance(node, ast.FunctionDef):
+                positional = node.args.posonlyargs + node.args.args
+                given = [
+                    (one.arg, value) for one, value in zip(positional[::-1], node.args.defaults[::-1], strict=False)
+                ]
+                given += [
+                    (one.arg, value) for one, value in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+                ]
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                field = isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") in ("Field", "argument")
+                given = [(node.target.id, node.value.args[0] if field and node.value.args else node.value)]
+            for name, value in given:
+                if isinstance(value, ast.Constant) and type(value.value) in (int, float, str):
+                    owners.setdefault((name, value.value), []).append(f"{file.relative_to(PACKAGE)}:{node.lineno}")
+    twice = {key: places for key, places in owners.items() if len(places) > 1}
+    assert twice.keys() == OWN_DEFAULTS, {key: twice[key] for key in twice.keys() - OWN_DEFAULTS}

@@ -85,13 +85,10 @@ def _value(section: type[BaseModel], key: str, option: str, text: Any) -> Any:
     kinds = _kinds(section.model_fields[key].annotation)
     if isinstance(text, bool) or (text == "null" and type(None) in kinds):
         return text if isinstance(text, bool) else None
+    as_text = str in kinds and not kinds & {dict, bool}
     if isinstance(text, list):
-        return [_value_of(kinds - {list}, option, one) for one in text]
-    return _value_of(kinds, option, text)
-
-
-def _value_of(kinds: set[Any], option: str, text: str) -> Any:
-    return text if str in kinds and not kinds & {dict, list, bool} else _parse(option, text)
+        return [one if as_text else _parse(option, one) for one in text]
+    return text if as_text and list not in kinds else _parse(option, text)
 
 
 def _kinds(annotation: Any) -> set[Any]:
@@ -170,10 +167,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
                 choose("command", words[0], COMMANDS)
             args, unknown = parser.parse_known_args(words)
             if unknown:
-                prog, first, section = args.parser.prog, short(unknown[0]), args.command[1]
-                if issubclass(section, ConfigOptions) and unknown[0].startswith(
-                    tuple(f"--{s}" for s in section.unused)
-                ):
+                prog, first = args.parser.prog, short(unknown[0])
+                if unknown[0].startswith(tuple(f"--{one}" for one in args.command[1].unused)):
                     raise UserError(f"{prog}: {first} has no effect on this command; omit it")
                 hint = nearest(unknown[0].split("=")[0], args.parser._option_string_actions)
                 raise UserError(f"{prog}: unknown argument {first}.{hint} `{prog} --help` lists the options")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin
 
 from pydantic import ConfigDict, Field, create_model
 
-from vit5gen.config import Float, validate
+from vit5gen.config import Float, Plug, validate
 from vit5gen.system.errors import LARGEST, UserError, choose, nearest, short
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -129,7 +129,7 @@ def _identity(plug: Any) -> tuple[str, str]:
     return getattr(plug, "__module__", type(plug).__module__), getattr(plug, "__qualname__", repr(plug))
 
 
-def name_and_options(plug: str | Mapping[str, Mapping[str, Any]]) -> tuple[str, Mapping[str, Any]]:
+def name_and_options(plug: Plug) -> tuple[str, Mapping[str, Any]]:
     """Return the name and the options of a plug that is given as ``NAME`` or ``{NAME: {option: value}}``."""
     return (plug, {}) if isinstance(plug, str) else next(iter(plug.items()))
 

@@ -28,9 +28,14 @@ def argument(default: Any, metavar: str, description: str, **more: Any) -> Any:
 
 
 class Options(Section):
-    """The options of a command. ``excludes`` lists, for an option, those that cannot be combined with it."""
+    """The options of a command.
+
+    excludes: for an option, those that cannot be combined with it.  unused: the sections and keys of a configuration
+    that the command does not use.
+    """
 
     excludes: ClassVar[dict[str, tuple[str, ...]]] = {}
+    unused: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def spell(cls, path: list[str]) -> str:
@@ -56,8 +61,6 @@ class Options(Section):
 
 class ConfigOptions(Options):
     """The options of a command that takes a run's configuration, whose keys are options too, but for the ``unused``."""
-
-    unused: ClassVar[tuple[str, ...]] = ()  # sections, or keys
 
     config: str = argument(..., "CONFIG", "YAML file, e.g. configs/quickstart.yaml", option="")
     overrides: dict[str, Any] = Field({}, exclude=True)

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit5gen.config import DrawConfig
+from vit5gen.config import DrawConfig, Plug
 from vit5gen.evaluation.extractors.inception import INCEPTION_SHA256
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.metric import RELIABLE_COUNT, Score, available, scores
@@ -58,7 +58,7 @@ def evaluation_card(
     samples: Sequence[Samples],
     reference: Reference,
     extractor: Extractor,
-    metrics: Sequence[str | Mapping[str, Mapping[str, Any]]] | None = None,
+    metrics: Sequence[Plug] | None = None,
     protocol: str | None = None,
 ) -> dict[str, Any]:
     """Score sets of samples and return the evaluation card.

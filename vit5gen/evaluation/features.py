@@ -1,6 +1,6 @@
 """Feature networks: images ``(B, 3, H, W)`` uint8 to features, with everything that defines the metric pinned."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vit5gen.config import Plug
 from vit5gen.evaluation.statistics import FeatureStatistics
 from vit5gen.models.weights import read_tensors
 from vit5gen.registry import Registry, name_and_options
@@ -65,10 +66,7 @@ register_extractor = EXTRACTORS.register
 
 
 def load_extractor(
-    name: str | Mapping[str, Mapping[str, Any]],
-    device: str | torch.device = "cpu",
-    weights: str | Path | None = None,
-    weights_sha256: str | None = None,
+    name: Plug, device: str | torch.device = "cpu", weights: str | Path | None = None, weights_sha256: str | None = None
 ) -> Extractor:
     """Build a registered extractor, ``NAME`` or ``{NAME: {option: value}}``; its settings record the options.
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from vit5gen.config import Plug
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.reference import Reference, Scan
 from vit5gen.registry import Registry, name_and_options
@@ -33,7 +34,7 @@ register_metric = METRICS.register
 
 
 def available(
-    wanted: Sequence[str | Mapping[str, Mapping[str, Any]]] | None, reference: Reference, extractor: Extractor
+    wanted: Sequence[Plug] | None, reference: Reference, extractor: Extractor
 ) -> tuple[dict[str, Metric], dict[str, str]]:
     """Return the metrics that reference and extractor allow, and the reasons against the others; before a long scan.
 

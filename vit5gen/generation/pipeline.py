@@ -36,14 +36,14 @@ from vit5gen.system.files import clear_weights, write_text
 LOADABLE_CLASSES.setdefault("vit5gen", {})
 
 OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
-_DEFAULTS = DrawConfig()
+_SAMPLING = DrawConfig()
 
 
 @dataclass
 class _CallState:
     """What a call shows, and lets its callback change."""
 
-    guidance_scale: float = _DEFAULTS.guidance_scale
+    guidance_scale: float = _SAMPLING.guidance_scale
     num_timesteps: int = 0
     interrupt: bool = False
     num_evaluations: int = 0
@@ -153,13 +153,13 @@ class SiTPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: Labels,
-        guidance_scale: float = _DEFAULTS.guidance_scale,
-        num_inference_steps: int = _DEFAULTS.num_inference_steps,
+        guidance_scale: float = _SAMPLING.guidance_scale,
+        num_inference_steps: int = _SAMPLING.num_inference_steps,
         sampler: str | None = None,
         *,
-        guidance_interval: Sequence[float] = tuple(_DEFAULTS.guidance_interval),
-        guidance_channels: int | None = _DEFAULTS.guidance_channels,
-        autoguidance_scale: float = _DEFAULTS.autoguidance_scale,
+        guidance_interval: Sequence[float] = tuple(_SAMPLING.guidance_interval),
+        guidance_channels: int | None = _SAMPLING.guidance_channels,
+        autoguidance_scale: float = _SAMPLING.autoguidance_scale,
         num_images_per_label: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -261,7 +261,7 @@ class SiTPipeline(DiffusionPipeline):
         self, sampler: str | None, model_fn: ModelFn, x: Tensor, num_steps: int, generator: Generators
     ) -> tuple[int, Steps]:
         if isinstance(self.scheduler, SiTScheduler):
-            return self.scheduler.steps(sampler or _DEFAULTS.sampler, model_fn, x, num_steps, generator)
+            return self.scheduler.steps(sampler or _SAMPLING.sampler, model_fn, x, num_steps, generator)
         if sampler is not None:
             reason = f"the scheduler is {type(self.scheduler).__name__}, which takes its own steps"
             advice = "omit sampler, or set pipe.scheduler = SiTScheduler()"
