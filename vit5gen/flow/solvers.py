@@ -7,8 +7,9 @@ elementwise network a sample is bitwise the same alone and in a batch. No gradie
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial, wraps
+from inspect import signature
 from itertools import pairwise
-from typing import Any
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from vit5gen.flow.flow import DIFFUSIONS, Flow, ModelFn, NonFiniteError, Time, l
 from vit5gen.flow.times import SHIFT, time_grid
 from vit5gen.system.errors import UserError
 
+P = ParamSpec("P")
 Field = Callable[[Tensor, Time], Tensor]
 Step = tuple[int, float, Tensor]
 Steps = Generator[Step, Tensor | None, None]
@@ -122,6 +124,19 @@ def final_state(steps: Iterable[Step]) -> Tensor:
     return state
 
 
+def _exhausting(solver: Callable[P, Steps], name: str) -> Callable[P, Tensor]:
+    """Return the function ``name`` that takes what ``solver`` takes and returns its final state."""
+
+    @wraps(solver)
+    def sample(*args: P.args, **options: P.kwargs) -> Tensor:
+        return final_state(solver(*args, **options))
+
+    sample.__name__ = sample.__qualname__ = name
+    sample.__doc__ = f"Return the final state (B, ...) of `{solver.__name__}`, which see for options and errors."
+    sample.__signature__ = signature(solver).replace(return_annotation=Tensor)  # type: ignore[attr-defined]
+    return sample
+
+
 def ode_steps(
     flow: Flow,
     model_fn: ModelFn,
@@ -151,10 +166,7 @@ def ode_steps(
     return integrate(field, x0.detach(), grid[::-1] if reverse else grid, method, rtol, atol)
 
 
-@wraps(ode_steps, assigned=())  # the same signature
-def sample_ode(*args: Any, **options: Any) -> Tensor:
-    """Return the final state (B, ...) of `ode_steps`, which see for options and errors."""
-    return final_state(ode_steps(*args, **options))
+sample_ode = _exhausting(ode_steps, "sample_ode")
 
 
 def _draws(noise: Noise, x: Tensor, num_steps: int) -> Iterator[Tensor]:
@@ -263,7 +275,4 @@ def sde_steps(
     return _watch(steps(x0.detach()))
 
 
-@wraps(sde_steps, assigned=())  # the same signature
-def sample_sde(*args: Any, **options: Any) -> Tensor:
-    """Return the final state (B, ...) of `sde_steps`, which see for options and errors."""
-    return final_state(sde_steps(*args, **options))
+sample_sde = _exhausting(sde_steps, "sample_sde")
