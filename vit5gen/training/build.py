@@ -25,8 +25,8 @@ def check_values(config: Config) -> None:
     with torch.device("meta"):
         build_objectives(config.training, build_model(config), build_flow(config))
     choose("sampling.sampler", sampling.sampler, SAMPLERS.names())
-    if fault := sampling.idle_limit():
-        raise UserError(f"sampling.{fault}")
+    if fault := sampling.idle_limit():  # not refused: runs of earlier versions may have it
+        processes().print(f"note: sampling.{fault}")
     if (asked := sampling.guidance_channels or 0) > channels:
         raise UserError(f"sampling.guidance_channels = {asked}; expected at most vae.latent_channels = {channels}")
     if sampling.guidance_scale != 1 and config.model.class_dropout_prob == 0:
