@@ -25,7 +25,7 @@ def find_class_ids(class_labels: Labels, names: dict[int, str], num_classes: int
 def _class_id(label: object, names: dict[int, str], count: int) -> int:
     """Return the id of one class."""
     if isinstance(label, str):
-        matches = _ids_called(label, names)
+        matches = ids_called(label, names)
         if len(matches) > 1:
             several = ", ".join(repr(names[i]) for i in sorted(matches))
             advice = f"give one of the ids {sorted(matches)}, or the exact name: one of {several}"
@@ -49,7 +49,7 @@ def _class_id(label: object, names: dict[int, str], count: int) -> int:
     return int(label)
 
 
-def _ids_called(label: str, names: dict[int, str]) -> set[int]:
+def ids_called(label: str, names: dict[int, str]) -> set[int]:
     """Return the ids of a name: exact spelling counts more than any case, the whole more than a part between commas."""
     whole = {i: [name] for i, name in names.items()}
     synonyms = {i: name.split(",") for i, name in names.items()}

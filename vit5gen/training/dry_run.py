@@ -17,12 +17,13 @@ from vit5gen.config import ASSUMED_CLASSES, Config, DataConfig
 from vit5gen.data import encoding
 from vit5gen.data.autoencoders import kl
 from vit5gen.data.images import make_source, open_training_images
-from vit5gen.data.latents import MANIFEST, check_autoencoder, find_num_classes
+from vit5gen.data.latents import MANIFEST, check_autoencoder, find_class_names
 from vit5gen.evaluation.features import EXTRACTORS
 from vit5gen.models.backbone import BACKBONES
 from vit5gen.system.cpu import fast_products
 from vit5gen.system.distributed import on_main
-from vit5gen.training import cost
+from vit5gen.system.errors import UserError
+from vit5gen.training import cost, initial
 from vit5gen.training.batches import RandomLatents, SampleSource, micro_batches, open_training_data
 from vit5gen.training.build import build_flow, build_model, check_values, settle_auto
 from vit5gen.training.loop import build_trainer, train_step
@@ -50,12 +51,13 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     check_values(config)
     start = None
     if output is None:
-        config = settle_auto(config, {})
+        config = settle_auto(_begin_here(config), {})
     else:
         folder = RunFolder(output)
         with ExitStack() as stack:
             on_main(lambda: stack.enter_context(folder.locked(write=False)))
-            start, config = on_main(partial(folder.find_start, config, resume, accept_changes, _classes_here))
+            find_start = partial(folder.find_start, config, resume, accept_changes, _classes_here, _begin_here)
+            start, config = on_main(find_start)
         if folder.finished(config, start):
             accelerator.print(f"{folder} is already trained to step {config.training.num_steps}; nothing to do")
             return 0
@@ -63,6 +65,9 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     config = settle(config, _classes_here)
     if config.data.num_classes is None:
         accelerator.print(f"classes:  to be found in the data; {config.num_classes} assumed until these are here")
+    if start is None and config.training.init_digest is not None:
+        for line in initial.describe_origin(config, _classes_here(config)):
+            accelerator.print(line)
     found, on_cpu = run_cost(config), accelerator.device.type == "cpu"
     step = _guess_seconds(config, found) if on_cpu else 0.0
     here = on_cpu and step * config.training.num_steps < _DAY
@@ -172,7 +177,7 @@ def missing(config: Config) -> dict[str, str]:
     absent = {} if unneeded else images
     if data.latents is not None and not (Path(data.latents).expanduser() / MANIFEST).is_file():
         absent[data.latents] = f"vit5gen encode CONFIG --output {data.latents}"
-    absent |= kl.missing(config.vae.name)
+    absent |= kl.missing(config.vae.name) | initial.missing(config)
     if not (unneeded and images):  # without images there is no distance
         absent |= registry.missing(EXTRACTORS.get(config.evaluation.extractor))
     for name in config.training.objectives:
@@ -185,11 +190,20 @@ def _latents_suffice(data: DataConfig) -> bool:
     return data.latents is not None and not data.from_images and (Path(data.latents).expanduser() / MANIFEST).is_file()
 
 
-def _classes_here(config: Config) -> int | None:
-    """Return how many classes the data have, None where they are not here."""
+def _begin_here(config: Config) -> Config:
+    """Return what `begin_from` does; without the weights, the configuration as it is, if it gives all sizes."""
+    if absent := initial.missing(config):
+        if not config.model.sized:
+            raise UserError(f"training.init_from {next(iter(absent))} is not here; get it, or set model.preset")
+        return config
+    return initial.begin_from(config)
+
+
+def _classes_here(config: Config) -> list[str] | None:
+    """Return the classes of the data, None where they are not here."""
     source, data = make_source(config.data), config.data
     here = not source.preparation() and not {data.latents, *source.missing()} & missing(config).keys()
-    return find_num_classes(config) if here else None
+    return find_class_names(config) if here else None
 
 
 def _guess_seconds(config: Config, found: cost.Cost) -> float:
