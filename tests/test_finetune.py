@@ -147,7 +147,7 @@ def test_classes_are_found_by_name(config_file: Path, source: Path, tmp_path: Pa
     found, _ = initial_weights(settled(file))
     assert found is not None
     begins = capsys.readouterr().out.splitlines()[-1]
-    assert begins.endswith("; 2 of 4 classes found by name; new: arrow, zebra, which begin at the null row")
+    assert begins.endswith("; 2 of 4 classes found by name; new: arrow, zebra (from the null row)")
     old = open_origin(str(source)).pipe.transformer.label_embed.weight  # circle, square, star, null
     assert torch.equal(found["label_embed.weight"], old[[3, 1, 2, 3, 3]])
     forget_processes()
@@ -491,7 +491,7 @@ def test_a_published_file_starts_a_run_that_is_killed_and_resumed(config_file: P
     command = [sys.executable, str(ROOT / "train.py"), str(file), "--output"]
     whole = subprocess.run([*command, str(tmp_path / "whole")], env=environment(), capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
-    assert "0 of 3 classes found by name; new: circle, square, star, which begin at the null row" in whole.stdout
+    assert "0 of 3 classes found by name; new: circle, square, star (from the null row)" in whole.stdout
     process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment(), stdout=subprocess.DEVNULL)
     while not (tmp_path / "killed/checkpoints/step_00000004").exists():
         assert process.poll() is None

@@ -33,7 +33,7 @@ from vit5gen.training.run_folder import RunFolder, settle
 from vit5gen.training.trainer import Trainer
 
 TRIAL_STEPS = 3
-_LONGEST_STEP = 10.0  # seconds, of one that a dry run tries on a CPU
+LONGEST_STEP = 10.0  # seconds, of one that a dry run tries on a CPU
 _UNITS = ((1.0, "seconds", 90.0), (60.0, "minutes", 7200.0), (3600.0, "hours", 172800.0))
 _DAY = 86400.0  # seconds; what takes longer on a CPU is told in hours of GPUs
 
@@ -69,7 +69,7 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
         for line in initial.describe_origin(config, _classes_here(config)):
             accelerator.print(line)
     found, on_cpu = run_cost(config), accelerator.device.type == "cpu"
-    step = _guess_seconds(config, found) if on_cpu else 0.0
+    step = guess_seconds(config, found) if on_cpu else 0.0
     here = on_cpu and step * config.training.num_steps < _DAY
     for line in describe(config, found, accelerator.num_processes):
         if not (here and line.startswith("time:")):  # of GPUs
@@ -88,7 +88,7 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
         open_training_images(config.data)
     encoded = config.data.latents is not None or config.data.from_images
     pictures = any(OBJECTIVES.get(name).needs_image for name in config.training.objectives)
-    if (absent or not encoded or source.preparation()) and on_cpu and not pictures and step < _LONGEST_STEP:
+    if (absent or not encoded or source.preparation()) and on_cpu and not pictures and step < LONGEST_STEP:
         trial = _synthetic(config, accelerator)
     elif absent:
         trial = "skipped until nothing is missing"
@@ -206,7 +206,7 @@ def _classes_here(config: Config) -> list[str] | None:
     return find_class_names(config) if here else None
 
 
-def _guess_seconds(config: Config, found: cost.Cost) -> float:
+def guess_seconds(config: Config, found: cost.Cost) -> float:
     """Return about how long a step takes on this CPU, of whose speed at a product of matrices training reaches half."""
     matrix = torch.ones(1024, 1024)
     with fast_products():

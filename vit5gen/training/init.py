@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from timm.layers import to_2tuple
 
 from vit5gen.config import Config, DataConfig, VaeConfig, parse_yaml, validate
 from vit5gen.data.autoencoders import kl
@@ -23,7 +24,8 @@ from vit5gen.system.errors import UserError, listed
 from vit5gen.system.files import check_writable, write_text
 from vit5gen.training.batches import RandomLatents
 from vit5gen.training.build import settle_auto
-from vit5gen.training.dry_run import duration, seconds_of_step
+from vit5gen.training.dry_run import LONGEST_STEP, duration, guess_seconds, run_cost, seconds_of_step
+from vit5gen.training.initial import begin_from, open_origin
 from vit5gen.training.loop import build_trainer
 from vit5gen.training.process import make_accelerator
 
@@ -33,6 +35,7 @@ _MOST_LOOKED_AT, _LOOK_SECONDS = 4000, 30.0  # pictures; more would hardly chang
 _MOST_ROUND_TRIPS, _ROUND_TRIP_SECONDS = 64, 20.0
 _THUMBNAIL, _NEAR_DUPLICATE = 16, 8.0  # pixels; root mean square difference in grey levels below which two are one
 _MEGAPIXELS = 150  # that a new autoencoder sees; configs/vae/emoji.yaml takes 19 minutes for 197 of them
+_TUNING_RATE = 2e-4  # of weights that are trained already
 _EPOCHS, _FEW_STEPS = 300, 1000  # after so many passes over the pictures a model mostly repeats them
 
 
@@ -110,13 +113,17 @@ def look(folder: str) -> Survey:
     return survey
 
 
-def choose_autoencoder(resolution: int, images: ImageSet) -> tuple[str, AutoencoderKL, float]:
+def choose_autoencoder(
+    resolution: int, images: ImageSet, needed: str | None = None
+) -> tuple[str, AutoencoderKL, float]:
     """Return the name of an autoencoder that is at hand, itself, and the dB of a round trip of some images.
 
-    It is the default one where it has been fetched, else the shipped one that was trained nearest in size.
+    It is the one ``needed``, else the default one where it has been fetched, else the shipped one that was trained
+    nearest in size.
     """
-    vae, name = None, VaeConfig().name
-    if not kl.missing(name):
+    name = needed or VaeConfig().name
+    vae = None if needed is None else kl.load_autoencoder(needed)
+    if vae is None and not kl.missing(name):
         try:
             vae = kl.load_autoencoder(name)
         except UserError:  # fetched in part
@@ -151,9 +158,10 @@ def model_for(latent_side: int, machine: Machine) -> dict[str, int]:
     return {"hidden_size": width, "num_layers": layers, "num_attention_heads": heads, "patch_size": patch}
 
 
-def init(folder: str, output: str) -> None:
+def init(folder: str, output: str, weights: str | None = None) -> None:
     """Write ``output`` for the pictures in ``folder``, and print what was seen and the next command.
 
+    weights: to begin with, as in `training.init_from`; size, autoencoder and model are then theirs.
     Raises `UserError` where the folder holds no pictures in class folders, or a file is there or cannot be written.
     """
     file, other = Path(output), Path(output).with_name(f"{Path(output).stem}-autoencoder.yaml")
@@ -161,6 +169,7 @@ def init(folder: str, output: str) -> None:
         if path.exists():
             raise UserError(f"--output {file}: {path} exists already; choose another name or remove it")
     check_writable(file)
+    origin = None if weights is None else open_origin(weights)
     survey, machine = look(folder), _GPU if torch.cuda.is_available() else _CPU
     print("\n  ".join([f"{folder}:", *describe(survey)]))
 
@@ -170,6 +179,9 @@ def init(folder: str, output: str) -> None:
     why = f"the short side of the median picture is {side:g}"
     if machine is _CPU and resolution > _MOST_ON_CPU:
         resolution, why = _MOST_ON_CPU, f"{why}; more needs a GPU"
+    if origin is not None:
+        pixels = kl.downsample(kl.load_autoencoder(origin.vae))
+        resolution, why = max(to_2tuple(origin.pipe.transformer.config.sample_size)) * pixels, "that of the weights"
     split = survey.held_out_split or "test"
     lines = [f"path: {_quoted(folder)}", f"resolution: {resolution} # {why}"]
     if survey.split != "train":
@@ -195,35 +207,44 @@ def init(folder: str, output: str) -> None:
 
     # The autoencoder, the model, and how long a step takes here.
     sound = [i for i in range(len(training)) if _path(training, i) in survey.thumbnails]
-    name, vae, quality = choose_autoencoder(resolution, training.select(sound or range(len(training))))
+    pictures = training.select(sound or range(len(training)))
+    name, vae, quality = choose_autoencoder(resolution, pictures, None if origin is None else origin.vae)
     print(f"autoencoder: {name} returns these pictures with {quality:.1f} dB")
     factor, count = kl.downsample(vae), len(training)
     batch = 2 ** (min(machine.batch, count).bit_length() - 1)
-    sizes = model_for(resolution // factor, machine)
-    width = sizes["hidden_size"]
+    if origin is None:
+        sizes = model_for(resolution // factor, machine)
+        rate = {128: 2e-3, 192: 1.5e-3, 384: 5e-4}[sizes["hidden_size"]]
+        begin = _ANEW.format(sizes="".join(f"  {key}: {value}\n" for key, value in sizes.items()))
+    else:
+        flow, rate = origin.pipe.flow, _TUNING_RATE
+        begin = _FROM_WEIGHTS.format(path=flow.path, prediction=flow.prediction, weights=_quoted(str(weights)))
     vae_section = {"name": name, "latent_channels": vae.config.latent_channels, "downsample": factor}
     settings: dict[str, Any] = {"global_batch_size": batch, "precision": "auto", "trackers": []}
-    model = {"backbone": "vit5", "backbone_kwargs": {"gamma_init": 1.0}, **sizes}
-    trial = {"data": {"resolution": resolution}, "vae": vae_section, "model": model, "training": settings}
-    config = settle_auto(validate(Config, trial, folder), {})
+    trial = {"data": {"resolution": resolution}, "vae": vae_section, **parse_yaml(begin)}
+    trial["training"] = (trial["training"] or {}) | settings
+    config = settle_auto(begin_from(validate(Config, trial, folder)), {})
     accelerator = make_accelerator(config.training, Path())
     source = RandomLatents(config.latent_shape, config.num_classes)
-    seconds = seconds_of_step(config, accelerator, build_trainer(config, accelerator), source)
+    seconds = guess_seconds(config, run_cost(config)) if machine is _CPU else 0.0
+    if seconds < LONGEST_STEP:
+        seconds = seconds_of_step(config, accelerator, build_trainer(config, accelerator), source)
     wanted = min(max(60 * machine.minutes / seconds, machine.steps[0]), max(_FEW_STEPS, _EPOCHS * count // batch))
     steps = round(min(wanted, machine.steps[1]), -2)
     run = shlex.quote(f"runs/{file.stem}")
     next_command = f"vit5gen train {shlex.quote(str(file))} --output {run}"
-    model_section = "".join(f"  {key}: {value}\n" for key, value in sizes.items())
     text = _TEMPLATE.format(
         command=next_command, seen="\n# ".join(describe(survey)), took=duration(steps * seconds), data=data_section,
-        quality=quality, name=_quoted(name), channels=vae.config.latent_channels, factor=factor, model=model_section,
-        steps=int(steps), batch=batch, rate={128: 2e-3, 192: 1.5e-3, 384: 5e-4}[width],
+        quality=quality, name=_quoted(name), channels=vae.config.latent_channels, factor=factor, begin=begin,
+        steps=int(steps), batch=batch, rate=rate,
         decay=0.99 if steps < 5000 else 0.999, images=machine.evaluated, split=_quoted(split),
     )  # fmt: skip
     write_text(file, text)
     print(f"{file}: {steps:.0f} steps of {batch} pictures of {resolution} px, about {duration(steps * seconds)} here")
     print(f"Next:\n{next_command}")
-    if quality < kl.POOR_PSNR:
+    if quality < kl.POOR_PSNR and origin is not None:
+        print(f"{quality:.1f} dB are few: {name} does not know such pictures; without --from, another can be trained")
+    elif quality < kl.POOR_PSNR:
         small, vae_run = min(batch, 32 if resolution == 32 else 16), shlex.quote(f"runs/{file.stem}-vae")
         train_vae = f"vit5gen autoencoder {shlex.quote(str(other))} --output {vae_run}"
         content = {"command": train_vae, "name": name, "quality": quality, "data": data_section, "batch": small}
@@ -271,13 +292,7 @@ data: # num_classes is found in the data
   name: {name}
   latent_channels: {channels}
   downsample: {factor}
-model:
-  backbone: vit5
-  backbone_kwargs: {{gamma_init: 1.0}} # the published 1e-4 starves a short run
-{model}flow:
-  time_distribution: logit_normal
-training:
-  num_steps: {steps}
+{begin}  num_steps: {steps}
   global_batch_size: {batch}
   precision: auto # bf16 where the machine has instructions for it
   learning_rate: {rate}
@@ -292,6 +307,24 @@ sampling:
 evaluation:
   num_images: {images} # at most as many as are held out
   held_out_split: {split}
+"""
+
+_ANEW = """\
+model:
+  backbone: vit5
+  backbone_kwargs: {{gamma_init: 1.0}} # the published 1e-4 starves a short run
+{sizes}flow:
+  time_distribution: logit_normal
+training:
+"""
+
+_FROM_WEIGHTS = """\
+flow: # path and prediction as the weights were trained
+  path: {path}
+  prediction: {prediction}
+  time_distribution: logit_normal
+training:
+  init_from: {weights} # the model is that of these weights; classes that they know are found by name
 """
 
 _AUTOENCODER = """\

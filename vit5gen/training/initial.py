@@ -174,7 +174,7 @@ def describe(config: Config, origin: Origin, names: list[str] | None) -> list[st
         return [f"{begins}; classes unknown until the data are here"]
     rows, start = class_rows(origin, names), "null" if origin.pipe.transformer.has_null_label else "mean"
     new = [name for name, row in zip(names, rows, strict=True) if row is None]
-    told = f"; new: {listed(new)}, which begin at the {start} row" if new else ""
+    told = f"; new: {listed(new)} (from the {start} row)" if new else ""
     table = [f"row {start if row is None else row} -> {i} {names[i]}" for i, row in enumerate(rows)]
     table = [*table[:_MOST_ROWS], *[f"... and {len(table) - _MOST_ROWS} more"] * (len(table) > _MOST_ROWS)]
     return [f"{begins}; {len(names) - len(new)} of {len(names)} classes found by name{told}", *table]
