@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL
-from launch import environment
+from launch import environment, train_in
 from safetensors.torch import load_file, save_file
 from test_convert import published
 from tiny import tiny_pipeline, tiny_transformer
@@ -502,3 +502,36 @@ def test_a_published_file_starts_a_run_that_is_killed_and_resumed(config_file: P
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming from" in resumed.stdout
     assert_identical(weights(tmp_path / "whole", 20), weights(tmp_path / "killed", 20))
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/finetune/*.yaml")), ids=lambda file: file.stem)
+def test_the_heads_of_the_recipes_say_what_the_dry_run_does(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    forget_processes()
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(file), "--dry-run"])
+    printed = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0
+    head = [line.removeprefix("#").strip() for line in file.read_text().splitlines() if line.startswith("#")]
+    kinds = ("model:", "FLOPs:", "memory:   1 GPU", "time:", "disk:")
+    facts = [line for line in printed if line.startswith(kinds)]
+    assert len(facts) >= 4
+    assert set(facts) <= set(head)
+    assert any(line.startswith(f"missing: {load_config(file).training.init_from} (") for line in printed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_begin_with_the_same_weights(config_file: Path, source: Path, tmp_path: Path, fsdp: bool) -> None:
+    file = tuned(config_file, tmp_path, training__init_from=str(source), training__num_steps=1)
+    settings = yaml.safe_load(file.read_text())
+    settings["training"]["learning_rate"] = 1e-9
+    file.write_text(yaml.safe_dump(settings))
+    assert train_in(2, [{"config": file, "output": tmp_path / "run"}], tmp_path, fsdp=fsdp)[0] == [0]
+    saved = weights(tmp_path / "run", 1)
+    for name, value in load_file(source / "checkpoints/step_00000006/ema_0.9.safetensors").items():
+        assert (saved[f"model/{name}"] - value).abs().max() < 1e-8, name
+        assert (saved[f"ema_0.9/{name}"] - value).abs().max() < 1e-8, name

@@ -90,17 +90,15 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _is_fetched(name: str) -> bool:
-    return isinstance(try_to_load_from_cache(name, "model_index.json"), str)
+    return _is_hub_name(name) and isinstance(try_to_load_from_cache(name, "model_index.json"), str)
 
 
 def missing(config: Config) -> dict[str, str]:
     """Return what a new run begins with, if it is neither here nor fetched yet, with how to get it."""
-    name = config.training.init_from
-    if name is None or config.training.init_digest or Path(name).expanduser().exists() or find_pipeline(name):
+    name, digest = config.training.init_from, config.training.init_digest
+    if name is None or digest or Path(name).expanduser().exists() or find_pipeline(name) or _is_fetched(name):
         return {}
-    if not _is_hub_name(name):
-        return {name: "weights to begin with: set training.init_from to a file or folder that is here"}
-    return {} if _is_fetched(name) else {name: "weights on the Hugging Face hub: will be downloaded on first use"}
+    return {name: "weights to begin with: train or download them; those on the hub are downloaded on first use"}
 
 
 def begin_from(config: Config) -> Config:
