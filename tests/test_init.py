@@ -278,9 +278,27 @@ def test_classes_are_found_when_a_run_begins_and_latents_remember_what_is_held_o
     for _ in range(2):
         fill(tmp_path / "data" / "train" / "moon", 2)
         assert call("train", config, "--output", "run", "--training.num_steps", 3) == 2
-        assert "num_classes = 3: the data set has 4 (circle" in capsys.readouterr().err
+        assert "classes added ['moon']" in capsys.readouterr().err
     (tmp_path / "data" / "test").rename(tmp_path / "away")
     assert call("encode", config, "--output", "latents", "--data.held_out", 0.1) == 0
     assert json.loads(Path("latents/manifest.json").read_text())["held_out"] == 0.1
     assert call("train", config, "--output", "new", "--data.latents", "latents") == 2
     assert "made with held_out 0.1, the run has None" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_no_trial")
+def test_from_weights_takes_their_size_and_autoencoder(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("animals", "robots"):
+        fill(Path("pictures") / name, 12)
+    assert call("init", "pictures", "--from", "emoji-64", "--output", "own.yaml") == 0
+    printed = capsys.readouterr().out
+    assert not Path("own-autoencoder.yaml").exists()  # these weights know the latents of their own alone
+    assert "without --from, another can be trained" in printed
+    config = load_config("own.yaml")
+    assert (config.training.init_from, config.vae.name, config.data.resolution) == ("emoji-64", "emoji-64", 64)
+    assert not config.model.sized
+    assert call("train", "own.yaml", "--dry-run") == 0
+    assert "1 of 2 classes found by name; new: robots (from the null row)" in capsys.readouterr().out
+    assert call("init", "pictures", "--from", "emoji-46", "--output", "other.yaml") == 2
+    assert "training.init_from emoji-46: there is no such file or folder" in capsys.readouterr().err
+    assert not Path("other.yaml").exists()

@@ -99,12 +99,12 @@ class ModelConfig(Section):
     class_dropout_prob: Unit = Field(0.1, description="probability of replacing a label by the null label")
     learn_sigma: bool = Field(False, description="double the output channels, discard the second half")
 
-    @model_validator(mode="after")
-    def _sizes(self) -> "ModelConfig":
-        sizes = (self.hidden_size, self.num_layers, self.num_attention_heads, self.patch_size)
-        if self.preset is None and None in sizes:
-            raise ValueError("needs preset, or hidden_size, num_layers, num_attention_heads and patch_size")
-        return self
+    @property
+    def sized(self) -> bool:
+        """Whether all sizes are given, by their preset or one by one."""
+        return self.preset is not None or None not in (
+            *(self.hidden_size, self.num_layers, self.num_attention_heads, self.patch_size),
+        )
 
 
 class FlowConfig(Section):
@@ -169,6 +169,12 @@ class TrainingConfig(Section):
     precision: Literal["auto", "fp64", "fp32", "tf32", "bf16"] = Field(
         "tf32", description="precision of matrix products; auto: bf16 where the machine is fast at it"
     )
+    init_from: str | None = Field(
+        None, description="weights to begin with: of a run, checkpoint, pipeline, SiT file or shipped generator"
+    )
+    init_weights: str | None = Field(None, description="those of a run: ema_<decay> or model; default: its first EMA")
+    init_partial: bool = Field(False, description="start anew what other switches than those of init_from need")
+    init_digest: str | None = Field(None, description="SHA-256 of init_from; filled in when a run begins")
     objectives: dict[str, PlugOptions] = Field(
         {"flow": {}}, min_length=1, description="objectives to minimise, by name, each with its weight and options"
     )
@@ -261,13 +267,20 @@ class EvaluationConfig(Section):
 class Config(Section):
     """One training run."""
 
-    model: ModelConfig
+    model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     vae: VaeConfig = VaeConfig()
     flow: FlowConfig = FlowConfig()
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "Config":
+        if self.training.init_from is None and not self.model.sized:
+            sizes = "preset, or hidden_size, num_layers, num_attention_heads and patch_size"
+            raise ValueError(f"sizes of the model are missing; add {sizes} to model, or set training.init_from")
+        return self
 
     @property
     def num_classes(self) -> int:

@@ -10,10 +10,11 @@ class InitOptions(Options):
         ..., "FOLDER", "a folder of pictures for each class, perhaps in train/ and test/", option=""
     )
     output: Utf8Path = argument(..., "NAME.yaml", "configuration that is written")
+    init_from: str | None = argument(None, "WEIGHTS", "weights to begin with; see training.init_from", option="--from")
 
 
 def run(options: InitOptions) -> None:
     """Write a configuration for a folder, print what was seen and the next command."""
     from vit5gen.training.init import init
 
-    init(options.folder, options.output)
+    init(options.folder, options.output, options.init_from)

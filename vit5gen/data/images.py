@@ -166,10 +166,15 @@ def open_images(data: DataConfig, split: str | None = None) -> ImageSet:
 def open_training_images(data: DataConfig) -> ImageSet:
     """Open the images that a run trains on; raise `UserError` when their classes are not a given `data.num_classes`."""
     images = open_images(data)
+    check_num_classes(images, data)
+    return images
+
+
+def check_num_classes(images: ImageSet, data: DataConfig) -> None:
+    """Raise `UserError` when the classes are not a given `data.num_classes`."""
     if (found := len(images.class_names)) != (data.num_classes or found):
         classes = f"data.num_classes = {data.num_classes}: the data set has {found} ({listed(images.class_names)})"
         raise UserError(f"{classes}; set data.num_classes to {found}")
-    return images
 
 
 def check_classes(

@@ -39,11 +39,11 @@ def identity(manifest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def find_num_classes(config: Config) -> int:
-    """Return how many classes a run's data have; raise `UserError` when these are absent."""
+def find_class_names(config: Config) -> list[str]:
+    """Return the classes of a run's data by label; raise `UserError` when these are absent, or not `num_classes`."""
     if config.data.latents is not None and not config.data.from_images:
-        return len(LatentDataset(Path(config.data.latents).expanduser()).class_names)
-    return len(open_images(config.data).class_names)
+        return LatentDataset(Path(config.data.latents).expanduser()).class_names
+    return open_training_images(config.data).class_names
 
 
 def images_beside(data: DataConfig) -> tuple[ImageSet | None, str]:

@@ -20,11 +20,15 @@ _COMPONENTS = ("transformer", "guide", "scheduler", "vae")
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """What a model card contains beyond the configuration; ``picture`` is the path of a PNG to copy next to it."""
+    """What a model card contains beyond the configuration.
+
+    picture: path of a PNG to copy next to it.  origin: what the weights began with, and its hash.
+    """
 
     command: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     picture: Path | None = None
+    origin: str | None = None
 
 
 def versions() -> dict[str, str]:
@@ -83,7 +87,8 @@ def model_card(
         rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.metrics.items())
         parts.append(f"## Metrics\n\n| metric | value |\n|---|---|\n{rows}")
     if facts.command:
-        parts.append(f"## Training\n\n```\n{facts.command}\n```")
+        began = f"\n\nIt began with the weights of {facts.origin}." if facts.origin else ""
+        parts.append(f"## Training\n\n```\n{facts.command}\n```{began}")
     if attribution:
         parts.append(f"## Attribution\n\n{attribution}\n\nThis line goes with the weights and with all that they draw.")
     shown = {"transformer": _plain(transformer), "scheduler": _plain(scheduler), "versions": versions()}

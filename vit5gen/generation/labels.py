@@ -26,7 +26,7 @@ def _class_id(label: object, names: dict[int, str], count: int) -> int:
     """Return the id of one class."""
     # A name, or in digits an id that no class has for a name.
     if isinstance(label, str):
-        matches = _ids_called(label, names)
+        matches = ids_called(label, names)
         if len(matches) > 1:
             several = ", ".join(repr(names[i]) for i in sorted(matches))
             advice = f"give one of the ids {sorted(matches)}, or the exact name: one of {several}"
@@ -52,7 +52,7 @@ def _class_id(label: object, names: dict[int, str], count: int) -> int:
     return int(label)
 
 
-def _ids_called(label: str, names: dict[int, str]) -> set[int]:
+def ids_called(label: str, names: dict[int, str]) -> set[int]:
     """Return the ids of a name: exact spelling counts more than any case, the whole more than a part between commas."""
     full_names = {i: [name] for i, name in names.items()}
     synonyms = {i: name.split(",") for i, name in names.items()}

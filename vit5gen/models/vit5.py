@@ -110,9 +110,10 @@ class ViT5Backbone(Backbone):
     norm "rms" | "layer"; affine_norms: weights in the modulated norms. activation "gelu" (exact) | "swiglu" (as many
     parameters). layer_scale: what multiplies a residual, see `ViT5Block`; gamma_init: 1e-4 as published, 1 for short
     runs. absolute_position "learnable" (starts as sin-cos) | "sincos_fixed" | "none". rope: rotate patches by row and
-    column. num_registers: a square; register_rope: rotate them on a grid of their own, low theta = high frequency.
-    qk_norm, qkv_bias: see `Attention`. weight_init "xavier" as in SiT | "trunc_normal" as in the classifier: how the
-    published generator started is not known. Raises `UserError` for values that do not fit together.
+    column; rope_grid: patches along a side that positions are stretched or squeezed onto, default: this model's.
+    num_registers: a square; register_rope: rotate them on a grid of their own, low theta = high frequency. qk_norm,
+    qkv_bias: see `Attention`. weight_init "xavier" as in SiT | "trunc_normal" as in the classifier: how the published
+    generator started is not known. Raises `UserError` for values that do not fit together.
     """
 
     pos_embed: Tensor | None
@@ -132,6 +133,7 @@ class ViT5Backbone(Backbone):
         absolute_position: str = "learnable",
         rope: bool = True,
         rope_theta: float = ROPE_THETA,
+        rope_grid: int | None = None,
         num_registers: int = NUM_REGISTERS,
         register_rope: bool = True,
         register_theta: float = REGISTER_THETA,
@@ -142,13 +144,16 @@ class ViT5Backbone(Backbone):
     ) -> None:
         super().__init__()
         # Refuse switches that do not go together.
-        check_positive(rope_theta=rope_theta, register_theta=register_theta)
+        check_positive(
+            rope_theta=rope_theta, register_theta=register_theta, rope_grid=1 if rope_grid is None else rope_grid
+        )
         check_registers(num_registers)
         check_heads(hidden_size, num_attention_heads, rope=rope or (register_rope and num_registers > 0))
         choose("absolute_position", absolute_position, ("learnable", "sincos_fixed", "none"))
 
         # Registers and positions, each turned or not.
         self.grid, self.head_dim = grid, hidden_size // num_attention_heads
+        self.rope_grid = grid if rope_grid is None else (rope_grid, rope_grid)
         self.rope_theta = rope_theta if rope else None
         self.register_theta = register_theta if register_rope else None
         self.num_registers = num_registers
@@ -192,7 +197,7 @@ class ViT5Backbone(Backbone):
             return None
         side = math.isqrt(self.num_registers)
         segments = (
-            Segment(grid, self.rope_theta, self.grid),
+            Segment(grid, self.rope_theta, self.rope_grid),
             Segment((1, num_kept - grid[0] * grid[1])),  # extra tokens have no place
             Segment((side, side), self.register_theta),
         )

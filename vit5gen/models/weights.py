@@ -41,7 +41,7 @@ def read_tensors(path: Path, what: str) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what unpickling makes of a file that is none has no end
-        if unsafe := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+        if unsafe := re.search(r"(?:Unsupported global:|unsupported) GLOBAL (\S+)", str(error)):
             reason, advice = f"it contains {unsafe[1]}", "save only its state dict"
         else:
             reason, advice = (str(error).strip() or repr(error)).split("\n")[0][:200], "download it again"

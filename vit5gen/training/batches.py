@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from vit5gen.config import Config, TrainingConfig
 from vit5gen.data.autoencoders.kl import encode, load_autoencoder
 from vit5gen.data.encoding import ensure_latents
-from vit5gen.data.images import ImageSet, check_classes, drop_broken
-from vit5gen.data.latents import LatentDataset, identity, open_for, settings_of
+from vit5gen.data.images import ImageSet, check_classes, check_num_classes, drop_broken, open_images
+from vit5gen.data.latents import LatentDataset, check_autoencoder, identity, settings_of
 from vit5gen.system.distributed import on_main
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.objectives import OBJECTIVES, Batch
@@ -84,6 +84,7 @@ def open_training_data(
     source: ImageSource | LatentDataset
     if config.data.latents is not None and not config.data.from_images:
         source = latents = LatentDataset(Path(config.data.latents).expanduser())
+        check({"classes": latents.class_names})
         latents.check(config, vae)
         data = identity(latents.manifest)
         check(data)
@@ -91,7 +92,10 @@ def open_training_data(
 
     # Images: used as they are, each decoded once to find the broken ones, or encoded into the cache.
     else:
-        images = open_for(config, vae)
+        check_autoencoder(config, vae)
+        images = open_images(config.data)
+        check({"classes": images.class_names})
+        check_num_classes(images, config.data)
         with accelerator.main_process_first():  # the others find in the cache what it has read
             images = replace(images, digest=partial(str, images.digest()))
         data = identity(settings_of(images, vae, config))

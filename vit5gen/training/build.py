@@ -1,9 +1,10 @@
 """What a configuration stands for: the model and the flow, and whether its values fit together."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vit5gen.config import Config
 from vit5gen.data.images import make_source
@@ -22,8 +23,9 @@ from vit5gen.training.optimizers import OPTIMIZERS
 def check_values(config: Config) -> None:
     """Raise `UserError` for wrong values that the types of the configuration cannot catch."""
     (channels, _, _), sampling = config.latent_shape, config.sampling
-    with torch.device("meta"):
-        build_objectives(config.training, build_model(config), build_flow(config))
+    if config.training.init_from is None or config.training.init_digest is not None:  # else the model is not known yet
+        with torch.device("meta"):
+            build_objectives(config.training, build_model(config), build_flow(config))
     choose("sampling.sampler", sampling.sampler, SAMPLERS.names())
     if fault := sampling.idle_limit():  # not refused: runs of earlier versions may have it
         processes().print(f"note: sampling.{fault}")
@@ -77,12 +79,13 @@ def build_model(config: Config) -> SiTTransformer2DModel:
         return SiTTransformer2DModel.from_preset(preset, **arguments)
 
 
-def build_model_to_train(config: Config) -> SiTTransformer2DModel:
+def build_model_to_train(config: Config, weights: Mapping[str, Tensor] | None = None) -> SiTTransformer2DModel:
     """Construct the transformer as it is trained: in its precision, recomputed and compiled as configured.
 
-    How products are computed is set for the whole process.
+    weights: by name, in place of initialised ones. How products are computed is set for the whole process.
     """
     model, precision = build_model(config), PRECISIONS[config.training.precision]
+    model.load_state_dict(weights or {}, strict=False)
     precision.set_products()
     if precision.weights != torch.float32:
         nn.Module.to(model, precision.weights)

@@ -16,12 +16,13 @@ from vit5gen import registry
 from vit5gen.config import ASSUMED_CLASSES, Config, DataConfig
 from vit5gen.data import autoencoders, encoding
 from vit5gen.data.images import make_source, open_training_images
-from vit5gen.data.latents import MANIFEST, check_autoencoder, find_num_classes
+from vit5gen.data.latents import MANIFEST, check_autoencoder, find_class_names
 from vit5gen.evaluation.features import EXTRACTORS
 from vit5gen.models.backbone import BACKBONES
 from vit5gen.system.cpu import fast_products
 from vit5gen.system.distributed import on_main
-from vit5gen.training import cost
+from vit5gen.system.errors import UserError
+from vit5gen.training import cost, initial
 from vit5gen.training.batches import RandomLatents, SampleSource, micro_batches, open_training_data
 from vit5gen.training.build import build_flow, build_model, check_values, settle_auto
 from vit5gen.training.loop import build_trainer, train_step
@@ -31,7 +32,7 @@ from vit5gen.training.run_folder import RunFolder, settle
 from vit5gen.training.trainer import Trainer
 
 TRIAL_STEPS = 3
-_LONGEST_STEP = 10.0  # seconds, of one that a dry run tries on a CPU
+LONGEST_STEP = 10.0  # seconds, of one that a dry run tries on a CPU
 _UNITS = ((1.0, "seconds", 90.0), (60.0, "minutes", 7200.0), (3600.0, "hours", 172800.0))
 _DAY = 86400.0  # seconds; what takes longer on a CPU is told in hours of GPUs
 
@@ -50,12 +51,13 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     check_values(config)
     start = None
     if output is None:
-        config = settle_auto(config, {})
+        config = settle_auto(_begin_here(config), {})
     else:
         folder = RunFolder(output)
         with ExitStack() as stack:
             on_main(lambda: stack.enter_context(folder.locked(write=False)))
-            start, config = on_main(partial(folder.find_start, config, resume, accept_changes, _classes_here))
+            find_start = partial(folder.find_start, config, resume, accept_changes, _classes_here, _begin_here)
+            start, config = on_main(find_start)
         if folder.finished(config, start):
             accelerator.print(f"{folder} is already trained to step {config.training.num_steps}; nothing to do")
             return 0
@@ -63,10 +65,13 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     config = settle(config, _classes_here)
     if config.data.num_classes is None:
         accelerator.print(f"classes:  to be found in the data; {config.num_classes} assumed until these are here")
+    if start is None and config.training.init_digest is not None:
+        for line in initial.describe_origin(config, _classes_here(config)):
+            accelerator.print(line)
 
     # What it costs.
     found, on_cpu = run_cost(config), accelerator.device.type == "cpu"
-    step = _guess_seconds(config, found) if on_cpu else 0.0
+    step = guess_seconds(config, found) if on_cpu else 0.0
     here = on_cpu and step * config.training.num_steps < _DAY
     for line in describe(config, found, accelerator.num_processes):
         if not (here and line.startswith("time:")):  # of GPUs
@@ -89,7 +94,7 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     # A few steps, or why there are none.
     encoded = config.data.latents is not None or config.data.from_images
     pictures = any(OBJECTIVES.get(name).needs_image for name in config.training.objectives)
-    if (absent or not encoded or source.preparation()) and on_cpu and not pictures and step < _LONGEST_STEP:
+    if (absent or not encoded or source.preparation()) and on_cpu and not pictures and step < LONGEST_STEP:
         trial = _synthetic(config, accelerator)
     elif absent:
         trial = "skipped until nothing is missing"
@@ -187,7 +192,7 @@ def missing(config: Config) -> dict[str, str]:
     absent = {} if unneeded else images
     if data.latents is not None and not (Path(data.latents).expanduser() / MANIFEST).is_file():
         absent[data.latents] = f"vit5gen encode CONFIG --output {data.latents}"
-    absent |= autoencoders.missing(config.vae.name)
+    absent |= autoencoders.missing(config.vae.name) | initial.missing(config)
     if not (unneeded and images):  # without images there is no distance
         absent |= registry.missing(EXTRACTORS.get(registry.name_and_options(config.evaluation.extractor)[0]))
     for name in config.training.objectives:
@@ -200,14 +205,23 @@ def _latents_suffice(data: DataConfig) -> bool:
     return data.latents is not None and not data.from_images and (Path(data.latents).expanduser() / MANIFEST).is_file()
 
 
-def _classes_here(config: Config) -> int | None:
-    """Return how many classes the data have, None where they are not here."""
+def _begin_here(config: Config) -> Config:
+    """Return what `begin_from` does; without the weights, the configuration as it is, if it gives all sizes."""
+    if absent := initial.missing(config):
+        if not config.model.sized:
+            raise UserError(f"training.init_from {next(iter(absent))} is not here; get it, or set model.preset")
+        return config
+    return initial.begin_from(config)
+
+
+def _classes_here(config: Config) -> list[str] | None:
+    """Return the classes of the data, None where they are not here."""
     source, data = make_source(config.data), config.data
     here = not source.preparation() and not {data.latents, *source.missing()} & missing(config).keys()
-    return find_num_classes(config) if here else None
+    return find_class_names(config) if here else None
 
 
-def _guess_seconds(config: Config, found: cost.Cost) -> float:
+def guess_seconds(config: Config, found: cost.Cost) -> float:
     """Return about how long a step takes on this CPU, of whose speed at a product of matrices training reaches half."""
     matrix = torch.ones(1024, 1024)
     with fast_products():

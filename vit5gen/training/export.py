@@ -18,7 +18,7 @@ from vit5gen.models.weights import check_finite, load_exactly
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import read_json
 from vit5gen.training.build import build_model
-from vit5gen.training.checkpoint import CONFIG, find_damage, load_tensors, newest_valid
+from vit5gen.training.checkpoint import CONFIG, find_damage, load_tensors, newest_valid, read_state
 from vit5gen.training.run_folder import RunFolder
 
 
@@ -40,13 +40,12 @@ def export_pipeline(
     if source.is_dir():
         if num_attention_heads is not None:
             raise UserError("--num-attention-heads is only for published SiT files; a run records its number of heads")
-        pipe, origin = _from_run(source, vae, weights)
+        pipe, folder, chosen = pipeline_of_run(source, vae, weights)
+        origin = f"{chosen} of {folder}"
     else:
         if weights is not None:
             raise UserError(f"--weights {weights} is only for checkpoints of a run; a SiT file has one set of weights")
-        model, origin = load_sit(source, num_attention_heads), source.name
-        names = imagenet_names(ImageNetInfo().label_names()) if model.config.num_classes == 1000 else []
-        pipe = _assemble(model, SiTScheduler(), vae or VaeConfig().name, dict(enumerate(names)))
+        pipe, origin = pipeline_of_file(source, vae, num_attention_heads), source.name
 
     # Written beside the output and renamed, so that no half of it is ever there.
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -61,8 +60,15 @@ def export_pipeline(
     print(f"{output}: {'without an autoencoder it generates latents only' if pipe.vae is None else advice}")
 
 
-def _from_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPipeline, str]:
-    """Return the pipeline, and in words which weights of which checkpoint it holds."""
+def pipeline_of_file(source: Path, vae: str | None, num_attention_heads: int | None) -> SiTPipeline:
+    """Return the pipeline of a file in SiT's published layout; see `export_pipeline`. 1000 classes are ImageNet's."""
+    model = load_sit(source, num_attention_heads)
+    names = imagenet_names(ImageNetInfo().label_names()) if model.config.num_classes == 1000 else []
+    return _assemble(model, SiTScheduler(), vae or VaeConfig().name, dict(enumerate(names)))
+
+
+def pipeline_of_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPipeline, Path, str]:
+    """Return the pipeline of a run or checkpoint, the checkpoint, and which weights of it; see `export_pipeline`."""
     run = RunFolder(source)
     folder = newest_valid(run.checkpoints) if run.checkpoints.is_dir() else source
     if folder is None or not (folder / CONFIG).is_file():
@@ -76,10 +82,11 @@ def _from_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPi
     # An average holds parameters only; buffers come from the model.
     load_exactly(model, {**load_tensors(folder, "model"), **load_tensors(folder, chosen)})
     index = RunFolder(folder.parent.parent).pipeline / "model_index.json"
-    recorded = read_json(index, "pipeline") if index.is_file() else {}
+    told = read_json(index, "pipeline") if index.is_file() else {}
+    recorded = dict(enumerate(read_state(folder).get("data", {}).get("classes", [])))
     scheduler = SiTScheduler(config.flow.path, config.flow.prediction)
-    names, attribution = recorded.get("id2label", {}), recorded.get("attribution")
-    return _assemble(model, scheduler, vae or config.vae.name, names, attribution), f"{chosen} of {folder}"
+    names, attribution = told.get("id2label", recorded), told.get("attribution")
+    return _assemble(model, scheduler, vae or config.vae.name, names, attribution), folder, chosen
 
 
 def _assemble(

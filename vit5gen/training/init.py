@@ -15,6 +15,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKL
 from PIL import Image
+from timm.layers import to_2tuple
 
 from vit5gen.config import Config, DataConfig, VaeConfig, read_yaml, shipped_configs, validate
 from vit5gen.data.autoencoders import kl
@@ -25,8 +26,9 @@ from vit5gen.system.errors import UserError, listed
 from vit5gen.system.files import check_writable, write_text
 from vit5gen.training.batches import RandomLatents
 from vit5gen.training.build import settle_auto
-from vit5gen.training.dry_run import duration, seconds_of_step
+from vit5gen.training.dry_run import LONGEST_STEP, duration, guess_seconds, run_cost, seconds_of_step
 from vit5gen.training.held_out import mean_psnr
+from vit5gen.training.initial import begin_from, open_origin
 from vit5gen.training.loop import build_trainer
 from vit5gen.training.process import make_accelerator
 
@@ -35,6 +37,7 @@ _LOOK_SECONDS = 15.0  # more would hardly change what is said of the pictures
 _THUMBNAIL, _NEAR_DUPLICATE = 16, 8.0  # pixels; root mean square difference in grey levels below which two are one
 _MEGAPIXELS = 150  # that a new autoencoder sees; configs/vae/emoji.yaml takes 19 minutes for 197 of them
 _SECONDS = 900  # of a training
+_TUNING_RATE = 2e-4  # of weights that are trained already
 _EPOCHS, _FEW_STEPS = 300, 1000  # after so many passes over the pictures a model mostly repeats them
 _FEWEST_STEPS = 800  # before which no model draws anything, however slow the machine
 
@@ -96,11 +99,17 @@ def look(folder: str) -> tuple[dict[str, Any], str, list[str], dict[str, torch.T
     return section, held_out or "test", [" ".join(fact.split()) for fact in facts], thumbnails
 
 
-def choose_autoencoder(resolution: int, images: ImageSet) -> tuple[str, AutoencoderKL, float]:
+def choose_autoencoder(
+    resolution: int, images: ImageSet, needed: str | None = None
+) -> tuple[str, AutoencoderKL, float]:
     """Return the name of an autoencoder that is at hand, itself, and the dB of a round trip of some images.
 
-    It is the default one where it has been fetched, else the shipped one that was trained nearest in size.
+    It is the one ``needed``, else the default one where it has been fetched, else the shipped one that was trained
+    nearest in size.
     """
+    if needed is not None:
+        vae = kl.load_autoencoder(needed)
+        return needed, vae, mean_psnr(vae, images)
     name, vae = VaeConfig().name, None
     with suppress(UserError):  # fetched in part
         vae = None if kl.missing(name) else kl.load_autoencoder(name)
@@ -129,9 +138,10 @@ def model_for(latent_side: int, on_gpu: bool) -> tuple[dict[str, int], float]:
     return {"hidden_size": width, "num_layers": layers, "num_attention_heads": heads, "patch_size": patch}, rate
 
 
-def init(folder: str, output: str) -> None:
+def init(folder: str, output: str, weights: str | None = None) -> None:
     """Write ``output`` for the pictures in ``folder``, and print what was seen and the next command.
 
+    weights: to begin with, as in `training.init_from`; size, autoencoder and model are then theirs.
     Raises `UserError` where the folder holds no pictures in class folders, or a file is there or cannot be written.
     """
     file, other = Path(output), Path(output).with_name(f"{Path(output).stem}-autoencoder.yaml")
@@ -139,10 +149,14 @@ def init(folder: str, output: str) -> None:
         if path.exists():
             raise UserError(f"--output {file}: {path} exists already; choose another name or remove it")
     check_writable(file)
+    origin = None if weights is None else open_origin(weights)
     section, split, facts, thumbnails = look(folder)
     print("\n  ".join([f"{folder}:", *facts]))
 
     # The data, as the run will open them.
+    if origin is not None:
+        pixels = kl.downsample(kl.load_autoencoder(origin.vae))
+        section["resolution"] = max(to_2tuple(origin.pipe.transformer.config.sample_size)) * pixels
     data = validate(DataConfig, section, folder)
     training = open_images(data)
     try:
@@ -153,27 +167,36 @@ def init(folder: str, output: str) -> None:
         print(f"held out: none, so that scores have nothing to compare with: {error}")
         section["held_out"] = None
 
-    # The autoencoder, and the quick start's recipe with a model for this machine.
+    # The autoencoder, and the quick start's recipe with a model for this machine, or that of the weights.
     sound = [i for i in range(len(training)) if training.name(i) in thumbnails]
-    name, vae, quality = choose_autoencoder(section["resolution"], training.select(sound or range(len(training))))
+    pictures, needed = training.select(sound or range(len(training))), None if origin is None else origin.vae
+    name, vae, quality = choose_autoencoder(section["resolution"], pictures, needed)
     print(f"autoencoder: {name} returns these pictures with {quality:.1f} dB")
     resolution, on_gpu = section["resolution"], torch.cuda.is_available()
     channels, factor, count = vae.config.latent_channels, kl.downsample(vae), len(training)
     batch = 2 ** (min(64 if on_gpu else 32, count).bit_length() - 1)
-    sizes, rate = model_for(resolution // factor, on_gpu)
     content = read_yaml(shipped_configs()["quickstart"]) | {"data": section}
     content["vae"] = {"name": name, "latent_channels": channels, "downsample": factor}
-    content["model"] |= sizes
     settings: dict[str, Any] = content["training"]
-    settings |= {"global_batch_size": batch, "learning_rate": rate, "compile": False}
+    settings |= {"global_batch_size": batch, "compile": False}
+    if origin is None:
+        sizes, settings["learning_rate"] = model_for(resolution // factor, on_gpu)
+        content["model"] |= sizes
+    else:
+        del content["model"]
+        flow = origin.pipe.flow
+        content["flow"] |= {"path": flow.path, "prediction": flow.prediction}
+        settings |= {"learning_rate": _TUNING_RATE, "init_from": weights}
     del settings["checkpoint_every"]
     content["evaluation"] = {"num_images": 256, "held_out_split": split}
 
     # How many steps: as many as the time allows, and the pictures.
-    config = settle_auto(validate(Config, content, folder), {})
+    config = settle_auto(begin_from(validate(Config, content, folder)), {})
     accelerator = make_accelerator(config.training, Path())
     source = RandomLatents(config.latent_shape, len(training.class_names))
-    seconds = seconds_of_step(config, accelerator, build_trainer(config, accelerator), source)
+    seconds = 0.0 if on_gpu else guess_seconds(config, run_cost(config))
+    if seconds < LONGEST_STEP:
+        seconds = seconds_of_step(config, accelerator, build_trainer(config, accelerator), source)
     wanted = min(_SECONDS / seconds, max(_FEW_STEPS, _EPOCHS * count // batch))
     steps = settings["num_steps"] = max(_FEWEST_STEPS, round(int(wanted), -2))
     settings["ema_decays"] = [0.99 if steps < 5000 else 0.999]
@@ -183,9 +206,12 @@ def init(folder: str, output: str) -> None:
     took = f"{steps} steps of {batch} pictures of {resolution} px, about {duration(steps * seconds)} on this machine"
     header = ["every key: vit5gen train --help", "", f"  {next_command}", "", *facts]
     header += [f"{took}, encoding and evaluation not included.", "docs/training.md shows a good and a bad result."]
-    _write(file, header, content, _COMMENTS | {"vae": f"gives {quality:.1f} dB, which bounds the model"})
+    comments = _COMMENTS | {"vae": f"gives {quality:.1f} dB, which bounds the model"}
+    _write(file, header, content, comments if origin is None else comments | {"resolution": "that of the weights"})
     print(f"{file}: {took}\nNext:\n{next_command}")
-    if quality < kl.POOR_PSNR:
+    if quality < kl.POOR_PSNR and origin is not None:
+        print(f"{quality:.1f} dB are few: {name} does not know such pictures; without --from, another can be trained")
+    elif quality < kl.POOR_PSNR:
         small, vae_run = min(batch, 32 if resolution == 32 else 16), shlex.quote(f"runs/{file.stem}-vae")
         train_vae = f"vit5gen autoencoder {shlex.quote(str(other))} --output {vae_run}"
         own = {"data": section, "held_out_split": split, "latent_channels": channels, "batch_size": small}
@@ -205,6 +231,7 @@ _COMMENTS = {
     "backbone_kwargs": "the published gamma_init, 1e-4, starves a short run",
     "precision": "bf16 where the machine has instructions for it",
     "num_images": "at most as many as are held out",
+    "init_from": "the model is that of these weights; classes that they know are found by name",
 }
 
 

@@ -1,6 +1,6 @@
 """The training loop and its step, readable top to bottom."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -21,6 +21,7 @@ from vit5gen.system.precision import PRECISIONS
 from vit5gen.training import process
 from vit5gen.training.batches import micro_batches, nonfinite_advice, open_training_data
 from vit5gen.training.build import build_flow, build_model_to_train, check_values
+from vit5gen.training.initial import begin_from, initial_weights
 from vit5gen.training.monitor import Monitor
 from vit5gen.training.objectives import Batch, build_objectives
 from vit5gen.training.optimizers import build_optimizer, learning_rate
@@ -34,9 +35,9 @@ class Learner(nn.Module):
     model: SiTTransformer2DModel
     objectives: nn.ModuleDict
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, weights: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
-        self.model, self.flow = build_model_to_train(config), build_flow(config)
+        self.model, self.flow = build_model_to_train(config, weights), build_flow(config)
         self.weights, self.objectives, self.asked = build_objectives(config.training, self.model, self.flow)
         self.taps = tuple(sorted({k for taps in self.asked.values() for k in taps}))
         self._no_split_modules = self.model._no_split_modules  # what FSDP wraps
@@ -52,9 +53,9 @@ class Learner(nn.Module):
         return torch.stack(losses)
 
 
-def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
-    """Construct what a run trains, shared out over the processes."""
-    learner, settings = Learner(config), config.training
+def build_trainer(config: Config, accelerator: Accelerator, weights: Mapping[str, Tensor] | None = None) -> Trainer:
+    """Construct what a run trains, from ``weights`` if there are any, shared out over the processes."""
+    learner, settings = Learner(config, weights), config.training
     parts: dict[str, nn.Module] = {"model": learner.model, "objectives": learner.objectives}
     return Trainer(accelerator, learner, build_optimizer(learner, settings), parts, settings.ema_decays)
 
@@ -129,7 +130,8 @@ def train(config: Config, output: str | Path, resume: str, accept_changes: bool)
     check_values(config)  # before hours of encoding
     with ExitStack() as stack:
         on_main(lambda: stack.enter_context(folder.locked()))
-        start, config = on_main(partial(folder.find_start, config, resume, accept_changes))
+        find_start = partial(folder.find_start, config, resume, accept_changes, begin=begin_from)
+        start, config = on_main(find_start)
         if folder.finished(config, start):
             accelerator.print(f"{folder} is already trained to step {config.training.num_steps}; nothing to do")
             return 0
@@ -143,11 +145,13 @@ def train(config: Config, output: str | Path, resume: str, accept_changes: bool)
 
 def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: Path | None, accept: bool) -> int:
     # What is trained, on which data, and from where.
-    settings, trainer = config.training, build_trainer(config, accelerator)
+    weights, origin = initial_weights(config) if start is None else (None, {})
+    settings, trainer = config.training, build_trainer(config, accelerator, weights)
     source, vae, data = open_training_data(config, accelerator, start, accept)
     if start is not None:
         trainer.restore(start)
-    trainer.data |= {key: value for key, value in data.items() if value is not None}  # old latents know no digest
+    known = {key: value for key, value in data.items() if value is not None}  # old latents know no digest
+    trainer.data |= origin | known
     on_main(lambda: folder.record(config, trainer.step, data))
     batches = micro_batches(config, source, vae, accelerator, trainer.step)
     save = partial(trainer.save, config=to_yaml(config), keep_last=settings.keep_last, keep_every=settings.keep_every)

@@ -156,9 +156,10 @@ class Monitor:
         if self.accelerator.is_main_process:
             earlier = self.folder.evaluations()
             self._show(grid, [*earlier, entry])
-            command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+            command, settings = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), self.config.training
             with self.folder.new_pipeline() as new:
-                facts = TrainingFacts(command=command, metrics=entry, picture=self.folder.samples)
+                origin = f"{settings.init_from}, SHA-256 {settings.init_digest}" if settings.init_from else None
+                facts = TrainingFacts(command=command, metrics=entry, picture=self.folder.samples, origin=origin)
                 self._pipeline.save_pretrained(new, facts=facts)
             if note := floor_note(earlier, entry):
                 print(f"\nnote: {note}", flush=True)
@@ -216,7 +217,9 @@ class Monitor:
         if self.config.training.compile:
             transformer.compile_repeated_blocks()
         scheduler = SiTScheduler(self.config.flow.path, self.config.flow.prediction)
-        names, attribution = dict(enumerate(self.class_names)), make_source(self.config.data).attribution
+        # What the licence of the images wants, and of those that the weights began with.
+        lines = [make_source(self.config.data).attribution, self.trainer.data.get("attribution")]
+        names, attribution = dict(enumerate(self.class_names)), "; ".join(dict.fromkeys(filter(None, lines))) or None
         return SiTPipeline(transformer, scheduler, self.vae, id2label=names, attribution=attribution)
 
     def _generate(self, labels: list[int]) -> Iterator[tuple[range, Tensor]]:

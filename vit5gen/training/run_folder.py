@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from vit5gen.config import Config, Section, as_recorded, read_yaml, recorded_values, validate
-from vit5gen.data.latents import find_num_classes
+from vit5gen.config import Config, ModelConfig, Section, as_recorded, read_yaml, recorded_values, validate
+from vit5gen.data.latents import find_class_names
 from vit5gen.generation.find_pipeline import PIPELINE
 from vit5gen.system.errors import UserError, short
 from vit5gen.system.files import locked_file, read_json, write_json, write_text
@@ -24,7 +24,7 @@ _HOW_FAR = {"training.num_steps", "training.max_nonfinite_steps"}
 _WITH_WHAT = {"data.num_workers", "data.latents", "training.micro_batch_size", "training.gradient_checkpointing"}
 _KEPT = {"training.checkpoint_every", "training.checkpoint_minutes", "training.keep_last", "training.keep_every"}
 _SHOWN = {"evaluation", "sampling", "training.log_every", "training.trackers"}
-FindClasses = Callable[[Config], int | None]
+FindClasses = Callable[[Config], list[str] | None]
 CHANGEABLE = _HOW_FAR | _WITH_WHAT | _KEPT | _SHOWN
 
 
@@ -44,18 +44,38 @@ def differences(old: dict[str, Any], config: Config, changeable: Collection[str]
     ]
 
 
-def settle(config: Config, find: FindClasses = find_num_classes) -> Config:
+def settle(config: Config, find: FindClasses = find_class_names) -> Config:
     """Return the configuration with what is fixed when a run begins, in which every key counts as given."""
     values = config.model_dump()
     if values["training"]["checkpoint_every"] is None:
         values["training"]["checkpoint_every"] = max(1, min(10_000, math.ceil(config.training.num_steps / 4)))
     if values["data"]["num_classes"] is None:
-        values["data"]["num_classes"] = find(config)
+        names = find(config)
+        values["data"]["num_classes"] = None if names is None else len(names)
     return validate(Config, values, "configuration")
 
 
+def keep_origin(config: Config, recorded: dict[str, Any]) -> Config:
+    """Return ``config`` with what its `training.init_from` settled when the run of the ``recorded`` one began."""
+    model, before = config.model.model_dump(exclude_unset=True), recorded_values(recorded)
+    if config.training.init_from is None or before["training"]["init_from"] is None:
+        return config
+    switches = before["model"]["backbone_kwargs"] | model.get("backbone_kwargs", {})
+    digest = {"init_digest": config.training.init_digest or before["training"]["init_digest"]}
+    changed = {
+        "model": validate(ModelConfig, before["model"] | model | {"backbone_kwargs": switches}, "configuration"),
+        "training": config.training.model_copy(update=digest),
+    }
+    return config.model_copy(update=changed)
+
+
 def _accept(start: Path, fault: str, changes: list[str], accept_changes: bool) -> None:
-    """Refuse to resume ``start`` under changed conditions unless the user accepts that."""
+    """Refuse to resume ``start`` under changed conditions unless the user accepts that; with other classes always."""
+    if any(change.startswith(("classes ", "data.num_classes:")) for change in changes):
+        advice = (
+            f"its label table is of its classes. Restore them, or begin a new run with --training.init_from {start}"
+        )
+        raise UserError(f"{start} {fault}: {'; '.join(changes)}; {advice}")
     if changes and not accept_changes:
         advice = "Restore the recorded values, choose another --output, or add --accept-changes to resume with the new"
         raise UserError(f"{start} {fault}: {'; '.join(changes)}. {advice}")
@@ -139,11 +159,17 @@ class RunFolder:
                 raise
 
     def find_start(
-        self, config: Config, resume: str, accept_changes: bool, find: FindClasses = find_num_classes
+        self,
+        config: Config,
+        resume: str,
+        accept_changes: bool,
+        find: FindClasses = find_class_names,
+        begin: Callable[[Config], Config] = lambda config: config,
     ) -> tuple[Path | None, Config]:
         """Settle where a run starts and by which values; return the checkpoint to resume, if any, and these values.
 
-        find: how many classes the data have, where the configuration does not say.
+        find: the classes of the data, where the configuration does not say how many.  begin: adds to the configuration
+        of a new run what its `training.init_from` settles; a resumed run has it recorded.
         Raises `UserError` when the folder holds another run, or the checkpoint does not fit the configuration.
         """
         start, last = None, config.training.num_steps
@@ -152,11 +178,13 @@ class RunFolder:
         elif resume != "never":
             start = Path(resume)
             if fault := checkpoint.find_damage(start):
-                raise UserError(f"--resume {start}: {fault}; expected e.g. RUN/checkpoints/step_00000010, undamaged")
+                expected = "expected e.g. RUN/checkpoints/step_00000010, undamaged"
+                advice = f"to begin a new run with other weights, set --training.init_from {start}"
+                raise UserError(f"--resume {start}: {fault}; {expected}; {advice}")
         elif checkpoint.steps(self.checkpoints):
             raise UserError(f"--output {self}: contains a run; choose a new folder, or --resume auto to resume it")
         recorded = {} if start is None else checkpoint.read_config(start)
-        config = settle_auto(config, recorded)
+        config = settle_auto(begin(config) if start is None else keep_origin(config, recorded), recorded)
         if start is not None:
             _accept(start, "was made with another configuration", differences(recorded, config), accept_changes)
             config = as_recorded(config, recorded)
