@@ -16,13 +16,16 @@ from vit5gen.system.errors import UserError, choose
 from vit5gen.system.precision import PRECISIONS, has_compiler, resolve
 from vit5gen.training.objectives import OBJECTIVES, build_objectives
 from vit5gen.training.optimizers import OPTIMIZERS
+from vit5gen.training.trainable import choose_trainable
 
 
 def check_values(config: Config) -> None:
     """Raise `UserError` for wrong values that the types of the configuration cannot catch."""
     (channels, _, _), sampling = config.latent_shape, config.sampling
     with torch.device("meta"):
-        build_objectives(config.training, build_model(config), build_flow(config))
+        model = build_model(config)
+        choose_trainable(model, config.training)
+        build_objectives(config.training, model, build_flow(config))
     choose("sampling.sampler", sampling.sampler, SAMPLERS.names())
     if (asked := sampling.guidance_channels or 0) > channels:
         raise UserError(f"sampling.guidance_channels = {asked}; expected at most vae.latent_channels = {channels}")
@@ -75,12 +78,13 @@ def build_model(config: Config) -> SiTTransformer2DModel:
 
 
 def build_model_to_train(config: Config) -> SiTTransformer2DModel:
-    """Construct the transformer as it is trained: in its precision, recomputed and compiled as configured.
+    """Construct the transformer as it is trained: what of it, in its precision, recomputed and compiled as configured.
 
     How products are computed is set for the whole process.
     """
     model, precision = build_model(config), PRECISIONS[config.training.precision]
     precision.set_products()
+    choose_trainable(model, config.training)
     if precision.weights != torch.float32:
         nn.Module.to(model, precision.weights)
     if config.training.gradient_checkpointing:

@@ -29,6 +29,7 @@ from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.objectives import OBJECTIVES, build_objectives
 from vit5gen.training.process import batch_sizes, make_accelerator
 from vit5gen.training.run_folder import RunFolder, settle
+from vit5gen.training.trainable import choose_trainable
 from vit5gen.training.trainer import Trainer
 
 TRIAL_STEPS = 3
@@ -104,6 +105,7 @@ def run_cost(config: Config) -> cost.Cost:
     """Build the model on the meta device and return its cost; raise `UserError` when its sizes do not fit."""
     with torch.device("meta"):
         model = build_model(config)
+        choose_trainable(model, config.training)
         _, objectives, _ = build_objectives(config.training, model, build_flow(config))
     found = cost.model_cost(model, config.training.precision, config.training.gradient_checkpointing)
     return replace(found, of_objectives=sum(parameter.numel() for parameter in objectives.parameters()))
@@ -116,9 +118,12 @@ def describe(config: Config, found: cost.Cost, num_processes: int = 1) -> list[s
     processes = sorted({num_processes} | {n for n in (1, 8) if settings.global_batch_size % (n * unit) == 0})
     size = section.preset or f"{section.num_layers}x{section.hidden_size}"
     more = f", {found.of_objectives:,} more in objectives" if found.of_objectives else ""
+    trained, moments = found.trained, _short(cost.optimizer_bytes(found, config) / 1e9)
+    part = f"trained:  {trained:,} parameters ({trained / found.parameters:.2%}), {moments} GB of optimizer"
     forward, backward = _short(found.forward_flops / 1e9), _short(found.backward_flops / 1e9)
     return [
         f"model:    {section.backbone} {size}, {found.parameters:,} parameters{more}, {found.tokens} tokens",
+        *([] if settings.trainable == "all" else [part]),
         f"FLOPs:    {forward} G forward, {backward} G backward, per image",
         *(memory_line(config, found, n) for n in processes),
         time_line(config, found),

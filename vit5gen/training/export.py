@@ -11,6 +11,7 @@ from vit5gen.config import VaeConfig, load_recorded
 from vit5gen.data.autoencoders.kl import load_autoencoder
 from vit5gen.data.sources.folder import imagenet_names
 from vit5gen.generation.card import TrainingFacts
+from vit5gen.generation.lora import Adapter
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.models import SiTTransformer2DModel, load_sit
@@ -20,6 +21,7 @@ from vit5gen.system.files import read_json
 from vit5gen.training.build import build_model
 from vit5gen.training.checkpoint import CONFIG, find_damage, load_tensors, newest_valid
 from vit5gen.training.run_folder import RunFolder
+from vit5gen.training.trainable import adapter_of, fold
 
 
 def export_pipeline(
@@ -39,16 +41,16 @@ def export_pipeline(
     if source.is_dir():
         if num_attention_heads is not None:
             raise UserError("--num-attention-heads is only for published SiT files; a run records its number of heads")
-        pipe, origin = _from_run(source, vae, weights)
+        pipe, origin, adapter = _from_run(source, vae, weights)
     else:
         if weights is not None:
             raise UserError(f"--weights {weights} is only for checkpoints of a run; a SiT file has one set of weights")
-        model, origin = load_sit(source, num_attention_heads), source.name
+        model, origin, adapter = load_sit(source, num_attention_heads), source.name, None
         names = imagenet_names(ImageNetInfo().label_names()) if model.config.num_classes == 1000 else []
         pipe = _assemble(model, SiTScheduler(), vae or VaeConfig().name, dict(enumerate(names)))
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        pipe.save_pretrained(temporary, facts=TrainingFacts(command=f"converted from {origin}"))
+        pipe.save_pretrained(temporary, facts=TrainingFacts(command=f"converted from {origin}"), adapter=adapter)
         os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
         raise UserError(f"output {target}: {error}; nothing was written") from error
@@ -58,8 +60,8 @@ def export_pipeline(
     print(f"{output}: {'without an autoencoder it generates latents only' if pipe.vae is None else advice}")
 
 
-def _from_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPipeline, str]:
-    """Return the pipeline, and in words which weights of which checkpoint it holds."""
+def _from_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPipeline, str, Adapter | None]:
+    """Return the pipeline, in words which weights of which checkpoint it holds, and what is folded into them."""
     run = RunFolder(source)
     folder = newest_valid(run.checkpoints) if run.checkpoints.is_dir() else source
     if folder is None or not (folder / CONFIG).is_file():
@@ -70,13 +72,15 @@ def _from_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPi
     model = build_model(config)
     averages = [f"ema_{decay}" for decay in config.training.ema_decays]
     chosen = choose("weights", weights or averages[0], [*averages, "model"])
-    # An average holds parameters only; buffers come from the model.
-    load_exactly(model, {**load_tensors(folder, "model"), **load_tensors(folder, chosen)})
+    # An average holds what is trained; the rest comes from the model.
+    state = {**load_tensors(folder, "model"), **load_tensors(folder, chosen)}
+    load_exactly(model, fold(state, config.training))
+    adapter = adapter_of(state, load_tensors(folder, averages[0]), config.training)
     index = RunFolder(folder.parent.parent).pipeline / "model_index.json"
     told = read_json(index, "pipeline") if index.is_file() else {}
     scheduler = SiTScheduler(config.flow.path, config.flow.prediction)
     names, attribution = told.get("id2label", {}), told.get("attribution")
-    return _assemble(model, scheduler, vae or config.vae.name, names, attribution), f"{chosen} of {folder}"
+    return _assemble(model, scheduler, vae or config.vae.name, names, attribution), f"{chosen} of {folder}", adapter
 
 
 def _assemble(

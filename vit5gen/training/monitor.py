@@ -26,6 +26,7 @@ from vit5gen.data.latents import images_beside
 from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
 from vit5gen.flow import NonFiniteError
 from vit5gen.generation.card import TrainingFacts
+from vit5gen.generation.lora import Adapter
 from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
@@ -39,6 +40,7 @@ from vit5gen.training.optimizers import learning_rate
 from vit5gen.training.previews import SampleGrid, preview_steps
 from vit5gen.training.reference_moments import TrainingReference, build_reference
 from vit5gen.training.run_folder import RunFolder
+from vit5gen.training.trainable import adapter_of, fold
 from vit5gen.training.trainer import Outcome, Trainer
 
 
@@ -76,6 +78,7 @@ class Monitor:
         self._events: dict[str, Any] = {"resumed": trainer.step} if trainer.step else {}
         self._events |= {"changed": folder.changes} if folder.changes else {}
         self._samples = SampleGrid(config, folder.samples, class_names)
+        self._adapter: Adapter | None = None  # of the newest pipeline
 
     def write(self, outcome: Outcome) -> None:
         """Add a line on the steps since the last one to the log and the trackers, and show it in the bar."""
@@ -162,7 +165,7 @@ class Monitor:
             command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
             with self.folder.new_pipeline() as new:
                 facts = TrainingFacts(command=command, metrics=entry, picture=self.folder.samples)
-                pipe.save_pretrained(new, facts=facts)
+                pipe.save_pretrained(new, facts=facts, adapter=self._adapter)
             if note := floor_note(earlier, entry):
                 print(f"\nnote: {note}", flush=True)
             if entry["step"] == self.config.training.num_steps and (steps := self._seconds["training"]):
@@ -209,13 +212,15 @@ class Monitor:
         return torch.cat([images for _, images in sorted(parts, key=lambda part: part[0].start)])
 
     def _pipeline(self) -> SiTPipeline:
-        model, average = self.trainer.model, self.trainer.averages["model"]
+        model, settings = self.trainer.model, self.config.training
+        average = dict(self.trainer.averages["model"].items(settings.ema_decays[0]))
+        state = {name: gather_shards(value) for name, value in {**model.state_dict(), **average}.items()}
+        self._adapter = adapter_of(state, average, settings, None if self._adapter is None else self._adapter.base)
         with torch.device("meta"):
             transformer = SiTTransformer2DModel.from_config(model.config)
-        weights = {name: gather_shards(value) for name, value in average.items(self.config.training.ema_decays[0])}
-        transformer.load_state_dict({**model.state_dict(), **weights}, assign=True)
+        transformer.load_state_dict(fold(state, settings), assign=True)
         transformer.eval().requires_grad_(False)
-        if self.config.training.compile:
+        if settings.compile:
             transformer.compile_repeated_blocks()
         scheduler = SiTScheduler(self.config.flow.path, self.config.flow.prediction)
         names, attribution = dict(enumerate(self.class_names)), make_source(self.config.data).attribution

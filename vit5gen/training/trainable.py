@@ -1,0 +1,102 @@
+"""What of a model is trained: all, parameters by pattern, or low-rank adapters (LoRA), and these folded in again."""
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from vit5gen.config import TrainingConfig
+from vit5gen.generation.lora import Adapter, check_peft, hash_base
+from vit5gen.models import SiTTransformer2DModel
+from vit5gen.system.errors import UserError, listed, nearest
+
+_A, _B = "lora_A.default.weight", "lora_B.default.weight"
+
+
+def choose_trainable(model: SiTTransformer2DModel, settings: TrainingConfig) -> None:
+    """Have only those parameters require a gradient that ``training.trainable`` names, and add the adapters of `lora`.
+
+    A pattern is that of a shell (``*`` stands for dots too) and names parameters, layers, or modules with all that they
+    contain. Adapters start from ``training.seed`` and add nothing at first: one of their two matrices is zero (LoRA,
+    arXiv 2106.09685). Raises `UserError` for a pattern that matches nothing, and where peft is not installed.
+    """
+    if settings.trainable == "all":
+        return
+    names = [name for name, _ in model.named_parameters()]
+    if settings.lora is None:
+        trained = _match("training.trainable", settings.trainable, names)
+    else:
+        check_peft("training.trainable = lora")
+        from peft import LoraConfig
+
+        trained, options = _match("training.lora.full", settings.lora.full, names), settings.lora
+        layers = [name for name, module in model.named_modules() if _is_linear(module)]
+        targets = [
+            name for name in _match("training.lora.targets", options.targets, layers) if f"{name}.weight" not in trained
+        ]
+        if not targets:
+            raise UserError("training.lora.targets: all are trained in full; name fewer in training.lora.full")
+        alpha = options.alpha or options.rank
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            model.add_adapter(
+                LoraConfig(r=options.rank, lora_alpha=alpha, lora_dropout=options.dropout, target_modules=targets)
+            )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name or name.replace(".base_layer.", ".") in trained)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a layer can have an adapter; torch's own attention uses its output layer's weight without calling it."""
+    return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def _match(what: str, patterns: Iterable[str], names: list[str]) -> set[str]:
+    """Return the names that match any pattern, or lie in a module that does; `UserError` where one has none."""
+    found: set[str] = set()
+    modules = {name.rsplit(".", count)[0] for name in names for count in range(name.count(".") + 1)}
+    for pattern in patterns:
+        matching = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
+        if not matching:
+            raise UserError(
+                f"{what}: nothing is called {pattern!r}; expected e.g. {listed(names, 3)}.{nearest(pattern, modules)}"
+            )
+        found |= matching
+    return found
+
+
+def fold(state: Mapping[str, Tensor], settings: TrainingConfig) -> dict[str, Tensor]:
+    """Return the weights of the pipeline, by their names there: those of the trained model with adapters folded in.
+
+    state: of the model as `choose_trainable` left it. Sums are computed in float64, rounded once.
+    """
+    if settings.lora is None:
+        return dict(state)
+    folded = {}
+    for name, value in state.items():
+        layer = name.removesuffix("base_layer.weight")
+        if layer + _A in state:
+            product = state[layer + _B].double() @ state[layer + _A].double()
+            value = (value.double() + settings.lora.scale * product).to(value.dtype)
+        if ".lora_" not in name:
+            folded[name.replace(".base_layer.", ".")] = value
+    return folded
+
+
+def adapter_of(
+    state: Mapping[str, Tensor], trained: Iterable[str], settings: TrainingConfig, base: list[str] | None = None
+) -> Adapter | None:
+    """Return what a run with LoRA has trained, None of another run.
+
+    state: of the model as `choose_trainable` left it.  trained: names of the parameters that have an average.
+    base: the hashes of an earlier call, since what is not trained stays as it is.
+    """
+    if settings.lora is None:
+        return None
+    weights = {name.replace(".default.", "."): value for name, value in state.items() if ".lora_" in name}
+    in_full = {"label_embed.weight", *(name for name in trained if ".lora_" not in name)}
+    full = {name.replace(".base_layer.", "."): state[name] for name in in_full}
+    alpha = settings.lora.alpha or settings.lora.rank
+    return Adapter(weights, full, settings.lora.rank, alpha, base or hash_base(state, full))
