@@ -7,7 +7,7 @@ A configuration is a YAML file of the sections below. Each key is also an option
 import re
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -468,5 +468,6 @@ def _first_problem(kind: type[BaseModel], error: ValidationError) -> str:
 
 def _keys(kind: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
-        kind = kind.model_fields[part].annotation  # type: ignore[assignment]
+        annotation: Any = kind.model_fields[part].annotation
+        kind = next(one for one in (annotation, *get_args(annotation)) if hasattr(one, "model_fields"))  # or None
     return list(kind.model_fields)

@@ -124,19 +124,19 @@ class LoraMixin(CogVideoXLoraLoaderMixin):
         Raises `UserError` for a file that is absent, damaged, not finite, of another size, or of another base.
         """
         check_peft("load_lora_weights")
-        transformer, header, full = self.transformer, dict[str, str](), None
+        transformer, header = self.transformer, dict[str, str]()
         chosen = {key: options.pop(key, False) for key in ("hotswap", "low_cpu_mem_usage")}
         adapter_name = adapter_name or get_adapter_name(transformer)
 
         # What is not the base's, or does not fit it, must not touch it.
         own = plain_weights(transformer.state_dict()) | ({} if self._base is None else self._base.tensors)
         if isinstance(source, Mapping):
-            where, weights = "adapter", dict(source)
+            file, where, weights = Path(), "adapter", dict(source)
         else:
             where, (weights, header) = f"adapter {(file := _find(source, options))}", _read(file)
-            full = _read_full(file.with_name(FULL), json.loads(header.get(_NAMES, "[]")), own)
         check_finite(where, weights)
         _check_layers(where, weights, own)
+        full = _read_full(file.with_name(FULL), json.loads(header.get(_NAMES, "[]")), own) if header else None
         dtype = transformer.dtype if transformer.dtype in _DTYPES else torch.float32
         names = () if full is None else full.tensors
         if _key(dtype) in header and [header[_key(dtype)]] != hash_base(own, names, [dtype]):
