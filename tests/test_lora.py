@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vit5gen import SiTPipeline, SiTScheduler, SiTTransformer2DModel
 from vit5gen.cli import main
-from vit5gen.config import Config, TrainingConfig, load_recorded, validate
+from vit5gen.config import Config, TrainingConfig, load_config, load_recorded, validate
 from vit5gen.generation import lora as adapters
 from vit5gen.generation.lora import ADAPTER, FULL
 from vit5gen.models.backbone import BACKBONES
@@ -421,6 +421,7 @@ def test_the_dry_run_counts_the_memory_of_what_is_trained(trainable: Any) -> Non
     line = next(line for line in describe(config, found) if line.startswith("trained:"))
     print(line)
     assert f"{found.trained:,} parameters" in line
+    assert line.endswith(f"optimizer of {cost.optimizer_bytes(found, config):,} bytes")
 
 
 def test_a_step_with_adapters_alone_costs_the_optimizer_a_hundredth() -> None:
@@ -447,6 +448,13 @@ def test_accumulation_and_checkpointing_change_nothing(config_file: Path, tmp_pa
         assert run(config_file, tmp_path / name, **lora, **options) == 0
     assert losses(tmp_path / "again") == losses(tmp_path / "plain")
     np.testing.assert_allclose(losses(tmp_path / "micro"), losses(tmp_path / "plain"), rtol=1e-9)
+
+
+def test_the_head_of_the_recipe_says_what_a_dry_run_prints() -> None:
+    path = Path(__file__).parents[1] / "configs/finetune/folder-sit-xl-2-lora.yaml"
+    config = load_config(path)
+    head = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
+    assert set(describe(config, run_cost(config), 1)[:5]) <= set(head)
 
 
 @pytest.mark.slow

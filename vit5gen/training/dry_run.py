@@ -118,8 +118,8 @@ def describe(config: Config, found: cost.Cost, num_processes: int = 1) -> list[s
     processes = sorted({num_processes} | {n for n in (1, 8) if settings.global_batch_size % (n * unit) == 0})
     size = section.preset or f"{section.num_layers}x{section.hidden_size}"
     more = f", {found.of_objectives:,} more in objectives" if found.of_objectives else ""
-    trained, moments = found.trained, _short(cost.optimizer_bytes(found, config) / 1e9)
-    part = f"trained:  {trained:,} parameters ({trained / found.parameters:.2%}), {moments} GB of optimizer"
+    trained, moments = found.trained, cost.optimizer_bytes(found, config)
+    part = f"trained:  {trained:,} parameters ({trained / found.parameters:.2%}), optimizer of {moments:,} bytes"
     forward, backward = _short(found.forward_flops / 1e9), _short(found.backward_flops / 1e9)
     return [
         f"model:    {section.backbone} {size}, {found.parameters:,} parameters{more}, {found.tokens} tokens",

@@ -24,7 +24,7 @@ def choose_trainable(model: SiTTransformer2DModel, settings: TrainingConfig) -> 
     """
     if settings.trainable == "all":
         return
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if settings.lora is None:
         trained = _match("training.trainable", settings.trainable, names)
     else:
@@ -33,17 +33,13 @@ def choose_trainable(model: SiTTransformer2DModel, settings: TrainingConfig) -> 
 
         trained, options = _match("training.lora.full", settings.lora.full, names), settings.lora
         layers = [name for name, module in model.named_modules() if _is_linear(module)]
-        targets = [
-            name for name in _match("training.lora.targets", options.targets, layers) if f"{name}.weight" not in trained
-        ]
-        if not targets:
+        chosen = _match("training.lora.targets", options.targets, layers)
+        if not (targets := [name for name in chosen if f"{name}.weight" not in trained]):
             raise UserError("training.lora.targets: all are trained in full; name fewer in training.lora.full")
-        alpha = options.alpha or options.rank
+        sizes = {"r": options.rank, "lora_alpha": options.alpha or options.rank, "lora_dropout": options.dropout}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            model.add_adapter(
-                LoraConfig(r=options.rank, lora_alpha=alpha, lora_dropout=options.dropout, target_modules=targets)
-            )
+            model.add_adapter(LoraConfig(**sizes, target_modules=targets))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name or name.replace(".base_layer.", ".") in trained)
 
@@ -60,9 +56,8 @@ def _match(what: str, patterns: Iterable[str], names: list[str]) -> set[str]:
     for pattern in patterns:
         matching = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
         if not matching:
-            raise UserError(
-                f"{what}: nothing is called {pattern!r}; expected e.g. {listed(names, 3)}.{nearest(pattern, modules)}"
-            )
+            expected = f"expected e.g. {listed(names, 3)}.{nearest(pattern, modules)}"
+            raise UserError(f"{what}: nothing is called {pattern!r}; {expected}")
         found |= matching
     return found
 
