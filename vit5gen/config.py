@@ -158,9 +158,9 @@ class LoraConfig(Section):
     full: list[str] = Field(["label_embed"], description="parameters that are trained in full beside the adapters")
 
     @property
-    def scale(self) -> float:
-        """What multiplies the product of an adapter's two matrices."""
-        return (self.alpha or self.rank) / self.rank
+    def sizes(self) -> dict[str, Any]:
+        """Rank and alpha, as peft calls them."""
+        return {"r": self.rank, "lora_alpha": self.alpha or self.rank}
 
 
 class TrainingConfig(Section):

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -13,8 +12,7 @@ import safetensors.torch
 import torch
 from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
 from diffusers.utils import get_adapter_name
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -71,25 +69,21 @@ class Adapter:
     """What a run with LoRA has trained, as files.
 
     weights: the adapters, ``{layer}.lora_A.weight`` (rank, in) and ``{layer}.lora_B.weight`` (out, rank).
-    full: parameters trained in full, the label table in any case.  base: `hash_base` of the network.
+    full: parameters trained in full, the label table in any case.  sizes: ``r`` and ``lora_alpha``, as peft calls them.
+    base: `hash_base` of the network.
     """
 
     weights: dict[str, Tensor]
     full: dict[str, Tensor]
-    rank: int
-    alpha: float
+    sizes: dict[str, float]
     base: list[str]
 
     def save(self, folder: Path, config: Mapping[str, Any], id2label: Mapping[int, str]) -> None:
         """Write both files, whose header holds the classes too; config: of the transformer."""
         layers = sorted({name.split(".lora_")[0] for name in self.weights})
-        options = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": layers}
-        header = {
-            "format": "pt",
-            _CONFIG: json.dumps({f"transformer.{key}": value for key, value in options.items()}, sort_keys=True),
-            _NAMES: json.dumps(sorted(self.full)),
-            **{_key(dtype): digest for dtype, digest in zip(_DTYPES, self.base, strict=True)},
-        }
+        options = {f"transformer.{key}": value for key, value in {**self.sizes, "target_modules": layers}.items()}
+        header = {"format": "pt", _CONFIG: json.dumps(options), _NAMES: json.dumps(sorted(self.full))}
+        header |= {_key(dtype): digest for dtype, digest in zip(_DTYPES, self.base, strict=True)}
         weights = {f"transformer.{name}": value.cpu().contiguous() for name, value in self.weights.items()}
         safetensors.torch.save_file(weights, folder / ADAPTER, header)
         known = {key: config[key] for key in ("num_classes", "class_dropout_prob")}
@@ -216,19 +210,16 @@ class LoraMixin(CogVideoXLoraLoaderMixin):
 
 def _find(source: str | Path, options: dict[str, Any]) -> Path:
     """Return the file of an adapter, fetched from the hub where there is no such path, with what lies beside it."""
-    name, subfolder = options.get("weight_name") or ADAPTER, options.get("subfolder") or ""
-    if Path(source).exists():
-        return Path(source) / subfolder / name if Path(source).is_dir() else Path(source)
-    known = {key: value for key, value in options.items() if key in signature(hf_hub_download).parameters}
-    known["subfolder"] = subfolder or None
-    try:
-        file = hf_hub_download(str(source), name, **known)
-        with suppress(EntryNotFoundError):
-            hf_hub_download(str(source), FULL, **known)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"adapter {source}: neither a path nor on the hub ({reason}); check the name") from error
-    return Path(file)
+    path, inner = Path(source), Path(options.get("subfolder") or "", options.get("weight_name") or ADAPTER)
+    if not path.exists():
+        known = {key: value for key, value in options.items() if key in signature(snapshot_download).parameters}
+        wanted = [inner.as_posix(), inner.with_name(FULL).as_posix()]
+        try:
+            path = Path(snapshot_download(str(source), allow_patterns=wanted, **known))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"adapter {source}: neither a path nor on the hub ({reason}); check the name") from error
+    return path / inner if path.is_dir() else path
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as Uncalled
 
 from vit5gen.config import TrainingConfig
 from vit5gen.generation.lora import Adapter, check_peft, hash_base
@@ -32,21 +32,18 @@ def choose_trainable(model: SiTTransformer2DModel, settings: TrainingConfig) -> 
         from peft import LoraConfig
 
         trained, options = _match("training.lora.full", settings.lora.full, names), settings.lora
-        layers = [name for name, module in model.named_modules() if _is_linear(module)]
-        chosen = _match("training.lora.targets", options.targets, layers)
+        # An output layer of torch's own attention is not called: its weight is used.
+        linear = [
+            name for name, one in model.named_modules() if isinstance(one, nn.Linear) and type(one) is not Uncalled
+        ]
+        chosen = _match("training.lora.targets", options.targets, linear)
         if not (targets := [name for name in chosen if f"{name}.weight" not in trained]):
             raise UserError("training.lora.targets: all are trained in full; name fewer in training.lora.full")
-        sizes = {"r": options.rank, "lora_alpha": options.alpha or options.rank, "lora_dropout": options.dropout}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            model.add_adapter(LoraConfig(**sizes, target_modules=targets))
+            model.add_adapter(LoraConfig(**options.sizes, lora_dropout=options.dropout, target_modules=targets))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name or name.replace(".base_layer.", ".") in trained)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether a layer can have an adapter; torch's own attention uses its output layer's weight without calling it."""
-    return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def _match(what: str, patterns: Iterable[str], names: list[str]) -> set[str]:
@@ -69,12 +66,12 @@ def fold(state: Mapping[str, Tensor], settings: TrainingConfig) -> dict[str, Ten
     """
     if settings.lora is None:
         return dict(state)
-    folded = {}
+    folded, sizes = {}, settings.lora.sizes
     for name, value in state.items():
         layer = name.removesuffix("base_layer.weight")
         if layer + _A in state:
             product = state[layer + _B].double() @ state[layer + _A].double()
-            value = (value.double() + settings.lora.scale * product).to(value.dtype)
+            value = (value.double() + sizes["lora_alpha"] / sizes["r"] * product).to(value.dtype)
         if ".lora_" not in name:
             folded[name.replace(".base_layer.", ".")] = value
     return folded
@@ -93,5 +90,4 @@ def adapter_of(
     weights = {name.replace(".default.", "."): value for name, value in state.items() if ".lora_" in name}
     in_full = {"label_embed.weight", *(name for name in trained if ".lora_" not in name)}
     full = {name.replace(".base_layer.", "."): state[name] for name in in_full}
-    alpha = settings.lora.alpha or settings.lora.rank
-    return Adapter(weights, full, settings.lora.rank, alpha, base or hash_base(state, full))
+    return Adapter(weights, full, settings.lora.sizes, base or hash_base(state, full))
