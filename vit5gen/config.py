@@ -7,7 +7,7 @@ A configuration is a YAML file of the sections below. Each key is also an option
 import re
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -159,6 +159,21 @@ class DataConfig(Section):
     label_column: str | None = Field(None, description="label column of a Hugging Face data set; default: the only one")
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA, arXiv 2106.09685). A pattern is matched as in ``training.trainable``."""
+
+    rank: Width = Field(8, description="rank of what is added to each weight")
+    alpha: Positive | None = Field(None, description="what is added is scaled by alpha / rank; default: rank")
+    dropout: Annotated[Float, Field(ge=0, lt=1)] = Field(0.0, description="dropout of what enters an adapter")
+    targets: list[str] = Field(["backbone"], min_length=1, description="linear layers that get an adapter")
+    full: list[str] = Field(["label_embed"], description="parameters that are trained in full beside the adapters")
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Rank and alpha, as peft calls them."""
+        return {"r": self.rank, "lora_alpha": self.alpha or self.rank}
+
+
 class TrainingConfig(Section):
     """Optimisation, precision, checkpoints and logs."""
 
@@ -177,6 +192,12 @@ class TrainingConfig(Section):
     init_digest: str | None = Field(None, description="SHA-256 of init_from; filled in when a run begins")
     objectives: dict[str, PlugOptions] = Field(
         {"flow": {}}, min_length=1, description="objectives to minimise, by name, each with its weight and options"
+    )
+    trainable: Literal["all", "lora"] | list[str] = Field(
+        "all", description="what is trained: all, lora (adapters), or patterns of parameters, e.g. [label_embed, head]"
+    )
+    lora: LoraConfig | None = Field(
+        None, description="options of trainable: lora, e.g. {rank: 16, targets: ['*.attn']}"
     )
     optimizer: str = Field("adamw", description="name of the optimizer")
     learning_rate: Positive = Field(1e-4, description="peak learning rate")
@@ -201,6 +222,18 @@ class TrainingConfig(Section):
     log_every: Count = Field(100, description="steps between lines of log.jsonl")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="experiment trackers")
     max_nonfinite_steps: Count = Field(10, description="stop after this many non-finite steps in a row")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_is_trained(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        trainable = values.get("trainable", "all")
+        if trainable not in ("all", "lora") and not (isinstance(trainable, list) and trainable):
+            raise ValueError(f"trainable = {short(trainable)}; expected all, lora or a list of patterns of parameters")
+        if values.get("lora") is not None and trainable != "lora":
+            raise ValueError(f"lora is given, but trainable = {short(trainable)}; set trainable to lora, or omit lora")
+        return {**values, "lora": values.get("lora") or {}} if trainable == "lora" else values
 
 
 class SamplingConfig(Section):
@@ -468,5 +501,6 @@ def _first_problem(kind: type[BaseModel], error: ValidationError) -> str:
 
 def _keys(kind: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
-        kind = kind.model_fields[part].annotation  # type: ignore[assignment]
+        annotation: Any = kind.model_fields[part].annotation
+        kind = next(one for one in (annotation, *get_args(annotation)) if hasattr(one, "model_fields"))  # or None
     return list(kind.model_fields)

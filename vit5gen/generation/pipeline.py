@@ -26,6 +26,7 @@ from vit5gen.data.autoencoders.kl import decode, downsample, latent_scaling, to_
 from vit5gen.flow import Flow, GuidedModel, Steps
 from vit5gen.generation.card import TrainingFacts, model_card
 from vit5gen.generation.labels import Labels, find_class_ids, names_by_id
+from vit5gen.generation.lora import Adapter, LoraMixin
 from vit5gen.generation.scheduler import Generators, ModelFn, SiTScheduler, foreign_steps
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.models.weights import align
@@ -83,7 +84,7 @@ def _of_state(name: str, doc: str) -> Any:
     )
 
 
-class SiTPipeline(DiffusionPipeline):
+class SiTPipeline(LoraMixin, DiffusionPipeline):
     """Class-conditional images by flow matching.
 
     transformer: predicts velocity, score or noise from (latents, timestep in [0, 1], class_labels).
@@ -294,20 +295,32 @@ class SiTPipeline(DiffusionPipeline):
         return pipe
 
     def save_pretrained(
-        self, save_directory: str | Path, *args: Any, facts: TrainingFacts | None = None, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        *args: Any,
+        facts: TrainingFacts | None = None,
+        adapter: Adapter | None = None,
+        **kwargs: Any,
     ) -> None:
         """Save as diffusers does, with a model card and the stub by which ``DiffusionPipeline`` finds this class.
 
         facts: what the card says about the training; without them the card that came with the weights is kept.
+        adapter: what was folded into the transformer, to be saved beside it.
+        Raises `UserError` while the transformer has adapters, which its folder could not hold.
         """
+        if getattr(self.transformer, "peft_config", None):
+            advice = "fold them in with pipe.fuse_lora(), then call pipe.unload_lora_weights(), then save"
+            raise UserError(f"save_pretrained: the transformer has adapters; {advice}")
         self.register_modules(**self.components)  # diffusers overlooks a component that was assigned over None
         self._write_extras(Path(save_directory), facts)
         for name, component in self.components.items():
             if component is None or isinstance(component, nn.Module):
                 clear_weights(Path(save_directory) / name, kwargs.get("variant"), removed=component is None)
         super().save_pretrained(str(save_directory), *args, **kwargs)
-        for file in Path(save_directory).glob("*/*.safetensors"):  # which safetensors lets only their owner read
-            shutil.copymode(file.with_name("config.json"), file)
+        if adapter is not None:
+            adapter.save(Path(save_directory), self.transformer.config, self.config.id2label)
+        for file in Path(save_directory).glob("**/*.safetensors"):  # which safetensors lets only their owner read
+            shutil.copymode(Path(save_directory) / "model_index.json", file)
 
     def _upload_folder(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
         self._write_extras(Path(working_dir))  # diffusers has just put its empty card in place of ours

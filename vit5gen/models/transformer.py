@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from einops import rearrange
 from timm.layers import to_2tuple
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class Head(nn.Module):
         return self.linear(modulate(self.norm(x), shift, scale))
 
 
-class SiTTransformer2DModel(ModelMixin, ConfigMixin):
+class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Class-conditional velocity network of SiT (arXiv 2401.08740) with a backbone by name.
 
     ``model(latents (B, C, H, W), timestep (B,) in [0, 1], class_labels (B,))`` returns the prediction (B, C, H, W).

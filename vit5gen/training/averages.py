@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """Averages ``ema <- decay * ema + (1 - decay) * weight`` of every parameter, one set per decay.
+    """Averages ``ema <- decay * ema + (1 - decay) * weight`` of every parameter that is trained, one set per decay.
 
     The decay is constant (SiT trains with .9999 and no warm-up); the averages start at the initial weights.
     """
 
     def __init__(self, model: nn.Module, decays: Iterable[float]) -> None:
-        self._weights = dict(model.named_parameters())
+        self._weights = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.averages = {decay: [weight.detach().clone() for weight in self._weights.values()] for decay in decays}
 
     @torch.no_grad()

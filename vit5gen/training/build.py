@@ -18,6 +18,7 @@ from vit5gen.system.errors import UserError, choose
 from vit5gen.system.precision import PRECISIONS, has_compiler, resolve
 from vit5gen.training.objectives import OBJECTIVES, build_objectives
 from vit5gen.training.optimizers import OPTIMIZERS
+from vit5gen.training.trainable import choose_trainable
 
 
 def check_values(config: Config) -> None:
@@ -25,7 +26,9 @@ def check_values(config: Config) -> None:
     (channels, _, _), sampling = config.latent_shape, config.sampling
     if config.training.init_from is None or config.training.init_digest is not None:  # else the model is not known yet
         with torch.device("meta"):
-            build_objectives(config.training, build_model(config), build_flow(config))
+            model = build_model(config)
+            choose_trainable(model, config.training)
+            build_objectives(config.training, model, build_flow(config))
     choose("sampling.sampler", sampling.sampler, SAMPLERS.names())
     if fault := sampling.idle_limit():  # not refused: runs of earlier versions may have it
         processes().print(f"note: sampling.{fault}")
@@ -80,13 +83,14 @@ def build_model(config: Config) -> SiTTransformer2DModel:
 
 
 def build_model_to_train(config: Config, weights: Mapping[str, Tensor] | None = None) -> SiTTransformer2DModel:
-    """Construct the transformer as it is trained: in its precision, recomputed and compiled as configured.
+    """Construct the transformer as it is trained: what of it, in its precision, recomputed and compiled as configured.
 
     weights: by name, in place of initialised ones. How products are computed is set for the whole process.
     """
     model, precision = build_model(config), PRECISIONS[config.training.precision]
     model.load_state_dict(weights or {}, strict=False)
     precision.set_products()
+    choose_trainable(model, config.training)
     if precision.weights != torch.float32:
         nn.Module.to(model, precision.weights)
     if config.training.gradient_checkpointing:

@@ -8,7 +8,7 @@ of all of them.
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,10 @@ def shard_like(value: Tensor, example: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fill(targets: Iterable[tuple[str, Tensor]], folder: Path, file: str) -> None:
+def fill(targets: Iterable[tuple[str, Tensor]], folder: Path, file: str, frozen: Collection[str] = ()) -> None:
     """Copy one file of a checkpoint into tensors by name, sharding it as they are.
 
+    frozen: what the file may hold besides: earlier versions also averaged parameters that are not trained.
     Raises `UserError` when names or shapes differ.
     """
     where, saved = f"checkpoint {folder}: {file}", load_tensors(folder, file)
@@ -52,8 +53,8 @@ def fill(targets: Iterable[tuple[str, Tensor]], folder: Path, file: str) -> None
         if tensor is None or tensor.shape != value.shape:
             raise UserError(f"{where} has no {name!r} of shape {list(value.shape)}; resume with the same model")
         value.copy_(shard_like(tensor, value))
-    if saved:
-        raise UserError(f"{where} has {min(saved)!r}, which this model lacks; resume with the same model")
+    if unknown := saved.keys() - frozen:
+        raise UserError(f"{where} has {min(unknown)!r}, which this model lacks; resume with the same model")
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:

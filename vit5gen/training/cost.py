@@ -46,7 +46,7 @@ GPUS = {
 class Cost:
     """A model's parameters, and what one training image costs it."""
 
-    parameters: int
+    parameters: int  # of the pipeline: adapters are folded in
     num_blocks: int
     tokens: int
     forward_flops: int
@@ -56,6 +56,13 @@ class Cost:
     of_objectives: int = 0  # parameters that are trained but are not part of the pipeline
     objective_flops: int = 0  # of their forward and backward passes
     uncounted: tuple[str, ...] = ()  # objectives whose FLOPs are not known
+    frozen: int = 0  # parameters of the model that are not trained
+    of_adapters: int = 0  # parameters that are folded into others in the pipeline
+
+    @property
+    def trained(self) -> int:
+        """Parameters that have a gradient and a state of the optimizer."""
+        return self.parameters - self.frozen + self.of_adapters + self.of_objectives
 
     @property
     def training_flops(self) -> int:
@@ -97,6 +104,8 @@ def model_cost(model: SiTTransformer2DModel, precision: str, recomputes: bool) -
         inside, outside = inside + activations * in_backbone, outside + activations * (not in_backbone)
 
     for name, module in model.named_modules():
+        if name.endswith(".base_layer"):  # its adapter's two layers have the same input and output
+            continue
         if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.RMSNorm | Attention):
             module.register_forward_hook(partial(note, name.startswith("backbone.")))
 
@@ -117,9 +126,12 @@ def model_cost(model: SiTTransformer2DModel, precision: str, recomputes: bool) -
     blocks = model.config.num_layers
     if recomputes:
         inside = inside // blocks + blocks * tokens * model.config.hidden_size * wide
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     backward_flops = counter.get_total_flops() - forward_flops
-    return Cost(parameters, blocks, tokens, forward_flops, backward_flops, inside + outside, recomputes)
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    adapters = sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" in name)
+    parameters = sum(parameter.numel() for parameter in model.parameters()) - adapters
+    flops = forward_flops, backward_flops
+    return Cost(parameters, blocks, tokens, *flops, inside + outside, recomputes, 0, frozen, adapters)
 
 
 def objective_flops(objectives: nn.ModuleDict, model: SiTTransformer2DModel, config: Config) -> dict[str, int | None]:
@@ -138,7 +150,17 @@ def objective_flops(objectives: nn.ModuleDict, model: SiTTransformer2DModel, con
 
 
 def _weight_bytes(cost: Cost, config: Config) -> int:
-    return (cost.parameters + cost.of_objectives) * PRECISIONS[config.training.precision].weights.itemsize
+    everything = cost.parameters + cost.of_adapters + cost.of_objectives
+    return everything * PRECISIONS[config.training.precision].weights.itemsize
+
+
+def _trained_bytes(cost: Cost, config: Config) -> int:
+    return cost.trained * PRECISIONS[config.training.precision].weights.itemsize
+
+
+def optimizer_bytes(cost: Cost, config: Config) -> int:
+    """Return the size of the two moments of Adam."""
+    return 2 * _trained_bytes(cost, config)
 
 
 def memory_bytes(cost: Cost, config: Config, micro_batch_size: int, num_processes: int, sharded: bool = False) -> int:
@@ -147,12 +169,12 @@ def memory_bytes(cost: Cost, config: Config, micro_batch_size: int, num_processe
     Weights, gradient and two moments of Adam, the averages, DDP's buckets, the cast weights of autocast, activations.
     Not in it: the autoencoder (0.3 GB), CUDA's context, fragmentation, what compiling saves.
     """
-    weights = _weight_bytes(cost, config)
-    states = (4 + len(config.training.ema_decays)) * weights
+    weights, trained = _weight_bytes(cost, config), _trained_bytes(cost, config)
+    states = weights + (1 + len(config.training.ema_decays)) * trained + optimizer_bytes(cost, config)
     if sharded:
         states = states // num_processes + 2 * weights // cost.num_blocks  # two blocks are whole
     elif num_processes > 1:
-        states += weights
+        states += trained
     cast = PRECISIONS[config.training.precision].cast_bytes * cost.parameters
     return states + cast + micro_batch_size * cost.activation_bytes
 
@@ -168,7 +190,7 @@ def communication_bytes(cost: Cost, config: Config, num_processes: int) -> int:
 
     It does not travel in bf16: only products are rounded.
     """
-    return 2 * _weight_bytes(cost, config) * (num_processes - 1) // num_processes
+    return 2 * _trained_bytes(cost, config) * (num_processes - 1) // num_processes
 
 
 def gpu_hours(cost: Cost, num_images: int, gpu: str, precision: str) -> float:
@@ -189,7 +211,8 @@ def mfu(cost: Cost, images_per_second: float, gpu: str, precision: str) -> float
 
 def checkpoint_bytes(cost: Cost, config: Config) -> int:
     """Return the size of one checkpoint: weights, averages and two moments."""
-    return (3 + len(config.training.ema_decays)) * _weight_bytes(cost, config)
+    averages = len(config.training.ema_decays) * _trained_bytes(cost, config)
+    return _weight_bytes(cost, config) + averages + optimizer_bytes(cost, config)
 
 
 def run_bytes(cost: Cost, config: Config) -> int:

@@ -29,6 +29,7 @@ from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.objectives import OBJECTIVES, build_objectives
 from vit5gen.training.process import batch_sizes, make_accelerator
 from vit5gen.training.run_folder import RunFolder, settle
+from vit5gen.training.trainable import choose_trainable
 from vit5gen.training.trainer import Trainer
 
 TRIAL_STEPS = 3
@@ -115,6 +116,7 @@ def run_cost(config: Config) -> cost.Cost:
     """Build the model on the meta device and return its cost; raise `UserError` when its sizes do not fit."""
     with torch.device("meta"):
         model = build_model(config)
+        choose_trainable(model, config.training)
         _, objectives, _ = build_objectives(config.training, model, build_flow(config))
     found = cost.model_cost(model, config.training.precision, config.training.gradient_checkpointing)
     flops = cost.objective_flops(objectives, model, config)
@@ -133,12 +135,15 @@ def describe(config: Config, found: cost.Cost, num_processes: int = 1) -> list[s
     processes = sorted({num_processes} | {n for n in (1, 8) if settings.global_batch_size % (n * unit) == 0})
     size = section.preset or f"{section.num_layers}x{section.hidden_size}"
     more = f", {found.of_objectives:,} more in objectives" if found.of_objectives else ""
+    trained, moments = found.trained, cost.optimizer_bytes(found, config)
+    part = f"trained:  {trained:,} parameters ({trained / found.parameters:.2%}), optimizer of {moments:,} bytes"
     forward, backward = _short(found.forward_flops / 1e9), _short(found.backward_flops / 1e9)
     extra = f", {_short(found.objective_flops / 1e9)} G in objectives" if found.objective_flops else ""
     if found.uncounted:
         extra += f" (not counted: {', '.join(found.uncounted)}, which cannot run on torch's meta device)"
     return [
         f"model:    {section.backbone} {size}, {found.parameters:,} parameters{more}, {found.tokens} tokens",
+        *([] if settings.trainable == "all" else [part]),
         f"FLOPs:    {forward} G forward, {backward} G backward{extra}, per image",
         *(memory_line(config, found, n) for n in processes),
         time_line(config, found),

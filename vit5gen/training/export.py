@@ -11,6 +11,7 @@ from vit5gen.config import VaeConfig, load_recorded
 from vit5gen.data.autoencoders import load_autoencoder
 from vit5gen.data.sources.folder import imagenet_names
 from vit5gen.generation.card import TrainingFacts
+from vit5gen.generation.lora import Adapter
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.models import SiTTransformer2DModel, load_sit
@@ -20,6 +21,7 @@ from vit5gen.system.files import read_json
 from vit5gen.training.build import build_model
 from vit5gen.training.checkpoint import CONFIG, find_damage, load_tensors, newest_valid, read_state
 from vit5gen.training.run_folder import RunFolder
+from vit5gen.training.trainable import adapter_of, fold
 
 
 def export_pipeline(
@@ -40,17 +42,17 @@ def export_pipeline(
     if source.is_dir():
         if num_attention_heads is not None:
             raise UserError("--num-attention-heads is only for published SiT files; a run records its number of heads")
-        pipe, folder, chosen = pipeline_of_run(source, vae, weights)
+        pipe, folder, chosen, adapter = pipeline_of_run(source, vae, weights)
         origin = f"{chosen} of {folder}"
     else:
         if weights is not None:
             raise UserError(f"--weights {weights} is only for checkpoints of a run; a SiT file has one set of weights")
-        pipe, origin = pipeline_of_file(source, vae, num_attention_heads), source.name
+        pipe, origin, adapter = pipeline_of_file(source, vae, num_attention_heads), source.name, None
 
     # Written beside the output and renamed, so that no half of it is ever there.
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        pipe.save_pretrained(temporary, facts=TrainingFacts(command=f"converted from {origin}"))
+        pipe.save_pretrained(temporary, facts=TrainingFacts(command=f"converted from {origin}"), adapter=adapter)
         os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
         raise UserError(f"output {target}: {error}; nothing was written") from error
@@ -67,8 +69,13 @@ def pipeline_of_file(source: Path, vae: str | None, num_attention_heads: int | N
     return _assemble(model, SiTScheduler(), vae or VaeConfig().name, dict(enumerate(names)))
 
 
-def pipeline_of_run(source: Path, vae: str | None, weights: str | None) -> tuple[SiTPipeline, Path, str]:
-    """Return the pipeline of a run or checkpoint, the checkpoint, and which weights of it; see `export_pipeline`."""
+def pipeline_of_run(
+    source: Path, vae: str | None, weights: str | None
+) -> tuple[SiTPipeline, Path, str, Adapter | None]:
+    """Return the pipeline of a run or checkpoint, the checkpoint, which weights of it, and what is folded into them.
+
+    See `export_pipeline`.
+    """
     run = RunFolder(source)
     folder = newest_valid(run.checkpoints) if run.checkpoints.is_dir() else source
     if folder is None or not (folder / CONFIG).is_file():
@@ -79,14 +86,16 @@ def pipeline_of_run(source: Path, vae: str | None, weights: str | None) -> tuple
     model = build_model(config)
     averages = [f"ema_{decay}" for decay in config.training.ema_decays]
     chosen = choose("weights", weights or averages[0], [*averages, "model"])
-    # An average holds parameters only; buffers come from the model.
-    load_exactly(model, {**load_tensors(folder, "model"), **load_tensors(folder, chosen)})
+    # An average holds what is trained; the rest comes from the model.
+    state = {**load_tensors(folder, "model"), **load_tensors(folder, chosen)}
+    load_exactly(model, fold(state, config.training))
+    adapter = adapter_of(state, load_tensors(folder, averages[0]), config.training)
     index = RunFolder(folder.parent.parent).pipeline / "model_index.json"
     told = read_json(index, "pipeline") if index.is_file() else {}
     recorded = dict(enumerate(read_state(folder).get("data", {}).get("classes", [])))
     scheduler = SiTScheduler(config.flow.path, config.flow.prediction)
     names, attribution = told.get("id2label", recorded), told.get("attribution")
-    return _assemble(model, scheduler, vae or config.vae.name, names, attribution), folder, chosen
+    return _assemble(model, scheduler, vae or config.vae.name, names, attribution), folder, chosen, adapter
 
 
 def _assemble(

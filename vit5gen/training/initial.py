@@ -56,7 +56,7 @@ def open_origin(name: str, weights: str | None = None, num_attention_heads: int 
     path = Path(name).expanduser()
     try:
         if steps(path / "checkpoints") or ((path / CONFIG).is_file() and find_pipeline(path) is None):
-            pipe, folder, chosen = pipeline_of_run(path, "none", weights)
+            pipe, folder, chosen, _ = pipeline_of_run(path, "none", weights)
             scaling = tuple(map(float, read_state(folder).get("data", {}).get("autoencoder", "").split()[1:]))
             vae = load_recorded(folder / CONFIG).vae.name
             return Origin(pipe, sha256(folder / f"{chosen}.safetensors"), vae, scaling or None)

@@ -26,6 +26,7 @@ from vit5gen.data.latents import images_beside
 from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
 from vit5gen.flow import NonFiniteError
 from vit5gen.generation.card import TrainingFacts
+from vit5gen.generation.lora import Adapter
 from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
@@ -39,6 +40,7 @@ from vit5gen.training.optimizers import learning_rate
 from vit5gen.training.previews import SampleGrid, preview_steps
 from vit5gen.training.reference_moments import TrainingReference, build_reference
 from vit5gen.training.run_folder import RunFolder
+from vit5gen.training.trainable import adapter_of, fold
 from vit5gen.training.trainer import Outcome, Trainer
 
 
@@ -75,6 +77,7 @@ class Monitor:
         self._events: dict[str, Any] = {"resumed": trainer.step} if trainer.step else {}
         self._events |= {"changed": folder.changes} if folder.changes else {}
         self._samples = SampleGrid(config, folder.samples, class_names)
+        self._adapter: Adapter | None = None  # of the newest pipeline
 
     def write(self, outcome: Outcome) -> None:
         """Add a line on the steps since the last one to the log and the trackers, and show it in the bar."""
@@ -160,7 +163,7 @@ class Monitor:
             with self.folder.new_pipeline() as new:
                 origin = f"{settings.init_from}, SHA-256 {settings.init_digest}" if settings.init_from else None
                 facts = TrainingFacts(command=command, metrics=entry, picture=self.folder.samples, origin=origin)
-                self._pipeline.save_pretrained(new, facts=facts)
+                self._pipeline.save_pretrained(new, facts=facts, adapter=self._adapter)
             if note := floor_note(earlier, entry):
                 print(f"\nnote: {note}", flush=True)
             if entry["step"] == self.config.training.num_steps and (steps := self._seconds.pop("training")):
@@ -208,13 +211,15 @@ class Monitor:
     @cached_property
     def _pipeline(self) -> SiTPipeline:
         """The pipeline of this step; `evaluate` drops it."""
-        model, average = self.trainer.model, self.trainer.averages["model"]
+        model, settings = self.trainer.model, self.config.training
+        average = dict(self.trainer.averages["model"].items(settings.ema_decays[0]))
+        state = {name: gather_shards(value) for name, value in {**model.state_dict(), **average}.items()}
+        self._adapter = adapter_of(state, average, settings, None if self._adapter is None else self._adapter.base)
         with torch.device("meta"):
             transformer = SiTTransformer2DModel.from_config(model.config)
-        weights = {name: gather_shards(value) for name, value in average.items(self.config.training.ema_decays[0])}
-        transformer.load_state_dict({**model.state_dict(), **weights}, assign=True)
+        transformer.load_state_dict(fold(state, settings), assign=True)
         transformer.eval().requires_grad_(False)
-        if self.config.training.compile:
+        if settings.compile:
             transformer.compile_repeated_blocks()
         scheduler = SiTScheduler(self.config.flow.path, self.config.flow.prediction)
         # What the licence of the images wants, and of those that the weights began with.

@@ -63,7 +63,7 @@ class Trainer:
         self.network, self.optimizer = accelerator.prepare(network, optimizer)
         self.parts = {name: part for name, part in parts.items() if part.state_dict()}
         # The averages are of the parameters as prepared: sharded under FSDP.
-        learning = {name: part for name, part in self.parts.items() if any(True for _ in part.parameters())}
+        learning = {name: part for name, part in self.parts.items() if any(p.requires_grad for p in part.parameters())}
         self.averages = {name: EMA(part, decays) for name, part in learning.items()}
         self.step, self.skipped, self.loss_sum, self.loss_count = 0, 0, 0.0, 0
         self.data: dict[str, Any] = {}
@@ -129,8 +129,10 @@ class Trainer:
         saved = checkpoint.read_state(folder)
         for name in _COUNTERS:
             setattr(self, name, saved.get(name, {}) if name == "data" else saved[name])
+        parts = (one for part in self.parts.values() for one in part.named_parameters())
+        frozen = {name for name, parameter in parts if not parameter.requires_grad}
         for file, values in self._files():
-            checkpoint.fill(values, folder, file)
+            checkpoint.fill(values, folder, file, frozen)
         # Learning rate, betas and the like come from the configuration: only the moments are in the file.
         parameters = dict(self._parameters())
         for entry, value in checkpoint.load_tensors(folder, "optimizer").items():
