@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,11 +29,10 @@ from vit5gen.models import load_sit
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256
 from vit5gen.training.build import build_model
-from vit5gen.training.initial import begin_from, fit, initial_weights, open_origin
+from vit5gen.training.initial import begin_from, class_rows, fit, initial_weights, open_origin
 from vit5gen.training.run_folder import to_yaml
 
 ROOT = Path(__file__).parents[1]
-NO_MODEL = {"model__" + key: None for key in ("hidden_size", "num_layers", "num_attention_heads", "patch_size")}
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +187,6 @@ def pipeline(folder: Path, names: dict[int, str] | None, **options: Any) -> Path
 def test_rows(
     names: dict[int, str] | None, classes: list[str], expected: list[int], tmp_path: Path, config_file: Path
 ) -> None:
-    from vit5gen.training.initial import class_rows
-
     origin = open_origin(str(pipeline(tmp_path / "pipe", names)))
     rows = class_rows(origin, classes)
     assert [3 if row is None else row for row in rows] == expected
@@ -272,11 +270,7 @@ def test_a_file_with_learn_sigma_loses_its_unused_half(config_file: Path, tmp_pa
     with torch.no_grad():
         expected = old(x, t, torch.full((2,), old.null_label))
         torch.testing.assert_close(model(x, t, torch.full((2,), model.null_label)), expected, rtol=1e-6, atol=1e-6)
-    assert load_recorded_digest(file) == sha256(path)
-
-
-def load_recorded_digest(file: Path) -> str | None:
-    return settled(file).training.init_digest
+    assert settled(file).training.init_digest == sha256(path)
 
 
 def test_switches_come_from_the_file_unless_overridden(config_file: Path, source: Path, tmp_path: Path) -> None:
@@ -347,8 +341,6 @@ def test_bad_files_are_one_line(
 
 
 def refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    import re
-
     forget_processes()
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
@@ -423,16 +415,16 @@ def test_other_things_that_are_no_weights(config_file: Path, source: Path, tmp_p
 
 
 def test_dry_run_without_the_weights_lists_them(config_file: Path, tmp_path: Path, capsys: Any) -> None:
-    file = tuned(
-        config_file, tmp_path, training__init_from="SiT-XL-2-256x256.pt", model__preset="XL/2", model__backbone="sit"
-    )
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "patch_size": 2}
+    changes = {f"model__{key}": value for key, value in sizes.items()}
+    file = tuned(config_file, tmp_path, training__init_from="SiT-XL-2-256x256.pt", model__backbone="sit", **changes)
     forget_processes()
     with pytest.raises(SystemExit) as ended:
         main(["train", str(file), "--dry-run"])
     printed = capsys.readouterr().out
     assert ended.value.code == 0
     assert "missing: SiT-XL-2-256x256.pt (weights to begin with" in printed
-    assert "sit XL/2, 673" in printed
+    assert "sit 1x32" in printed
     unsized = tuned(config_file, tmp_path, training__init_from="SiT-XL-2-256x256.pt")
     refused(
         ["train", str(unsized), "--dry-run"], "SiT-XL-2-256x256.pt is not here; get it, or set model.preset", capsys
