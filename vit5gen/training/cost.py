@@ -131,7 +131,8 @@ def model_cost(model: SiTTransformer2DModel, precision: str, recomputes: bool) -
     adapters = sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" in name)
     parameters = sum(parameter.numel() for parameter in model.parameters()) - adapters
     flops = forward_flops, backward_flops
-    return Cost(parameters, blocks, tokens, *flops, inside + outside, recomputes, 0, frozen, adapters)
+    activations = inside + outside
+    return Cost(parameters, blocks, tokens, *flops, activations, recomputes, frozen=frozen, of_adapters=adapters)
 
 
 def objective_flops(objectives: nn.ModuleDict, model: SiTTransformer2DModel, config: Config) -> dict[str, int | None]:
