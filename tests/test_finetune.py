@@ -104,6 +104,7 @@ def test_other_weights_of_a_run(config_file: Path, source: Path, tmp_path: Path,
     assert_identical({name: found[name] for name in saved}, saved)
 
 
+@pytest.mark.slow
 def test_it_is_a_new_run_that_resumes_bit_for_bit_without_its_source(
     config_file: Path, source: Path, tmp_path: Path
 ) -> None:
@@ -458,6 +459,7 @@ def test_resume_with_other_classes_points_to_init_from(
         refused(["train", str(config_file), *options], f"set --training.init_from {what}", capsys)
 
 
+@pytest.mark.slow
 def test_the_attribution_goes_with_the_weights(config_file: Path, tmp_path: Path) -> None:
     folder = pipeline(tmp_path / "pipe", None)
     index = json.loads((folder / "model_index.json").read_text())
@@ -496,6 +498,7 @@ def test_a_published_file_starts_a_run_that_is_killed_and_resumed(config_file: P
     assert_identical(weights(tmp_path / "whole", 20), weights(tmp_path / "killed", 20))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted(ROOT.glob("configs/finetune/*.yaml")), ids=lambda file: file.stem)
 def test_the_heads_of_the_recipes_say_what_the_dry_run_does(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any

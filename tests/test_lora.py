@@ -200,6 +200,7 @@ def base_of(folder: Path) -> SiTPipeline:
     return pipeline(build_model(load_recorded(folder / "config.yaml")))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_dropout_equals_a_whole_one_bit_for_bit(runs: Path) -> None:
     assert_identical(weights(runs / "whole", 10), weights(runs / "parts", 10))
     assert losses(runs / "whole") == losses(runs / "parts")
@@ -424,6 +425,7 @@ def test_the_dry_run_counts_the_memory_of_what_is_trained(trainable: Any) -> Non
     assert line.endswith(f"optimizer of {cost.optimizer_bytes(found, config):,} bytes")
 
 
+@pytest.mark.slow
 def test_a_step_with_adapters_alone_costs_the_optimizer_a_hundredth() -> None:
     config = small("XL/2", trainable="lora")
     whole, found = (run_cost(one) for one in (small("XL/2"), config))
@@ -441,6 +443,7 @@ def test_averages_of_frozen_parameters_in_older_checkpoints_are_left_out(tmp_pat
         checkpoint.fill([("moving", target)], tmp_path, "ema_0.9")
 
 
+@pytest.mark.slow
 def test_accumulation_and_checkpointing_change_nothing(config_file: Path, tmp_path: Path) -> None:
     lora = {**LORA, "training__lora": {"rank": 2, "full": ["label_embed", "head"]}, "training__precision": "fp64"}
     more = {"micro": {"training__micro_batch_size": 1}, "again": {"training__gradient_checkpointing": True}}
