@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_run import assert_identical, run, weights
 
 from vit5gen.config import load_config
+from vit5gen.data.images import open_images
 from vit5gen.generation.find_pipeline import load_pipeline
 from vit5gen.training import held_out, previews
 from vit5gen.training.curves import gap_note, held_out_curves, newest_distance, save_curves
@@ -170,3 +171,15 @@ def test_curves_show_what_is_finite_and_any_name_of_a_key(tmp_path: Path) -> Non
     save_curves(tmp_path / "loss.png", lines, [{"step": 2, "held_out_loss": math.nan}])
     assert (tmp_path / "loss.png").stat().st_size > 1000
     assert held_out_curves(lines, [{"step": 2, "held_out_loss": 0.5}]) == [{2: 0.5}]
+
+
+def test_a_broken_file_leaves_the_other_real_pictures_of_its_class(config_file: Path, tmp_path: Path) -> None:
+    config = load_config(config_file)
+    shutil.copytree(config.data.path or "", tmp_path / "data")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(tmp_path / "data")})})
+    images = open_images(config.data)
+    whole = SampleGrid(config, tmp_path / "a.png", images.class_names, None)._real
+    Path(images.name(int((images.labels == 1).nonzero()[0])).removeprefix("image ")).write_bytes(b"no picture")
+    left = SampleGrid(config, tmp_path / "a.png", images.class_names, None)._real
+    assert {label: len(real) for label, real in left.items()} == {0: 2, 1: 1, 2: 2}
+    assert torch.equal(left[1][0], whole[1][1])

@@ -76,7 +76,10 @@ class Monitor:
         self._saved = trainer.step  # the newest checkpoint that the log tells of
         self._events: dict[str, Any] = {"resumed": trainer.step} if trainer.step else {}
         self._events |= {"changed": folder.changes} if folder.changes else {}
-        self._samples = SampleGrid(config, folder.samples, class_names)
+        # What the licence of the images wants, and of those that the weights began with.
+        lines = [make_source(config.data).attribution, trainer.data.get("attribution")]
+        self._attribution = "; ".join(dict.fromkeys(filter(None, lines))) or None
+        self._samples = SampleGrid(config, folder.samples, class_names, self._attribution)
         self._adapter: Adapter | None = None  # of the newest pipeline
 
     def write(self, outcome: Outcome) -> None:
@@ -222,10 +225,8 @@ class Monitor:
         if settings.compile:
             transformer.compile_repeated_blocks()
         scheduler = SiTScheduler(self.config.flow.path, self.config.flow.prediction)
-        # What the licence of the images wants, and of those that the weights began with.
-        lines = [make_source(self.config.data).attribution, self.trainer.data.get("attribution")]
-        names, attribution = dict(enumerate(self.class_names)), "; ".join(dict.fromkeys(filter(None, lines))) or None
-        return SiTPipeline(transformer, scheduler, self.vae, id2label=names, attribution=attribution)
+        names = dict(enumerate(self.class_names))
+        return SiTPipeline(transformer, scheduler, self.vae, id2label=names, attribution=self._attribution)
 
     def _generate(self, labels: list[int]) -> Iterator[tuple[range, Tensor]]:
         evaluation = self.config.evaluation
