@@ -30,6 +30,11 @@ from vit5gen.system.shipped import FOLDER
 from vit5gen.training.run_folder import RunFolder
 
 MOST_BYTES = 12e6  # of all files
+LICENCE = "cc-by-sa-4.0"  # of weights that have learned from OpenMoji's drawings
+REMARK = (
+    "The distance of the evaluation in training and that of the images drawn are not comparable: they are of different "
+    "numbers of images, and fewer give a larger one, with other guidance and precision."
+)
 _DRAWN = {*SamplingConfig.model_fields, "seed", "precision"}
 
 
@@ -73,7 +78,9 @@ def ship(
     with tempfile.TemporaryDirectory(dir=FOLDER) as temporary:
         new = Path(temporary) / name
         told = f"{command}\n# commit {commit}, seed {config.training.seed}"
-        pipe.save_pretrained(new, facts=TrainingFacts(command=told, metrics=figures))
+        licence, remark = LICENCE if attribution else None, REMARK if scored is not None else None
+        facts = TrainingFacts(command=told, metrics=figures, licence=licence, remark=remark)
+        pipe.save_pretrained(new, facts=facts)
         write_json(new / "card.json", {**made, "figures": figures, "checkpoint_sha256": pipeline_hash(new)})
         if scored is not None:
             _check_weights(scored, {pipeline_hash(run.pipeline), pipeline_hash(new)})

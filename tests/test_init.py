@@ -140,6 +140,9 @@ def test_what_is_written_fits_the_folder(make: Callable[[Path], None], capsys: p
     assert {key: getattr(config.data, key) for key in KEYS[name]} == KEYS[name]
     assert len(held_out) == HELD_OUT.get(name, len(held_out)) >= 2
     assert f"held out: {len(held_out)} pictures" in printed
+    if name == "broken":
+        seen = "42 pictures looked at, 2 of which cannot be decoded: pictures/cat/cut.png, pictures/junk/a.jpg\n"
+        assert seen in printed
     assert config.training.global_batch_size <= len(images)
     assert config.evaluation.held_out_split == ("val" if name == "validation" else "test")
 
@@ -182,6 +185,8 @@ def test_what_cannot_be_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     Path("bad/a").mkdir(parents=True)
     Path("bad/a/1.png").touch()
     fill(Path("loose"), 3)
+    fill(Path("single/a"), 1)
+    Path("single/a/broken.png").touch()
     fill(Path("split/train"), 3)
     fill(Path("split/test"), 3)
     for folder, output, message in [
@@ -191,12 +196,33 @@ def test_what_cannot_be_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         ("split", "new.yaml", "into a folder of its own, e.g. split/train/cats; one class is enough"),
         ("bad", "new.yaml", "none of its pictures decodes"),
         ("bad", "own.yaml", "exists already"),
+        ("single", "new.yaml", "1 picture to train on; expected at least 2: add some"),
     ]:
         assert call("init", folder, "--output", output) == 2
         said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note:")]
         assert len(said) == 1
         assert message in said[0]
     assert not Path("new.yaml").exists()
+
+
+@pytest.mark.usefixtures("_no_trial")
+@pytest.mark.parametrize("counts", [(1, 1), (2, 1), (3,)])
+def test_where_too_few_would_be_held_out_none_is_and_both_files_train(
+    counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for label, count in enumerate(counts):
+        fill(Path("p") / str(label), count)
+    monkeypatch.setattr("vit5gen.data.autoencoders.kl.POOR_PSNR", 99.0)
+    assert call("init", "p", "--output", "own.yaml") == 0
+    printed, pictures = capsys.readouterr().out, "1 class" if len(counts) == 1 else "2 classes"
+    assert f"{sum(counts)} pictures in {pictures} (" in printed
+    assert "held out: none" in printed
+    assert "held_out: null" in Path("own.yaml").read_text()
+    for file in (Path("own.yaml"), Path("own-autoencoder.yaml")):
+        file.write_text(re.sub(r"num_steps: \d+", "num_steps: 1", file.read_text()))
+    assert call("autoencoder", "own-autoencoder.yaml", "--output", "runs/own-vae") == 0
+    few = ("--evaluation.num_images", 2, "--evaluation.num_reference", 2, "--sampling.num_inference_steps", 1)
+    assert call("train", "own.yaml", "--output", "run", "--vae.name", "runs/own-vae", *few) == 0
 
 
 def names(data: DataConfig, split: str | None = None) -> set[str]:

@@ -1,6 +1,8 @@
 """What people find before the code: shipped configurations by name, the Slurm script, the files beside the package."""
 
+import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import yaml
 
 from vit5gen.config import find_config, load_config
 from vit5gen.system.errors import UserError
+from vit5gen.training.init import DOCUMENTATION
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,6 +48,12 @@ def test_the_files_beside_the_package_agree_with_it() -> None:
     assert citation["license"] == project["license"]
     assert citation["authors"] == project["authors"] == [{"name": "The vit5gen authors"}]
     assert project["urls"]["Homepage"] == citation["repository-code"]
+    assert project["urls"]["Documentation"] == DOCUMENTATION
+    newest = re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == f"{citation['version']} ({citation['date-released']})"
+    done = subprocess.run([sys.executable, "-m", "vit5gen", "--version"], check=True, capture_output=True, text=True)
+    assert done.stdout == f"vit5gen {project['version']}\n"
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     assert [step["run"] for step in workflow["jobs"]["run"]["steps"] if "run" in step] == [".ci/run"]
 

@@ -19,6 +19,7 @@ LAYERS = [
     {"lab"},
     {"commands"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 APART = [{"models", "flow"}, {"models", "data"}, {"flow", "data"}]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from called import call_convert, call_evaluate, call_sample
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
 from tiny_run import make_inputs
@@ -93,7 +94,11 @@ def test_weights_are_half_on_disk_and_single_in_use(run: Path, tiny: Path) -> No
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_pictures_and_cards_carry_the_attribution(precision: str, tiny: Path, tmp_path: Path) -> None:
-    call_sample("tiny", tmp_path / "a.png", num_images=2, num_inference_steps=1, precision=precision)  # type: ignore[arg-type]
+    options = {"num_images": 2, "num_inference_steps": 1, "precision": precision}
+    call_sample("tiny", tmp_path / "a.png", **options)  # type: ignore[arg-type]
+    call_sample("tiny", tmp_path / "folder", **options)  # type: ignore[arg-type]
+    pictures = [tmp_path / "a.png", *(tmp_path / "folder").glob("*.png")]
+    assert [json.loads(Image.open(file).info["settings"])["attribution"] for file in pictures] == [CREDIT] * 3
     card = json.loads((tmp_path / "a.png.card.json").read_text())
     assert card["attribution"] == CREDIT
     assert card["settings"]["precision"] == precision
@@ -152,6 +157,7 @@ def test_training_and_conversion_pass_the_attribution_on(tmp_path: Path, monkeyp
     call_convert(tmp_path / "run", tmp_path / "converted")
     for folder in (tmp_path / "run", tmp_path / "converted"):
         assert load_pipeline(folder).config.attribution == CREDIT
+    assert json.loads(Image.open(tmp_path / "run" / "samples.png").info["settings"])["attribution"] == CREDIT
 
 
 def test_evaluation_draws_from_a_name(tiny: Path, tmp_path: Path) -> None:

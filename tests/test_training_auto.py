@@ -1,5 +1,6 @@
 """`auto`: the precision and the compilation that suit a machine, settled when a run begins and kept from then on."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_run import assert_identical, make_inputs, run, weights
+from torch._inductor import cpp_builder
 
 from vit5gen.config import Config, load_config, validate
 from vit5gen.data.images import open_images
 from vit5gen.evaluation import load_extractor
 from vit5gen.system import cpu
 from vit5gen.system.errors import UserError
+from vit5gen.system.precision import find_compiler_fault
 from vit5gen.training import build
 from vit5gen.training.build import settle_auto
 from vit5gen.training.reference_moments import _recall, build_reference
@@ -31,16 +34,42 @@ def settled(recorded: dict | None = None, **training: object) -> tuple[str, obje
     [(True, True, ("bf16", True)), (True, False, ("bf16", False)), (False, True, ("fp32", False))],
 )
 def test_auto_is_what_the_cpu_is_fast_at(
-    bf16: bool, compiler: bool, expected: tuple[str, bool], monkeypatch: pytest.MonkeyPatch
+    bf16: bool,
+    compiler: bool,
+    expected: tuple[str, bool],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(cpu, "has_bf16", lambda: bf16)
-    monkeypatch.setattr(build, "has_compiler", lambda device: compiler)
+    monkeypatch.setattr(build, "find_compiler_fault", lambda device: "" if compiler else "none found")
     assert settled(**AUTO) == expected
+    assert capsys.readouterr().out.count("no compiler for cpu on this machine: none found") == bf16 - compiler * bf16
     assert settled({"precision": "fp32", "compile": False}, **AUTO) == ("fp32", False)  # a resumed run
     assert settled(precision="tf32") == ("tf32", False)
     if not compiler:
         with pytest.raises(UserError, match=r"training\.compile: no compiler for cpu"):
             settled({"precision": "bf16", "compile": True}, **AUTO)
+
+
+def test_a_compiler_is_what_torch_finds_with_the_headers_of_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu_device, include = torch.device("cpu"), tmp_path / "include"
+    monkeypatch.setattr(cpp_builder.config.cpp, "cxx", (None, "g++"))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(include))
+    for name, fault in (
+        ("clang++", "finds no C\\+\\+ compiler"),
+        ("g++", "there is no .*Python.h"),
+        ("Python.h", "^$"),
+    ):
+        file = (include if name == "Python.h" else tmp_path / "bin") / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("#!/bin/sh\n")
+        file.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+        cpp_builder.cpp_compiler_search.cache_clear()
+        assert re.search(fault, find_compiler_fault(cpu_device))
+    cpp_builder.cpp_compiler_search.cache_clear()
 
 
 def test_a_resumed_run_says_that_this_machine_is_slow_at_its_precision(

@@ -1,5 +1,6 @@
 """Training an autoencoder: it learns, repeats itself, and resumes in the middle of an epoch after a signal."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -42,7 +43,10 @@ def score(text: str) -> float:
 def test_training_learns_and_resumes_bit_for_bit(
     config: AutoencoderTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("vit5gen.data.sources.folder.FolderSource.attribution", "Pictures by a friend")
     assert train_autoencoder(config, tmp_path / "a") == 0
+    told = json.loads(Image.open(tmp_path / "a" / "round_trips.png").info["settings"])
+    assert told["attribution"] == "Pictures by a friend"
     first = score(capsys.readouterr().out)
     batch = Shuffle.batch
 

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from tiny_run import assert_identical, run, weights
 
-from vit5gen.config import load_config
+from vit5gen.config import TrainingConfig, load_config
+from vit5gen.data.images import open_images
 from vit5gen.generation.find_pipeline import load_pipeline
 from vit5gen.training import held_out, previews
 from vit5gen.training.curves import gap_note, held_out_curves, newest_distance, save_curves
-from vit5gen.training.held_out import affordable, held_out_loss
+from vit5gen.training.held_out import affordable, affordable_count, held_out_loss
 from vit5gen.training.monitor import Monitor
 from vit5gen.training.previews import SampleGrid, preview_steps
 from vit5gen.training.run_folder import RunFolder
@@ -43,6 +44,20 @@ def test_the_held_out_loss_is_that_of_the_study(config_file: Path, watched: Path
     assert all("loss" in line for line in lines)
     assert [line["step"] for line in lines] == list(range(1, 81))
     assert [line["step"] for line in lines if "held_out_loss" in line] == [3, 9, 18, 35, 53, 70, 80]
+
+
+def test_a_run_keeps_its_held_out_images(watched: Path) -> None:
+    assert [affordable_count(TrainingConfig(num_steps=n, global_batch_size=32)) for n in (1, 2400, 9999)] == [
+        64,
+        1024,
+        2048,
+    ]
+    began, resumed = [line for line in RunFolder(watched).lines() if "held_out_count" in line]
+    assert (began["held_out_count"], began["held_out_checksum"]) == (
+        resumed["held_out_count"],
+        resumed["held_out_checksum"],
+    )
+    assert began["held_out_count"] > 64  # by the share of this test
 
 
 def test_the_log_tells_checkpoints_resumes_and_changed_keys(watched: Path) -> None:
@@ -170,3 +185,15 @@ def test_curves_show_what_is_finite_and_any_name_of_a_key(tmp_path: Path) -> Non
     save_curves(tmp_path / "loss.png", lines, [{"step": 2, "held_out_loss": math.nan}])
     assert (tmp_path / "loss.png").stat().st_size > 1000
     assert held_out_curves(lines, [{"step": 2, "held_out_loss": 0.5}]) == [{2: 0.5}]
+
+
+def test_a_broken_file_leaves_the_other_real_pictures_of_its_class(config_file: Path, tmp_path: Path) -> None:
+    config = load_config(config_file)
+    shutil.copytree(config.data.path or "", tmp_path / "data")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(tmp_path / "data")})})
+    images = open_images(config.data)
+    whole = SampleGrid(config, tmp_path / "a.png", images.class_names, None)._real
+    Path(images.name(int((images.labels == 1).nonzero()[0])).removeprefix("image ")).write_bytes(b"no picture")
+    left = SampleGrid(config, tmp_path / "a.png", images.class_names, None)._real
+    assert {label: len(real) for label, real in left.items()} == {0: 2, 1: 1, 2: 2}
+    assert torch.equal(left[1][0], whole[1][1])

@@ -22,13 +22,16 @@ _COMPONENTS = ("transformer", "guide", "scheduler", "vae")
 class TrainingFacts:
     """What a model card contains beyond the configuration.
 
-    picture: path of a PNG to copy next to it.  origin: what the weights began with, and its hash.
+    picture: path of a PNG to copy next to it.  origin: what the weights began with, and its hash.  licence: as the hub
+    names it.  remark: what a reader must know to compare the metrics.
     """
 
     command: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     picture: Path | None = None
     origin: str | None = None
+    licence: str | None = None
+    remark: str | None = None
 
 
 def versions() -> dict[str, str]:
@@ -68,8 +71,9 @@ def model_card(
     attribution: str | None,
 ) -> str:
     """Return the README of a pipeline folder: front matter for the hub, use, metrics, training, attribution, sizes."""
+    licence = f"license: {facts.licence}\n" if facts.licence else ""
     parts = [
-        "---\nlibrary_name: diffusers\npipeline_tag: unconditional-image-generation\n"
+        f"---\n{licence}library_name: diffusers\npipeline_tag: unconditional-image-generation\n"
         "tags:\n- vit5gen\n- flow-matching\n- class-conditional\n---",
         f"# SiT with a {transformer['backbone']} backbone\n\n"
         f"{transformer['num_classes']} classes, latents of {transformer['in_channels']} channels and side "
@@ -86,6 +90,7 @@ def model_card(
     if facts.metrics:
         rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.metrics.items())
         parts.append(f"## Metrics\n\n| metric | value |\n|---|---|\n{rows}")
+        parts += [facts.remark] if facts.remark else []
     if facts.command:
         began = f"\n\nIt began with the weights of {facts.origin}." if facts.origin else ""
         parts.append(f"## Training\n\n```\n{facts.command}\n```{began}")
@@ -99,6 +104,8 @@ def model_card(
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_cell(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return " to ".join(map(_cell, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

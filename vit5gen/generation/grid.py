@@ -20,6 +20,11 @@ _SHADE = (216, 216, 216)  # behind real pictures
 _LINE = 20  # pixels, of text above
 
 
+def with_attribution(settings: Mapping[str, Any], attribution: str | None) -> dict[str, Any]:
+    """Return the settings of a PNG, with the line that the licence of the training images wants, if there is one."""
+    return {**settings, **({"attribution": attribution} if attribution else {})}
+
+
 def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> None:
     """Write a PNG atomically, with ``settings`` as JSON in its text "settings"; the same input gives the same bytes."""
     info = PngInfo()

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vit5gen.generation.grid import save_grid, save_png
+from vit5gen.generation.grid import save_grid, save_png, with_attribution
 from vit5gen.system.errors import UserError, short
 from vit5gen.system.files import atomic, read_json, write_json
 
@@ -193,8 +193,9 @@ def network_evaluations(total: int, num_images: int) -> dict[str, float]:
 
 
 def _settings_of(card: dict[str, Any]) -> dict[str, Any]:
-    """Return what a PNG records of a card: what decides its pixels."""
-    return {**card.get("settings", {}), "checkpoint_sha256": card.get("checkpoint_sha256")}
+    """Return what a PNG records of a card: what decides its pixels, and the attribution."""
+    settings = {**card.get("settings", {}), "checkpoint_sha256": card.get("checkpoint_sha256")}
+    return with_attribution(settings, card.get("attribution"))
 
 
 def _write_at(path: Path, offset: int, data: bytes) -> None:

@@ -1,13 +1,13 @@
 """What fp64, fp32, tf32 and bf16 mean in training, sampling, costs and cards; exact fp32 for what is compared."""
 
 import importlib.util
-import os
-import shutil
+import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -78,11 +78,21 @@ def resolve(name: str, device: torch.device) -> str:
     return "bf16" if has_bf16 else "tf32" if on_gpu else "fp32"
 
 
-def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile can make code for the device: on a CPU by a C++ compiler, else by Triton."""
+def find_compiler_fault(device: torch.device) -> str:
+    """Return what torch.compile lacks to make code for the device, empty where it lacks nothing.
+
+    On a CPU it needs the C++ compiler for which torch looks, and Python's headers; elsewhere Triton.
+    """
     if device.type != "cpu":
-        return importlib.util.find_spec("triton") is not None
-    return any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++")))
+        return "" if importlib.util.find_spec("triton") else "Triton is not installed"
+    from torch._inductor import cpp_builder  # takes a second
+
+    try:
+        compiler = cpp_builder.get_cpp_compiler()
+    except (OSError, RuntimeError):
+        return "torch finds no C++ compiler (g++, or that of the variable CXX)"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return "" if header.exists() else f"{compiler} needs Python's headers, and there is no {header}"
 
 
 def _set_products(products: str) -> None:

@@ -15,7 +15,7 @@ from vit5gen.models import SiTTransformer2DModel
 from vit5gen.registry import name_and_options
 from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError, choose
-from vit5gen.system.precision import PRECISIONS, has_compiler, resolve
+from vit5gen.system.precision import PRECISIONS, find_compiler_fault, resolve
 from vit5gen.training.objectives import OBJECTIVES, build_objectives
 from vit5gen.training.optimizers import OPTIMIZERS
 from vit5gen.training.trainable import choose_trainable
@@ -51,8 +51,8 @@ def check_values(config: Config) -> None:
 def settle_auto(config: Config, recorded: dict[str, Any]) -> Config:
     """Replace `auto` by what the ``recorded`` configuration of a checkpoint has, else by what suits the machine.
 
-    Prints a note where that precision is slow here. Raises `UserError` where blocks are to be compiled and there is no
-    compiler.
+    Prints a note where that precision is slow here, or `auto` would compile and there is no compiler. Raises
+    `UserError` where blocks must be compiled and there is none.
     """
     settings, before, device = config.training, recorded.get("training", {}), processes().device
     precision: str = settings.precision
@@ -60,12 +60,16 @@ def settle_auto(config: Config, recorded: dict[str, Any]) -> Config:
         precision = before.get("precision") or resolve(precision, device)
     compiled: Any = settings.compile
     if compiled == "auto":
-        compiled = before.get("compile", precision == "bf16" and has_compiler(device))
-    if compiled and not has_compiler(device):
-        advice = "install one, or set it to false (a run that began with it resumes so with --accept-changes)"
-        raise UserError(f"training.compile: no compiler for {device.type} on this machine; {advice}")
+        compiled = before.get("compile", compiled if precision == "bf16" else False)
+    if compiled and (fault := find_compiler_fault(device)):
+        found = f"training.compile: no compiler for {device.type} on this machine: {fault}"
+        if compiled is True:
+            advice = "install it, or set this to false (a run that began with it resumes so with --accept-changes)"
+            raise UserError(f"{found}; {advice}")
+        processes().print(f"note: {found}; training is slower without")
+        compiled = False
     PRECISIONS[precision].warn_if_slow(device)
-    values = {"precision": precision, "compile": compiled}
+    values = {"precision": precision, "compile": bool(compiled)}
     return config.model_copy(update={"training": settings.model_copy(update=values)})
 
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from vit5gen.config import Config
+from vit5gen.config import Config, TrainingConfig
 from vit5gen.data.autoencoders.kl import POOR_PSNR, encode, round_trip_psnr
 from vit5gen.data.images import ImageSet, open_held_out, readable
 from vit5gen.flow import Flow, draw_timesteps
@@ -85,8 +85,17 @@ def check_count(images: ImageSet, config: Config) -> None:
         raise UserError(f"data: {found}; expected at least 2: add some, or set evaluation.held_out_split")
 
 
-def find_held_out(config: Config, vae: AutoencoderKL, class_names: list[str]) -> HeldOut | None:
-    """Encode a run's held-out images, and say what the autoencoder keeps of them.
+def affordable_count(settings: TrainingConfig) -> int:
+    """Return of how many images the first and the last held-out loss, and their encoding, keep within their share.
+
+    An image costs about half as much as one of a compiled step, which goes back, too. At least 64: fewer tell nothing.
+    """
+    images = _SHARE * settings.num_steps * settings.global_batch_size
+    return min(NUM_HELD_OUT, max(_NUM_DECODED, int(2 * images / 3)))
+
+
+def find_held_out(config: Config, vae: AutoencoderKL, class_names: list[str], count: int) -> HeldOut | None:
+    """Encode ``count`` of a run's held-out images, and say what the autoencoder keeps of them.
 
     Returns None, having said why, where a process has none or one is broken. All processes take part.
     """
@@ -94,7 +103,7 @@ def find_held_out(config: Config, vae: AutoencoderKL, class_names: list[str]) ->
     flow = SiTScheduler(config.flow.path, config.flow.prediction).flow
     try:
         images = open_held_out(config.data, config.evaluation.held_out_split, class_names)
-        found = HeldOut.of(images, config, flow, vae)
+        found = HeldOut.of(images, config, flow, vae, count)
     except UserError as error:
         fault = str(error)
     faults = [fault for fault in gather_objects(fault) if fault]

@@ -32,6 +32,7 @@ from vit5gen.training.initial import begin_from, open_origin
 from vit5gen.training.loop import build_trainer
 from vit5gen.training.process import make_accelerator
 
+DOCUMENTATION = "https://github.com/vit5gen/vit5gen/tree/main/docs"  # as in pyproject.toml
 _RESOLUTIONS = (32, 64, 128, 256)
 _LOOK_SECONDS = 15.0  # more would hardly change what is said of the pictures
 _THUMBNAIL, _NEAR_DUPLICATE = 16, 8.0  # pixels; root mean square difference in grey levels below which two are one
@@ -42,11 +43,12 @@ _EPOCHS, _FEW_STEPS = 300, 1000  # after so many passes over the pictures a mode
 _FEWEST_STEPS = 800  # before which no model draws anything, however slow the machine
 
 
-def look(folder: str) -> tuple[dict[str, Any], str, list[str], dict[str, torch.Tensor]]:
+def look(folder: str) -> tuple[dict[str, Any], str, list[str], dict[str, torch.Tensor], set[str]]:
     """Look at the pictures of a folder in random order, for at most a quarter of a minute.
 
-    Returns the section `data` for them, the held-out split, what was seen, and of each picture that was looked at by
-    its name (256,) fp32 grey levels. Raises `UserError` without class folders with pictures that decode.
+    Returns the section `data` for them, the held-out split, what was seen, of each picture that was looked at by its
+    name (256,) fp32 grey levels, and the names of those that do not decode. Raises `UserError` without class folders
+    with at least two pictures that decode.
     """
     # Splits and classes.
     names = {name.lower(): name for name in folder_names(FolderSource(DataConfig(path=folder)).need_folder())[0]}
@@ -77,6 +79,8 @@ def look(folder: str) -> tuple[dict[str, Any], str, list[str], dict[str, torch.T
             break
     if not sides:
         raise UserError(f"data.path {folder}: none of its pictures decodes, e.g. {files[0]}; replace them")
+    if len(files) - len(broken) < 2:
+        raise UserError(f"data.path {folder}: 1 picture to train on; expected at least 2: add some")
 
     # What they are for a run.
     short, long = zip(*sides, strict=True)
@@ -91,12 +95,18 @@ def look(folder: str) -> tuple[dict[str, Any], str, list[str], dict[str, torch.T
     section["on_broken_image"] = "skip" if broken or looked_at < len(files) else "fail"
     section["horizontal_flip"] = True
     facts = [
-        f"{len(files):,} pictures in {len(found)} classes ({listed(f'{name} {len(found[name]):,}' for name in found)})",
-        f"of {looked_at:,} looked at {len(broken):,} do not decode {sorted(map(str, broken))[:3] or ''}",
+        f"{_count(len(files), 'picture')} in {_count(len(found), 'class', 'classes')}"
+        f" ({listed(f'{name} {len(found[name]):,}' for name in found)})",
+        f"{_count(looked_at, 'picture')} looked at, {len(broken):,} of which cannot be decoded"
+        + (f": {listed(sorted(map(str, broken)), 3)}" if broken else ""),
         f"{min(short)}-{max(long)} px, median short side {median(short):g}, {grey:,} grey",
         f"held-out split: {held_out or 'none'}",
     ]
-    return section, held_out or "test", [" ".join(fact.split()) for fact in facts], thumbnails
+    return section, held_out or "test", facts, thumbnails, {f"image {file}" for file in broken}
+
+
+def _count(number: int, thing: str, things: str | None = None) -> str:
+    return f"{number:,} {thing if number == 1 else things or f'{thing}s'}"
 
 
 def choose_autoencoder(
@@ -121,7 +131,7 @@ def choose_autoencoder(
 
 
 def near_duplicates(held_out: ImageSet, training: ImageSet, thumbnails: dict[str, torch.Tensor]) -> int:
-    """Return how many held-out pictures nearly equal a training picture, among those that were looked at."""
+    """Return how many held-out pictures look like a training picture, among those that were looked at."""
     names = ([images.name(i) for i in range(len(images))] for images in (held_out, training))
     ours, theirs = ([thumbnails[name] for name in part if name in thumbnails] for part in names)
     if not ours or not theirs:
@@ -150,7 +160,7 @@ def init(folder: str, output: str, weights: str | None = None) -> None:
             raise UserError(f"--output {file}: {path} exists already; choose another name or remove it")
     check_writable(file)
     origin = None if weights is None else open_origin(weights)
-    section, split, facts, thumbnails = look(folder)
+    section, split, facts, thumbnails, broken = look(folder)
     print("\n  ".join([f"{folder}:", *facts]))
 
     # The data, as the run will open them.
@@ -158,20 +168,27 @@ def init(folder: str, output: str, weights: str | None = None) -> None:
         pixels = kl.downsample(kl.load_autoencoder(origin.vae))
         section["resolution"] = max(to_2tuple(origin.pipe.transformer.config.sample_size)) * pixels
     data = validate(DataConfig, section, folder)
-    training = open_images(data)
+    training, fault = open_images(data), ""
     try:
         held_out = open_held_out(data, split, training.class_names)
-        alike = near_duplicates(held_out, training, thumbnails)
-        print(f"held out: {len(held_out):,} pictures; {alike:,} of them nearly equal one to train on")
+        both = [[i for i in range(len(part)) if part.name(i) not in broken] for part in (held_out, training)]
+        if min(map(len, both)) < 2:
+            fault = f"{_count(len(both[0]), 'picture')} beside {len(both[1])} to train on; expected at least 2 of each"
     except UserError as error:
-        print(f"held out: none, so that scores have nothing to compare with: {error}")
+        fault = str(error)
+    if fault:
+        print(f"held out: none, so that scores have nothing to compare with: {fault}")
         section["held_out"] = None
+        training = open_images(data.model_copy(update={"held_out": None}))
+    else:
+        alike = near_duplicates(held_out, training, thumbnails)
+        print(f"held out: {_count(len(held_out), 'picture')}; {alike:,} of them look like one to train on")
 
     # The autoencoder, and the quick start's recipe with a model for this machine, or that of the weights.
     sound = [i for i in range(len(training)) if training.name(i) in thumbnails]
     pictures, needed = training.select(sound or range(len(training))), None if origin is None else origin.vae
     name, vae, quality = choose_autoencoder(section["resolution"], pictures, needed)
-    print(f"autoencoder: {name} returns these pictures with {quality:.1f} dB")
+    print(f"autoencoder: {name} reconstructs these pictures at {quality:.1f} dB")
     resolution, on_gpu = section["resolution"], torch.cuda.is_available()
     channels, factor, count = vae.config.latent_channels, kl.downsample(vae), len(training)
     batch = 2 ** (min(64 if on_gpu else 32, count).bit_length() - 1)
@@ -205,21 +222,26 @@ def init(folder: str, output: str, weights: str | None = None) -> None:
     next_command = f"vit5gen train {shlex.quote(str(file))} --output {shlex.quote(f'runs/{file.stem}')}"
     took = f"{steps} steps of {batch} pictures of {resolution} px, about {duration(steps * seconds)} on this machine"
     header = ["every key: vit5gen train --help", "", f"  {next_command}", "", *facts]
-    header += [f"{took}, encoding and evaluation not included.", "docs/training.md shows a good and a bad result."]
+    header += [
+        f"{took}, encoding and evaluation not included.",
+        f"A good and a bad result: {DOCUMENTATION}/training.md",
+    ]
     comments = _COMMENTS | {"vae": f"gives {quality:.1f} dB, which bounds the model"}
     _write(file, header, content, comments if origin is None else comments | {"resolution": "that of the weights"})
     print(f"{file}: {took}\nNext:\n{next_command}")
+    poor = f"{quality:.1f} dB is low: the autoencoder {name} was not trained on pictures like these"
     if quality < kl.POOR_PSNR and origin is not None:
-        print(f"{quality:.1f} dB are few: {name} does not know such pictures; without --from, another can be trained")
+        print(f"{poor}; without --from, another can be trained")
     elif quality < kl.POOR_PSNR:
         small, vae_run = min(batch, 32 if resolution == 32 else 16), shlex.quote(f"runs/{file.stem}-vae")
         train_vae = f"vit5gen autoencoder {shlex.quote(str(other))} --output {vae_run}"
-        own = {"data": section, "held_out_split": split, "latent_channels": channels, "batch_size": small}
+        own = {"data": section, "held_out_split": section["split"] if fault else split}
+        own |= {"latent_channels": channels, "batch_size": small}
         own["block_out_channels"] = [24, 48, *[96] * (factor.bit_length() - 2)]
         own["num_steps"] = max(2000, int(_MEGAPIXELS * 1e6 / (small * resolution**2)))
-        _write(other, [f"an autoencoder of pictures for which {name} does not do", "", f"  {train_vae}"], own, {})
-        poor = f"{quality:.1f} dB are few: {name} does not know such pictures. Better, with an autoencoder of them"
-        print(f"{poor} ({other}):\n{train_vae}\n{next_command} --vae.name {vae_run}")
+        reason = f"an autoencoder for pictures that {name} does not reconstruct well"
+        _write(other, [reason, "", f"  {train_vae}"], own, {})
+        print(f"{poor}. Better, with one that is ({other}):\n{train_vae}\n{next_command} --vae.name {vae_run}")
 
 
 _COMMENTS = {

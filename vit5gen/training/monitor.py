@@ -35,7 +35,7 @@ from vit5gen.system.distributed import gather_objects, on_main
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.checkpoint import gather_shards
 from vit5gen.training.curves import gap_note, save_curves
-from vit5gen.training.held_out import HeldOut, affordable, find_held_out
+from vit5gen.training.held_out import NUM_HELD_OUT, HeldOut, affordable, affordable_count, find_held_out
 from vit5gen.training.optimizers import learning_rate
 from vit5gen.training.previews import SampleGrid, preview_steps
 from vit5gen.training.reference_moments import TrainingReference, build_reference
@@ -72,11 +72,14 @@ class Monitor:
         self.bar = tqdm(total=total, initial=trainer.step, unit="step", disable=hidden)
         self._since = time.perf_counter(), trainer.step
         self._start, self._previews = trainer.step, preview_steps(total, config.training.log_every)
-        self._seconds = dict.fromkeys(("training", "held-out loss", "previews"), 0.0)
+        self._seconds = dict.fromkeys(("training", "held-out encoding", "held-out loss", "previews"), 0.0)
         self._saved = trainer.step  # the newest checkpoint that the log tells of
         self._events: dict[str, Any] = {"resumed": trainer.step} if trainer.step else {}
         self._events |= {"changed": folder.changes} if folder.changes else {}
-        self._samples = SampleGrid(config, folder.samples, class_names)
+        # What the licence of the images wants, and of those that the weights began with.
+        lines = [make_source(config.data).attribution, trainer.data.get("attribution")]
+        self._attribution = "; ".join(dict.fromkeys(filter(None, lines))) or None
+        self._samples = SampleGrid(config, folder.samples, class_names, self._attribution)
         self._adapter: Adapter | None = None  # of the newest pipeline
 
     def write(self, outcome: Outcome) -> None:
@@ -188,10 +191,11 @@ class Monitor:
     @cached_property
     def _held_out_loss(self) -> dict[str, float]:
         """What a log says of the held-out loss of this step, in the run's precision; `evaluate` drops it."""
-        begun, found = time.perf_counter(), {}
+        found: dict[str, float] = {}
         if self._held_out is not None:
+            pipe, begun = self._pipeline, time.perf_counter()  # which the pictures of this step use, too
             with PRECISIONS[self.config.training.precision].autocast(self.accelerator.device):
-                loss = self._held_out.loss(self._pipeline)
+                loss = self._held_out.loss(pipe)
             found = {"held_out_loss": loss} if math.isfinite(loss) else {}
             self._seconds["held-out loss"] += time.perf_counter() - begun
             self.accelerator.log(found, step=self.trainer.step)
@@ -222,10 +226,8 @@ class Monitor:
         if settings.compile:
             transformer.compile_repeated_blocks()
         scheduler = SiTScheduler(self.config.flow.path, self.config.flow.prediction)
-        # What the licence of the images wants, and of those that the weights began with.
-        lines = [make_source(self.config.data).attribution, self.trainer.data.get("attribution")]
-        names, attribution = dict(enumerate(self.class_names)), "; ".join(dict.fromkeys(filter(None, lines))) or None
-        return SiTPipeline(transformer, scheduler, self.vae, id2label=names, attribution=attribution)
+        names = dict(enumerate(self.class_names))
+        return SiTPipeline(transformer, scheduler, self.vae, id2label=names, attribution=self._attribution)
 
     def _generate(self, labels: list[int]) -> Iterator[tuple[range, Tensor]]:
         evaluation = self.config.evaluation
@@ -256,11 +258,21 @@ class Monitor:
         """What images are compared with; None where any process lacks them."""
         return build_reference(self.config, self._extractor) if self._has_images else None
 
+    def _count_held_out(self) -> int:
+        """Return for how many images the log has losses; those of earlier versions do not say so."""
+        told = [line for line in self.folder.lines() if "held_out_checksum" in line]
+        if told:
+            return int(told[0].get("held_out_count", NUM_HELD_OUT))
+        return affordable_count(self.config.training)
+
     @cached_property
     def _held_out(self) -> HeldOut | None:
-        found = find_held_out(self.config, self.vae, self.class_names) if self._has_images else None
+        """The held-out images: as many as the run could afford when it began, so that its losses stay comparable."""
+        begun, count = time.perf_counter(), on_main(self._count_held_out)
+        found = find_held_out(self.config, self.vae, self.class_names, count) if self._has_images else None
         if found is not None:
-            self._events["held_out_checksum"] = found.checksum
+            self._events |= {"held_out_checksum": found.checksum, "held_out_count": count}
+            self._seconds["held-out encoding"] += time.perf_counter() - begun
         return found
 
     def next_command(self) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from vit5gen.config import Config
 from vit5gen.data.images import BrokenImage
 from vit5gen.data.latents import images_beside
-from vit5gen.generation.grid import save_grid
+from vit5gen.generation.grid import save_grid, with_attribution
 from vit5gen.training.curves import newest_distance
 
 _REAL = 2  # real pictures at the head of a row
@@ -23,8 +23,9 @@ _PREVIEWS, _FEWEST_STEPS = (1 / 32, 1 / 8, 1 / 4, 1 / 2, 3 / 4), 64
 class SampleGrid:
     """``samples.png`` of a run; ``labels`` are those of the images that it shows."""
 
-    def __init__(self, config: Config, path: Path, class_names: list[str]) -> None:
+    def __init__(self, config: Config, path: Path, class_names: list[str], attribution: str | None) -> None:
         self.config, self.path, self.class_names = config, path, class_names
+        self.attribution = attribution
         classes = range(min(len(class_names), config.evaluation.grid_classes))
         self.labels = [label for label in classes for _ in range(config.evaluation.images_per_class)]
 
@@ -40,6 +41,7 @@ class SampleGrid:
         solver = f"{sampling.sampler}, {sampling.num_inference_steps} steps"
         caption += [f"guidance {sampling.guidance_scale:g}", solver, f"seed {seed}"]
         names = [self.class_names[label] for label in self.labels]
+        settings = with_attribution(settings, self.attribution)
         save_grid(self.path, images, self.labels, names, self._real, caption, settings)
 
     @cached_property
@@ -50,8 +52,9 @@ class SampleGrid:
         if images is not None:
             for label in dict.fromkeys(self.labels):
                 own = torch.nonzero(images.labels == label)[:, 0].tolist()
-                with suppress(BrokenImage):
-                    found[label] = [images.read(i) for i in own[:: max(1, -(-len(own) // _REAL))]]
+                for i in own[:: max(1, -(-len(own) // _REAL))]:
+                    with suppress(BrokenImage):
+                        found.setdefault(label, []).append(images.read(i))
         return found
 
 

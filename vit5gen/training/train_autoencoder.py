@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from vit5gen.config import AutoencoderTraining, TrainingConfig, recorded_values
 from vit5gen.data.autoencoders.kl import decode, encode, load_autoencoder, psnr, to_uint8
-from vit5gen.data.images import ImageSet, open_images, readable
-from vit5gen.generation.grid import save_pairs
+from vit5gen.data.images import ImageSet, make_source, open_images, readable
+from vit5gen.generation.grid import save_pairs, with_attribution
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import check_writable, clear_weights
 from vit5gen.system.precision import PRECISIONS
@@ -147,7 +147,7 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
                     if outcome.stop:
                         accelerator.print(f"\nstopped by a signal after step {trainer.step}; {process.RESUME}")
                         return process.STOPPED
-            score = _finish(network.vae, images, held_out, folder)
+            score = _finish(network.vae, images, held_out, folder, make_source(config.data).attribution)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{error}; fix this, then {process.RESUME}") from error
     accelerator.print(f"{folder}: held-out PSNR {score:.2f} dB after {time.perf_counter() - begun:.0f} s")
@@ -179,7 +179,9 @@ def _warmup_cosine(step: int, num_steps: int) -> float:
     return min(1.0, (step + 1) / _WARMUP) * (1 + math.cos(math.pi * step / num_steps)) / 2
 
 
-def _finish(vae: AutoencoderKL, images: ImageSet, held_out: ImageSet, folder: RunFolder) -> float:
+def _finish(
+    vae: AutoencoderKL, images: ImageSet, held_out: ImageSet, folder: RunFolder, attribution: str | None
+) -> float:
     """Scale the latents, save weights and picture, delete the checkpoints; return the held-out PSNR in dB."""
     vae.eval().requires_grad_(False)
     mean, std = _encode_all(vae, images)
@@ -189,7 +191,7 @@ def _finish(vae: AutoencoderKL, images: ImageSet, held_out: ImageSet, folder: Ru
     vae.register_to_config(shift_factor=shift, scaling_factor=scale)
     clear_weights(folder.path)
     vae.half().save_pretrained(folder.path)
-    score = _evaluate(load_autoencoder(str(folder)), held_out, folder.path)
+    score = _evaluate(load_autoencoder(str(folder)), held_out, folder.path, attribution)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     return score
 
@@ -201,7 +203,7 @@ def _encode_all(vae: AutoencoderKL, images: ImageSet) -> tuple[Tensor, Tensor]:
     return torch.cat(mean), torch.cat(std)
 
 
-def _evaluate(vae: AutoencoderKL, images: ImageSet, output: Path) -> float:
+def _evaluate(vae: AutoencoderKL, images: ImageSet, output: Path, attribution: str | None) -> float:
     """Print the PSNR of each class, save a picture of round trips; return the mean PSNR in dB."""
     originals = images.stack(range(len(images)))
     mean, _ = _encode_all(vae, images)
@@ -216,5 +218,6 @@ def _evaluate(vae: AutoencoderKL, images: ImageSet, output: Path) -> float:
     ]
     fact = f"held-out pictures, each with what the autoencoder makes of it; all {len(images)}: {scores.mean():.2f} dB"
     pairs = [(originals[i], decoded[i]) for i in shown]
-    save_pairs(output / "round_trips.png", pairs, titles, [fact], {"psnr": scores.mean().item()})
+    settings = with_attribution({"psnr": scores.mean().item()}, attribution)
+    save_pairs(output / "round_trips.png", pairs, titles, [fact], settings)
     return scores.mean().item()
