@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 from vit5gen.cli import exit_on_bad_input
 from vit5gen.config import SamplingConfig, load_recorded
 from vit5gen.data.autoencoders.kl import round_trip_psnr
-from vit5gen.data.images import ImageSet, make_source, open_images
+from vit5gen.data.images import ImageSet, make_source, open_images, readable
 from vit5gen.generation.card import TrainingFacts, pipeline_hash
 from vit5gen.generation.find_pipeline import load_pipeline
 from vit5gen.models.weights import check_finite
@@ -61,7 +61,7 @@ def ship(
 
     # What is told of them, in README.md and card.json.
     attribution = make_source(config.data).attribution
-    held_out = open_images(config.data, config.evaluation.held_out_split)
+    held_out = readable(open_images(config.data, config.evaluation.held_out_split), config.data)
     figures = {
         "evaluation in training": last,
         "autoencoder, held-out PSNR (dB)": _psnr(pipe.vae, held_out),

@@ -248,7 +248,7 @@ def test_broken_images_are_fatal_or_listed(config: Config, tmp_path: Path, capsy
     dataset = LatentDataset(tmp_path / "out")
     assert (len(dataset), dataset.manifest["counts"]) == (10, [5, 5])
     assert "02.png" in dataset.manifest["shards"][0]["broken"][0]
-    assert "skipped 1 broken images" in capsys.readouterr().out
+    assert "skipped 1 broken image," in capsys.readouterr().out
     images = open_for(config, tiny_vae())
     mean, _ = encode(tiny_vae(), images[3][0][None])
     torch.testing.assert_close(dataset.get(2)[0], mean[0], rtol=1e-3, atol=1e-3)  # the next one moves up

@@ -517,6 +517,33 @@ def test_a_data_source_is_a_reference(tmp_path, colour_extractor) -> None:
     assert cards[0]["reference"]["kind"] == "data"
 
 
+def test_a_configuration_skips_broken_images_where_it_says_so(tmp_path, colour_extractor, capsys) -> None:
+    folder = write_folder(tmp_path / "data" / "class", pictures(20, seed=1))
+    samples, file = images_of(write_npz(tmp_path / "samples.npz", pictures(9)), 4), tmp_path / "data.yaml"
+
+    def reference(**more) -> dict:
+        data = {"path": str(folder.parent), "resolution": 32, **more}
+        file.write_text(json.dumps({"model": {"preset": "S/2"}, "data": data}))
+        return evaluation_card([samples], open_reference(file, colour_extractor, 4), colour_extractor)
+
+    (folder / "00002.png").unlink()
+    whole = reference()
+    (folder / "00002.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"00002.png does not decode .*set data.on_broken_image to skip"):
+        reference()
+    skipping = reference(on_broken_image="skip")
+    assert skipping["metrics"] == whole["metrics"]
+    assert (skipping["reference"]["count"], skipping["reference"]["broken"]) == (19, 1)
+    assert "broken" not in whole["reference"]
+    assert capsys.readouterr().err == f"note: {folder.parent}: 1 file skipped (1 broken image)\n"
+    for picture in folder.iterdir():
+        picture.write_bytes(b"no image")
+    with pytest.raises(
+        UserError, match=r"none of 20 images can be decoded; .*00000.png does not decode .*; replace or remove it$"
+    ):
+        reference(on_broken_image="skip")
+
+
 def test_adm_leaves_images_as_they_are_stored(tmp_path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -30,6 +30,15 @@ def test_rows_are_titled_classes(tmp_path: Path) -> None:
     assert (grid[104:200, -96:] == 255).all(), "a short row ends in white"
 
 
+def test_single_images_stand_side_by_side(tmp_path: Path) -> None:
+    images = torch.arange(7, dtype=torch.uint8).reshape(7, 1, 1, 1).expand(7, 3, 8, 8)
+    save_grid(tmp_path / "a.png", images, list(range(7)), ["x"] * 7)
+    grid = np.asarray(Image.open(tmp_path / "a.png"))
+    assert grid.shape[0] == 4 + 3 * 100
+    tiles = grid[52::100, grid.shape[1] // 3 - 52 :: grid.shape[1] // 3, 0]
+    assert tiles.ravel().tolist() == [*range(7), 255, 255]
+
+
 def test_long_titles_are_cut_and_large_images_kept(tmp_path: Path) -> None:
     save_grid(tmp_path / "a.png", torch.zeros(1, 3, 100, 80, dtype=torch.uint8), [0], ["long" * 100])
     width, height = Image.open(tmp_path / "a.png").size

@@ -22,6 +22,8 @@ from diffusers.callbacks import PipelineCallback
 from tiny import NAMES, tiny_autoencoder, tiny_pipeline, tiny_transformer
 
 from vit5gen import SiTPipeline, SiTScheduler, SiTTransformer2DModel
+from vit5gen.config import DrawConfig
+from vit5gen.evaluation.evaluate import open_samples
 from vit5gen.flow import Flow, sample_ode, sample_sde
 from vit5gen.generation.card import TrainingFacts, pipeline_hash
 from vit5gen.generation.find_pipeline import load_pipeline
@@ -722,6 +724,12 @@ def test_load_pipeline_takes_a_run_or_its_pipeline(pipe: SiTPipeline, tmp_path: 
     assert load_pipeline(tmp_path / "run" / "pipeline").config.id2label == NAMES
     with pytest.raises(UserError, match="neither a run nor a pipeline folder"):
         load_pipeline(tmp_path)
+    for name in ("config.yaml", "data.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="this run has no pipeline/ yet; it is written when the first step"):
+        load_pipeline(tmp_path)
+    with pytest.raises(UserError, match="this run has no pipeline/ yet"):
+        open_samples(str(tmp_path), DrawConfig(), 1, (0,), 1)
     (tmp_path / "run" / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="does not load"):
         load_pipeline(tmp_path / "run")

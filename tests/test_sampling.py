@@ -237,6 +237,16 @@ def test_folder_and_grid(checkpoint: Path, tmp_path: Path) -> None:
         assert json.loads(Image.open(file).text["settings"]) == told | more  # type: ignore[attr-defined]
 
 
+def test_rows_of_a_grid_come_in_the_order_of_the_classes_that_are_given(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("out.npz", "out.png"):
+        draw(checkpoint, tmp_path / name, classes=[4, 0])
+    images, labels = (np.load(tmp_path / "out.npz")[key] for key in ("arr_0", "arr_1"))
+    grid = np.asarray(Image.open(tmp_path / "out.png"))
+    for row, label in enumerate((4, 0)):
+        first = grid[4 + 100 * row :, -12 * 100 :][:96, :96][::6, ::6]
+        assert np.array_equal(first, images[labels == label][0])
+
+
 def test_outputs_of_one_name_have_cards_of_their_own(checkpoint: Path, tmp_path: Path) -> None:
     draw(checkpoint, tmp_path / "out.npz")
     draw(checkpoint, tmp_path / "out.png", seed=4)

@@ -155,13 +155,23 @@ def test_curves_are_drawn_of_whatever_there_is(tmp_path: Path) -> None:
     assert heights[0] == heights[1] < heights[2]
 
 
+def test_a_single_point_of_a_curve_shows(tmp_path: Path) -> None:
+    save_curves(tmp_path / "loss.png", log(1.0), [])
+    picture = Image.open(tmp_path / "loss.png").convert("RGB")
+    width, height = picture.size
+    middle = picture.crop((width // 2 - 20, 0, width // 2 + 80, height))  # beside the legend
+    assert (0x1F, 0x77, 0xB4) in {colour for _, colour in middle.getcolors(10**6) or ()}
+
+
 def test_without_held_out_images_one_line_says_what_is_lacking(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(config_file.parent / "data/train", tmp_path / "data/train")
     changes = {"training__num_steps": 2, "data__path": str(tmp_path / "data")}
     assert run(config_file, tmp_path / "run", **changes) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "held-out" in line and "steps took" not in line]
+    (line,) = [
+        line for line in capsys.readouterr().out.splitlines() if "held-out" in line and "training steps" not in line
+    ]
     assert "no held-out loss and no floor beside the distance: data.path" in line
     for one in RunFolder(tmp_path / "run").evaluations():
         assert "held_out_loss" not in one

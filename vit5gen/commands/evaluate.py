@@ -87,7 +87,8 @@ def run(options: EvaluateOptions) -> int:
     card = evaluate.evaluation_card(opened, real, network, options.metrics, protocol)
     if state.is_main_process:
         for warning in card["warnings"]:
-            print(f"warning: {warning}", file=sys.stderr)
+            kind = "note" if " is not computed: " in warning else "warning"
+            print(f"{kind}: {warning}", file=sys.stderr)
         if options.output is not None:
             write_json(options.output, card)
         print("\n".join(evaluate.markdown(card)))

@@ -7,7 +7,7 @@ class InitOptions(Options):
     """Look at a folder of pictures and write a configuration for it."""
 
     folder: Utf8Path = argument(
-        ..., "FOLDER", "a folder of pictures for each class, perhaps in train/ and test/", option=""
+        ..., "FOLDER", "folder with one subfolder per class (optionally inside train/ and test/)", option=""
     )
     output: Utf8Path = argument(..., "NAME.yaml", "configuration that is written")
     init_from: str | None = argument(None, "WEIGHTS", "weights to begin with; see training.init_from", option="--from")

@@ -154,7 +154,8 @@ def _finish(folder: Path, settings: dict[str, Any], shards: list[dict[str, Any]]
     for leftover in [*folder.glob("shard_*.json"), *folder.glob(".*.tmp")]:
         leftover.unlink(missing_ok=True)
     if broken := [fault for shard in shards for fault in shard["broken"]]:
-        print(f"{folder}: skipped {len(broken)} broken images, listed in {MANIFEST}; the first: {broken[0]}")
+        skipped = f"{len(broken)} broken image{'s' * (len(broken) > 1)}"
+        print(f"{folder}: skipped {skipped}, listed in {MANIFEST}; the first: {broken[0]}")
 
 
 def _shard_name(number: int) -> str:

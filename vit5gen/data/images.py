@@ -122,7 +122,8 @@ def decoding(name: str, advice: str = "replace or remove it, or set data.on_brok
 
 def read_image(file: str | Path | IO[bytes], data: DataConfig, name: str) -> torch.Tensor:
     """Decode and crop a file as a configuration says; return uint8 (3, H, W), or raise `BrokenImage` with ``name``."""
-    with decoding(name), Image.open(file) as image:
+    advice = {"advice": "replace or remove it"} if data.on_broken_image == "skip" else {}
+    with decoding(name, **advice), Image.open(file) as image:
         return centre_crop(image, data.resolution, data.exif, data.rules)
 
 
@@ -207,8 +208,16 @@ def open_held_out(data: DataConfig, split: str, class_names: list[str]) -> Image
 
 
 def readable(images: ImageSet, data: DataConfig) -> ImageSet:
-    """Return the images, where ``data.on_broken_image`` is ``skip`` without the broken ones."""
-    return drop_broken(images)[0] if data.on_broken_image == "skip" else images
+    """Return the images, where ``data.on_broken_image`` is ``skip`` without the broken ones.
+
+    Raises `UserError` when none is left.
+    """
+    if data.on_broken_image != "skip":
+        return images
+    good, faults = drop_broken(images)
+    if not len(good):
+        raise UserError(f"data: none of {len(images)} images can be decoded; {faults[0]}")
+    return good
 
 
 def drop_broken(images: ImageSet) -> tuple[ImageSet, list[str]]:

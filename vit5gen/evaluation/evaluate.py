@@ -19,7 +19,7 @@ from vit5gen.evaluation.metric import RELIABLE_COUNT, Score, available, scores
 from vit5gen.evaluation.reference import REFERENCE_ROWS, Reference, scan
 from vit5gen.evaluation.samples import Samples, open_image_set
 from vit5gen.generation.card import pipeline_hash, versions
-from vit5gen.generation.find_pipeline import find_pipeline, pipeline_folder
+from vit5gen.generation.find_pipeline import find_pipeline, has_begun, pipeline_folder
 from vit5gen.generation.many import SamplingJob, describe_job, generate, make_job, open_pipeline
 from vit5gen.generation.outputs import network_evaluations
 from vit5gen.generation.pipeline import SiTPipeline
@@ -29,6 +29,7 @@ from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import read_json
 
 ADM_METRICS: dict[str, dict[str, Any]] = {"fid": {}, "sfid": {}, "is": {}, "pr": {"adm_fp16": True}}
+_SHOWN = {"fid": "FID", "sfid": "sFID", "is": "IS", "pr": "precision and recall", "kid": "KID"}
 _OF_A_SEED = ("seed", "labels_sha256", "batch_size", "network_evaluations")  # differ between sets of one model
 
 
@@ -135,7 +136,7 @@ def open_samples(
 
     The card next to images, if any, records how they were drawn.
     """
-    if find_pipeline(path) is None:
+    if find_pipeline(path) is None and not has_begun(path):
         images = open_image_set(path, batch_size, protocol)
         file = Path(images.identity["path"])
         card = file / "card.json" if file.is_dir() else file.with_suffix(".card.json")
@@ -190,7 +191,7 @@ def _differences_from_adm(samples: Sequence[Samples], reference: Reference, extr
 def _warnings(
     samples: Sequence[Samples], models: int, extractor: Extractor, skipped: dict[str, str], differences: Sequence[str]
 ) -> list[str]:
-    found = [f"{metric} is not computed: {reason}" for metric, reason in skipped.items()]
+    found = [f"{_SHOWN.get(metric, metric)} is not computed: {reason}" for metric, reason in skipped.items()]
     if models > 1:
         found.append(f"{models} models: `metrics` of the card are those of the first, `models` lists all")
     found += [f"not FID-50K: {difference}" for difference in differences]

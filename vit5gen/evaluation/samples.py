@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from vit5gen.config import DataConfig, Exif, find_config, load_config
-from vit5gen.data.images import decoding, open_images
+from vit5gen.data.images import decoding, open_images, readable
 from vit5gen.data.pictures import find_images, listing_digest, tell_left_out, upright
 from vit5gen.system.distributed import rank_and_world
 from vit5gen.system.errors import UserError
@@ -109,7 +109,8 @@ def open_folder(path: Path, batch_size: int, exif: Exif) -> Samples:
         image = _read_image(files[index], exif)
         if image.shape != first_shape():
             sides = [f"{width}x{height}" for _, height, width in (image.shape, first_shape())]
-            raise UserError(f"image {files[index]} is {sides[0]}, the first one {sides[1]}; resize them to one size")
+            advice = "resize them to one size, or give the configuration of a run, which crops them"
+            raise UserError(f"image {files[index]} is {sides[0]}, the first one {sides[1]}; {advice}")
         return image
 
     identity = {"kind": "folder", "path": str(path), "listing_sha256": listing_digest(path, files), "exif": exif}
@@ -118,11 +119,15 @@ def open_folder(path: Path, batch_size: int, exif: Exif) -> Samples:
 
 
 def open_data(data: DataConfig, batch_size: int) -> Samples:
-    """Open the images of a configuration's data section, the split that it names."""
-    images = open_images(data)
+    """Open the images of a configuration's data section, the split that it names, as a training reads them."""
+    found = open_images(data)
+    images = readable(found, data)
     identity = {"kind": "data", "path": data.path or data.source, **data.model_dump(include=_DECIDING)}
     identity |= {key: value for key in ("source_kwargs", "held_out") if (value := getattr(data, key))}
     count, labels = len(images), images.labels.tolist()
+    if broken := len(found) - count:
+        identity["broken"] = broken
+        tell_left_out(Path(identity["path"]), Counter({"broken image": broken}))
     return Samples(count, lambda: _stacked(images.read, count, batch_size), identity, labels)
 
 

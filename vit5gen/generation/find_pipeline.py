@@ -55,11 +55,19 @@ def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
 def pipeline_folder(checkpoint: str | Path) -> Path:
     """Return what `find_pipeline` does; raise `UserError` where it finds none."""
     if (folder := find_pipeline(checkpoint)) is None:
+        if has_begun(checkpoint):
+            found = f"checkpoint {checkpoint}: this run has no {PIPELINE}/ yet"
+            raise UserError(f"{found}; it is written when the first step has been evaluated: wait, or resume the run")
         found = f"checkpoint {checkpoint} is neither a run nor a pipeline folder (no model_index.json)"
         names = shipped_names()
         expected = f"the --output of `vit5gen train` or `vit5gen convert`, or one that ships: {', '.join(names)}"
         raise UserError(f"{found}; expected {expected}.{nearest(str(checkpoint), names)}")
     return folder
+
+
+def has_begun(path: str | Path) -> bool:
+    """Whether a path is the folder of a run that trains a generator, be it evaluated yet or not."""
+    return (Path(path) / "config.yaml").is_file() and (Path(path) / "data.json").is_file()
 
 
 def find_pipeline(path: str | Path) -> Path | None:

@@ -1,6 +1,7 @@
 """Labelled grids of images: a title and a row for each class, real pictures beside them, and PNGs that tell of it."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,9 @@ def save_grid(
 ) -> None:
     """Write a PNG with a row for each distinct label, in order of first appearance, titled at its left.
 
-    images (N, 3, H, W) uint8, labels and names one for each image; more than 16 of a label take further rows. A name
-    that no font here can show gives way to its label.  real: pictures (3, H, W) uint8 of a label, which begin its row.
+    images (N, 3, H, W) uint8, labels and names one for each image; more than 16 of a label take further rows. Of one
+    image each, labels without real pictures stand side by side, as many across as down. A name that no font here can
+    show gives way to its label.  real: pictures (3, H, W) uint8 of a label, which begin its row.
     caption: facts, written above in as many lines as they need.  settings: of `save_png`.
     """
     for what in (labels, names):
@@ -76,7 +78,8 @@ def save_grid(
     left = margin + before * (width + GAP) + (2 * GAP if before else 0)
     right = left + max(len(row) for *_, row in rows) * (width + GAP)
     header = _LINE if before else 0
-    canvas, draw, top = _begin(caption, right, header + len(rows) * (height + GAP))
+    across = 1 if before or len(rows) < len(images) else math.ceil(math.sqrt(len(rows)))
+    canvas, draw, top = _begin(caption, across * right, header + math.ceil(len(rows) / across) * (height + GAP))
 
     # What is written above the columns, then the rows.
     if before:
@@ -84,14 +87,15 @@ def save_grid(
         for text, x in (("real", margin), ("generated", left)):
             draw.text((x, top), text, fill="black", font=plain_font(14))
     for r, (label, _, start, row) in enumerate(rows):
-        y = top + header + r * (height + GAP)
+        x, y = r % across * right, top + header + r // across * (height + GAP)
         if not start:
             text, own = titles[label]
-            draw.text((GAP, y + height // 2), text, fill="black", font=own, anchor="lm")
+            begin, anchor = (GAP, "lm") if across == 1 else (margin - GAP, "rm")  # close to its picture, among others
+            draw.text((x + begin, y + height // 2), text, fill="black", font=own, anchor=anchor)
             for c, picture in enumerate((real or {}).get(label, ())):
                 canvas.paste(tile(picture), (margin + c * (width + GAP), y))
         for c, i in enumerate(row):
-            canvas.paste(tile(images[i]), (left + c * (width + GAP), y))
+            canvas.paste(tile(images[i]), (x + left + c * (width + GAP), y))
     save_png(canvas, path, settings or {})
 
 

@@ -143,13 +143,14 @@ class NpzOutput(Output):
 
 
 class GridOutput(Output):
-    """FILE.png: a grid with a row for each class."""
+    """FILE.png: a grid with a row for each class, in the order in which the card's settings list them."""
 
     card_suffix = ".png.card.json"
 
     def _assemble(self, card: dict[str, Any], labels: Sequence[int], titles: Sequence[str]) -> None:
         pixels = torch.from_numpy(np.fromfile(self.part / "pixels", dtype=np.uint8).reshape(self.shape))
-        order = np.argsort(labels, kind="stable")
+        place = {label: number for number, label in enumerate(card.get("settings", {}).get("classes", ()))}
+        order = np.argsort([place.get(label, label) for label in labels], kind="stable")
         with self._new_file(self.path) as temporary:
             labels, titles = [labels[i] for i in order], [titles[i] for i in order]
             save_grid(temporary, pixels[order].permute(0, 3, 1, 2), labels, titles, settings=_settings_of(card))

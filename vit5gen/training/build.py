@@ -1,5 +1,6 @@
 """What a configuration stands for: the model and the flow, and whether its values fit together."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -100,6 +101,7 @@ def build_model_to_train(config: Config, weights: Mapping[str, Tensor] | None = 
     if config.training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.training.compile:
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # its note on CUDA breaks the bar
         model.compile_repeated_blocks()
     return model
 

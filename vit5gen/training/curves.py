@@ -10,11 +10,13 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vit5gen.system.files import atomic
 
 _CLEAR_RISE = 0.02  # of the held-out loss above its minimum; with the same noise and times it hardly fluctuates
 _RECENT = 10  # lines of the log whose mean tells whether the training loss falls
+_FEW = 10  # points
 Entries = Sequence[dict[str, Any]]
 
 
@@ -63,6 +65,11 @@ def _logged(lines: Entries) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
 
 
+def _line(points: Sequence[object]) -> str:
+    """Return how a curve is drawn: few points, of which one makes no line, with markers."""
+    return "o-" if len(points) < _FEW else "-"
+
+
 def save_curves(path: Path, lines: Entries, evaluations: Entries, checkpoints: Sequence[int] = ()) -> None:
     """Plot both losses, the distance against its floor, and the learning rate over steps.
 
@@ -70,13 +77,16 @@ def save_curves(path: Path, lines: Entries, evaluations: Entries, checkpoints: S
     the keys that changed.
     """
     distance = newest_distance(evaluations)
-    heights = [3.0, *([2.0] if distance else []), 1.0]
+    rates = [(line["step"], line["learning_rate"]) for line in lines if "learning_rate" in line]
+    heights = [3.0, *([2.0] if distance else []), *([1.0] if rates else [])]
     figure = Figure(figsize=(8, 1.6 * sum(heights)), layout="constrained")
-    panels: Sequence[Axes] = figure.subplots(len(heights), sharex=True, height_ratios=heights)
+    axes_of = figure.subplots(len(heights), sharex=True, height_ratios=heights, squeeze=False)
+    panels: list[Axes] = axes_of[:, 0].tolist()
 
     # Losses. What the first steps lose is many times the rest, and would flatten it.
     if shown := _logged(lines):
-        panels[0].plot(*zip(*shown, strict=True), color="C0", linewidth=1, label="training (weights, the run's times)")
+        style, label = _line(shown), "training (weights, the run's times)"
+        panels[0].plot(*zip(*shown, strict=True), style, color="C0", linewidth=1, markersize=4, label=label)
     for number, curve in enumerate(filter(None, held_out_curves(lines, evaluations))):
         label = "_" if number else "held-out (average of the weights, uniform times)"
         panels[0].plot(list(curve), list(curve.values()), "o-", color="C1", markersize=4, label=label)
@@ -94,10 +104,11 @@ def save_curves(path: Path, lines: Entries, evaluations: Entries, checkpoints: S
             label = f"floor: held-out pictures score {floors[-1]:.4g}"
             panels[1].axhline(floors[-1], color="0.4", linestyle="--", linewidth=1, label=label)
         panels[1].set(ylabel="distance", ylim=(0, None))
-    rates = [(line["step"], line["learning_rate"]) for line in lines if "learning_rate" in line]
     if rates:
-        panels[-1].plot(*zip(*rates, strict=True), color="0.3", linewidth=1)
-    panels[-1].set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+        panels[-1].plot(*zip(*rates, strict=True), _line(rates), color="0.3", linewidth=1, markersize=4)
+        panels[-1].set(ylabel="learning rate", ylim=(0, None))
+    panels[-1].set_xlabel("step")
+    panels[-1].xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1))
 
     # Events: checkpoints at the foot, resumes across all panels, changed keys beside them.
     foot = panels[0].get_xaxis_transform()

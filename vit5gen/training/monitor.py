@@ -126,6 +126,7 @@ class Monitor:
         False when a signal asked to stop before all images were drawn.
         """
         self.bar.set_description("evaluate")
+        shown = getattr(self.bar, "postfix", None)  # a silent bar has none
         begun, evaluation = time.perf_counter(), self._evaluation_due(step)
         try:
             with PRECISIONS[self.config.training.precision].autocast(self.accelerator.device):
@@ -142,7 +143,8 @@ class Monitor:
                 raise
             print(f"\nnote: no preview at step {step}: {error}", flush=True)
         finally:
-            self.bar.set_description("train")
+            self.bar.set_description("train", refresh=False)
+            self.bar.set_postfix_str(shown or "")
             self.bar.unpause()  # the time left is that of steps
             self._since = time.perf_counter(), step
             for of_step in ("_pipeline", "_held_out_loss"):
@@ -170,8 +172,8 @@ class Monitor:
             if note := floor_note(earlier, entry):
                 print(f"\nnote: {note}", flush=True)
             if entry["step"] == self.config.training.num_steps and (steps := self._seconds.pop("training")):
-                parts = [f"{what} {seconds:.1f} s ({seconds / steps:.1%})" for what, seconds in self._seconds.items()]
-                print(f"\nsteps took {steps:.1f} s; in addition {', '.join(parts)}", flush=True)
+                parts = [f"{what}: {seconds:.1f} s ({seconds / steps:.1%})" for what, seconds in self._seconds.items()]
+                print(f"\ntraining steps: {steps:.1f} s; besides {', '.join(parts)}", flush=True)
             # Last of all: an evaluation that stands in metrics.json has left everything else behind.
             self.folder.add_evaluation(entry)
         self.accelerator.wait_for_everyone()
@@ -233,7 +235,8 @@ class Monitor:
         evaluation = self.config.evaluation
         job = SamplingJob(labels, evaluation.seed, evaluation.batch_size, self.config.sampling)
         share = generate(self._pipeline, job)
-        for _ in range(math.ceil(len(labels) / (evaluation.batch_size * self.accelerator.num_processes))):
+        for first in range(0, len(labels), evaluation.batch_size * self.accelerator.num_processes):
+            self.bar.set_postfix_str(f"{first}/{len(labels)} images")
             # All processes ask in every round, those whose share has run out too: they stop together or not at all.
             asked = torch.tensor(float(self.stop_asked()), device=self.accelerator.device)
             if self.accelerator.reduce(asked, "sum") > 0:

