@@ -201,7 +201,7 @@ def missing(config: Config) -> dict[str, str]:
     if not (unneeded and images):  # without images there is no distance
         absent |= registry.missing(EXTRACTORS.get(registry.name_and_options(config.evaluation.extractor)[0]))
     for name in config.training.objectives:
-        absent |= OBJECTIVES.get(name).missing()
+        absent |= registry.missing(OBJECTIVES.get(name))
     return absent | registry.missing(BACKBONES.get(config.model.backbone))
 
 
