@@ -20,8 +20,9 @@ from tiny_run import make_inputs
 
 from vit5gen.config import DataConfig
 from vit5gen.data.images import SOURCES, open_images
+from vit5gen.evaluation import metrics
 from vit5gen.evaluation.metric import METRICS
-from vit5gen.registry import Registry
+from vit5gen.registry import Registry, import_modules
 from vit5gen.system.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -139,6 +140,33 @@ def test_the_kinds_of_options_that_a_checker_alone_can_read_are_those_of_the_def
     assert registry.check("plug", {"alpha": "1e-4"}, "where") == {"alpha": 1e-4}
     with pytest.raises(UserError, match=r"where: size.* = 'x'"):
         registry.check("plug", {"size": "x"}, "where")
+
+
+def test_a_module_in_the_folder_is_a_plug_and_no_other_file_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(METRICS, "_known", dict(METRICS._known))
+    code = re.findall(r"```python\n(.*?)```", PAGE.split("\n## Metric\n")[1], re.S)[0]
+    (tmp_path / "a_mean_shift.py").write_text(code)
+    monkeypatch.setattr(metrics, "__path__", [*metrics.__path__, str(tmp_path)])
+    import_modules(metrics.__name__)
+    assert METRICS.registered() == ["fid", "sfid", "is", "pr", "kid", "mean-shift"]  # the order of a card, then its own
+    for kind in ("data.sources", "evaluation.extractors", "evaluation.metrics", "training.objectives", "models"):
+        folder = ROOT / "vit5gen" / kind.replace(".", "/")
+        assert "import_modules(__name__" in (folder / "__init__.py").read_text()
+
+
+def test_options_that_cannot_be_read_or_checked_are_refused() -> None:
+    registry: Registry = Registry("plug")
+    registry.register("mapping")(dict)
+    with pytest.raises(UserError, match=r"plug: 'mapping' does not tell its arguments; register a class or function"):
+        registry.check("mapping", {}, "where")
+
+    def hidden(*, _a: int = 1) -> None: ...
+
+    registry.register("hidden")(hidden)
+    with pytest.raises(UserError, match=r"plug: 'hidden' has the option '_a'; rename it"):
+        registry.check("hidden", {"_a": 2}, "where")
 
 
 PACKAGE = {

@@ -32,9 +32,10 @@ def imported(file: Path) -> set[str]:
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" if node.module == "vit5gen" else node.module for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
+            module = str(node.module)
+            names = [f"{module}.{alias.name}" if module == "vit5gen" else module for alias in node.names]
         found |= {name.split(".")[1] for name in names if name.startswith("vit5gen.")}
     return found & set(RANK)
 

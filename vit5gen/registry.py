@@ -1,8 +1,11 @@
 """One class for every plug: what is known under a name, here or in an installed package, and which options it takes."""
 
+import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin
 
@@ -100,12 +103,20 @@ class Registry(Generic[T]):
         return self.get(name)(*arguments, **self.check(name, options, where))
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
-        """Return the keyword-only arguments of the plug called ``name``."""
+        """Return the keyword-only arguments of the plug called ``name``; `UserError` when they cannot be read."""
+        plug = self.get(name)
         try:
-            parameters = inspect.signature(self.get(name), eval_str=True).parameters
-        except NameError:  # of a type that is imported for type checkers alone: the defaults tell the kinds
-            parameters = inspect.signature(self.get(name)).parameters
-        return {key: one for key, one in parameters.items() if one.kind is one.KEYWORD_ONLY}
+            try:
+                parameters = inspect.signature(plug, eval_str=True).parameters
+            except NameError:  # of a type that is imported for type checkers alone: the defaults tell the kinds
+                parameters = inspect.signature(plug).parameters
+        except ValueError as error:
+            fault = "does not tell its arguments; register a class or function that is written in Python."
+            raise UserError(f"{self.kind}: {name!r} {fault}") from error
+        options = {key: one for key, one in parameters.items() if one.kind is one.KEYWORD_ONLY}
+        if hidden := [key for key in options if key.startswith("_")]:
+            raise UserError(f"{self.kind}: {name!r} has the option {hidden[0]!r}; rename it to begin with a letter.")
+        return options
 
     def _entries(self, **chosen: Any) -> list[importlib.metadata.EntryPoint]:
         """Return what installed packages offer; a table without a group looks for none."""
@@ -122,6 +133,12 @@ class Registry(Generic[T]):
             whole_or_not = isinstance(default, int) and not isinstance(default, bool)
             kind = int | number if whole_or_not else Any if default in (None, option.empty) else type(default)
         return {int: Annotated[int, Field(ge=-self.most, le=self.most)], float: number}.get(kind, kind)
+
+
+def import_modules(package: str, first: Iterable[str] = ()) -> None:
+    """Import every module of a package, which registers the plugs in its folder: ``first`` these, then by name."""
+    for name in (*first, *(module.name for module in pkgutil.iter_modules(sys.modules[package].__path__))):
+        importlib.import_module(f"{package}.{name}")
 
 
 def _identity(plug: Any) -> tuple[str, str]:

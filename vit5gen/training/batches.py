@@ -116,10 +116,17 @@ def open_training_data(
     return source, vae, data | broken
 
 
-def nonfinite_advice(config: Config, source: ImageSource | LatentDataset, vae: AutoencoderKL, step: int) -> str:
-    """Say what to do about a loss of ``step`` that is not finite: blame the latents of its samples if these are not."""
+def nonfinite_fault(
+    config: Config, source: ImageSource | LatentDataset, vae: AutoencoderKL, step: int, in_a_row: int, saved: Path
+) -> str:
+    """Say what to do about so many steps up to ``step`` that were not finite, after which the state was ``saved``.
+
+    If the latents of the last one's samples are not finite either, they are to blame.
+    """
+    what = f"\nerror: loss or gradient was not finite in {in_a_row} steps in a row, up to step {step}"
+    what += f"; state saved in {saved}"
     size = config.training.global_batch_size
-    indices = [data_index(config.training.seed, step, i, size, len(source)) for i in range(size)]
+    indices = [data_index(config.training.seed, step - 1, i, size, len(source)) for i in range(size)]
 
     def finite(index: int, flip: bool) -> bool:
         *data, _ = source.get(index, flip)
@@ -128,8 +135,8 @@ def nonfinite_advice(config: Config, source: ImageSource | LatentDataset, vae: A
 
     spoilt = [i for i in indices if not all(finite(i, flip) for flip in (False, *[True] * config.data.horizontal_flip))]
     if spoilt:
-        return f"the latents of samples {spoilt} are not finite: check these images and the weights of vae.name"
-    return f"this step's samples: {indices}; lower training.learning_rate, or set training.max_grad_norm"
+        return f"{what}; the latents of samples {spoilt} are not finite: check these images and the weights of vae.name"
+    return f"{what}; this step's samples: {indices}; lower training.learning_rate, or set training.max_grad_norm"
 
 
 @dataclass(frozen=True)

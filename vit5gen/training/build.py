@@ -19,11 +19,13 @@ from vit5gen.system.errors import UserError, choose
 from vit5gen.system.precision import PRECISIONS, find_compiler_fault, resolve
 from vit5gen.training.objectives import OBJECTIVES, build_objectives
 from vit5gen.training.optimizers import OPTIMIZERS
+from vit5gen.training.process import batch_sizes
 from vit5gen.training.trainable import choose_trainable
 
 
 def check_values(config: Config) -> None:
     """Raise `UserError` for wrong values that the types of the configuration cannot catch."""
+    batch_sizes(config.training, processes().num_processes)
     (channels, _, _), sampling = config.latent_shape, config.sampling
     if config.training.init_from is None or config.training.init_digest is not None:  # else the model is not known yet
         with torch.device("meta"):

@@ -1,6 +1,6 @@
 """Checkpoints that are whole or absent: ``RUN/checkpoints/step_00000010/``.
 
-A checkpoint holds what `Trainer.gather` collects as safetensors of whole (unsharded) tensors, so that any number of
+A checkpoint holds what `Trainer` collects as safetensors of whole (unsharded) tensors, so that any number of
 processes, DDP or FSDP, resumes it; ``state.json`` (step, counters, versions), ``config.yaml`` and, last, the checksums
 of all of them.
 """

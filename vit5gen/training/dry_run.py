@@ -27,7 +27,7 @@ from vit5gen.training.batches import RandomLatents, SampleSource, micro_batches,
 from vit5gen.training.build import build_flow, build_model, check_values, settle_auto
 from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.objectives import OBJECTIVES, build_objectives
-from vit5gen.training.process import batch_sizes, make_accelerator
+from vit5gen.training.process import make_accelerator
 from vit5gen.training.run_folder import RunFolder, settle
 from vit5gen.training.trainable import choose_trainable
 from vit5gen.training.trainer import Trainer
@@ -48,7 +48,6 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     """
     # Every value, and where the run would start: as training does it, but nothing is written.
     accelerator = make_accelerator(config.training, Path())
-    batch_sizes(config.training, accelerator.num_processes)
     check_values(config)
     start = None
     if output is None:
@@ -201,7 +200,7 @@ def missing(config: Config) -> dict[str, str]:
     if not (unneeded and images):  # without images there is no distance
         absent |= registry.missing(EXTRACTORS.get(registry.name_and_options(config.evaluation.extractor)[0]))
     for name in config.training.objectives:
-        absent |= OBJECTIVES.get(name).missing()
+        absent |= registry.missing(OBJECTIVES.get(name))
     return absent | registry.missing(BACKBONES.get(config.model.backbone))
 
 

@@ -8,18 +8,16 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vit5gen.config import Config
 from vit5gen.flow import draw_timesteps
-from vit5gen.models import SiTTransformer2DModel
 from vit5gen.system.cpu import fast_products
 from vit5gen.system.distributed import on_main
 from vit5gen.system.errors import UserError
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.training import process
-from vit5gen.training.batches import micro_batches, nonfinite_advice, open_training_data
+from vit5gen.training.batches import micro_batches, nonfinite_fault, open_training_data
 from vit5gen.training.build import build_flow, build_model_to_train, check_values
 from vit5gen.training.initial import begin_from, initial_weights
 from vit5gen.training.monitor import Monitor
@@ -31,9 +29,6 @@ from vit5gen.training.trainer import Outcome, Trainer
 
 class Learner(nn.Module):
     """The model and its objectives as one module, so that DDP and FSDP share out the parameters of both."""
-
-    model: SiTTransformer2DModel
-    objectives: nn.ModuleDict
 
     def __init__(self, config: Config, weights: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
@@ -71,6 +66,7 @@ def train_step(
 
     stop_asked, save_due: whether this process received a signal, and whether the main process's clock wants a save.
     """
+    # The learning rate of the step, and how the global batch is divided.
     settings, section, accelerator = config.training, config.flow, trainer.accelerator
     learner, step = trainer.module, trainer.step
     micro_batch_size, accumulation = process.batch_sizes(settings, accelerator.num_processes)
@@ -124,21 +120,21 @@ def train(config: Config, output: str | Path, resume: str, accept_changes: bool)
     Raises `UserError` for input that does not fit (nothing is written then), and for a full disk or memory (the
     checkpoints are then still valid).
     """
+    # Wrong values end it here, before hours of encoding.
     folder = RunFolder(output)
     accelerator = process.make_accelerator(config.training, folder.path)
-    process.batch_sizes(config.training, accelerator.num_processes)
-    check_values(config)  # before hours of encoding
+    check_values(config)
     with ExitStack() as stack:
+        # No other process trains in the folder, which says where to start.
         on_main(lambda: stack.enter_context(folder.locked()))
-        find_start = partial(folder.find_start, config, resume, accept_changes, begin=begin_from)
-        start, config = on_main(find_start)
+        start, config = on_main(partial(folder.find_start, config, resume, accept_changes, begin=begin_from))
         if folder.finished(config, start):
             accelerator.print(f"{folder} is already trained to step {config.training.num_steps}; nothing to do")
             return 0
-        try:
+
+        # Train; the trackers write what they still hold.
+        with process.disk_hint():
             code = _train(config, folder, accelerator, start, accept_changes)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{error}; checkpoints are still valid: fix this, then {process.RESUME}") from error
         accelerator.end_training()
         return code
 
@@ -150,13 +146,13 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
     source, vae, data = open_training_data(config, accelerator, start, accept)
     if start is not None:
         trainer.restore(start)
-    known = {key: value for key, value in data.items() if value is not None}  # old latents know no digest
-    trainer.data |= origin | known
+    trainer.data |= origin | {k: v for k, v in data.items() if v is not None}  # old latents know no digest
     on_main(lambda: folder.record(config, trainer.step, data))
     batches = micro_batches(config, source, vae, accelerator, trainer.step)
     save = partial(trainer.save, config=to_yaml(config), keep_last=settings.keep_last, keep_every=settings.keep_every)
 
-    stop, saved_step, nonfinite_in_a_row, clock = False, trainer.step, 0, process.SaveClock(settings.checkpoint_minutes)
+    # Step by step, until the last one or a signal.
+    stop, nonfinite, clock = False, 0, process.SaveClock(settings.checkpoint_minutes)
     with process.stop_signals() as stop_asked, closing(batches), ExitStack() as stack:
         monitor = Monitor(config, folder, trainer, vae, source.class_names, stop_asked)
         stack.enter_context(monitor.bar)
@@ -167,17 +163,17 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
 
             # Stop, or end, with a checkpoint of this very step.
             last = trainer.step == settings.num_steps
-            if (stop or last) and trainer.step > saved_step and save(folder.checkpoints):
-                saved_step = trainer.step
+            if (stop or last) and trainer.step > trainer.saved_step:
+                save(folder.checkpoints)
             if stop:
-                there = "there" if saved_step == trainer.step else "its newest checkpoint"
-                accelerator.print(f"\nstopped by a signal after step {trainer.step}; {process.RESUME} from {there}")
+                accelerator.print(process.stopped(trainer.step, trainer.saved_step))
                 return process.STOPPED
             if last:
                 break
+
             # Learn.
             outcome = train_step(trainer, config, batches, stop_asked, clock.due)
-            nonfinite_in_a_row = 0 if outcome.finite else nonfinite_in_a_row + 1
+            nonfinite = 0 if outcome.finite else nonfinite + 1  # in a row
             stop, last = outcome.stop, trainer.step == settings.num_steps
             monitor.bar.update()
 
@@ -187,17 +183,17 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
 
             # Save by steps and by the clock.
             if trainer.step % (settings.checkpoint_every or 1) == 0 or outcome.save or last:
-                saved_step = trainer.step if save(folder.checkpoints) else saved_step
+                save(folder.checkpoints)
                 clock.restart()
 
             # Give up where nothing is learnt any more.
-            if nonfinite_in_a_row == min(settings.max_nonfinite_steps, settings.num_steps):
+            if nonfinite == min(settings.max_nonfinite_steps, settings.num_steps):
                 save(folder.nonfinite)
-                what = f"loss or gradient was not finite in {nonfinite_in_a_row} steps in a row, up to step"
-                advice = nonfinite_advice(config, source, vae, trainer.step - 1)
-                accelerator.print(f"\nerror: {what} {trainer.step}; state saved in {folder.nonfinite}; {advice}")
+                accelerator.print(nonfinite_fault(config, source, vae, trainer.step, nonfinite, folder.nonfinite))
                 return process.NONFINITE
-    if saved_step < settings.num_steps:
+
+    # All is learnt; say where it is.
+    if trainer.saved_step < settings.num_steps:
         raise UserError(f"{folder}: the last step was not saved; free some disk space and run the same command again")
     accelerator.print(f"{folder}: samples.png, loss.png, metrics.json, pipeline/. Try next:\n{monitor.next_command()}")
     return 0

@@ -88,15 +88,15 @@ class Monitor:
         (begun, first), self._since = self._since, (time.perf_counter(), step)
         num_images = (step - first) * self.config.training.global_batch_size
         self._seconds["training"] += self._since[0] - begun
+        loss, losses = trainer.mean_losses()
         line = {
-            "loss": trainer.mean_loss(),
+            "loss": loss,
             "grad_norm": outcome.grad_norm if outcome.finite else None,
             "learning_rate": learning_rate(step - 1, self.config.training),
             "images_per_second": num_images / (self._since[0] - begun),
             "skipped": trainer.skipped,
         }
-        if len(outcome.losses) > 1 and outcome.finite:
-            line |= {f"loss_{name}": loss for name, loss in outcome.losses.items()}
+        line |= {f"loss_{name}": mean for name, mean in losses.items()}
         self.accelerator.log({key: value for key, value in line.items() if value is not None}, step=step)
         if not outcome.stop and (self._evaluation_due(step) or (step in self._previews and step in self._affordable)):
             line |= self._held_out_loss

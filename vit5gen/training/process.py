@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from safetensors import SafetensorError
 
 from vit5gen.config import TrainingConfig
 from vit5gen.registry import missing_packages
@@ -58,6 +59,11 @@ def batch_sizes(settings: TrainingConfig, world_size: int) -> tuple[int, int]:
         share = f"the {local} samples per process (global_batch_size {total} over {world_size} processes)"
         raise UserError(f"training.micro_batch_size = {micro} must divide {share}")
     return micro, local // micro
+
+
+def stopped(step: int, saved_step: int) -> str:
+    """Say that a signal has ended the training, and from where it can go on."""
+    return f"\nstopped by a signal after step {step}; {RESUME} from step {saved_step}"
 
 
 @contextmanager
@@ -125,6 +131,15 @@ def memory_hint(micro_batch_size: int) -> Iterator[None]:
         if smaller:
             advice = f"try --training.micro_batch_size {smaller}, which gives the same result with less memory"
         raise UserError(f"out of memory with training.micro_batch_size {micro_batch_size}; {advice}") from error
+
+
+@contextmanager
+def disk_hint() -> Iterator[None]:
+    """Turn a full or broken disk into a `UserError` that says how to go on."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{error}; checkpoints are still valid: fix this, then {RESUME}") from error
 
 
 @contextmanager

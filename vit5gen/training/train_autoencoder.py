@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -112,7 +111,7 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
         if (folder.path / "config.json").exists() and not checkpoint.steps(folder.checkpoints):
             accelerator.print(f"{folder} holds a trained autoencoder; nothing to do (--output names another folder)")
             return 0
-        try:
+        with process.disk_hint():
             # The network, its optimizer and its batches, resumed where there is a checkpoint.
             network, shuffle = RoundTrip(config), Shuffle(images, config)
             optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=0.0, fused=True)
@@ -145,11 +144,9 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
                         trainer.save(folder.checkpoints, to_yaml(config))
                         clock.restart()
                     if outcome.stop:
-                        accelerator.print(f"\nstopped by a signal after step {trainer.step}; {process.RESUME}")
+                        accelerator.print(process.stopped(trainer.step, trainer.saved_step))
                         return process.STOPPED
             score = _finish(network.vae, images, held_out, folder, make_source(config.data).attribution)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{error}; fix this, then {process.RESUME}") from error
     accelerator.print(f"{folder}: held-out PSNR {score:.2f} dB after {time.perf_counter() - begun:.0f} s")
     return 0
 

@@ -18,7 +18,8 @@ from vit5gen.training import checkpoint
 from vit5gen.training.averages import EMA
 from vit5gen.training.checkpoint import gather_shards, shard_like
 
-_COUNTERS = ("step", "skipped", "loss_sum", "loss_count", "data")
+_COUNTERS = ("step", "skipped", "loss_sum", "loss_sums", "loss_count", "data")
+_IF_ANY = ("loss_sums", "data")  # counters that a checkpoint may lack
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Trainer:
 
     network: what is called and optimised.  parts: its modules by their name in a checkpoint, "model" first; those
     without a state have no file.  decays: of the averages.
-    skipped: steps that were not finite.  loss_sum, loss_count: of the steps since the last line of the log.
+    skipped: steps that were not finite.  loss_sum, loss_count: of the steps since the last line of the log; loss_sums:
+    of each of several objectives.  saved_step: of the newest checkpoint.
     data: what is recorded of the training data, empty where an earlier version did not. Random numbers and the place in
     the data follow from ``step``.
     """
@@ -65,7 +67,8 @@ class Trainer:
         # The averages are of the parameters as prepared: sharded under FSDP.
         learning = {name: part for name, part in self.parts.items() if any(p.requires_grad for p in part.parameters())}
         self.averages = {name: EMA(part, decays) for name, part in learning.items()}
-        self.step, self.skipped, self.loss_sum, self.loss_count = 0, 0, 0.0, 0
+        self.step, self.saved_step, self.skipped, self.loss_sum, self.loss_count = 0, 0, 0, 0.0, 0
+        self.loss_sums: dict[str, float] = {}
         self.data: dict[str, Any] = {}
 
     def sharing_gradients(self, last: bool) -> AbstractContextManager:
@@ -84,16 +87,23 @@ class Trainer:
     def count(self, outcome: Outcome) -> None:
         """Count a step, which was skipped where its outcome is not finite."""
         if outcome.finite:
+            # A checkpoint of an earlier version has the sum of all objectives alone.
+            if len(outcome.losses) > 1 and bool(self.loss_sums) == bool(self.loss_count):
+                self.loss_sums = {k: self.loss_sums.get(k, 0.0) + loss for k, loss in outcome.losses.items()}
             self.loss_sum, self.loss_count = self.loss_sum + outcome.loss, self.loss_count + 1
         else:
             self.skipped += 1
         self.step += 1
 
-    def mean_loss(self) -> float | None:
-        """Return the mean loss since the last call, None when every step was skipped."""
+    def mean_losses(self) -> tuple[float | None, dict[str, float]]:
+        """Return the mean loss since the last call, None when every step was skipped, and those of several objectives.
+
+        The latter are empty where a checkpoint of an earlier version, which lacks their sums, was resumed in between.
+        """
         mean = self.loss_sum / self.loss_count if self.loss_count else None
-        self.loss_sum, self.loss_count = 0.0, 0
-        return mean
+        means = {name: loss / self.loss_count for name, loss in self.loss_sums.items()}
+        self.loss_sum, self.loss_count, self.loss_sums = 0.0, 0, {}
+        return mean, means
 
     def save(self, folder: Path, config: str, keep_last: int = 1, keep_every: int | None = None) -> bool:
         """Write a checkpoint into ``folder`` and delete those that are not kept; every process calls this.
@@ -101,7 +111,7 @@ class Trainer:
         Returns False, having said so, when the disk is full.
         """
         tensors = self._gather()
-        counters = {name: getattr(self, name) for name in _COUNTERS}
+        counters = {name: getattr(self, name) for name in _COUNTERS if name != "loss_sums" or self.loss_sums}
 
         def write() -> bool:
             try:
@@ -112,7 +122,9 @@ class Trainer:
                 return False
             return True
 
-        return on_main(write)
+        saved = on_main(write)
+        self.saved_step = self.step if saved else self.saved_step
+        return saved
 
     def _gather(self) -> dict[str, dict[str, Tensor]]:
         """Collect whole tensors on the CPU by file name: a collective, of which the main process keeps the result."""
@@ -128,7 +140,8 @@ class Trainer:
         """Load what `save` wrote, sharding it as the network is; raise `UserError` where it is of another network."""
         saved = checkpoint.read_state(folder)
         for name in _COUNTERS:
-            setattr(self, name, saved.get(name, {}) if name == "data" else saved[name])
+            setattr(self, name, saved.get(name, {}) if name in _IF_ANY else saved[name])
+        self.saved_step = self.step
         parts = (one for part in self.parts.values() for one in part.named_parameters())
         frozen = {name for name, parameter in parts if not parameter.requires_grad}
         for file, values in self._files():

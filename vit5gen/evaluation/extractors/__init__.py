@@ -1,3 +1,5 @@
-"""The feature networks that come with the package, one file each; importing them registers them."""
+"""The feature networks that come with the package: each module of this folder registers one."""
 
-from vit5gen.evaluation.extractors import effnet_lite0, inception
+from vit5gen.registry import import_modules
+
+import_modules(__name__)

@@ -11,7 +11,6 @@ from pydantic import Field, field_validator
 from vit5gen.config import Config, Natural, Section, find_config, load_config, read_yaml, recorded_values, validate
 from vit5gen.system.errors import UserError, choose
 from vit5gen.training.build import check_values
-from vit5gen.training.process import batch_sizes
 from vit5gen.training.run_folder import differences
 
 
@@ -88,7 +87,6 @@ def _config(path: str | Path, study: StudyConfig, levels: tuple[str, ...]) -> Co
     try:
         config = load_config(find_config(path).parent / study.base, overrides)
         check_values(config)
-        batch_sizes(config.training, world_size=1)
         if config.training.num_steps == 0:
             raise UserError("training.num_steps = 0; expected at least 1")
     except UserError as error:

@@ -1,4 +1,6 @@
-"""What a model is trained for: objectives, one file each, each a plug. docs/extending.md is their contract in prose."""
+"""What a model is trained for: each module of this folder registers an objective. docs/extending.md is the contract."""
 
-from vit5gen.training.objectives import flow  # registers itself
+from vit5gen.registry import import_modules
 from vit5gen.training.objectives.objective import OBJECTIVES, Batch, Objective, build_objectives, register_objective
+
+import_modules(__name__)

@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vit5gen.config import TrainingConfig
+from vit5gen.config import Positive, Section, TrainingConfig, validate
 from vit5gen.flow import Flow
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.registry import Registry
@@ -81,19 +82,20 @@ OBJECTIVES: Registry[type[Objective]] = Registry("objective", "vit5gen.objective
 register_objective = OBJECTIVES.register
 
 
-def _check_objective(name: str, given: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
-    """Return the weight of an objective and its own options; raise `UserError` for what does not fit.
+class SharedOptions(Section):
+    """The options of every objective, beside its own."""
 
-    weight: 1 by default, an option of every objective.
-    """
+    weight: Annotated[Positive, Field(le=1e6)] = Field(1.0, description="factor of its loss in the sum")
+
+
+def _check_objective(name: str, given: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+    """Return the weight of an objective and its own options; raise `UserError` for what does not fit."""
     where = f"training.objectives.{name}"
     if "." in name or hasattr(nn.ModuleDict, name):
         raise UserError(f"{where}: {name!r} is not a valid module name; choose another name")
-    options = dict(given)
-    weight = options.pop("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= 1e6:
-        raise UserError(f"{where}.weight = {weight!r}; expected a number above 0 and at most 1e6, or omit weight")
-    return float(weight), OBJECTIVES.check(name, options, where)
+    shared = {key: value for key, value in given.items() if key in SharedOptions.model_fields}
+    own = {key: value for key, value in given.items() if key not in shared}
+    return validate(SharedOptions, shared, where).weight, OBJECTIVES.check(name, own, where)
 
 
 def build_objectives(
