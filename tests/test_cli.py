@@ -195,7 +195,7 @@ BAD = {
     ),
     "switch is no number": (
         "train TINY/run.yaml --output OUT --model.backbone_kwargs {gamma_init: low}",
-        ["gamma_init", "'low'", "float"],
+        ["gamma_init", "'low'", "a valid number"],
     ),
     "switch is no finite number": (
         "train TINY/run.yaml --output OUT --model.backbone_kwargs {gamma_init: .nan}",

@@ -81,8 +81,8 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         visit(name, ())
 
 
-# Alike by chance: of two solvers, of training and of drawing images.
-OWN_DEFAULTS = {("method", "euler"), ("precision", "fp32"), ("seed", 0)}
+# Alike by chance: of two solvers, of training and of drawing images, of an objective and of a row of features.
+OWN_DEFAULTS = {("method", "euler"), ("precision", "fp32"), ("seed", 0), ("weight", 1)}
 
 
 def test_no_default_is_written_twice() -> None:

@@ -348,7 +348,7 @@ def test_any_configuration_builds_runs_and_round_trips(tmp_path, config):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"backbone": "vitt5"}, r"backbone: 'vitt5' is not known; expected one of .*sit.*vit5.*Did you mean 'vit5'"),
+        ({"backbone": "vitt5"}, r"backbone: 'vitt5' is not known; expected one of .*vit5, sit.*Did you mean 'vit5'"),
         ({"num_attention_heads": 5}, "num_attention_heads: 5 does not divide hidden_size 48"),
         ({"num_attention_heads": 0}, "num_attention_heads: 0"),
         ({"num_attention_heads": 8}, "heads of 6 channels"),
@@ -363,7 +363,7 @@ def test_any_configuration_builds_runs_and_round_trips(tmp_path, config):
         ({"backbone_kwargs": {"register_theta": -1.0}}, "register_theta: -1.0"),
         ({"backbone_kwargs": {"qk_norm": "off"}}, "backbone_kwargs: qk_norm = 'off': input should be a valid boolean"),
         ({"backbone_kwargs": {"rope_theta": math.nan}}, "rope_theta = nan: input should be a finite number"),
-        ({"backbone_kwargs": {"gamma_init": "low"}}, "gamma_init = 'low': could not convert"),
+        ({"backbone_kwargs": {"gamma_init": "low"}}, "gamma_init = 'low': input should be a valid number"),
         ({"backbone_kwargs": {"gamma_init": True}}, "gamma_init = True: input should be a valid number"),
         ({"backbone_kwargs": {"num_registers": 4.0}}, "num_registers = 4.0: input should be a valid integer"),
         ({"backbone_kwargs": {"num_registers": 5}}, "num_registers: 5 is not a square"),

@@ -246,9 +246,13 @@ def test_tensorboard_gets_the_loss_and_a_grid_of_every_evaluation(config_file: P
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run(config_file, tmp_path / "run", training__num_steps=2)
-    events = EventAccumulator(str(tmp_path / "run/vit5gen")).Reload()
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
     assert [event.step for event in events.Images("samples")] == [0, 2]
+    (tmp_path / "run/tensorboard").rename(tmp_path / "run/vit5gen")  # as earlier versions called it
+    run(config_file, tmp_path / "run", training__num_steps=3)
+    assert not (tmp_path / "run/tensorboard").exists()
+    assert len(list((tmp_path / "run/vit5gen").iterdir())) == 2
 
 
 def test_compilation_and_gradient_checkpointing_reach_the_model(

@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_refused_before_data_are_opened(
 
 def test_the_default_objective_is_the_loss_of_the_flow(config_file: Path) -> None:
     flow = Flow("gvp", "noise", "velocity", direction_weight=0.5)
-    model = SiTTransformer2DModel("sit", 4, 2, 3, 2, 32, 1, 2)
+    model = SiTTransformer2DModel("sit", 4, 2, 3, num_classes=2, hidden_size=32, num_layers=1, num_attention_heads=2)
     draws = [sample_draws(0, step, 0, (3, 4, 4)) for step in range(2)]
     x1, x0 = torch.stack([d.posterior for d in draws]), torch.stack([d.noise for d in draws])
     t, labels = torch.tensor([0.3, 0.7]), torch.tensor([0, 1])

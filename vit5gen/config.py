@@ -23,8 +23,14 @@ from pydantic import (
 
 from vit5gen.system.errors import LARGEST, UserError, composed, nearest, short
 
-# YAML 1.1 reads 1e-4 (no dot) as a string.
-Float = Annotated[float, BeforeValidator(lambda value: float(value) if isinstance(value, str) else value)]
+
+def _read_number(value: Any) -> Any:
+    """Read 1e-4, which has no dot and so is a string in YAML 1.1; another value is left as it is."""
+    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+    return float(value) if isinstance(value, str) and number.fullmatch(value) else value
+
+
+Float = Annotated[float, BeforeValidator(_read_number)]
 Positive = Annotated[Float, Field(gt=0)]
 Ratio = Annotated[Float, Field(gt=0, le=1000)]
 NonNegative = Annotated[Float, Field(ge=0)]
@@ -54,12 +60,8 @@ _MOST_VALUES = 10**5  # of one file
 T = TypeVar("T", bound=BaseModel)
 
 
-def _read_numbers(value: Any) -> Any:
-    """Read 1e-4 in the options of a plug, as `Float` does where the type is known."""
-    exponent = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-    if not isinstance(value, dict):
-        return value
-    return {k: float(v) if isinstance(v, str) and exponent.fullmatch(v) else v for k, v in value.items()}
+def _read_numbers(options: Any) -> Any:
+    return {key: _read_number(value) for key, value in options.items()} if isinstance(options, dict) else options
 
 
 def _check_plug(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from vit5gen.commands.options import Options, argument
-from vit5gen.lab.benchmark import NAMES
+from vit5gen.lab.benchmark import Benchmark
 
 
 class BenchmarkOptions(Options):
@@ -12,7 +12,7 @@ class BenchmarkOptions(Options):
     sit: str | None = argument(None, "PATH", "checkout of willisma/SiT, whose code is run")
     vit5: str | None = argument(None, "PATH", "checkout of wangf3014/ViT-5, whose code is run")
     run: str | None = argument(None, "RUN", "folder of a run, needed for the benchmark `sampling`")
-    only: str | None = argument(None, "NAME", f"{' | '.join(NAMES)}; default: all")
+    only: Benchmark | None = argument(None, "NAME", "the only benchmark to run; default: all")
     quick: bool = argument(False, "", "tiny sizes, only to check that it runs: the figures mean nothing")
     output: str = argument(..., "FILE.json", "results; a table FILE.md is written next to it")
 

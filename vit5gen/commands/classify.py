@@ -1,5 +1,7 @@
 """`vit5gen classify`."""
 
+from typing import Literal
+
 from vit5gen.commands.options import Options, argument
 from vit5gen.config import BatchSize, DataConfig, Small
 
@@ -15,7 +17,7 @@ class ClassifyOptions(Options):
     """
 
     folder: str = argument(..., "FOLDER", "folder of class folders, e.g. ImageNet's val", option="")
-    model: str = argument(..., "NAME", "vit5_small | vit5_base | vit5_large | vit5_xlarge")
+    model: Literal["vit5_small", "vit5_base", "vit5_large", "vit5_xlarge"] = argument(..., "NAME", "model of the file")
     checkpoint: str = argument(..., "FILE", "published .pth file")
     batch_size: BatchSize = argument(64, "N", "images per batch")
     num_workers: Small = argument(DataConfig().num_workers, "N", "processes that read images; 0 = this process reads")

@@ -1,5 +1,7 @@
 """`vit5gen train`."""
 
+from pydantic import model_validator
+
 from vit5gen.commands.options import ConfigOptions, Utf8Path, argument
 from vit5gen.system.errors import UserError
 
@@ -11,6 +13,12 @@ class TrainOptions(ConfigOptions):
     resume: str = argument("auto", "WHERE", "auto (the newest checkpoint) | never | a checkpoint folder")
     accept_changes: bool = argument(False, "", "resume even if configuration or data differ")
     dry_run: bool = argument(False, "", "write nothing; check values, estimate costs, list what is missing")
+
+    @model_validator(mode="after")
+    def _nothing_to_accept(self) -> "TrainOptions":
+        if self.accept_changes and self.resume == "never":
+            raise ValueError("--accept-changes has no effect with --resume never; omit it")
+        return self
 
 
 def run(options: TrainOptions) -> int:

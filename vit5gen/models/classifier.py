@@ -36,6 +36,7 @@ class ViT5(Backbone):
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
         in_chans: int = 3,
+        *,
         num_classes: int = ASSUMED_CLASSES,
         global_pool: str = "token",
         embed_dim: int = 768,

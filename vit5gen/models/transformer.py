@@ -92,6 +92,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         sample_size: int | tuple[int, int] = 32,
         patch_size: int = 2,
         in_channels: int = VaeConfig().latent_channels,
+        *,
         num_classes: int = ASSUMED_CLASSES,
         hidden_size: int = 1152,
         num_layers: int = 28,

@@ -11,6 +11,7 @@ from types import FrameType
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from safetensors import SafetensorError
 
@@ -39,11 +40,13 @@ def make_accelerator(settings: TrainingConfig, output: Path) -> Accelerator:
     keep_freed_memory(large=not settings.gradient_checkpointing)
     # A part of an objective need not have a gradient in every step.
     train_all = all(OBJECTIVES.get(name).trains_all for name in settings.objectives)
+    # Where a run of an earlier version has its events, accelerate's folder for the project, they stay together.
+    board = TensorBoardTracker("vit5gen" if (output / "vit5gen").is_dir() else "tensorboard", output)
     parts_unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(
         mixed_precision="no",
         kwargs_handlers=None if train_all else [parts_unused],
-        log_with=list(settings.trackers) or None,
+        log_with=[board if tracker == "tensorboard" else tracker for tracker in settings.trackers] or None,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
     )
 

@@ -4,4 +4,6 @@
 ``gpu`` on the CPU.
 """
 
-NAMES = ("train-step", "classifier", "sampling", "evaluation", "memory", "start-up", "scaling", "gpu")
+from typing import Literal
+
+Benchmark = Literal["train-step", "classifier", "sampling", "evaluation", "memory", "start-up", "scaling", "gpu"]

@@ -4,7 +4,7 @@ import itertools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import torch
@@ -14,12 +14,12 @@ from vit5gen.data.images import open_images
 from vit5gen.evaluation import load_extractor
 from vit5gen.generation.card import commit, versions
 from vit5gen.generation.find_pipeline import load_pipeline
-from vit5gen.lab.benchmark import NAMES, inference, sampling, steps
+from vit5gen.lab.benchmark import Benchmark, inference, sampling, steps
 from vit5gen.lab.benchmark.engine import FULL, QUICK, Row, Setting, fresh
 from vit5gen.lab.benchmark.peers import SIT, VIT5
 from vit5gen.models.classifier import vit5_small
 from vit5gen.system.cpu import keep_freed_memory
-from vit5gen.system.errors import UserError, choose
+from vit5gen.system.errors import UserError
 from vit5gen.system.files import check_writable, sha256, write_json, write_text
 from vit5gen.training import cost
 from vit5gen.training.dry_run import run_cost
@@ -41,14 +41,14 @@ COLUMNS = ("benchmark", "mode", "ours", "peer", "ratio", "95 % interval", "our m
 
 
 @patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"})
-def run_benchmarks(output: Path, folders: Mapping[str, Path | None], only: str | None, quick: bool) -> None:
+def run_benchmarks(output: Path, folders: Mapping[str, Path | None], only: Benchmark | None, quick: bool) -> None:
     """Run all benchmarks or one, print their rows, and write ``output`` (JSON) and a table (.md) next to it.
 
     folders: those of `Setting`. Rows that need one not given are skipped with a note. Raises `UserError` for bad
     input before any work.
     """
     # What will be measured, and what cannot.
-    names = NAMES if only is None else (choose("--only", only, NAMES),)
+    names = get_args(Benchmark) if only is None else (only,)
     if output.suffix != ".json":
         raise UserError(f"--output {output}: expected FILE.json; FILE.md is written next to it")
     notes = ["a quick run with tiny sizes: its figures mean nothing"] if quick else []
