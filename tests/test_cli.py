@@ -150,8 +150,8 @@ BAD = {
         ["guidance_interval", "[0.9, 0.1]", "start"],
     ),
     "interval of no guidance": (
-        "train TINY/run.yaml --output OUT --sampling.guidance_scale 1 --sampling.guidance_interval [0.1,0.9]",
-        ["sampling.guidance_interval", "no effect", "guidance_scale = 1"],
+        "sample --checkpoint TINY/none --num-images 1 --seed 0 --output OUT.png --guidance-interval 0.1 0.9",
+        ["guidance_interval", "no effect", "guidance_scale = 1"],
     ),
     "channels of no guidance": (
         "sample --checkpoint TINY/none --num-images 1 --seed 0 --output OUT.png --guidance-channels 3",
