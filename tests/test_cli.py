@@ -150,7 +150,7 @@ BAD = {
         ["guidance_interval", "[0.9, 0.1]", "start"],
     ),
     "interval of no guidance": (
-        "sample --checkpoint TINY/none --num-images 1 --seed 0 --output OUT.png --guidance-interval 0.1 0.9",
+        "sample --checkpoint TINY/none --num-images 1 --seed 0 --output OUT.png --guidance-interval [0.1,0.9]",
         ["guidance_interval", "no effect", "guidance_scale = 1"],
     ),
     "channels of no guidance": (
