@@ -324,6 +324,16 @@ def test_a_base_is_known_in_any_precision_and_with_both_halves_of_its_head(tmp_p
     pipeline(both).load_lora_weights(tmp_path / "one")
 
 
+def test_an_adapter_of_the_head_is_refused_where_it_is_folded_in(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"rank": 2, "targets": ["head.linear"], "full": []}
+    folder, (model, training) = save(tmp_path / "one", **options), adapted(**options)
+    merged, base = tiny_transformer(backbone="vit5"), pipeline(tiny_transformer(backbone="vit5"))
+    merged.load_state_dict(fold(model.state_dict(), training))
+    base.load_lora_weights(folder)
+    with pytest.raises(UserError, match="already folded into them"):
+        pipeline(merged).load_lora_weights(folder)
+
+
 def damage(change: Callable[[dict[str, Tensor]], None], folder: Path, name: str) -> None:
     with safe_open(folder / name, "pt") as found:
         header = found.metadata()

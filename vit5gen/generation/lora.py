@@ -25,7 +25,8 @@ ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' name
 FULL = "trained_in_full.safetensors"
 _CONFIG, _BASE, _NAMES = "lora_adapter_metadata", "base_sha256", "trained_in_full"  # keys of the adapter's header
 # What follows from the classes, the latent size and `learn_sigma`: a base may differ there and take the same adapter.
-_OF_THE_DATA = ("label_embed.weight", "head.linear.weight", "head.linear.bias", "backbone.pos_embed")
+_HEAD = ("head.linear.weight", "head.linear.bias")
+_OF_THE_DATA = ("label_embed.weight", *_HEAD, "backbone.pos_embed")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -40,19 +41,28 @@ def plain_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
 
 
-def hash_base(state: Mapping[str, Tensor], full: Iterable[str], dtypes: Iterable[torch.dtype] = _DTYPES) -> list[str]:
-    """Return the SHA-256 of the weights that adapters leave alone, as they are in each of the ``dtypes``.
+def hash_base(
+    state: Mapping[str, Tensor], full: Iterable[str], adapters: Iterable[str], dtypes: Iterable[torch.dtype] = _DTYPES
+) -> list[str]:
+    """Return the SHA-256 of the weights to which adapters are added, as they are in each of the ``dtypes``.
 
     full: parameters that are trained beside the adapters. These, label table, positions and output layer do not count.
+    adapters: names of their weights; an output layer that has one counts.
     """
     digests = {dtype: hashlib.sha256() for dtype in dtypes}
+    left_out = {*_OF_THE_DATA, *full} - {f"{layer}.weight" for layer in _layers(adapters)}
     for name, value in sorted(plain_weights(state).items()):
-        if name not in {*_OF_THE_DATA, *full}:
+        if name not in left_out:
             for dtype, digest in digests.items():
                 cast = value.detach().to(dtype if value.is_floating_point() else value.dtype).cpu().contiguous()
                 digest.update(f"{name} {tuple(cast.shape)}".encode())
                 digest.update(cast.reshape(-1).view(torch.uint8).numpy().data)
     return [digest.hexdigest() for digest in digests.values()]
+
+
+def _layers(adapters: Iterable[str]) -> list[str]:
+    """Return the layers that have an adapter, by the names of its weights."""
+    return sorted({name.removeprefix("transformer.").split(".lora_")[0] for name in adapters})
 
 
 @dataclass(frozen=True)
@@ -80,8 +90,8 @@ class Adapter:
 
     def save(self, folder: Path, config: Mapping[str, Any], id2label: Mapping[int, str]) -> None:
         """Write both files, whose header holds the classes too; config: of the transformer."""
-        layers = sorted({name.split(".lora_")[0] for name in self.weights})
-        options = {f"transformer.{key}": value for key, value in {**self.sizes, "target_modules": layers}.items()}
+        sizes = {**self.sizes, "target_modules": _layers(self.weights)}
+        options = {f"transformer.{key}": value for key, value in sizes.items()}
         header = {"format": "pt", _CONFIG: json.dumps(options), _NAMES: json.dumps(sorted(self.full))}
         header |= {_key(dtype): digest for dtype, digest in zip(_DTYPES, self.base, strict=True)}
         weights = {f"transformer.{name}": value.cpu().contiguous() for name, value in self.weights.items()}
@@ -133,7 +143,7 @@ class LoraMixin(CogVideoXLoraLoaderMixin):
         full = _read_full(file.with_name(FULL), json.loads(header.get(_NAMES, "[]")), own) if header else None
         dtype = transformer.dtype if transformer.dtype in _DTYPES else torch.float32
         names = () if full is None else full.tensors
-        if _key(dtype) in header and [header[_key(dtype)]] != hash_base(own, names, [dtype]):
+        if _key(dtype) in header and [header[_key(dtype)]] != hash_base(own, names, weights, [dtype]):
             found = "was trained on other weights than this pipeline has, or is already folded into them"
             raise UserError(f"{where} {found}; load the pipeline that its training began with")
 

@@ -90,4 +90,4 @@ def adapter_of(
     weights = {name.replace(".default.", "."): value for name, value in state.items() if ".lora_" in name}
     in_full = {"label_embed.weight", *(name for name in trained if ".lora_" not in name)}
     full = {name.replace(".base_layer.", "."): state[name] for name in in_full}
-    return Adapter(weights, full, settings.lora.sizes, base or hash_base(state, full))
+    return Adapter(weights, full, settings.lora.sizes, base or hash_base(state, full, weights))
