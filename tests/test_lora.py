@@ -272,6 +272,15 @@ def test_adapters_are_mixed_folded_in_and_removed_as_in_diffusers(tmp_path: Path
     assert gap(draw(pipe), wanted) < 1e-6
     pipe.set_adapters(["one", "two"], [0.5, 0.5])
     assert gap(draw(pipe), wanted) > 1e-3
+    for names, scales in ((["one", "two"], [1.0, 0.0]), (["two", "one"], [0.0, 1.0])):
+        pipe.set_adapters(names, scales)
+        assert gap(draw(pipe), wanted) < 1e-6
+    pipe.set_adapters("one", 0.0)
+    assert torch.equal(draw(pipe), before)
+    assert pipe.config.id2label == {0: "zero"}
+    pipe.delete_adapters("two")
+    pipe.load_lora_weights(load_file(two / ADAPTER), adapter_name="two")
+    assert pipe.config.id2label == {0: "zero"}
     pipe.delete_adapters("two")
     pipe.set_adapters("one")
     pipe.disable_lora()
@@ -286,8 +295,10 @@ def test_adapters_are_mixed_folded_in_and_removed_as_in_diffusers(tmp_path: Path
     assert_identical(dict(pipe.transformer.state_dict()), state)
     with pytest.raises(UserError, match="the transformer has adapters; fold them in"):
         pipe.save_pretrained(tmp_path / "saved")
+    pipe = SiTPipeline.from_pipe(pipe)
     pipe.unload_lora_weights()
     assert torch.equal(draw(pipe), before)
+    assert pipe.config.id2label == {0: "zero"}
     pipe.load_lora_weights(one)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
@@ -320,8 +331,17 @@ def test_a_base_is_known_in_any_precision_and_with_both_halves_of_its_head(tmp_p
     pipe.load_lora_weights(save(tmp_path / "one", rank=2))
     both = tiny_transformer(backbone="vit5", learn_sigma=True)
     state = tiny_transformer(backbone="vit5").state_dict()
-    both.load_state_dict({**both.state_dict(), **{name: state[name] for name in state if "head.linear" not in name}})
-    pipeline(both).load_lora_weights(tmp_path / "one")
+    for name in ("head.linear.weight", "head.linear.bias"):  # rows are (patch pixels, channels)
+        used = state[name].unflatten(0, (4, 4))
+        state[name] = torch.cat([used, torch.ones_like(used)], 1).flatten(0, 1)
+    both.load_state_dict(state)
+    pipes, folder = (pipeline(both), pipe), save(tmp_path / "two", rank=2, full=["label_embed", "head"])
+    for one in pipes:
+        one.load_lora_weights(folder)
+    assert pipes[0].transformer.head.linear.bias.unflatten(0, (4, 8))[:, 4:].eq(1).all()
+    assert gap(*map(draw, pipes)) < (1e-6 if dtype == torch.float64 else 0.1)
+    with pytest.raises(UserError, match=r"for 16 outputs, this transformer's has 32; .* or learn_sigma"):
+        pipes[0].load_lora_weights(save(tmp_path / "three", rank=2, targets=["head"], full=[]))
 
 
 def test_an_adapter_of_the_head_is_refused_where_it_is_folded_in(tmp_path: Path) -> None:
@@ -334,12 +354,29 @@ def test_an_adapter_of_the_head_is_refused_where_it_is_folded_in(tmp_path: Path)
         pipeline(merged).load_lora_weights(folder)
 
 
-def damage(change: Callable[[dict[str, Tensor]], None], folder: Path, name: str) -> None:
+def damage(change: Callable[[dict[str, Tensor]], None], folder: Path, name: str, **header: str) -> None:
     with safe_open(folder / name, "pt") as found:
-        header = found.metadata()
+        header = found.metadata() | header
     tensors = load_file(folder / name)
     change(tensors)
     save_file(tensors, folder / name, header)
+
+
+def rewrite(folder: Path, name: str = ADAPTER, **header: str) -> None:
+    damage(lambda found: None, folder, name, **header)
+
+
+def rename(found: dict[str, Tensor]) -> None:
+    for name in list(found):
+        found[name.replace("lora_A", "lora_down").replace("lora_B", "lora_up")] = found.pop(name)
+
+
+def halve(found: dict[str, Tensor], keep: int) -> None:
+    """Keep so many rows of the first half of a pair."""
+    name = next(name for name in sorted(found) if "lora_A" in name)
+    found[name] = found[name][:keep].clone()
+    if not keep:
+        del found[name]
 
 
 @pytest.mark.parametrize(
@@ -357,6 +394,17 @@ def damage(change: Callable[[dict[str, Tensor]], None], folder: Path, name: str)
             lambda folder: damage(lambda found: found["label_embed.weight"].fill_(float("inf")), folder, FULL),
             r"values of label_embed.weight are not finite",
         ),
+        (lambda folder: rewrite(folder, trained_in_full="{{"), "trained_in_full = '{{' in its header is no list"),
+        (lambda folder: rewrite(folder, lora_adapter_metadata="[]"), r"lora_adapter_metadata = '\[\]' .* is no dict"),
+        (lambda folder: rewrite(folder, FULL, config="{{"), "config = '{{' in its header is no dict"),
+        (
+            lambda folder: rewrite(folder, FULL, config='{"num_classes": 50, "class_dropout_prob": 0.1}'),
+            "50, .* 6 rows",
+        ),
+        (lambda folder: save_file(load_file(folder / FULL), folder / FULL), "None, .* which 6 rows"),
+        (lambda folder: damage(rename, folder, ADAPTER), r"no such pair for .*expected transformer.LAYER.lora_A"),
+        (lambda folder: damage(lambda found: halve(found, 0), folder, ADAPTER), "no such pair for backbone"),
+        (lambda folder: damage(lambda found: halve(found, 1), folder, ADAPTER), r"lora_A of shape \(1, .* of .*, 2\)"),
     ],
 )
 def test_a_bad_adapter_is_told_in_one_line_and_changes_nothing(tmp_path: Path, harm: Any, message: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import safetensors.torch
@@ -19,14 +20,17 @@ from torch import Tensor
 from vit5gen.generation.labels import names_by_id
 from vit5gen.models.weights import check_finite
 from vit5gen.registry import missing_packages
-from vit5gen.system.errors import UserError, nearest
+from vit5gen.system.errors import UserError, nearest, short
 
 ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' name
 FULL = "trained_in_full.safetensors"
+ADAPTED = {"_base", "_full", "_unfused"}  # what a pipeline keeps for its transformer's adapters
 _CONFIG, _BASE, _NAMES = "lora_adapter_metadata", "base_sha256", "trained_in_full"  # keys of the adapter's header
 # What follows from the classes, the latent size and `learn_sigma`: a base may differ there and take the same adapter.
-_HEAD = ("head.linear.weight", "head.linear.bias")
-_OF_THE_DATA = ("label_embed.weight", *_HEAD, "backbone.pos_embed")
+_LABELS = "label_embed.weight"
+_OF_THE_DATA = (_LABELS, "head.linear.weight", "head.linear.bias", "backbone.pos_embed")
+_CLASSES = ("num_classes", "class_dropout_prob")  # what the transformer's configuration says of them
+_KINDS = {_CONFIG: dict, _NAMES: list, "config": dict, "id2label": dict}  # of JSON in the headers
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -96,7 +100,7 @@ class Adapter:
         header |= {_key(dtype): digest for dtype, digest in zip(_DTYPES, self.base, strict=True)}
         weights = {f"transformer.{name}": value.cpu().contiguous() for name, value in self.weights.items()}
         safetensors.torch.save_file(weights, folder / ADAPTER, header)
-        known = {key: config[key] for key in ("num_classes", "class_dropout_prob")}
+        known = {key: config[key] for key in _CLASSES}
         header = {"format": "pt", "config": json.dumps(known), "id2label": json.dumps(dict(id2label))}
         full = {name: value.cpu().contiguous() for name, value in self.full.items()}
         safetensors.torch.save_file(full, folder / FULL, header)
@@ -107,6 +111,7 @@ def _key(dtype: torch.dtype) -> str:
     return _BASE if dtype not in _DTYPES[1:] else f"{_BASE}_{str(dtype).removeprefix('torch.')}"
 
 
+# Of diffusers' loaders, which are one for each of its models, this is one that knows nothing but a `transformer`.
 class LoraMixin(CogVideoXLoraLoaderMixin):
     """diffusers' methods for LoRA of a pipeline whose one network is its ``transformer``.
 
@@ -115,7 +120,7 @@ class LoraMixin(CogVideoXLoraLoaderMixin):
     """
 
     _base: Full | None = None  # what adapters have replaced
-    _full: dict[str, Full]
+    _full: Mapping[str, Full] = MappingProxyType({})  # by the adapter's name
     _unfused: dict[str, Tensor] | None = None
 
     def load_lora_weights(
@@ -128,8 +133,8 @@ class LoraMixin(CogVideoXLoraLoaderMixin):
         Raises `UserError` for a file that is absent, damaged, not finite, of another size, or of another base.
         """
         check_peft("load_lora_weights")
-        transformer, header = self.transformer, dict[str, str]()
-        chosen = {key: options.pop(key, False) for key in ("hotswap", "low_cpu_mem_usage")}
+        transformer, header = self.transformer, dict[str, Any]()
+        chosen: dict[str, Any] = {key: options.pop(key, False) for key in ("hotswap", "low_cpu_mem_usage")}
         adapter_name = adapter_name or get_adapter_name(transformer)
 
         # What is not the base's, or does not fit it, must not touch it.
@@ -140,7 +145,7 @@ class LoraMixin(CogVideoXLoraLoaderMixin):
             where, (weights, header) = f"adapter {(file := _find(source, options))}", _read(file)
         check_finite(where, weights)
         _check_layers(where, weights, own)
-        full = _read_full(file.with_name(FULL), json.loads(header.get(_NAMES, "[]")), own) if header else None
+        full = _read_full(file.parent / FULL, header.get(_NAMES, []), own, transformer.config)
         dtype = transformer.dtype if transformer.dtype in _DTYPES else torch.float32
         names = () if full is None else full.tensors
         if _key(dtype) in header and [header[_key(dtype)]] != hash_base(own, names, weights, [dtype]):
@@ -148,21 +153,20 @@ class LoraMixin(CogVideoXLoraLoaderMixin):
             raise UserError(f"{where} {found}; load the pipeline that its training began with")
 
         # diffusers adds the adapter; the rest takes the place of what is kept for later.
-        config = json.loads(header[_CONFIG]) if _CONFIG in header else None
-        self.load_lora_into_transformer(
-            weights, transformer, adapter_name=adapter_name, metadata=config, _pipeline=self, **chosen
-        )
+        chosen |= {"adapter_name": adapter_name, "metadata": header.get(_CONFIG) or None}
+        self.load_lora_into_transformer(weights, transformer, _pipeline=self, **chosen)
+        self._forget([adapter_name])
         if full is not None:
             if self._base is None:
                 known = {key: transformer.config[key] for key in full.config}
-                self._base, self._full = Full({}, known, self.config.id2label), {}
+                self._base = Full({}, known, self.config.id2label)
             for name in full.tensors:
                 self._base.tensors.setdefault(name, own[name])
-            self._full[adapter_name] = full
+            self._full = {**self._full, adapter_name: full}
         self._put([adapter_name])
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
-        """Activate adapters, each with a weight (default 1)."""
+        """Activate adapters, each with a weight (default 1), which does not scale what was trained in full."""
         super().set_adapters(adapter_names, adapter_weights)
         self._put([adapter_names] if isinstance(adapter_names, str) else adapter_names)
 
@@ -179,6 +183,7 @@ class LoraMixin(CogVideoXLoraLoaderMixin):
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """Remove adapters."""
         super().delete_adapters(adapter_names)
+        self._forget([adapter_names] if isinstance(adapter_names, str) else adapter_names)
         self._put(self.get_active_adapters())
 
     def fuse_lora(self, *args: Any, **options: Any) -> None:
@@ -201,15 +206,22 @@ class LoraMixin(CogVideoXLoraLoaderMixin):
         super().unload_lora_weights()
         if self._unfused is None:
             self._put([])
+        self._forget(self._full)
         self._base = self._unfused = None
 
+    def _forget(self, adapters: Iterable[str]) -> None:
+        """Forget what these adapters bring."""
+        self._full = {name: full for name, full in self._full.items() if name not in adapters}
+
     def _put(self, adapters: Iterable[str]) -> None:
-        """Put what these adapters bring in place of the base's."""
+        """Put what these adapters bring in place of the base's, except those of weight 0."""
         if self._base is None:
             return
         transformer = self.transformer
+        scales = [module.scaling for module in transformer.modules() if hasattr(module, "lora_A")]
+        acting = [name for name in adapters if name in self._full and any(scale.get(name) for scale in scales)]
         parameters = {name.replace(".base_layer.", "."): value for name, value in transformer.named_parameters()}
-        for full in (self._base, *(self._full[name] for name in adapters if name in self._full)):
+        for full in (self._base, *(self._full[name] for name in acting)):
             for name, value in full.tensors.items():
                 parameters[name].data = value.to(parameters[name])
             transformer.register_to_config(**full.config)
@@ -232,26 +244,61 @@ def _find(source: str | Path, options: dict[str, Any]) -> Path:
     return path / inner if path.is_dir() else path
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of a file and its header; raise `UserError` for one that is absent or damaged."""
     try:
         with safe_open(file, "pt") as found:
-            return {name: found.get_tensor(name) for name in found.keys()}, found.metadata() or {}  # noqa: SIM118
+            tensors, header = {name: found.get_tensor(name) for name in found.keys()}, found.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read as safetensors ({error}); check the path, or save it again") from error
+    for key, kind in _KINDS.items():
+        try:
+            value = json.loads(header.get(key, json.dumps(kind())))
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, kind):
+            raise UserError(f"{file}: {key} = {short(header[key])} in its header is no {kind.__name__}; save it again")
+        header[key] = value
+    return tensors, header
 
 
-def _read_full(file: Path, names: list[str], own: Mapping[str, Tensor]) -> Full | None:
-    """Return what lies beside an adapter, None where its header names nothing; `UserError` where it does not fit."""
+def _read_full(file: Path, names: list[str], own: Mapping[str, Tensor], config: Mapping[str, Any]) -> Full | None:
+    """Return what lies beside an adapter, None where its header names nothing; `UserError` where it does not fit.
+
+    own, config: of the transformer.
+    """
     if not names:
         return None
     tensors, header = _read(file)
     check_finite(str(file), tensors)
-    for name in names:
-        rows = 1 if name == "label_embed.weight" else 0  # whose number is that of the adapter's classes
-        if name not in tensors or name not in own or tensors[name].shape[rows:] != own[name].shape[rows:]:
+
+    # Each as it is there, but for the number of rows of the label table, which is that of the adapter's classes.
+    fitted = {name: _fit_head(value, own[name], config) for name, value in tensors.items() if name in own}
+    for name in map(str, names):
+        rows = 1 if name == _LABELS else 0
+        if name not in fitted or fitted[name].shape[rows:] != own[name].shape[rows:]:
             raise UserError(f"{file}: {name} does not fit this transformer; load the pipeline that training began with")
-    return Full(tensors, json.loads(header["config"]), names_by_id(json.loads(header["id2label"])))
+    known = {key: header["config"].get(key) for key in _CLASSES}
+    classes, dropout = known.values()
+    rows = len(fitted.get(_LABELS, ()))
+    if not (isinstance(classes, int) and isinstance(dropout, int | float) and classes + (dropout > 0) == rows):
+        raise UserError(f"{file}: its header has {known}, which {rows} rows of {_LABELS} do not fit; save it again")
+    return Full({name: fitted[name] for name in names}, known, names_by_id(header["id2label"]))
+
+
+def _fit_head(value: Tensor, there: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """Return a tensor of the head, whose rows are (patch pixels, channels), with as many channels as one ``there``.
+
+    One may have the half that `learn_sigma` discards; it is then that of ``there``, or left out. Others stay.
+    """
+    patch = config["patch_size"] ** 2
+    used = patch * config["in_channels"]
+    if value.shape[1:] != there.shape[1:] or {*value.shape[:1], *there.shape[:1]} != {used, 2 * used}:
+        return value
+    rows, fitted = (one.unflatten(0, (patch, -1)) for one in (value, there.to(value, copy=True)))
+    channels = min(rows.shape[1], fitted.shape[1])
+    fitted[:, :channels] = rows[:, :channels]
+    return fitted.flatten(0, 1)
 
 
 def _check_layers(where: str, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
@@ -260,12 +307,17 @@ def _check_layers(where: str, weights: Mapping[str, Tensor], own: Mapping[str, T
         raise UserError(
             f"{where} has no weights of LoRA; expected e.g. transformer.backbone.blocks.0.mlp.fc1.lora_A.weight"
         )
-    for name, value in weights.items():
-        layer, _, kind = name.removeprefix("transformer.").partition(".lora_")
-        if kind in ("A.weight", "B.weight"):
-            if (weight := own.get(f"{layer}.weight")) is None:
-                raise UserError(f"{where}: this transformer has no layer {layer};{nearest(f'{layer}.weight', own)}")
-            side = 1 if kind == "A.weight" else 0
+    for key in sorted({name.partition(".lora_")[0] for name in weights if ".lokr" not in name}):
+        layer, (a, b) = key.removeprefix("transformer."), (weights.get(f"{key}.lora_{side}.weight") for side in "AB")
+        if a is None or b is None or layer == key:
+            expected = "expected transformer.LAYER.lora_A.weight and transformer.LAYER.lora_B.weight for each layer"
+            raise UserError(f"{where} has no such pair for {layer}; {expected}, as diffusers names them")
+        if (weight := own.get(f"{layer}.weight")) is None:
+            raise UserError(f"{where}: this transformer has no layer {layer};{nearest(f'{layer}.weight', own)}")
+        if min(a.ndim, b.ndim) < 2 or a.shape[0] != b.shape[1]:
+            found = f"lora_A of shape {tuple(a.shape)} and lora_B of {tuple(b.shape)}"
+            raise UserError(f"{where}: {layer} has {found}; expected (rank, inputs) and (outputs, rank)")
+        for side, value, what in ((1, a, "inputs"), (0, b, "outputs")):
             if value.shape[side] != weight.shape[side]:
-                found = f"{layer} is for {value.shape[side]} {('outputs', 'inputs')[side]}, this transformer's has"
-                raise UserError(f"{where}: {found} {weight.shape[side]}; it belongs to a model of another width")
+                found = f"{layer} is for {value.shape[side]} {what}, this transformer's has {weight.shape[side]}"
+                raise UserError(f"{where}: {found}; it belongs to a model of another width or learn_sigma")

@@ -26,7 +26,7 @@ from vit5gen.data.autoencoders.kl import decode, downsample, latent_scaling, to_
 from vit5gen.flow import Flow, GuidedModel, Steps
 from vit5gen.generation.card import TrainingFacts, model_card
 from vit5gen.generation.labels import Labels, find_class_ids, names_by_id
-from vit5gen.generation.lora import Adapter, LoraMixin
+from vit5gen.generation.lora import ADAPTED, Adapter, LoraMixin
 from vit5gen.generation.scheduler import Generators, ModelFn, SiTScheduler, foreign_steps
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.models.weights import align
@@ -291,6 +291,8 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
             for dtype in filter(None, dtypes):
                 if isinstance(module, nn.Module) and module.dtype != dtype:
                     setattr(pipe, name, copy.deepcopy(module).to(dtype))
+        if "transformer" not in kwargs:  # else it brings its adapters, and what these have replaced
+            pipe.__dict__.update({name: vars(pipeline)[name] for name in ADAPTED & vars(pipeline).keys()})
         pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
         return pipe
 
