@@ -25,10 +25,11 @@ from vit5gen.models.backbone import BACKBONES
 from vit5gen.system.errors import UserError
 from vit5gen.training import checkpoint, cost
 from vit5gen.training.averages import EMA
-from vit5gen.training.build import build_model, build_model_to_train
+from vit5gen.training.build import build_model, build_model_to_train, settle_auto
 from vit5gen.training.dry_run import describe, run_cost
 from vit5gen.training.export import export_pipeline
 from vit5gen.training.optimizers import build_optimizer
+from vit5gen.training.run_folder import RunFolder
 from vit5gen.training.trainable import adapter_of, choose_trainable, fold
 
 LORA = {"training__trainable": "lora", "training__lora": {"rank": 2, "full": ["label_embed", "head"], "dropout": 0.2}}
@@ -172,6 +173,17 @@ def test_bad_values_are_told_in_one_line(training: dict[str, Any], message: str)
     with pytest.raises(UserError, match=message) as told:
         choose_trainable(tiny_transformer(), settings(**training))
     assert "\n" not in str(told.value)
+
+
+def test_a_new_run_behind_an_output_layer_of_zeros_is_refused(config_file: Path, tmp_path: Path) -> None:
+    frozen = {"training.trainable": "lora"}, {"training.trainable": ["*.bias"]}
+    for options in frozen:
+        with pytest.raises(UserError, match=r"head.linear is zero in a new model .* set training.init_from"):
+            RunFolder(tmp_path / "run").find_start(load_config(config_file, options), "auto", accept_changes=False)
+        assert settle_auto(load_config(config_file, options), {"training": {}})  # resumed
+    for options in ({"training.trainable": ["head"]}, frozen[0] | {"training.lora": {"targets": ["head"]}}):
+        assert settle_auto(load_config(config_file, options), {})
+    assert settle_auto(load_config(config_file, frozen[0] | {"training.init_from": "run"}), {})
 
 
 def test_without_peft_the_command_says_what_to_install(
@@ -402,8 +414,11 @@ def halve(found: dict[str, Tensor], keep: int) -> None:
             "50, .* 6 rows",
         ),
         (lambda folder: save_file(load_file(folder / FULL), folder / FULL), "None, .* which 6 rows"),
-        (lambda folder: damage(rename, folder, ADAPTER), r"no such pair for .*expected transformer.LAYER.lora_A"),
-        (lambda folder: damage(lambda found: halve(found, 0), folder, ADAPTER), "no such pair for backbone"),
+        (
+            lambda folder: damage(rename, folder, ADAPTER),
+            r"no pair of matrices for .*expected transformer.LAYER.lora_A",
+        ),
+        (lambda folder: damage(lambda found: halve(found, 0), folder, ADAPTER), "no pair of matrices for backbone"),
         (lambda folder: damage(lambda found: halve(found, 1), folder, ADAPTER), r"lora_A of shape \(1, .* of .*, 2\)"),
     ],
 )

@@ -311,7 +311,7 @@ def _check_layers(where: str, weights: Mapping[str, Tensor], own: Mapping[str, T
         layer, (a, b) = key.removeprefix("transformer."), (weights.get(f"{key}.lora_{side}.weight") for side in "AB")
         if a is None or b is None or layer == key:
             expected = "expected transformer.LAYER.lora_A.weight and transformer.LAYER.lora_B.weight for each layer"
-            raise UserError(f"{where} has no such pair for {layer}; {expected}, as diffusers names them")
+            raise UserError(f"{where} has no pair of matrices for {layer}; {expected}, as in diffusers")
         if (weight := own.get(f"{layer}.weight")) is None:
             raise UserError(f"{where}: this transformer has no layer {layer};{nearest(f'{layer}.weight', own)}")
         if min(a.ndim, b.ndim) < 2 or a.shape[0] != b.shape[1]:

@@ -15,7 +15,7 @@ from vit5gen.generation.scheduler import SAMPLERS
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.registry import name_and_options
 from vit5gen.system.distributed import processes
-from vit5gen.system.errors import UserError, choose
+from vit5gen.system.errors import UserError, choose, short
 from vit5gen.system.precision import PRECISIONS, find_compiler_fault, resolve
 from vit5gen.training.objectives import OBJECTIVES, build_objectives
 from vit5gen.training.optimizers import OPTIMIZERS
@@ -55,8 +55,10 @@ def settle_auto(config: Config, recorded: dict[str, Any]) -> Config:
     """Replace `auto` by what the ``recorded`` configuration of a checkpoint has, else by what suits the machine.
 
     Prints a note where that precision is slow here, or `auto` would compile and there is no compiler. Raises
-    `UserError` where blocks must be compiled and there is none.
+    `UserError` where blocks must be compiled and there is none, and for a new run that would learn nothing.
     """
+    if not recorded:
+        _check_learning(config)
     settings, before, device = config.training, recorded.get("training", {}), processes().device
     precision: str = settings.precision
     if precision == "auto":
@@ -74,6 +76,20 @@ def settle_auto(config: Config, recorded: dict[str, Any]) -> Config:
     PRECISIONS[precision].warn_if_slow(device)
     values = {"precision": precision, "compile": bool(compiled)}
     return config.model_copy(update={"training": settings.model_copy(update=values)})
+
+
+def _check_learning(config: Config) -> None:
+    """Raise `UserError` for a new run of which a part is trained behind an output layer that stays at zero."""
+    if config.training.trainable == "all" or config.training.init_from is not None:
+        return
+    with torch.device("meta"):
+        model = build_model(config)
+        choose_trainable(model, config.training)
+    if not any(weight.requires_grad and weight.ndim > 1 for weight in model.head.linear.parameters()):
+        found = f"training.trainable = {short(config.training.trainable)}: head.linear is zero in a new model"
+        raise UserError(
+            f"{found} and would stay so: nothing is learned; set training.init_from to weights to begin with"
+        )
 
 
 def build_model(config: Config) -> SiTTransformer2DModel:
