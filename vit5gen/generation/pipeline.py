@@ -291,7 +291,7 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
             for dtype in filter(None, dtypes):
                 if isinstance(module, nn.Module) and module.dtype != dtype:
                     setattr(pipe, name, copy.deepcopy(module).to(dtype))
-        if "transformer" not in kwargs:  # else it brings its adapters, and what these have replaced
+        if "transformer" not in kwargs:  # whose adapters have replaced what the given pipeline keeps
             pipe.__dict__.update({name: vars(pipeline)[name] for name in ADAPTED & vars(pipeline).keys()})
         pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
         return pipe
