@@ -23,13 +23,15 @@ from tiny_run import assert_identical, forget_processes, run, weights
 
 from vit5gen import SiTPipeline, SiTTransformer2DModel, shipped
 from vit5gen.cli import main
-from vit5gen.config import Config, load_config, load_recorded
+from vit5gen.config import Config, VaeConfig, load_config, load_recorded
 from vit5gen.generation.find_pipeline import load_pipeline
 from vit5gen.models import load_sit
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256
-from vit5gen.training.build import build_model
-from vit5gen.training.initial import begin_from, class_rows, fit, initial_weights, open_origin
+from vit5gen.training import initial
+from vit5gen.training.build import build_model, build_model_to_train
+from vit5gen.training.export import export_pipeline
+from vit5gen.training.initial import begin_from, class_rows, describe, fit, initial_weights, open_origin
 from vit5gen.training.run_folder import to_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +139,8 @@ def test_the_first_step_differs_from_the_source_by_the_optimizer_alone(
         for kind in ("model", "ema_0.9", "ema_0.99"):
             assert (saved[f"{kind}/{name}"] - value).abs().max() < 1e-8, name
     assert {value.item() for name, value in saved.items() if name.endswith("/step")} == {1.0}
+    export_pipeline(tmp_path / "run", tmp_path / "converted", "none", None, None)
+    assert f"It began with the weights of {source}, SHA-256 " in (tmp_path / "converted/README.md").read_text()
 
 
 def test_classes_are_found_by_name(config_file: Path, source: Path, tmp_path: Path, capsys: Any) -> None:
@@ -274,7 +278,9 @@ def test_a_file_with_learn_sigma_loses_its_unused_half(config_file: Path, tmp_pa
     assert settled(file).training.init_digest == sha256(path)
 
 
-def test_switches_come_from_the_file_unless_overridden(config_file: Path, source: Path, tmp_path: Path) -> None:
+def test_switches_come_from_the_file_unless_overridden(
+    config_file: Path, source: Path, tmp_path: Path, capsys: Any
+) -> None:
     def tune(switches: dict[str, Any], **more: Any) -> Config:
         file = tuned(config_file, tmp_path, training__init_from=str(source), model__backbone_kwargs=switches, **more)
         return settled(file)
@@ -282,6 +288,12 @@ def test_switches_come_from_the_file_unless_overridden(config_file: Path, source
     assert tune({}).model.backbone_kwargs == {"gamma_init": 1.0}
     assert tune({"rope_theta": 50.0}).model.backbone_kwargs == {"gamma_init": 1.0, "rope_theta": 50.0}
     tune({"qkv_bias": True})  # starts at zero
+    capsys.readouterr()
+    tune({"gamma_init": 1.0})
+    assert "note:" not in capsys.readouterr().out
+    tune({"gamma_init": 0.5, "rope_theta": 50.0})
+    told = "note: model.backbone_kwargs: gamma_init = 0.5 (there 1.0), rope_theta = 50.0 (there 10000.0): step 0 may"
+    assert capsys.readouterr().out.startswith(told)
     for switches, told in [
         ({"num_registers": 9}, "backbone.reg_token would start anew and backbone.reg_token would be left out; set"),
         ({"qk_norm": False}, r"backbone.blocks.0.attn.k_norm.weight, .* would be left out"),
@@ -407,12 +419,91 @@ def test_other_things_that_are_no_weights(config_file: Path, source: Path, tmp_p
     for what, message in [
         (broken, "ema_0.9.safetensors is damaged"),
         (cut, "does not load"),
-        (tmp_path / "empty", "there is no such file or folder; expected RUN"),
+        (tmp_path / "empty", "it is none of these; expected RUN"),
+        ("gone/model.pt", "there is no such file or folder; expected RUN"),
+        (source / "config.yaml", "damaged, or holds something else.; give a file of tensors"),
+        (source / "samples.png", "damaged, or holds something else.; give a file of tensors"),
         ("emoji-46", "expected RUN, a checkpoint, a pipeline folder, a SiT file, a hub name, or emoji-64"),
     ]:
         file = tuned(config_file, tmp_path, training__init_from=str(what))
         refused(["train", str(file), "--output", str(tmp_path / "run")], message, capsys)
     refused(["train", str(config_file), "--model.hidden_size", "null", "--dry-run"], "set training.init_from", capsys)
+
+
+def test_without_init_from_nothing_of_it_counts(config_file: Path, source: Path, tmp_path: Path, capsys: Any) -> None:
+    file = tuned(config_file, tmp_path, training__init_from=str(source))
+    text = to_yaml(settled(file))
+    (tmp_path / "began.yaml").write_text(text)
+    forget_processes()
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(tmp_path / "began.yaml"), "--training.init_from", "null", "--dry-run"])
+    assert ended.value.code == 0
+    assert "begins:" not in capsys.readouterr().out
+    for key, value in (("init_weights", "model"), ("init_partial", "true")):
+        arguments = ["train", str(config_file), f"--training.{key}", value, "--dry-run"]
+        refused(arguments, f"{key} is given, but no init_from; set init_from, or omit", capsys)
+    # Earlier runs may have recorded what had no effect.
+    text = text.replace(f"init_from: {source}", "init_from: null").replace("init_partial: false", "init_partial: true")
+    (tmp_path / "began.yaml").write_text(text)
+    recorded = load_recorded(tmp_path / "began.yaml").training
+    assert (recorded.init_from, recorded.init_partial, recorded.init_digest) == (None, False, None)
+
+
+def test_names_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipeline(tmp_path / "some/pipe", None)
+    hub = {"nobody/model-1.5": True, "nobody/model.pt": False, "some/pipe": False, "some/pipe2": True, "a/b/c": False}
+    assert {name: initial._is_hub_name(name) for name in hub} == hub
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_origin("~/some/pipe").digest == open_origin("some/pipe").digest
+    assert open_origin("some/pipe").vae == VaeConfig().name
+
+    # A download that ended half-way lacks weights.
+    index = tmp_path / "some/pipe/model_index.json"
+    monkeypatch.setattr(initial, "try_to_load_from_cache", lambda name, file: str(index))
+    assert initial._is_fetched("nobody/model-1.5")
+    (tmp_path / "some/pipe/transformer/diffusion_pytorch_model.safetensors").unlink()
+    assert not initial._is_fetched("nobody/model-1.5")
+
+
+def test_the_hash_of_a_partly_trained_source_covers_all_its_weights(config_file: Path, tmp_path: Path) -> None:
+    assert run(config_file, tmp_path / "run", training__num_steps=1, training__trainable=["head"]) == 0
+    folder = tmp_path / "run/checkpoints/step_00000001"
+    before, file = open_origin(str(folder)).digest, folder / "model.safetensors"
+    state = load_file(file)
+    state["patch_embed.weight"] += 1  # which is not trained
+    save_file(state, file)
+    sums = json.loads((folder / "checksums.json").read_text())
+    (folder / "checksums.json").write_text(json.dumps({**sums, file.name: sha256(file)}))
+    assert open_origin(str(folder)).digest != before
+    assert open_origin(str(folder), "model").digest == sha256(file)
+
+
+def test_the_source_is_read_once(
+    config_file: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(initial, "open_origin", lambda *arguments: calls.append(arguments) or open_origin(*arguments))
+    config = settled(tuned(config_file, tmp_path, training__init_from=str(source)))
+    initial_weights(config)
+    assert len(calls) == 1
+    initial_weights(config)  # which keeps nothing
+    assert len(calls) == 2
+
+
+def test_long_tables_show_all_that_is_new_or_moved(config_file: Path, tmp_path: Path) -> None:
+    names = {i: f"c{i}" for i in range(60)}
+    origin = open_origin(str(pipeline(tmp_path / "pipe", names, num_classes=60)))
+    config = settled(tuned(config_file, tmp_path, training__init_from=str(tmp_path / "pipe")))
+    ours = [*list(names.values())[:30], *(f"c{i}" for i in range(31, 60)), "new"]
+    _, *table = describe(config, origin, ours)
+    moved = [f"row {i + 1} -> {i} c{i + 1}" for i in range(30, 59)]
+    assert table[20:] == [*moved, "row null -> 59 new", "... and 10 more that keep their row"]
+
+
+def test_unknown_weights_are_no_silence(config_file: Path) -> None:
+    with pytest.raises(AssertionError):
+        build_model_to_train(load_config(config_file), {"other": torch.zeros(1)})
 
 
 def test_dry_run_without_the_weights_lists_them(config_file: Path, tmp_path: Path, capsys: Any) -> None:

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_convert import published
 from tiny_run import forget_processes, make_inputs
 
 from vit5gen.cli import main
-from vit5gen.config import DataConfig, load_config, load_recorded
+from vit5gen.config import DataConfig, VaeConfig, load_config, load_recorded
 from vit5gen.data.images import ImageSet, _hold_out, open_held_out, open_images, open_training_images
 from vit5gen.system.errors import UserError
-from vit5gen.training import init
+from vit5gen.training import init, initial
 from vit5gen.training.build import check_values
 
 
@@ -328,3 +329,20 @@ def test_from_weights_takes_their_size_and_autoencoder(capsys: pytest.CaptureFix
     assert call("init", "pictures", "--from", "emoji-46", "--output", "other.yaml") == 2
     assert "training.init_from emoji-46: there is no such file or folder" in capsys.readouterr().err
     assert not Path("other.yaml").exists()
+    assert call("init", "pictures", "--num-attention-heads", 4, "--output", "other.yaml") == 2
+    assert "--num-attention-heads 4 has no effect without --from" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_no_trial")
+def test_from_a_file_whose_width_shows_no_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("animals", "robots"):
+        fill(Path("pictures") / name, 12)
+    file, heads = published("sit_tiny", tmp_path)
+    monkeypatch.setattr(initial, "VaeConfig", lambda: VaeConfig(name="emoji"))  # SiT's own is not here
+    command = ["init", "pictures", "--from", file, "--output", "own.yaml"]
+    assert call(*command) == 2
+    assert "--num-attention-heads, or model.num_attention_heads in a configuration" in capsys.readouterr().err
+    assert call(*command, "--num-attention-heads", heads) == 0
+    assert load_config("own.yaml").model.num_attention_heads == heads

@@ -176,6 +176,9 @@ class LoraConfig(Section):
         return {"r": self.rank, "lora_alpha": self.alpha or self.rank}
 
 
+_OF_ORIGIN = ("init_weights", "init_partial")  # what only an origin gives a meaning
+
+
 class TrainingConfig(Section):
     """Optimisation, precision, checkpoints and logs."""
 
@@ -225,9 +228,14 @@ class TrainingConfig(Section):
     trackers: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="experiment trackers")
     max_nonfinite_steps: Count = Field(10, description="stop after this many non-finite steps in a row")
 
+    @property
+    def origin(self) -> str | None:
+        """What a run begins with and its hash, as the card names it."""
+        return None if self.init_from is None else f"{self.init_from}, SHA-256 {self.init_digest}"
+
     @model_validator(mode="before")
     @classmethod
-    def _what_is_trained(cls, values: Any) -> Any:
+    def _what_goes_together(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
         trainable = values.get("trainable", "all")
@@ -235,6 +243,10 @@ class TrainingConfig(Section):
             raise ValueError(f"trainable = {short(trainable)}; expected all, lora or a list of patterns of parameters")
         if values.get("lora") is not None and trainable != "lora":
             raise ValueError(f"lora is given, but trainable = {short(trainable)}; set trainable to lora, or omit lora")
+        if values.get("init_from") is None:
+            if idle := [key for key in _OF_ORIGIN if values.get(key) not in (None, False)]:
+                raise ValueError(f"{idle[0]} is given, but no init_from; set init_from, or omit {idle[0]}")
+            values = {key: value for key, value in values.items() if key != "init_digest"}
         return {**values, "lora": values.get("lora") or {}} if trainable == "lora" else values
 
 
@@ -453,6 +465,9 @@ def recorded_values(data: dict[str, Any]) -> dict[str, Any]:
         }
         if isinstance(found := data.get(name, {}), dict):  # what else it is, the check of all values tells
             values[name] = defaults | found
+    training = values["training"]
+    if isinstance(training, dict) and training["init_from"] is None:  # then of no effect, and not refused at first
+        training |= {key: TrainingConfig.model_fields[key].default for key in _OF_ORIGIN}
     return values
 
 

@@ -1,6 +1,7 @@
 """`vit5gen init`."""
 
 from vit5gen.commands.options import Options, Utf8Path, argument
+from vit5gen.config import Width
 
 
 class InitOptions(Options):
@@ -11,10 +12,11 @@ class InitOptions(Options):
     )
     output: Utf8Path = argument(..., "NAME.yaml", "configuration that is written")
     init_from: str | None = argument(None, "WEIGHTS", "weights to begin with; see training.init_from", option="--from")
+    num_attention_heads: Width | None = argument(None, "N", "heads of a SiT file whose width matches no preset")
 
 
 def run(options: InitOptions) -> None:
     """Write a configuration for a folder, print what was seen and the next command."""
     from vit5gen.training.init import init
 
-    init(options.folder, options.output, options.init_from)
+    init(options.folder, options.output, options.init_from, options.num_attention_heads)

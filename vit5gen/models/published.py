@@ -61,7 +61,10 @@ def load_sit(source: Weights, num_attention_heads: int | None = None, **override
     heads = of_width.get(hidden_size) if num_attention_heads is None else num_attention_heads
     if heads is None:
         fault = f"cannot be read from the shapes, and no preset has hidden_size {hidden_size}"
-        raise UserError(f"num_attention_heads: {fault}; set num_attention_heads.")
+        raise UserError(
+            f"num_attention_heads: {fault}; set num_attention_heads: "
+            "--num-attention-heads, or model.num_attention_heads in a configuration."
+        )
     rows = _shape(state, "y_embedder.embedding_table.weight", "SiT")[0]
     outputs = _shape(state, "final_layer.linear.weight", "SiT")[0]
     positions = _shape(state, "pos_embed", "SiT")[1]

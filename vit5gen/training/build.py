@@ -111,7 +111,7 @@ def build_model_to_train(config: Config, weights: Mapping[str, Tensor] | None = 
     weights: by name, in place of initialised ones. How products are computed is set for the whole process.
     """
     model, precision = build_model(config), PRECISIONS[config.training.precision]
-    model.load_state_dict(weights or {}, strict=False)
+    assert not model.load_state_dict(weights or {}, strict=False).unexpected_keys
     precision.set_products()
     choose_trainable(model, config.training)
     if precision.weights != torch.float32:

@@ -43,16 +43,18 @@ def export_pipeline(
         if num_attention_heads is not None:
             raise UserError("--num-attention-heads is only for published SiT files; a run records its number of heads")
         pipe, folder, chosen, adapter = pipeline_of_run(source, vae, weights)
-        origin = f"{chosen} of {folder}"
+        source_name, began = f"{chosen} of {folder}", load_recorded(folder / CONFIG).training.origin
     else:
         if weights is not None:
             raise UserError(f"--weights {weights} is only for checkpoints of a run; a SiT file has one set of weights")
-        pipe, origin, adapter = pipeline_of_file(source, vae, num_attention_heads), source.name, None
+        pipe, source_name = pipeline_of_file(source, vae, num_attention_heads), source.name
+        began, adapter = None, None
 
     # Written beside the output and renamed, so that no half of it is ever there.
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        pipe.save_pretrained(temporary, facts=TrainingFacts(command=f"converted from {origin}"), adapter=adapter)
+        facts = TrainingFacts(command=f"converted from {source_name}", origin=began)
+        pipe.save_pretrained(temporary, facts=facts, adapter=adapter)
         os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
         raise UserError(f"output {target}: {error}; nothing was written") from error

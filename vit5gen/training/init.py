@@ -148,10 +148,11 @@ def model_for(latent_side: int, on_gpu: bool) -> tuple[dict[str, int], float]:
     return {"hidden_size": width, "num_layers": layers, "num_attention_heads": heads, "patch_size": patch}, rate
 
 
-def init(folder: str, output: str, weights: str | None = None) -> None:
+def init(folder: str, output: str, weights: str | None = None, num_attention_heads: int | None = None) -> None:
     """Write ``output`` for the pictures in ``folder``, and print what was seen and the next command.
 
     weights: to begin with, as in `training.init_from`; size, autoencoder and model are then theirs.
+    num_attention_heads: of a SiT file whose width matches no preset.
     Raises `UserError` where the folder holds no pictures in class folders, or a file is there or cannot be written.
     """
     file, other = Path(output), Path(output).with_name(f"{Path(output).stem}-autoencoder.yaml")
@@ -159,7 +160,9 @@ def init(folder: str, output: str, weights: str | None = None) -> None:
         if path.exists():
             raise UserError(f"--output {file}: {path} exists already; choose another name or remove it")
     check_writable(file)
-    origin = None if weights is None else open_origin(weights)
+    if weights is None and num_attention_heads is not None:
+        raise UserError(f"--num-attention-heads {num_attention_heads} has no effect without --from; omit it")
+    origin = None if weights is None else open_origin(weights, None, num_attention_heads)
     section, split, facts, thumbnails, broken = look(folder)
     print("\n  ".join([f"{folder}:", *facts]))
 
@@ -200,7 +203,7 @@ def init(folder: str, output: str, weights: str | None = None) -> None:
         sizes, settings["learning_rate"] = model_for(resolution // factor, on_gpu)
         content["model"] |= sizes
     else:
-        del content["model"]
+        content["model"] = {} if num_attention_heads is None else {"num_attention_heads": num_attention_heads}
         flow = origin.pipe.flow
         content["flow"] |= {"path": flow.path, "prediction": flow.prediction}
         settings |= {"learning_rate": _TUNING_RATE, "init_from": weights}

@@ -1,5 +1,6 @@
 """Weights to begin with: what `training.init_from` names, what must agree with it, and how it fits the new model."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from vit5gen.models.positions import Grid, patch_grid, resample_positions
 from vit5gen.models.transformer import PRESETS
 from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError, choose, listed
-from vit5gen.system.files import sha256
+from vit5gen.system.files import read_json, sha256
 from vit5gen.system.shipped import shipped_names
 from vit5gen.training.build import build_model, check_values
 from vit5gen.training.checkpoint import CONFIG, read_state, steps
@@ -31,7 +32,8 @@ from vit5gen.training.export import pipeline_of_file, pipeline_of_run
 
 _SIZES = ("backbone", "hidden_size", "num_layers", "num_attention_heads", "patch_size", "mlp_ratio")
 _LABELS, _HEAD = "label_embed.weight", ("head.linear.weight", "head.linear.bias")
-_MOST_ROWS = 20  # of the table of classes that are shown
+_MOST_ROWS = 20  # of the table of classes that are shown where old and new row are the same
+_opened: dict[str, "Origin"] = {}  # by hash: what `begin_from` has read, for what comes next
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,21 @@ def open_origin(name: str, weights: str | None = None, num_attention_heads: int 
     try:
         if steps(path / "checkpoints") or ((path / CONFIG).is_file() and find_pipeline(path) is None):
             pipe, folder, chosen, _ = pipeline_of_run(path, "none", weights)
+            config = load_recorded(folder / CONFIG)
             scaling = tuple(map(float, read_state(folder).get("data", {}).get("autoencoder", "").split()[1:]))
-            vae = load_recorded(folder / CONFIG).vae.name
-            return Origin(pipe, sha256(folder / f"{chosen}.safetensors"), vae, scaling or None)
+            digest = sha256(folder / f"{chosen}.safetensors")
+            if config.training.trainable != "all" and chosen != "model":  # an average holds what is trained
+                digest = hashlib.sha256(f"{sha256(folder / 'model.safetensors')} {digest}".encode()).hexdigest()
+            return Origin(pipe, digest, config.vae.name, scaling or None)
         if weights is not None:
             raise UserError(f"training.init_weights = {weights} is only for a run with checkpoints; leave it out")
         if path.is_file():
             return Origin(pipeline_of_file(path, "none", num_attention_heads), sha256(path), VaeConfig().name)
-        folder = find_pipeline(name) or _fetch(name)
-        pipe, vae = load_pipeline(folder), name if name in shipped_names() else str(folder / "vae")
-        return Origin(pipe, pipeline_hash(folder), vae, None if pipe.vae is None else kl.latent_scaling(pipe.vae))
+        folder = find_pipeline(path) or _fetch(name)
+        if (pipe := load_pipeline(folder)).vae is None:
+            return Origin(pipe, pipeline_hash(folder), VaeConfig().name)
+        vae = name if name in shipped_names() else str(folder / "vae")
+        return Origin(pipe, pipeline_hash(folder), vae, kl.latent_scaling(pipe.vae))
     except UserError as error:
         raise UserError(f"training.init_from {name}: {error}") from error
 
@@ -75,7 +82,8 @@ def _fetch(name: str) -> Path:
     """Return the folder of a pipeline of the hub, which is downloaded unless it was before."""
     expected = f"expected RUN, a checkpoint, a pipeline folder, a SiT file, a hub name, or {', '.join(shipped_names())}"
     if not _is_hub_name(name):
-        raise UserError(f"there is no such file or folder; {expected}")
+        there = Path(name).expanduser().exists()
+        raise UserError(f"{'it is none of these' if there else 'there is no such file or folder'}; {expected}")
     try:
         if not _is_fetched(name):
             model_info(name, timeout=10)  # without a network this says so; the download would retry for long
@@ -86,11 +94,18 @@ def _fetch(name: str) -> Path:
 
 
 def _is_hub_name(name: str) -> bool:
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).suffix
+    of_file = Path(name).exists() or Path(name).suffix in (".pt", ".pth", ".safetensors")
+    return not of_file and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
 def _is_fetched(name: str) -> bool:
-    return _is_hub_name(name) and isinstance(try_to_load_from_cache(name, "model_index.json"), str)
+    """Whether a pipeline of the hub has been downloaded, with the weights of all its parts."""
+    file = try_to_load_from_cache(name, "model_index.json") if _is_hub_name(name) else None
+    if not isinstance(file, str):
+        return False
+    index = read_json(Path(file), "pipeline")
+    parts = [part for part in ("transformer", "vae") if index.get(part, [None])[0]]
+    return all(any(Path(file).parent.glob(f"{part}/*.safetensors")) for part in parts)
 
 
 def missing(config: Config) -> dict[str, str]:
@@ -109,7 +124,7 @@ def begin_from(config: Config) -> Config:
     settings = config.training
     if settings.init_from is None:
         return config
-    origin = _origin_of(config)
+    origin = _open(config)
     found, flow = origin.pipe.transformer.config, origin.pipe.flow
     given = config.model.model_dump(exclude_unset=True, exclude_none=True)
 
@@ -129,17 +144,24 @@ def begin_from(config: Config) -> Config:
     switches, (built, grid) = dict(found["backbone_kwargs"] or {}), _grids(config, origin)
     if built != grid and "rope_grid" in BACKBONES.options(found["backbone"]):
         switches.setdefault("rope_grid", built[0])
-    switches |= given.get("backbone_kwargs", {})
+    defaults = {key: option.default for key, option in BACKBONES.options(found["backbone"]).items()}
+    before, asked = defaults | switches, given.get("backbone_kwargs", {})
+    switches |= asked
     kept = {key: found[key] for key in (*_SIZES, "class_dropout_prob")}
     changed = {
         "model": validate(ModelConfig, kept | given | {"backbone_kwargs": switches}, "configuration"),
         "training": settings.model_copy(update={"init_digest": origin.digest}),
     }
     config = config.model_copy(update=changed)
+    _opened[origin.digest] = origin
     check_values(config)
     if not kl.missing(config.vae.name):
         _check_scaling(config, origin)
     fit(config, origin, [None] * config.num_classes)
+    if other := [key for key, value in asked.items() if before[key] != value]:
+        told = ", ".join(f"{key} = {asked[key]} (there {before[key]})" for key in other)
+        effect = "step 0 may draw other images than these weights, and first values of loaded weights have no effect"
+        processes().print(f"note: model.backbone_kwargs: {told}: {effect}")
     return config
 
 
@@ -174,7 +196,9 @@ def describe(config: Config, origin: Origin, names: list[str] | None) -> list[st
     new = [name for name, row in zip(names, rows, strict=True) if row is None]
     told = f"; new: {listed(new)} (from the {start} row)" if new else ""
     table = [f"row {start if row is None else row} -> {i} {names[i]}" for i, row in enumerate(rows)]
-    table = [*table[:_MOST_ROWS], *[f"... and {len(table) - _MOST_ROWS} more"] * (len(table) > _MOST_ROWS)]
+    if kept := [i for i, row in enumerate(rows) if row == i][_MOST_ROWS:]:
+        table = [line for i, line in enumerate(table) if i not in kept]
+        table.append(f"... and {len(kept)} more that keep their row")
     return [f"{begins}; {len(names) - len(new)} of {len(names)} classes found by name{told}", *table]
 
 
@@ -246,7 +270,12 @@ def _head(value: Tensor, patch: int, length: int) -> Tensor:
 
 
 def _origin_of(config: Config) -> Origin:
+    return _opened.pop(config.training.init_digest or "", None) or _open(config)
+
+
+def _open(config: Config) -> Origin:
     assert config.training.init_from is not None
+    _opened.clear()
     return open_origin(config.training.init_from, config.training.init_weights, config.model.num_attention_heads)
 
 

@@ -143,6 +143,7 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
     # What is trained, on which data, and from where.
     weights, origin = initial_weights(config) if start is None else (None, {})
     settings, trainer = config.training, build_trainer(config, accelerator, weights)
+    del weights  # as large as the model
     source, vae, data = open_training_data(config, accelerator, start, accept)
     if start is not None:
         trainer.restore(start)

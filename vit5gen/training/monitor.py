@@ -166,8 +166,9 @@ class Monitor:
             self._show(grid, [*earlier, entry])
             command, settings = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), self.config.training
             with self.folder.new_pipeline() as new:
-                origin = f"{settings.init_from}, SHA-256 {settings.init_digest}" if settings.init_from else None
-                facts = TrainingFacts(command=command, metrics=entry, picture=self.folder.samples, origin=origin)
+                facts = TrainingFacts(
+                    command=command, metrics=entry, picture=self.folder.samples, origin=settings.origin
+                )
                 self._pipeline.save_pretrained(new, facts=facts, adapter=self._adapter)
             if note := floor_note(earlier, entry):
                 print(f"\nnote: {note}", flush=True)
