@@ -117,8 +117,7 @@ def train(config: Config, output: str | Path, resume: str, accept_changes: bool)
 
     resume: ``auto`` is the newest valid checkpoint of ``output``, ``never`` demands a new folder, a path names the
     checkpoint. accept_changes: resume although keys differ that change what is computed.
-    Raises `UserError` for input that does not fit (nothing is written then), and for a full disk or memory (the
-    checkpoints are then still valid).
+    Raises `UserError` for input that does not fit, and for a full disk or memory; checkpoints are then still valid.
     """
     # Wrong values end it here, before hours of encoding.
     folder = RunFolder(output)
