@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from tiny_run import make_inputs, run
 from vit5gen.cli import main
 from vit5gen.generation.find_pipeline import load_pipeline
 from vit5gen.generation.pipeline import SiTPipeline
-from vit5gen.lab.benchmark import NAMES, inference, sampling, steps
+from vit5gen.lab.benchmark import Benchmark, inference, sampling, steps
 from vit5gen.lab.benchmark.command import BENCHMARKS, costs
 from vit5gen.lab.benchmark.engine import QUICK
 from vit5gen.lab.benchmark.peers import SIT, VIT5
@@ -64,7 +64,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_names_are_those_of_the_benchmarks() -> None:
-    assert tuple(BENCHMARKS) == NAMES
+    assert tuple(BENCHMARKS) == get_args(Benchmark)
 
 
 def execute(words: str, folder: Path) -> int:
@@ -373,4 +373,4 @@ def test_all_in_one_with_processes_and_compiled(folders: Path) -> None:
     code = "from vit5gen.cli import main; main()"
     subprocess.run([sys.executable, "-c", code, "benchmark", *map(str, words)], check=True)
     rows = json.loads((folders / "all.json").read_text())["rows"]
-    assert {row["name"] for row in rows} == set(NAMES) - {"sampling"}
+    assert {row["name"] for row in rows} == set(get_args(Benchmark)) - {"sampling"}
