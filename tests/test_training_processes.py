@@ -261,7 +261,7 @@ def test_a_system_without_what_unix_has_trains_or_says_why_not(
     """What Python lacks on Windows is taken away before anything is imported; two calls of msvcrt are played."""
     (tmp_path / "windows.py").write_text(
         "import os, signal, sys, types\n"
-        "import torch, accelerate, diffusers, tensorboard, tqdm.auto  # which know what to do on Windows\n"
+        "import torch, accelerate, diffusers.loaders.peft, tensorboard, tqdm.auto  # which know what to do on Windows\n"
         "sys.modules['fcntl'] = sys.modules['resource'] = None\n"
         "del signal.pthread_sigmask, os.register_at_fork\n"
         f"sys.modules['msvcrt'] = {lock!r} and types.SimpleNamespace(LK_NBLCK=2, locking=lambda *_: None)\n"
