@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from vit5gen.commands import convert, evaluate, sample
-from vit5gen.config import SamplingConfig, validate
+from vit5gen.config import SamplingConfig
+from vit5gen.section import validate
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:

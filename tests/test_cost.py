@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit5gen import SiTTransformer2DModel
-from vit5gen.config import Config, validate
+from vit5gen.config import Config
 from vit5gen.models import layers
 from vit5gen.models.backbone import BACKBONES
+from vit5gen.section import validate
 from vit5gen.system.errors import UserError
 from vit5gen.training import cost
 from vit5gen.training.averages import EMA

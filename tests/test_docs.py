@@ -27,7 +27,8 @@ from launch import environment
 from tiny_run import forget_processes, make_inputs
 
 from vit5gen.cli import build_parser, main
-from vit5gen.config import AutoencoderTraining, Config, load_config, validate
+from vit5gen.config import AutoencoderTraining, Config, load_config
+from vit5gen.section import validate
 
 ROOT = Path(__file__).parents[1]
 FIRST = ["README", "training", "sampling", "evaluation"]  # later ones use what these leave behind

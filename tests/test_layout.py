@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "vit5gen"
 # A module imports from its own layer or a lower one, and only within its own package on the same layer.
 LAYERS = [
     {"system"},
+    {"section"},
     {"config", "registry"},
     {"models", "flow", "data"},
     {"generation"},

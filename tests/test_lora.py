@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from vit5gen import SiTPipeline, SiTScheduler, SiTTransformer2DModel
 from vit5gen.cli import main
-from vit5gen.config import Config, TrainingConfig, load_config, load_recorded, validate
+from vit5gen.config import Config, TrainingConfig, load_config, load_recorded
 from vit5gen.generation import lora as adapters
 from vit5gen.generation.lora import ADAPTER, FULL
 from vit5gen.models.backbone import BACKBONES
+from vit5gen.section import validate
 from vit5gen.system.errors import UserError
 from vit5gen.training import checkpoint, cost
 from vit5gen.training.averages import EMA

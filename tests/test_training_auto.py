@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from tiny_run import assert_identical, make_inputs, run, weights
 from torch._inductor import cpp_builder
 
-from vit5gen.config import Config, load_config, validate
+from vit5gen.config import Config, load_config
 from vit5gen.data.images import open_images
 from vit5gen.evaluation import load_extractor
+from vit5gen.section import validate
 from vit5gen.system import cpu
 from vit5gen.system.errors import UserError
 from vit5gen.system.precision import find_compiler_fault

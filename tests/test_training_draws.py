@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from vit5gen.config import Config, TrainingConfig, validate
+from vit5gen.config import Config, TrainingConfig
+from vit5gen.section import validate
 from vit5gen.training.batches import TrainingSet, batch_keys
 from vit5gen.training.random import data_index, sample_draws
 

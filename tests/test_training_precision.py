@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vit5gen.config import Config, validate
+from vit5gen.config import Config
+from vit5gen.section import validate
 from vit5gen.training.batches import micro_batches
 from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.process import make_accelerator

@@ -18,7 +18,8 @@ from pydantic import BaseModel
 
 from vit5gen import __version__
 from vit5gen.commands.options import ConfigOptions, Options, dashed
-from vit5gen.config import Config, SamplingConfig, parse_yaml, validate
+from vit5gen.config import Config, SamplingConfig, parse_yaml
+from vit5gen.section import validate
 from vit5gen.system.errors import UserError, choose, nearest, short
 
 COMMANDS = ("init", "train", "encode", "sample", "evaluate", "convert", "classify", "study", "autoencoder", "benchmark")

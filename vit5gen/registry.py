@@ -11,7 +11,7 @@ from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin
 
 from pydantic import ConfigDict, Field, create_model
 
-from vit5gen.config import Float, Plug, validate
+from vit5gen.section import Float, Plug, validate
 from vit5gen.system.errors import LARGEST, UserError, choose, nearest, short
 
 T = TypeVar("T", bound=Callable[..., Any])

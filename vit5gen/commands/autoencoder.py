@@ -1,7 +1,8 @@
 """`vit5gen autoencoder`."""
 
 from vit5gen.commands.options import Options, Utf8Path, argument
-from vit5gen.config import AutoencoderTraining, read_yaml, validate
+from vit5gen.config import AutoencoderTraining, read_yaml
+from vit5gen.section import validate
 
 
 class AutoencoderOptions(Options):

@@ -3,7 +3,8 @@
 from typing import Literal
 
 from vit5gen.commands.options import Options, argument
-from vit5gen.config import BatchSize, DataConfig, Small
+from vit5gen.config import DataConfig
+from vit5gen.section import BatchSize, Small
 
 
 class ClassifyOptions(Options):

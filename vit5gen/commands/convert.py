@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from vit5gen.commands.options import Options, Utf8Path, argument
-from vit5gen.config import Width
+from vit5gen.section import Width
 
 
 class ConvertOptions(Options):

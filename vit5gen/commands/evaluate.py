@@ -7,8 +7,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from vit5gen.commands.options import Images, Options, argument
-from vit5gen.config import BatchSize, DrawConfig, Natural, Plug
+from vit5gen.config import DrawConfig
 from vit5gen.registry import name_and_options
+from vit5gen.section import BatchSize, Natural, Plug
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import check_writable, write_json
 

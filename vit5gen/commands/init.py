@@ -1,7 +1,7 @@
 """`vit5gen init`."""
 
 from vit5gen.commands.options import Options, Utf8Path, argument
-from vit5gen.config import Width
+from vit5gen.section import Width
 
 
 class InitOptions(Options):

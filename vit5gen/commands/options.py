@@ -4,7 +4,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
-from vit5gen.config import MOST_IMAGES, Config, Section, load_config
+from vit5gen.config import Config, load_config
+from vit5gen.section import MOST_IMAGES, Section
 
 S = TypeVar("S", bound=Section)
 Images = Annotated[int, Field(ge=1, le=MOST_IMAGES)]

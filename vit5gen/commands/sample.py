@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from vit5gen.commands.options import Images, Options, argument
-from vit5gen.config import BatchSize, DrawConfig, EvaluationConfig, Natural
+from vit5gen.config import DrawConfig, EvaluationConfig
+from vit5gen.section import BatchSize, Natural
 from vit5gen.system.errors import UserError
 
 _EVALUATION = EvaluationConfig()

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vit5gen.config import DataConfig, Exif, Rules
+from vit5gen.config import DataConfig
 from vit5gen.data.pictures import UNREADABLE, cut_strip, to_rgb
 from vit5gen.registry import Registry
+from vit5gen.section import Exif, Rules
 from vit5gen.system.errors import UserError, choose, composed, distinct, listed
 
 

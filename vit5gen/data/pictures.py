@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from PIL.Image import Transpose as T
 
-from vit5gen.config import Exif, Rules
+from vit5gen.section import Exif, Rules
 from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError, listed
 from vit5gen.system.files import cache_folder, write_text

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit5gen.config import DrawConfig, Plug
+from vit5gen.config import DrawConfig
 from vit5gen.evaluation.extractors.inception import INCEPTION_SHA256
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.metric import RELIABLE_COUNT, Score, available, scores
@@ -24,6 +24,7 @@ from vit5gen.generation.many import SamplingJob, describe_job, generate, make_jo
 from vit5gen.generation.outputs import network_evaluations
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.registry import name_and_options
+from vit5gen.section import Plug
 from vit5gen.system.distributed import is_main, processes, rank_and_world, sum_over_processes
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import read_json

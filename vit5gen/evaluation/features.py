@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit5gen.config import Plug
 from vit5gen.evaluation.statistics import FeatureStatistics
 from vit5gen.models.weights import read_tensors
 from vit5gen.registry import Registry, name_and_options
+from vit5gen.section import Plug
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256
 from vit5gen.system.precision import exact_float32

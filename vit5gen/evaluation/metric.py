@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from vit5gen.config import Plug
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.reference import Reference, Scan
 from vit5gen.registry import Registry, name_and_options
+from vit5gen.section import Plug
 from vit5gen.system.errors import UserError
 
 RELIABLE_COUNT = 50_000

@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vit5gen.config import DataConfig, Exif, find_config, load_config
+from vit5gen.config import DataConfig, find_config, load_config
 from vit5gen.data.images import decoding, open_images, readable
 from vit5gen.data.pictures import find_images, listing_digest, tell_left_out, upright
+from vit5gen.section import Exif
 from vit5gen.system.distributed import rank_and_world
 from vit5gen.system.errors import UserError
 

@@ -21,7 +21,7 @@ from PIL import Image
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from vit5gen.config import MOST_BATCH, MOST_STEPS, DrawConfig
+from vit5gen.config import DrawConfig
 from vit5gen.data.autoencoders.kl import decode, downsample, latent_scaling, to_uint8
 from vit5gen.flow import Flow, GuidedModel, Steps
 from vit5gen.generation.card import TrainingFacts, model_card
@@ -30,6 +30,7 @@ from vit5gen.generation.lora import ADAPTED, Adapter, LoraMixin
 from vit5gen.generation.scheduler import Generators, ModelFn, SiTScheduler, foreign_steps
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.models.weights import align
+from vit5gen.section import MOST_BATCH, MOST_STEPS
 from vit5gen.system.errors import UserError, check_whole, choose
 from vit5gen.system.files import clear_weights, write_text
 

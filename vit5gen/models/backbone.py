@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vit5gen.config import MOST_WIDTH
 from vit5gen.registry import Registry
+from vit5gen.section import MOST_WIDTH
 from vit5gen.system.errors import UserError
 
 BACKBONES: Registry[type[nn.Module]] = Registry("backbone", "vit5gen.backbones", most=MOST_WIDTH)

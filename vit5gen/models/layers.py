@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit5gen.config import MOST_CLASSES, MOST_LAYERS, MOST_WIDTH
 from vit5gen.models.positions import rotate, widen, without_autocast
+from vit5gen.section import MOST_CLASSES, MOST_LAYERS, MOST_WIDTH
 from vit5gen.system.errors import UserError, check_whole, choose, short
 
 EPS = 1e-6

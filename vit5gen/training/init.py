@@ -17,11 +17,12 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from timm.layers import to_2tuple
 
-from vit5gen.config import Config, DataConfig, VaeConfig, read_yaml, shipped_configs, validate
+from vit5gen.config import Config, DataConfig, VaeConfig, read_yaml, shipped_configs
 from vit5gen.data.autoencoders import kl
 from vit5gen.data.images import BrokenImage, ImageSet, centre_crop, decoding, open_held_out, open_images
 from vit5gen.data.pictures import find_classes, folder_names
 from vit5gen.data.sources.folder import HELD_OUT, TRAINING, FolderSource
+from vit5gen.section import validate
 from vit5gen.system.errors import UserError, listed
 from vit5gen.system.files import check_writable, write_text
 from vit5gen.training.batches import RandomLatents

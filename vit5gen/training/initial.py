@@ -11,7 +11,7 @@ from huggingface_hub import model_info, snapshot_download, try_to_load_from_cach
 from timm.layers import to_2tuple
 from torch import Tensor
 
-from vit5gen.config import Config, ModelConfig, VaeConfig, load_recorded, validate
+from vit5gen.config import Config, ModelConfig, VaeConfig, load_recorded
 from vit5gen.data.autoencoders import kl
 from vit5gen.data.latents import find_class_names
 from vit5gen.generation.card import pipeline_hash
@@ -22,6 +22,7 @@ from vit5gen.models import SiTTransformer2DModel
 from vit5gen.models.backbone import BACKBONES
 from vit5gen.models.positions import Grid, patch_grid, resample_positions
 from vit5gen.models.transformer import PRESETS
+from vit5gen.section import validate
 from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError, choose, listed
 from vit5gen.system.files import read_json, sha256

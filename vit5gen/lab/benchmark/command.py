@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 
-from vit5gen.config import Config, load_recorded, validate
+from vit5gen.config import Config, load_recorded
 from vit5gen.data.images import open_images
 from vit5gen.evaluation import load_extractor
 from vit5gen.generation.card import commit, versions
@@ -18,6 +18,7 @@ from vit5gen.lab.benchmark import Benchmark, inference, sampling, steps
 from vit5gen.lab.benchmark.engine import FULL, QUICK, Row, Setting, fresh
 from vit5gen.lab.benchmark.peers import SIT, VIT5
 from vit5gen.models.classifier import vit5_small
+from vit5gen.section import validate
 from vit5gen.system.cpu import keep_freed_memory
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import check_writable, sha256, write_json, write_text

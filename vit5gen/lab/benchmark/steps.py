@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from vit5gen.config import Config, validate
+from vit5gen.config import Config
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.lab.benchmark.engine import FULL, QUICK, Pairs, Row, Setting, Sizes, fresh, race, ratio, row, seconds
 from vit5gen.lab.benchmark.peers import SIT, check_equal, load, running
 from vit5gen.models import load_sit
 from vit5gen.models.transformer import SIZES
+from vit5gen.section import validate
 from vit5gen.system.cpu import fast_products
 from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from vit5gen.config import Config, Natural, Section, find_config, load_config, read_yaml, recorded_values, validate
+from vit5gen.config import Config, find_config, load_config, read_yaml, recorded_values
+from vit5gen.section import Natural, Section, validate
 from vit5gen.system.errors import UserError, choose
 from vit5gen.training.build import check_values
 from vit5gen.training.run_folder import differences

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vit5gen.config import Positive, Section, TrainingConfig, validate
+from vit5gen.config import TrainingConfig
 from vit5gen.flow import Flow
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.registry import Registry
+from vit5gen.section import Positive, Section, validate
 from vit5gen.system.errors import UserError
 
 
