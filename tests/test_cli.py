@@ -157,6 +157,10 @@ BAD = {
         "sample --checkpoint TINY/none --num-images 1 --seed 0 --output OUT.png --guidance-channels 3",
         ["guidance_channels", "no effect", "guidance_scale = 1"],
     ),
+    "a run without its benchmark": (
+        "benchmark --only start-up --run TINY/none --output OUT.json",
+        ["--run", "no effect", "--only start-up"],
+    ),
     "encoding trains nothing": (
         "encode TINY/run.yaml --output OUT --training.seed 3",
         ["encode", "--training.seed", "no effect"],

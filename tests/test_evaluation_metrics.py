@@ -1,5 +1,6 @@
 import math
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from vit5gen.evaluation import (
     spatial_features,
 )
 from vit5gen.evaluation.distances import ScoreSums, frechet_with_error
+from vit5gen.evaluation.metric import METRICS, available
 from vit5gen.evaluation.statistics import Grouped
 from vit5gen.system.errors import UserError
 
@@ -225,3 +227,13 @@ def test_distance_at_2048_dimensions_is_three_times_faster_than_a_matrix_root() 
     print(f"ours {middle - start:.1f} s, scipy.linalg.sqrtm {end - middle:.1f} s")
     assert ours == pytest.approx(expected, rel=1e-6)
     assert 3 * (middle - start) < end - middle
+
+
+def test_a_metric_tells_what_this_machine_lacks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = {"scorer-weights.pt": "download it"}
+    monkeypatch.setattr(METRICS.get("kid"), "missing", lambda self: lacking, raising=False)
+    reference, extractor = SimpleNamespace(rows=torch.zeros(2, 2)), SimpleNamespace(num_classes=0)
+    with pytest.raises(UserError, match=r"metric kid: it needs scorer-weights\.pt; download it"):
+        available(["kid"], reference, extractor)
+    lacking.clear()
+    assert list(available(["kid"], reference, extractor)[0]) == ["kid"]

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from pydantic import model_validator
+
 from vit5gen.commands.options import Options, argument
 from vit5gen.lab.benchmark import Benchmark
 
@@ -15,6 +17,12 @@ class BenchmarkOptions(Options):
     only: Benchmark | None = argument(None, "NAME", "the only benchmark to run; default: all")
     quick: bool = argument(False, "", "tiny sizes, only to check that it runs: the figures mean nothing")
     output: str = argument(..., "FILE.json", "results; a table FILE.md is written next to it")
+
+    @model_validator(mode="after")
+    def _run_is_used(self) -> "BenchmarkOptions":
+        if self.run is not None and self.only not in (None, "sampling"):
+            raise ValueError(f"--run has no effect with --only {self.only}; omit it")
+        return self
 
 
 def run(options: BenchmarkOptions) -> None:

@@ -1,11 +1,11 @@
 """The plug: what a metric declares; the registry of metrics; scores, or the reason why one is not available."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.reference import Reference, Scan
-from vit5gen.registry import Registry, name_and_options
+from vit5gen.registry import Registry, missing, name_and_options
 from vit5gen.section import Plug
 from vit5gen.system.errors import UserError
 
@@ -19,6 +19,7 @@ class Metric:
 
     needs: what it uses besides the moments, of "rows" (pooled features of both sets), "spatial" features and
     "logits".  least: how few samples it takes, and where it needs rows also how few images of the reference.
+    A method ``missing()`` may return what this machine lacks for it, each with how to get it.
     """
 
     needs: tuple[str, ...] = ()
@@ -48,7 +49,7 @@ def available(
     metrics: dict[str, Metric] = {
         name: METRICS.build(name, options, f"metric {name}") for name, options in chosen.items()
     }
-    obstacles = {name: _obstacle(metric.needs, reference, extractor) for name, metric in metrics.items()}
+    obstacles = {name: _obstacle(metric, reference, extractor) for name, metric in metrics.items()}
     skipped = {name: reason for name, reason in obstacles.items() if reason is not None}
     if wanted and skipped:
         raise UserError("; ".join(f"metric {name}: {reason}" for name, reason in skipped.items()))
@@ -73,8 +74,11 @@ def scores(scan: Scan, reference: Reference, extractor: Extractor, metrics: Mapp
     return found
 
 
-def _obstacle(needs: Iterable[str], reference: Reference, extractor: Extractor) -> str | None:
-    """Return why the reference or the extractor lacks what a metric needs."""
+def _obstacle(metric: Metric, reference: Reference, extractor: Extractor) -> str | None:
+    """Return what a metric needs and the machine, the reference or the extractor lacks."""
+    needs = metric.needs
+    for what, how in missing(metric).items():
+        return f"it needs {what}; {how}"
     if "spatial" in needs and not extractor.spatial_dim:
         return f"extractor {extractor.name} has no spatial features; use inception"
     if "spatial" in needs and reference.spatial is None:
