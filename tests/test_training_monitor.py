@@ -3,20 +3,24 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_pipeline
 from tiny_run import assert_identical, run, weights
 
 from vit5gen.config import TrainingConfig, load_config
-from vit5gen.data.images import open_images
+from vit5gen.data.autoencoders import load_autoencoder
+from vit5gen.data.images import ImageSet, open_images
+from vit5gen.flow import Flow
 from vit5gen.generation.find_pipeline import load_pipeline
 from vit5gen.training import held_out, previews
 from vit5gen.training.curves import gap_note, held_out_curves, newest_distance, save_curves
-from vit5gen.training.held_out import affordable, affordable_count, held_out_loss
+from vit5gen.training.held_out import HeldOut, affordable, affordable_count, held_out_loss
 from vit5gen.training.monitor import Monitor
 from vit5gen.training.previews import SampleGrid, preview_steps
 from vit5gen.training.run_folder import RunFolder
@@ -207,3 +211,29 @@ def test_a_broken_file_leaves_the_other_real_pictures_of_its_class(config_file: 
     left = SampleGrid(config, tmp_path / "a.png", images.class_names, None)._real
     assert {label: len(real) for label, real in left.items()} == {0: 2, 1: 1, 2: 2}
     assert torch.equal(left[1][0], whole[1][1])
+
+
+def test_the_checksum_of_held_out_images_is_of_pixels_labels_and_seed(config_file: Path) -> None:
+    config = load_config(config_file)
+    images, vae = open_images(config.data), load_autoencoder(config.vae.name)
+
+    def checksum(images: ImageSet, **settings: Any) -> int:
+        changed = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=settings)})
+        return HeldOut.of(images, changed, Flow(), vae, len(images)).checksum
+
+    whole, other = checksum(images), replace(images, read=lambda index: images.read(index) ^ 1)
+    assert whole == checksum(images)
+    assert whole not in {checksum(other), checksum(images, seed=5)}
+    assert whole != checksum(replace(images, labels=images.labels.roll(1)))
+
+
+def test_nothing_is_compiled_for_the_held_out_loss(config_file: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError
+
+    config, pipe = load_config(config_file), tiny_pipeline()
+    found = HeldOut.of(open_images(config.data), config, Flow(), load_autoencoder(config.vae.name), 4)
+    _, _, t, labels = found.parts[0]
+    parts = [(torch.zeros(4, 4, 8, 8), torch.zeros(4, 4, 8, 8), t[:4], labels[:4] * 0)]
+    pipe.transformer.compile(backend=fail)
+    assert replace(found, parts=parts).loss(pipe) > 0
