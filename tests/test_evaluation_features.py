@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 from test_evaluation_evaluate import pictures
+from torch import nn
 
 from vit5gen.evaluation import frechet_distance, frechet_of, load_extractor
 from vit5gen.evaluation.features import load_weights
@@ -20,6 +21,22 @@ def test_effnet_is_a_working_classifier_backbone(effnet) -> None:
     assert features.shape == (4, 1280)
     assert features.dtype == torch.float32
     assert features.std(dim=0).mean() > 0.05  # trained weights tell the pictures apart
+
+
+def test_flops_are_twice_the_products_of_weights(effnet) -> None:
+    products, handles = [], []
+    for module in effnet.network.modules():
+        if isinstance(module, nn.Conv2d):
+
+            def note(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+                products.append(module.weight.numel() * output.shape[2:].numel())
+
+            handles.append(module.register_forward_hook(note))
+    effnet(pictures(1, side=32))
+    for handle in handles:
+        handle.remove()
+    assert len(products) == 49
+    assert load_extractor("effnet-lite0", "meta").flops(32) == 2 * sum(products)  # whatever the side: resized to 96
 
 
 def test_effnet_resize_is_the_identity_at_96_pixels(effnet) -> None:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_run import make_inputs
 
-from vit5gen.config import DataConfig
-from vit5gen.data.images import SOURCES, open_images
-from vit5gen.evaluation import metrics
+from vit5gen.config import Config, DataConfig
+from vit5gen.data.images import SOURCES, make_source, open_images
+from vit5gen.evaluation import Extractor, load_extractor, metrics
+from vit5gen.evaluation.features import EXTRACTORS
 from vit5gen.evaluation.metric import METRICS
 from vit5gen.registry import Registry, import_modules
+from vit5gen.section import validate
 from vit5gen.system.errors import UserError
+from vit5gen.training.dry_run import describe_plugs
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -34,7 +38,7 @@ def load(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = re.findall(r"```python\n(.*?)```", PAGE.split(f"\n## {section}\n")[1], re.S)[0]
     (tmp_path / f"plug_{section.lower()}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    for registry in (SOURCES, METRICS):
+    for registry in (SOURCES, EXTRACTORS, METRICS):
         monkeypatch.setattr(registry, "_known", dict(registry._known))
     monkeypatch.delitem(sys.modules, f"plug_{section.lower()}", raising=False)
     __import__(f"plug_{section.lower()}")
@@ -52,6 +56,7 @@ def test_the_source_of_the_page_opens_a_csv(tmp_path: Path, monkeypatch: pytest.
     assert (images.class_names, images.labels.tolist()) == (["cat", "dog"], [1, 0])
     assert pickle.loads(pickle.dumps(images))[0][0][:, 0, 0].tolist() == [0, 255, 0]  # noqa: S301
     assert len(open_images(data, "test")) == 1
+    assert make_source(data).image_bytes() == sum((tmp_path / f"{i}.png").stat().st_size for i in range(2))
     assert images.digest() != open_images(data, "test").digest()
     with pytest.raises(UserError, match=r"source_kwargs: 'delimeter' is not an option .* Did you mean 'delimiter'"):
         open_images(data.model_copy(update={"source_kwargs": {"delimeter": ";"}}))
@@ -62,6 +67,33 @@ def test_the_source_of_the_page_opens_a_csv(tmp_path: Path, monkeypatch: pytest.
 def test_the_metric_of_the_page_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load("Metric", tmp_path, monkeypatch)
     assert METRICS.build("mean-shift", {"scale": "1e-2"}, "metric").scale == 0.01
+    assert METRICS.get("mean-shift").feature_bytes(50_000, 10_000, 2048) == 0  # it streams
+
+
+def test_the_dry_run_tells_what_the_extractor_and_the_metrics_of_the_page_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load("Extractor", tmp_path, monkeypatch)
+    load("Metric", tmp_path, monkeypatch)
+    sections = {
+        "model": {"preset": "S/2"},
+        "data": {"source": "folder", "path": str(tmp_path), "resolution": 64},
+        "training": {"num_steps": 100},
+        "evaluation": {"every": 30, "num_images": 2**20, "num_reference": 10**6, "extractor": "random-conv"},
+    }
+    config = validate(Config, sections, "test")
+    flops = 2 * 16 * 3 * 5**2 * 30**2  # of one convolution, at 30 x 30 places
+    assert load_extractor("random-conv", "meta").flops(64) == flops
+    rows = 4 * 16 * (2**20 + 10**6) / 1e9
+    assert describe_plugs(config, make_source(config.data)) == [
+        "evaluate: 5 x 1,048,576 images at most, <0.01 G FLOPs each in random-conv",
+        f"metrics:  features of these and of 1,000,000 real images: pr {rows:.3g} GB, kid {rows:.3g} GB",
+    ]  # at steps 0, 30, 60, 90 and 100
+    monkeypatch.setattr(METRICS, "_known", {})
+    monkeypatch.setattr(Extractor, "flops", lambda self, side: self.network.weight.sum().item())
+    assert describe_plugs(config, make_source(config.data)) == [
+        "evaluate: 5 x 1,048,576 images at most, in random-conv (not counted: it cannot run on torch's meta device)"
+    ]
 
 
 def test_a_broken_package_is_named_and_hinders_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,10 +242,11 @@ def test_a_package_with_one_of_each_plug_trains_resumes_samples_and_evaluates(tm
     config["evaluation"]["extractor"] = "random-conv"
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
 
-    def command(*words: object, until: Path | None = None) -> None:
+    def command(*words: object, until: Path | None = None, output: Path | None = None) -> None:
         variables = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "VIT5GEN_CACHE": str(tmp_path / "cache")}
         argv = [sys.executable, "-c", "from vit5gen.cli import main; main()", *map(str, words)]
-        process = subprocess.Popen(argv, env=os.environ | variables)
+        with nullcontext() if output is None else output.open("w") as printed:
+            process = subprocess.Popen(argv, env=os.environ | variables, stdout=printed)
         while until is not None and process.poll() is None and not until.exists():
             time.sleep(0.01)
         if until is not None:
@@ -221,7 +254,9 @@ def test_a_package_with_one_of_each_plug_trains_resumes_samples_and_evaluates(tm
         assert (process.wait() == 0) or until is not None
 
     run, killed = tmp_path / "whole", tmp_path / "killed"
-    command("train", tmp_path / "run.yaml", "--dry-run")
+    command("train", tmp_path / "run.yaml", "--dry-run", output=tmp_path / "printed")
+    told = (tmp_path / "printed").read_text()
+    assert re.search(r"^data: .* GB of images in csv\nevaluate: .* G FLOPs each in random-conv\nmetrics: ", told, re.M)
     command("train", tmp_path / "run.yaml", "--output", run)
     command("train", tmp_path / "run.yaml", "--output", killed, until=killed / "checkpoints/step_00000006")
     command("train", tmp_path / "run.yaml", "--output", killed)

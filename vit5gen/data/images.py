@@ -102,6 +102,10 @@ class Source:
         """Return what opening does first that takes long, such as "the pictures are drawn"; empty when it is done."""
         return ""
 
+    def image_bytes(self) -> int | None:
+        """Return what the images, when they are here, take on disk or in memory; None where that takes long to tell."""
+        return None
+
 
 SOURCES: Registry[type[Source]] = Registry("data.source", "vit5gen.sources")
 register_source = SOURCES.register

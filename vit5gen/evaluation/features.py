@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from vit5gen.evaluation.statistics import FeatureStatistics
 from vit5gen.models.weights import read_tensors
@@ -49,6 +50,13 @@ class Extractor:
     def identity(self) -> dict[str, Any]:
         """What a card and a statistics file record about it."""
         return {"name": self.name, "weights_sha256": self.weights_sha256, "settings": self.settings}
+
+    def flops(self, side: int) -> int:
+        """Return the FLOPs for a square image, as torch counts them; on the meta device nothing is computed."""
+        image = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.device)
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            self.features(self.network, image)  # autocast, which a call turns off, knows no meta device
+        return counter.get_total_flops()
 
     def __call__(self, images: Tensor) -> Features:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:

@@ -25,6 +25,11 @@ class Metric:
     needs: tuple[str, ...] = ()
     least: int = 2
 
+    @classmethod
+    def feature_bytes(cls, num_samples: int, num_references: int, dim: int) -> int:
+        """Return what it keeps of features (N, dim) and (M, dim), beside sums whose size does not grow with N and M."""
+        return 4 * dim * (num_samples + num_references) * ("rows" in cls.needs)
+
     def compute(self, scan: Scan, reference: Reference, extractor: Extractor) -> dict[str, Score]:
         """Return the scores by their names in a card, each with its ``value`` and the count ``n``."""
         raise NotImplementedError

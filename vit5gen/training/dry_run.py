@@ -15,9 +15,10 @@ from diffusers import AutoencoderKL
 from vit5gen import registry
 from vit5gen.config import ASSUMED_CLASSES, Config, DataConfig
 from vit5gen.data import autoencoders, encoding
-from vit5gen.data.images import make_source, open_training_images
+from vit5gen.data.images import Source, make_source, open_training_images
 from vit5gen.data.latents import MANIFEST, check_autoencoder, find_class_names
-from vit5gen.evaluation.features import EXTRACTORS
+from vit5gen.evaluation.features import EXTRACTORS, load_extractor
+from vit5gen.evaluation.metric import METRICS
 from vit5gen.models.backbone import BACKBONES
 from vit5gen.system.cpu import fast_products
 from vit5gen.system.distributed import on_main
@@ -76,13 +77,15 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     for line in describe(config, found, accelerator.num_processes):
         if not (here and line.startswith("time:")):  # of GPUs
             accelerator.print(line)
+    source = make_source(config.data)
+    images = source.missing()
+    for line in [] if images else describe_plugs(config, source):
+        accelerator.print(line)
 
     # What it lacks; and what is there must fit.
     absent = missing(config)
     for path, remedy in absent.items():
         accelerator.print(f"missing: {path} ({remedy})")
-    source = make_source(config.data)
-    images = source.missing()
     if images and _latents_suffice(config.data):
         reason = next(iter(images))
         accelerator.print(f"images:   not found ({reason}): evaluations will draw samples without computing a distance")
@@ -184,6 +187,33 @@ def disk_line(config: Config, found: cost.Cost) -> str:
     first, each, run = (_short(size / 1e9) for size in sizes)
     steps = f"{config.training.num_steps:,} steps"
     return f"disk:     {first} GB latents of {count:,} images, {each} GB per checkpoint, {run} GB for {steps}"
+
+
+def describe_plugs(config: Config, source: Source) -> list[str]:
+    """Return lines on what source, extractor and metrics cost, as far as they are here and tell it."""
+    # The images, once their source has them.
+    evaluation, (name, _) = config.evaluation, registry.name_and_options(config.evaluation.extractor)
+    size = source.image_bytes()
+    lines = [] if size is None else [f"data:     {_short(size / 1e9)} GB of images in {config.data.source}"]
+    if registry.missing(EXTRACTORS.get(name)):
+        return lines
+
+    # An evaluation at the first step, at the last, and every so many.
+    steps = config.training.num_steps
+    times = -(-steps // (evaluation.every or steps or 1)) + 1
+    images = f"evaluate: {times:,} x {evaluation.num_images:,} images at most"
+    try:
+        extractor = load_extractor(evaluation.extractor, "meta")
+        flops = extractor.flops(config.data.resolution)
+    except Exception:  # whatever a network raises where tensors have no values
+        return [*lines, f"{images}, in {name} (not counted: it cannot run on torch's meta device)"]
+    lines.append(f"{images}, {_short(flops / 1e9)} G FLOPs each in {name}")
+
+    # What `vit5gen evaluate` would keep of as many.
+    counts = evaluation.num_images, evaluation.num_reference, extractor.dim
+    kept = {metric: METRICS.get(metric).feature_bytes(*counts) for metric in METRICS.registered()}
+    told = [f"{metric} {_short(number / 1e9)} GB" for metric, number in kept.items() if number]
+    return [*lines, f"metrics:  features of these and of {counts[1]:,} real images: {', '.join(told) or 'none kept'}"]
 
 
 def _short(value: float) -> str:

@@ -46,6 +46,9 @@ class EmojiSource(Source):
     def preparation(self) -> str:
         return "" if self.missing() or cache_file(self.data.resolution).exists() else "the pictures are drawn"
 
+    def image_bytes(self) -> int | None:
+        return None if self.preparation() else cache_file(self.data.resolution).stat().st_size
+
 
 def cache_file(resolution: int) -> Path:
     """Return the file of the pictures once they are drawn; raise `UserError` when the packages are not installed."""

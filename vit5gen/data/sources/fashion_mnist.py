@@ -41,6 +41,9 @@ class FashionMnistSource(Source):
     def missing(self) -> dict[str, str]:
         return self.missing_folder("apt install dataset-fashion-mnist, or copy the four idx files from torchvision")
 
+    def image_bytes(self) -> int:
+        return 70_000 * 28 * 28  # both splits
+
 
 def _read_idx(root: Path, name: str) -> np.ndarray:
     folders, files = (root, root / "FashionMNIST" / "raw"), (name, f"{name}.gz")
