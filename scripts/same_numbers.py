@@ -103,7 +103,7 @@ def record(side: Path, base: Path, folder: Path, only: str) -> dict[str, Any]:
 
     base: folder of what BASE has left: its configuration, its pipeline and its checkpoint.
     """
-    import vit5gen.evaluation.evaluate
+    import vit5gen.generation.many
     import vit5gen.training.loop  # paid for once
 
     assert Path(vit5gen.__file__).is_relative_to(side), f"{vit5gen.__file__} is not of {side}"

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from test_evaluation_evaluate import pictures, write_npz
+from test_evaluation_card import pictures, write_npz
 
 from vit5gen.evaluation import FrechetReference, load_extractor
 from vit5gen.evaluation.distances import ScoreSums, frechet_with_error, kernel_distance, precision_recall
-from vit5gen.evaluation.evaluate import evaluation_card
+from vit5gen.evaluation.evaluation_card import evaluation_card
 from vit5gen.evaluation.reference import open_reference
 from vit5gen.evaluation.samples import open_image_set
 from vit5gen.evaluation.statistics import Grouped

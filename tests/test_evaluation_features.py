@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_evaluation_evaluate import pictures
+from test_evaluation_card import pictures
 from torch import nn
 
 from vit5gen.evaluation import frechet_distance, frechet_of, load_extractor

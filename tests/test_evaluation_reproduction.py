@@ -10,7 +10,7 @@ import pytest
 import torch
 from random_inception import write_random_inception
 from safetensors import safe_open
-from test_evaluation_evaluate import pictures, write_npz
+from test_evaluation_card import pictures, write_npz
 from tiny import tiny_autoencoder
 
 from vit5gen import cli

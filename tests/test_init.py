@@ -18,7 +18,7 @@ from vit5gen.cli import main
 from vit5gen.config import DataConfig, VaeConfig, load_config, load_recorded
 from vit5gen.data.images import ImageSet, _hold_out, open_held_out, open_images, open_training_images
 from vit5gen.system.errors import UserError
-from vit5gen.training import init, initial
+from vit5gen.training import initial, propose
 from vit5gen.training.build import check_values
 
 
@@ -122,8 +122,8 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def _no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(init, "seconds_of_step", lambda *_: 0.5)
-    monkeypatch.setattr(init, "build_trainer", lambda *_: None)
+    monkeypatch.setattr(propose, "seconds_of_step", lambda *_: 0.5)
+    monkeypatch.setattr(propose, "build_trainer", lambda *_: None)
 
 
 @pytest.mark.usefixtures("_no_trial")
@@ -290,7 +290,7 @@ def test_near_duplicates_are_counted() -> None:
     images = open_images(DataConfig(path="p", resolution=8))
     thumbnails = {images.name(i): torch.full((256,), 50.0 * i) for i in range(6)}
     thumbnails["image p/a/5.png"] = thumbnails["image p/a/0.png"] + 7
-    assert init.near_duplicates(images.select([4, 5]), images.select([0, 1, 2, 3]), thumbnails) == 1
+    assert propose.near_duplicates(images.select([4, 5]), images.select([0, 1, 2, 3]), thumbnails) == 1
 
 
 def test_classes_are_found_when_a_run_begins_and_latents_remember_what_is_held_out(

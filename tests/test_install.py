@@ -11,7 +11,7 @@ import yaml
 
 from vit5gen.config import find_config, load_config
 from vit5gen.system.errors import UserError
-from vit5gen.training.init import DOCUMENTATION
+from vit5gen.training.propose import DOCUMENTATION
 
 ROOT = Path(__file__).parents[1]
 

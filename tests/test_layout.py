@@ -82,6 +82,26 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         visit(name, ())
 
 
+# A command's module has the command's name, beside the package that does it; the stubs of `python -m` have old names;
+# the contract fixes the names of objectives; diffusers looks for the class of a saved pipeline in a file of this name.
+TWICE = {
+    "autoencoder": {"commands", "data"},
+    "benchmark": {"commands", "lab"},
+    "flow": {"", "flow", "training/objectives"},
+    "pipeline": {"generation", "shipped/emoji-64"},
+    "study": {"", "commands", "lab"},
+}
+
+
+def test_a_module_name_means_one_thing() -> None:
+    places: dict[str, set[str]] = {}
+    for file in PACKAGE.rglob("*.py"):
+        module = file.parent if file.stem in ("__init__", "__main__") else file
+        if module != PACKAGE:
+            places.setdefault(module.stem, set()).add(module.parent.relative_to(PACKAGE).as_posix().strip("."))
+    assert {name: found for name, found in places.items() if len(found) > 1} == TWICE
+
+
 # Alike by chance: of two solvers, of training and of drawing images, of an objective and of a row of features.
 OWN_DEFAULTS = {("method", "euler"), ("precision", "fp32"), ("seed", 0), ("weight", 1)}
 

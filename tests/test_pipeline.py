@@ -23,7 +23,7 @@ from tiny import NAMES, tiny_autoencoder, tiny_pipeline, tiny_transformer
 
 from vit5gen import SiTPipeline, SiTScheduler, SiTTransformer2DModel
 from vit5gen.config import DrawConfig
-from vit5gen.evaluation.evaluate import open_samples
+from vit5gen.evaluation.evaluation_card import open_samples
 from vit5gen.flow import Flow, sample_ode, sample_sde
 from vit5gen.generation.card import TrainingFacts, pipeline_hash
 from vit5gen.generation.find_pipeline import load_pipeline

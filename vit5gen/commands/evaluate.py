@@ -50,7 +50,8 @@ def run(options: EvaluateOptions) -> int:
     """Score samples and write the card, or build a reference from images; print the result. Return the exit code."""
     if options.reference is None and options.save_statistics is None:
         raise UserError("evaluate: give either --reference REF or --save-statistics FILE")
-    from vit5gen.evaluation import evaluate, load_extractor
+    from vit5gen.evaluation import load_extractor
+    from vit5gen.evaluation.evaluation_card import evaluation_card, markdown, open_samples
     from vit5gen.evaluation.metric import METRICS
     from vit5gen.evaluation.reference import open_reference, reference_of, save_statistics
     from vit5gen.evaluation.samples import open_image_set
@@ -82,15 +83,15 @@ def run(options: EvaluateOptions) -> int:
     # The samples, the reference, and the card of their scores.
     draw, opened = options.part(DrawConfig), []
     for path in dict.fromkeys(options.samples):  # what is given twice counts once
-        opened += evaluate.open_samples(path, draw, options.num_images, options.seed, batch_size, protocol)
+        opened += open_samples(path, draw, options.num_images, options.seed, batch_size, protocol)
     assert options.reference is not None
     real = open_reference(options.reference, network, batch_size, protocol)
-    card = evaluate.evaluation_card(opened, real, network, options.metrics, protocol)
+    card = evaluation_card(opened, real, network, options.metrics, protocol)
     if state.is_main_process:
         for warning in card["warnings"]:
             kind = "note" if " is not computed: " in warning else "warning"
             print(f"{kind}: {warning}", file=sys.stderr)
         if options.output is not None:
             write_json(options.output, card)
-        print("\n".join(evaluate.markdown(card)))
+        print("\n".join(markdown(card)))
     return 0

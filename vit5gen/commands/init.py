@@ -17,6 +17,6 @@ class InitOptions(Options):
 
 def run(options: InitOptions) -> None:
     """Write a configuration for a folder, print what was seen and the next command."""
-    from vit5gen.training.init import init
+    from vit5gen.training.propose import propose
 
-    init(options.folder, options.output, options.init_from, options.num_attention_heads)
+    propose(options.folder, options.output, options.init_from, options.num_attention_heads)

@@ -1,6 +1,6 @@
 """Scores of generated images: ADM's numbers in PyTorch, streaming, distributed, each with its error.
 
-The metrics are here; whole evaluations, which need the pipeline, are in `vit5gen.evaluation.evaluate`.
+The metrics are here; whole evaluations, which need the pipeline, are in `vit5gen.evaluation.evaluation_card`.
 """
 
 from vit5gen.evaluation import extractors, metrics  # registers them

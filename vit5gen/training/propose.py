@@ -149,7 +149,7 @@ def model_for(latent_side: int, on_gpu: bool) -> tuple[dict[str, int], float]:
     return {"hidden_size": width, "num_layers": layers, "num_attention_heads": heads, "patch_size": patch}, rate
 
 
-def init(folder: str, output: str, weights: str | None = None, num_attention_heads: int | None = None) -> None:
+def propose(folder: str, output: str, weights: str | None = None, num_attention_heads: int | None = None) -> None:
     """Write ``output`` for the pictures in ``folder``, and print what was seen and the next command.
 
     weights: to begin with, as in `training.init_from`; size, autoencoder and model are then theirs.

@@ -17,8 +17,9 @@ from torch.nn import functional
 from vit5gen import cli
 from vit5gen.cli import main
 from vit5gen.config import DrawConfig, SamplingConfig
-from vit5gen.evaluation import evaluate, frechet_distance, load_extractor, register_extractor
-from vit5gen.evaluation.evaluate import evaluation_card, markdown, open_samples, samples_from_pipeline
+from vit5gen.evaluation import evaluation_card as cards
+from vit5gen.evaluation import frechet_distance, load_extractor, register_extractor
+from vit5gen.evaluation.evaluation_card import evaluation_card, markdown, open_samples, samples_from_pipeline
 from vit5gen.evaluation.extractors.inception import INCEPTION_SHA256
 from vit5gen.evaluation.features import Extractor, Features
 from vit5gen.evaluation.reference import open_reference
@@ -179,7 +180,7 @@ def test_the_name_fid_50k_needs_all_that_adm_fixes(tmp_path, colour_extractor, m
     adm = replace(reference, identity={"kind": "adm", "path": "reference.npz", "images": 10_000})
     network = replace(colour_extractor, weights_sha256=INCEPTION_SHA256)
     samples = images_of(write_folder(tmp_path / "samples", pictures(6, seed=0)), 5)
-    monkeypatch.setattr(evaluate, "RELIABLE_COUNT", 6)
+    monkeypatch.setattr(cards, "RELIABLE_COUNT", 6)
     assert evaluation_card([samples], adm, network, protocol="adm")["protocol"]["label"] == "FID-50K"
     for one, other in ((reference, network), (adm, colour_extractor)):
         card = evaluation_card([samples], one, other, protocol="adm")
