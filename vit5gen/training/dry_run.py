@@ -205,8 +205,9 @@ def describe_plugs(config: Config, source: Source) -> list[str]:
     try:
         extractor = load_extractor(evaluation.extractor, "meta")
         flops = extractor.flops(config.data.resolution)
-    except Exception:  # whatever a network raises where tensors have no values
-        return [*lines, f"{images}, in {name} (not counted: it cannot run on torch's meta device)"]
+    except Exception as error:  # whatever a network raises where tensors have no values, or its weights are damaged
+        reason = (str(error).strip() or repr(error)).split("\n")[0][:200]
+        return [*lines, f"{images}, in {name} (FLOPs not counted on torch's meta device: {reason})"]
     lines.append(f"{images}, {_short(flops / 1e9)} G FLOPs each in {name}")
 
     # What `vit5gen evaluate` would keep of as many.
