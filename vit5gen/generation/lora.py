@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vit5gen.generation.labels import names_by_id
-from vit5gen.models.weights import check_finite
+from vit5gen.models.weights import check_finite, fit_channels
 from vit5gen.registry import missing_packages
 from vit5gen.system.errors import UserError, nearest, short
 
@@ -295,10 +295,7 @@ def _fit_head(value: Tensor, there: Tensor, config: Mapping[str, Any]) -> Tensor
     used = patch * config["in_channels"]
     if value.shape[1:] != there.shape[1:] or {*value.shape[:1], *there.shape[:1]} != {used, 2 * used}:
         return value
-    rows, fitted = (one.unflatten(0, (patch, -1)) for one in (value, there.to(value, copy=True)))
-    channels = min(rows.shape[1], fitted.shape[1])
-    fitted[:, :channels] = rows[:, :channels]
-    return fitted.flatten(0, 1)
+    return fit_channels(value, there.to(value), patch)
 
 
 def _check_layers(where: str, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

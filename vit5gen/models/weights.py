@@ -93,6 +93,14 @@ def check_finite(what: str, state: Mapping[str, Tensor]) -> None:
             raise UserError(f"{what}: {found}: the training diverged or the file is damaged; {advice}")
 
 
+def fit_channels(value: Tensor, there: Tensor, patch: int) -> Tensor:
+    """Return ``there`` with what ``value`` has of its channels; rows of both are (``patch`` pixels, channels)."""
+    rows, fitted = value.unflatten(0, (patch, -1)), there.clone().unflatten(0, (patch, -1))
+    channels = min(rows.shape[1], fitted.shape[1])
+    fitted[:, :channels] = rows[:, :channels]
+    return fitted.flatten(0, 1)
+
+
 def align(module: nn.Module) -> None:
     """Copy weights out of a mapped file: CPU kernels round otherwise where addresses are not multiples of 64."""
     for tensor in (*module.parameters(), *module.buffers()):

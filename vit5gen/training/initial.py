@@ -22,6 +22,7 @@ from vit5gen.models import SiTTransformer2DModel
 from vit5gen.models.backbone import BACKBONES
 from vit5gen.models.positions import Grid, patch_grid, resample_positions
 from vit5gen.models.transformer import PRESETS
+from vit5gen.models.weights import fit_channels
 from vit5gen.section import validate
 from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError, choose, listed
@@ -230,7 +231,7 @@ def fit(config: Config, origin: Origin, rows: list[int | None]) -> dict[str, Ten
     # The label table, the head without the half that learn_sigma discards, and positions that are learned.
     theirs[_LABELS] = _label_table(old, rows, model.has_null_label)
     for name in _HEAD:
-        theirs[name] = _head(theirs[name], old.config.patch_size**2, len(ours[name]))
+        theirs[name] = fit_channels(theirs[name], theirs[name].new_zeros(ours[name].shape), old.config.patch_size**2)
     for name in ours.keys() & theirs.keys() - fixed - fixed_there:
         if name.endswith("pos_embed") and ours[name].shape != theirs[name].shape:
             theirs[name] = resample_positions(theirs[name], *_grids(config, origin))
@@ -260,14 +261,6 @@ def _label_table(old: SiTTransformer2DModel, rows: list[int | None], null_row: b
     table = old.label_embed.weight.detach()
     start = table[old.null_label] if old.has_null_label else table.mean(0)
     return torch.stack([*(start if row is None else table[row] for row in rows), *[start] * null_row])
-
-
-def _head(value: Tensor, patch: int, length: int) -> Tensor:
-    """Return rows of the head, which are (patch pixels, channels), with fewer channels, or with more that are zero."""
-    rows, fitted = (part.unflatten(0, (patch, -1)) for part in (value, value.new_zeros(length, *value.shape[1:])))
-    channels = min(rows.shape[1], fitted.shape[1])
-    fitted[:, :channels] = rows[:, :channels]
-    return fitted.flatten(0, 1)
 
 
 def _origin_of(config: Config) -> Origin:
