@@ -67,7 +67,7 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     if config.data.num_classes is None:
         accelerator.print(f"classes:  to be found in the data; {config.num_classes} assumed until these are here")
     if start is None and config.training.init_digest is not None:
-        for line in initial.describe_origin(config, _classes_here(config)):
+        for line in initial.describe(config, initial.origin_of(config), _classes_here(config)):
             accelerator.print(line)
 
     # What it costs.

@@ -174,7 +174,7 @@ def initial_weights(config: Config) -> tuple[dict[str, Tensor] | None, dict[str,
     """
     if config.training.init_from is None:
         return None, {}
-    names, origin = find_class_names(config), _origin_of(config)
+    names, origin = find_class_names(config), origin_of(config)
     if len(names) != config.num_classes:
         found = f"data.num_classes = {config.num_classes}: the data have {len(names)} ({listed(names)})"
         raise UserError(f"{found}; set data.num_classes to {len(names)}")
@@ -184,13 +184,8 @@ def initial_weights(config: Config) -> tuple[dict[str, Tensor] | None, dict[str,
     return fit(config, origin, class_rows(origin, names)), {"attribution": attribution} if attribution else {}
 
 
-def describe_origin(config: Config, names: list[str] | None) -> list[str]:
-    """Return a line on what a run begins with, and the table of its classes where these are known."""
-    return describe(config, _origin_of(config), names)
-
-
 def describe(config: Config, origin: Origin, names: list[str] | None) -> list[str]:
-    """Return the lines of `describe_origin`."""
+    """Return a line on what a run begins with, and the table of its classes where these are known."""
     begins = f"begins:   with {config.training.init_from} (SHA-256 {origin.digest[:12]})"
     if names is None:
         return [f"{begins}; classes unknown until the data are here"]
@@ -263,7 +258,8 @@ def _label_table(old: SiTTransformer2DModel, rows: list[int | None], null_row: b
     return torch.stack([*(start if row is None else table[row] for row in rows), *[start] * null_row])
 
 
-def _origin_of(config: Config) -> Origin:
+def origin_of(config: Config) -> Origin:
+    """Return what a run begins with; what `begin_from` has opened just now is not read again."""
     return _opened.pop(config.training.init_digest or "", None) or _open(config)
 
 
