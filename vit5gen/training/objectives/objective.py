@@ -46,6 +46,7 @@ class Objective(nn.Module):
     prediction (B, C, h, w) is the model's; hidden holds ``{k: state (B, N, D) after k blocks}`` for k in ``taps``,
     which the constructor sets; step is 0-based. Its parameters are optimised, averaged, checkpointed and resumed with
     the model's, but are not part of the pipeline. Options are the keyword-only arguments of the constructor.
+    A static method ``missing()`` may return what this machine lacks for it, each with how to get it.
     needs_image: whether the batch must hold the image, for which the run needs ``data.from_images``.
     trains_all: whether every step gives each parameter, the model's too, a gradient, so that processes need not look
     for those without.
@@ -58,11 +59,6 @@ class Objective(nn.Module):
     def __init__(self, model: SiTTransformer2DModel, flow: Flow) -> None:
         """Take the model to train and its flow, and keep neither among the parameters."""
         super().__init__()
-
-    @staticmethod
-    def missing() -> dict[str, str]:
-        """Return what this machine lacks for it, each with how to get it."""
-        return {}
 
     def flops(self, prediction: Tensor, hidden: dict[int, Tensor], batch: Batch) -> int | None:
         """Return the FLOPs of its forward and backward pass over one image, None where they are not known.
