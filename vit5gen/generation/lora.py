@@ -220,7 +220,7 @@ class LoraMixin(CogVideoXLoraLoaderMixin):
         transformer = self.transformer
         scales = [module.scaling for module in transformer.modules() if hasattr(module, "lora_A")]
         acting = [name for name in adapters if name in self._full and any(scale.get(name) for scale in scales)]
-        parameters = {name.replace(".base_layer.", "."): value for name, value in transformer.named_parameters()}
+        parameters = plain_weights(dict(transformer.named_parameters()))
         for full in (self._base, *(self._full[name] for name in acting)):
             for name, value in full.tensors.items():
                 parameters[name].data = value.to(parameters[name])

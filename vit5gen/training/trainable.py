@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as Uncalled
 
 from vit5gen.config import TrainingConfig
-from vit5gen.generation.lora import Adapter, check_peft, hash_base
+from vit5gen.generation.lora import Adapter, check_peft, hash_base, plain_weights
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.system.errors import UserError, listed, nearest
 
@@ -66,15 +66,13 @@ def fold(state: Mapping[str, Tensor], settings: TrainingConfig) -> dict[str, Ten
     """
     if settings.lora is None:
         return dict(state)
-    folded, sizes = {}, settings.lora.sizes
+    folded, sizes = dict(state), settings.lora.sizes
     for name, value in state.items():
         layer = name.removesuffix("base_layer.weight")
         if layer + _A in state:
             product = state[layer + _B].double() @ state[layer + _A].double()
-            value = (value.double() + sizes["lora_alpha"] / sizes["r"] * product).to(value.dtype)
-        if ".lora_" not in name:
-            folded[name.replace(".base_layer.", ".")] = value
-    return folded
+            folded[name] = (value.double() + sizes["lora_alpha"] / sizes["r"] * product).to(value.dtype)
+    return plain_weights(folded)
 
 
 def adapter_of(
