@@ -4,7 +4,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,13 +23,6 @@ from vit5gen.training.objectives import OBJECTIVES, Batch
 from vit5gen.training.process import batch_sizes, signals_blocked
 from vit5gen.training.random import data_index, sample_draws
 from vit5gen.training.run_folder import check_data
-
-
-class SampleSource(Protocol):
-    """What training reads: latents ``(mean, std, label)`` or images ``(uint8 image, label)``."""
-
-    def __len__(self) -> int: ...
-    def get(self, index: int, flip: bool) -> tuple[Any, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -64,6 +57,10 @@ class RandomLatents:
     def get(self, index: int, flip: bool) -> tuple[Tensor, Tensor, int]:
         """Return (mean, standard deviation, label)."""
         return torch.zeros(self.shape), torch.ones(self.shape), index % self.num_classes
+
+
+# What training reads: latents ``(mean, std, label)`` or images ``(uint8 image, label)``.
+SampleSource = ImageSource | LatentDataset | RandomLatents
 
 
 def open_training_data(
