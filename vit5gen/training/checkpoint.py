@@ -66,7 +66,7 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     return safetensors.torch.load_file(path)
 
 
-def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], config: str) -> Path:
+def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], config: str) -> None:
     """Write ``folder/step_%08d`` so that it appears whole; an older checkpoint is untouched when this fails."""
     target = folder / step_name(step)
     temporary = folder / f".{target.name}.tmp"
@@ -91,7 +91,6 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
     except (OSError, SafetensorError):
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return target
 
 
 def _fsync(path: Path) -> None:
