@@ -92,9 +92,7 @@ class ViT5(Backbone):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images -> tokens ``[cls, patches, registers]`` (B, 1 + N + R, D) after the final norm."""
         x, rope, _ = self._embed(x)
-        for block in self.blocks:
-            x = self.run_block(block, x, None, rope)
-        return self.norm(x)
+        return self.norm(self.run_blocks(x, x.shape[1], x.shape[1], (), None, rope))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, 1 + N + R, D) -> logits, or the pooled features (B, D) for `pre_logits`."""
