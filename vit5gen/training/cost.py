@@ -126,13 +126,11 @@ def model_cost(model: SiTTransformer2DModel, precision: str, recomputes: bool) -
     blocks = model.config.num_layers
     if recomputes:
         inside = inside // blocks + blocks * tokens * model.config.hidden_size * wide
-    backward_flops = counter.get_total_flops() - forward_flops
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     adapters = sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" in name)
     parameters = sum(parameter.numel() for parameter in model.parameters()) - adapters
-    flops = forward_flops, backward_flops
-    activations = inside + outside
-    return Cost(parameters, blocks, tokens, *flops, activations, recomputes, frozen=frozen, of_adapters=adapters)
+    flops = forward_flops, counter.get_total_flops() - forward_flops
+    return Cost(parameters, blocks, tokens, *flops, inside + outside, recomputes, frozen=frozen, of_adapters=adapters)
 
 
 def objective_flops(objectives: nn.ModuleDict, model: SiTTransformer2DModel, config: Config) -> dict[str, int | None]:
