@@ -41,6 +41,11 @@ class ImageSet:
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return self.read(index), int(self.labels[index])
 
+    def get(self, index: int, flip: bool) -> tuple[torch.Tensor, int]:
+        """Return an image, or its mirror image, and its label, as `LatentDataset` does of latents."""
+        image, label = self[index]
+        return image.flip(-1) if flip else image, label
+
     def stack(self, indices: Iterable[Any]) -> torch.Tensor:
         """Return these images as one batch (B, 3, H, W) uint8; raise `BrokenImage` for one that does not decode."""
         return torch.stack([self.read(int(index)) for index in indices])

@@ -26,25 +26,6 @@ from vit5gen.training.run_folder import check_data
 
 
 @dataclass(frozen=True)
-class ImageSource:
-    """Images by (index, flip), as `LatentDataset` gives latents."""
-
-    images: ImageSet
-
-    @property
-    def class_names(self) -> list[str]:
-        return self.images.class_names
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def get(self, index: int, flip: bool) -> tuple[Tensor, int]:
-        """Return (uint8 image (3, H, W), label)."""
-        image, label = self.images[index]
-        return image.flip(-1) if flip else image, label
-
-
-@dataclass(frozen=True)
 class RandomLatents:
     """Normal latents, in place of encoded images."""
 
@@ -60,12 +41,12 @@ class RandomLatents:
 
 
 # What training reads: latents ``(mean, std, label)`` or images ``(uint8 image, label)``.
-SampleSource = ImageSource | LatentDataset | RandomLatents
+SampleSource = ImageSet | LatentDataset | RandomLatents
 
 
 def open_training_data(
     config: Config, accelerator: Accelerator, start: Path | None = None, accept_changes: bool = False
-) -> tuple[ImageSource | LatentDataset, AutoencoderKL, dict[str, Any]]:
+) -> tuple[ImageSet | LatentDataset, AutoencoderKL, dict[str, Any]]:
     """Open what a run trains on, encoding latents first where there are none yet, and its autoencoder.
 
     Returned last is what a checkpoint records of the data: their `identity`, and ``broken``, the number of images left
@@ -78,7 +59,7 @@ def open_training_data(
 
     # Latents on disk, whose manifest tells at once of what they are.
     vae = load_autoencoder(config.vae.name).to(accelerator.device)
-    source: ImageSource | LatentDataset
+    source: ImageSet | LatentDataset
     if config.data.latents is not None and not config.data.from_images:
         source = latents = LatentDataset(Path(config.data.latents).expanduser())
         check({"classes": latents.class_names})
@@ -103,7 +84,7 @@ def open_training_data(
                 for fault in faults:
                     accelerator.print(f"warning: skipped: {fault}")
                 check_classes(images, config.data, why="all are broken")
-            source = ImageSource(images)
+            source = images
         else:
             source = LatentDataset(ensure_latents(images, vae, config))
 
@@ -114,7 +95,7 @@ def open_training_data(
 
 
 def nonfinite_fault(
-    config: Config, source: ImageSource | LatentDataset, vae: AutoencoderKL, step: int, in_a_row: int, saved: Path
+    config: Config, source: ImageSet | LatentDataset, vae: AutoencoderKL, step: int, in_a_row: int, saved: Path
 ) -> str:
     """Say what to do about so many steps up to ``step`` that were not finite, after which the state was ``saved``.
 
