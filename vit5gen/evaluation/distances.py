@@ -1,5 +1,6 @@
 """Distances between sets of features as ADM defines them, each a pure function of features or of their moments."""
 
+import copy
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
@@ -88,30 +89,38 @@ class ScoreSums:
     """Sums behind the Inception Score, kept for each split of consecutive samples, so that order and batches are free.
 
     Split ``s`` holds the samples with index in ``[s * split_size, (s + 1) * split_size)``, as ADM cuts its unshuffled
-    samples. Memory: ``(splits, K)`` for ``K`` classes.
+    samples. Groups of samples (by index, as `Grouped` has them) have sums of their own, for a jackknife.
+    Memory: ``(groups, splits, K)`` for ``K`` classes.
     """
 
-    def __init__(self, total: int, num_classes: int, split_size: int) -> None:
+    def __init__(self, total: int, num_classes: int, split_size: int, groups: int = 1) -> None:
         if split_size < 1:
             raise UserError(f"Inception Score: split_size = {split_size}; expected at least 1")
-        splits = -(-total // split_size)
         self.split_size = split_size
         # A row: the sum of probabilities of each class, the sum of p log p, the count.
-        self.sums = torch.zeros(splits, num_classes + 2, dtype=torch.float64)
+        self.sums = torch.zeros(groups, -(-total // split_size), num_classes + 2, dtype=torch.float64)
 
     def update(self, probabilities: Any, indices: Tensor) -> None:
         """Add ``probabilities (B, K)`` of the samples with these ``indices (B,)``."""
         rows = torch.as_tensor(probabilities).to("cpu", torch.float64)
         negative_entropy = torch.xlogy(rows, rows).sum(dim=1, keepdim=True)
         rows = torch.cat([rows, negative_entropy, torch.ones(len(rows), 1)], dim=1)
-        self.sums.index_add_(0, indices // self.split_size, rows)
+        groups, splits, width = self.sums.shape
+        self.sums.view(-1, width).index_add_(0, indices % groups * splits + indices // self.split_size, rows)
+
+    def without(self, group: int) -> "ScoreSums":
+        """Return the sums of the samples of the other groups, all in one group."""
+        rest = copy.copy(self)
+        rest.sums = self.sums.sum(dim=0, keepdim=True) - self.sums[group]
+        return rest
 
     def all_reduce(self) -> None:
         self.sums = sum_over_processes(self.sums)
 
     def value(self) -> float:
         """Return the mean over splits of ``exp(E KL(p(y|x) || p(y)))``; raise `UserError` without samples."""
-        sums = self.sums[self.sums[:, -1] > 0]
+        sums = self.sums.sum(dim=0)
+        sums = sums[sums[:, -1] > 0]
         if not len(sums):
             raise UserError("Inception Score: no samples; give at least one")
         sums = sums / sums[:, -1:]

@@ -19,11 +19,13 @@ class Metric:
 
     needs: what it uses besides the moments, of "rows" (pooled features of both sets), "spatial" features and
     "logits".  least: how few samples it takes, and where it needs rows also how few images of the reference.
+    higher_is_better: for `vit5gen compare`, which leaves out a metric that does not say so.
     A method ``missing()`` may return what this machine lacks for it, each with how to get it.
     """
 
     needs: tuple[str, ...] = ()
     least: int = 2
+    higher_is_better: bool | None = None
 
     @classmethod
     def feature_bytes(cls, num_samples: int, num_references: int, dim: int) -> int:

@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,24 @@ class Scan:
     score: ScoreSums | None
     rows: Tensor
 
+    def leave_one_out(self) -> Iterator["Scan"]:
+        """Yield the scan without the images of each group, with one group, so that metrics need not know; not empty.
+
+        ``rows`` must be those of all images, or none.
+        """
+        parts = [self.pooled.leave_one_out(self.pooled.total())]
+        parts += [self.spatial.leave_one_out(self.spatial.total())] if self.spatial is not None else []
+        groups, index = len(self.pooled.groups), torch.arange(len(self.rows))
+        for group, (pooled, *spatial) in enumerate(zip(*parts, strict=True)):
+            yield Scan(
+                pooled.count,
+                self.size,
+                Grouped.of([pooled]),
+                Grouped.of(spatial) if spatial else None,
+                self.score.without(group) if self.score is not None else None,
+                self.rows[index % groups != group],
+            )
+
 
 def scan(
     chunks: Iterable[tuple[int, Tensor]], total: int, extractor: Extractor, rows: int = 0, groups: int = GROUPS
@@ -53,7 +71,7 @@ def scan(
     # What an image adds to: sums whose size does not grow with the number of images, and the rows that are kept.
     pooled = Grouped(extractor.dim, groups)
     spatial = Grouped(extractor.spatial_dim, groups) if extractor.spatial_dim else None
-    score = ScoreSums(total, extractor.num_classes, SPLIT_SIZE) if extractor.num_classes else None
+    score = ScoreSums(total, extractor.num_classes, SPLIT_SIZE, groups) if extractor.num_classes else None
     # Filled in place: a list of batches would take twice the memory when it is joined.
     kept, seen = torch.empty(rows, extractor.dim), torch.zeros(rows, dtype=torch.bool)
     size: list[int] = []

@@ -1,7 +1,7 @@
 """Streaming mean and covariance of features, in float64: any batches, any order, any number of processes."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 
 import torch
@@ -39,6 +39,18 @@ class FeatureStatistics:
         for first, strip in result._strips():
             strip.copy_(covariance[first : first + len(strip), first:].double() * (count - 1))
         return result
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> "FeatureStatistics":
+        """Rebuild statistics from their `state`."""
+        result = cls(len(state["mean"]))
+        result.count, result._mean, result._scatter = int(state["count"]), state["mean"], state["scatter"]
+        return result
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """All of it, as tensors: the count, the mean, and the strips of the scatter."""
+        return {"count": torch.tensor(self.count), "mean": self._mean, "scatter": self._scatter}
 
     def update(self, features: object) -> "FeatureStatistics":
         """Add the rows of ``features (B, dim)``; raise `UserError` on another shape or on NaN and infinity."""
@@ -146,6 +158,13 @@ class Grouped:
     def __init__(self, dim: int, groups: int = GROUPS) -> None:
         self._groups = tuple(FeatureStatistics(dim) for _ in range(groups))
         self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    @classmethod
+    def of(cls, groups: Sequence[FeatureStatistics]) -> "Grouped":
+        """Return these groups, to which no rows are added."""
+        result = cls(groups[0].dim, groups=0)
+        result._groups = tuple(groups)
+        return result
 
     def update(self, features: Tensor, indices: Tensor) -> None:
         """Add ``features (B, D)`` whose positions in the whole set are ``indices (B,)``."""

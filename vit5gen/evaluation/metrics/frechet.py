@@ -8,6 +8,8 @@ from vit5gen.evaluation.metric import Extractor, Metric, Reference, Scan, Score,
 class Frechet(Metric):
     """FID with Inception, else the distance that the extractor names."""
 
+    higher_is_better = False
+
     def compute(self, scan: Scan, reference: Reference, extractor: Extractor) -> dict[str, Score]:
         score = frechet_with_error(scan.pooled, reference.pooled)
         return {extractor.metric: score | {"floor": reference.floor(scan.count)}}

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
 
+from vit5gen.evaluation.significance import FEWEST_SEEDS, Estimate, holm
 from vit5gen.lab.study.plan import Row, StudyConfig
 from vit5gen.system.files import atomic, write_text
 
 MEASURES = {"held_out_loss": ("held-out loss", 4), "distance": ("distance", 1)}  # name and digits in a table
-FEWEST_SEEDS = 5  # below, intervals are shown but no test is made: three seeds settle nothing
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class Difference:
 def find_differences(study: StudyConfig, rows: list[Row]) -> list[Difference]:
     """Return, for both measures, the differences of cells that are one level away from a baseline.
 
-    Pairs share the seed; rows without a partner are left out. p is Holm's over all tests of one measure (Scand. J.
-    Statist. 6, 1979), and None with fewer than five pairs.
+    Pairs share the seed; rows without a partner are left out. p is Holm's over all tests of one measure, and None with
+    fewer than five pairs.
     """
     found = []
     for measure in MEASURES:
@@ -54,25 +53,15 @@ def find_differences(study: StudyConfig, rows: list[Row]) -> list[Difference]:
                     pairs = [values[levels, seed] - values[reference, seed] for seed in shared]
                     mean = float(np.mean([values[reference, seed] for seed in shared]))
                     family.append(_difference(cell, baseline, measure, pairs, mean))
-        found += _holm(family)
+        corrected = holm([d.p for d in family])
+        found += [replace(d, p=p) for d, p in zip(family, corrected, strict=True)]
     return found
 
 
 def _difference(cell: str, baseline: str, measure: str, pairs: list[float], reference: float) -> Difference:
-    half = float(stats.sem(pairs) * stats.t.ppf(0.975, len(pairs) - 1))
-    mean = float(np.mean(pairs))
-    tested = len(pairs) >= FEWEST_SEEDS and half > 1e-9 * abs(mean)  # else they differ by rounding alone
-    p = float(stats.ttest_1samp(pairs, 0.0).pvalue) if tested else None
-    return Difference(cell, baseline, measure, tuple(pairs), mean - half, mean + half, reference, p)
-
-
-def _holm(family: list[Difference]) -> list[Difference]:
-    tested = sorted((d.p, i) for i, d in enumerate(family) if d.p is not None)
-    corrected, largest = list(family), 0.0
-    for rank, (p, i) in enumerate(tested):
-        largest = max(largest, min(1.0, (len(tested) - rank) * p))
-        corrected[i] = replace(family[i], p=largest)
-    return corrected
+    found = Estimate.of_pairs(pairs)
+    p = found.p if len(pairs) >= FEWEST_SEEDS else None
+    return Difference(cell, baseline, measure, tuple(pairs), *found.interval, reference, p)
 
 
 def write_report(study: StudyConfig, rows: list[Row], output: Path) -> None:
