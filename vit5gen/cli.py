@@ -22,7 +22,8 @@ from vit5gen.config import Config, SamplingConfig, parse_yaml
 from vit5gen.section import validate
 from vit5gen.system.errors import UserError, choose, nearest, short
 
-COMMANDS = ("init", "train", "encode", "sample", "evaluate", "convert", "classify", "study", "autoencoder", "benchmark")
+COMMANDS: tuple[str, ...] = ("init", "train", "encode", "sample", "evaluate", "compare", "convert", "classify", "study")
+COMMANDS += ("autoencoder", "benchmark")
 _AS_YAML = {"guidance_interval"}  # a list that is one value
 
 

@@ -16,20 +16,9 @@ from vit5gen.system.files import check_writable, write_json
 _OF_PIPELINES = (*DrawConfig.model_fields, "num_images", "seed")
 
 
-class EvaluateOptions(DrawConfig, Options):
-    """Score images against a reference, or build a reference.
+class ScoreOptions(DrawConfig, Options):
+    """What is scored, how, and how it is drawn where it is a run or a pipeline folder."""
 
-    Sampling options apply to runs and pipeline folders, whose images are drawn while they are scored.
-    """
-
-    excludes: ClassVar = {"save_statistics": ("reference", "output", "metrics", *_OF_PIPELINES)}
-
-    samples: Annotated[list[str], Field(min_length=1)] = argument(
-        ..., "SAMPLES", "ADM npz, folder of images, run or pipeline folder; several give mean and std", option=""
-    )
-    reference: str | None = argument(None, "REF", "ADM npz, statistics file, folder of images, or configuration")
-    output: str | None = argument(None, "CARD.json", "write all settings and results to this card")
-    save_statistics: str | None = argument(None, "FILE", "write the statistics of SAMPLES, as a reference")
     extractor: Plug = argument(
         "inception", "NAME", "feature network: inception, effnet-lite0 or your own, e.g. 'NAME: {option: value}'"
     )
@@ -38,12 +27,41 @@ class EvaluateOptions(DrawConfig, Options):
     metrics: list[Plug] | None = argument(
         None, "NAME", "metrics to compute, e.g. fid 'pr: {k: 5}'; default: all that the inputs allow"
     )
+    batch_size: BatchSize = argument(50, "N", "images per batch, per process")
+    num_images: Images = argument(50_000, "N", "images to draw from a run or pipeline folder")
+
+    def check(self, paths: list[str]) -> None:
+        """Raise `UserError` for what can be told to be wrong before anything is loaded; a pipeline may be in a path."""
+        from vit5gen.evaluation.metric import METRICS
+        from vit5gen.generation.find_pipeline import find_pipeline
+
+        for name, given in map(name_and_options, self.metrics or ()):
+            METRICS.check(choose("--metrics", name, METRICS.names()), given, f"--metrics {name}")
+        idle = sorted(set(_OF_PIPELINES) & self.model_fields_set)
+        if idle and not any(map(find_pipeline, paths)):
+            advice = "the option is only for runs and pipeline folders; omit it"
+            raise UserError(f"{self.spell(idle)}: {paths[0]} already contains images; {advice}")
+
+
+class EvaluateOptions(ScoreOptions):
+    """Score images against a reference, or build a reference.
+
+    Sampling options apply to runs and pipeline folders, whose images are drawn while they are scored.
+    """
+
+    excludes: ClassVar = {"save_statistics": ("reference", "output", "metrics", "keep_groups", *_OF_PIPELINES)}
+
+    samples: Annotated[list[str], Field(min_length=1)] = argument(
+        ..., "SAMPLES", "ADM npz, folder of images, run or pipeline folder; several give mean and std", option=""
+    )
+    reference: str | None = argument(None, "REF", "ADM npz, statistics file, folder of images, or configuration")
+    output: str | None = argument(None, "CARD.json", "write all settings and results to this card")
+    save_statistics: str | None = argument(None, "FILE", "write the statistics of SAMPLES, as a reference")
     protocol: Literal["adm"] | None = argument(
         None, "adm", "ADM's metrics and settings; prints FID-50K only if all conditions are met"
     )
-    batch_size: BatchSize = argument(50, "N", "images per batch, per process")
-    num_images: Images = argument(50_000, "N", "images to draw from a run or pipeline folder")
     seed: list[Natural] = argument([0], "N", "seeds for drawing from a run; several give mean and std")
+    keep_groups: bool = argument(False, "", "keep moments beside the card, so that `compare` needs no images")
 
 
 def run(options: EvaluateOptions) -> int:
@@ -52,19 +70,14 @@ def run(options: EvaluateOptions) -> int:
         raise UserError("evaluate: give either --reference REF or --save-statistics FILE")
     from vit5gen.evaluation import load_extractor
     from vit5gen.evaluation.evaluation_card import evaluation_card, markdown, open_samples
-    from vit5gen.evaluation.metric import METRICS
     from vit5gen.evaluation.reference import open_reference, reference_of, save_statistics
     from vit5gen.evaluation.samples import open_image_set
-    from vit5gen.generation.find_pipeline import find_pipeline
     from vit5gen.system.distributed import start_processes
 
     # What can be told to be wrong before anything is loaded.
-    for name, given in map(name_and_options, options.metrics or ()):
-        METRICS.check(choose("--metrics", name, METRICS.names()), given, f"--metrics {name}")
-    idle = sorted(set(_OF_PIPELINES) & options.model_fields_set)
-    if idle and not any(map(find_pipeline, options.samples)):
-        advice = "the option is only for runs and pipeline folders; omit it"
-        raise UserError(f"{options.spell(idle)}: {options.samples[0]} already contains images; {advice}")
+    options.check(options.samples)
+    if options.keep_groups and options.output is None:
+        raise UserError("--keep-groups: there is no card to keep groups beside; give --output CARD.json")
     if options.save_statistics is not None and len(options.samples) != 1:
         raise UserError(f"--save-statistics: {len(options.samples)} sets of images; expected one")
     if (file := options.output or options.save_statistics) is not None:
@@ -86,7 +99,8 @@ def run(options: EvaluateOptions) -> int:
         opened += open_samples(path, draw, options.num_images, options.seed, batch_size, protocol)
     assert options.reference is not None
     real = open_reference(options.reference, network, batch_size, protocol)
-    card = evaluation_card(opened, real, network, options.metrics, protocol)
+    kept = options.output if options.keep_groups else None
+    card = evaluation_card(opened, real, network, options.metrics, protocol, kept)
     if state.is_main_process:
         for warning in card["warnings"]:
             kind = "note" if " is not computed: " in warning else "warning"

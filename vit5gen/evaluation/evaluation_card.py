@@ -15,8 +15,9 @@ from torch import Tensor
 from vit5gen.config import DrawConfig
 from vit5gen.evaluation.extractors.inception import INCEPTION_SHA256
 from vit5gen.evaluation.features import Extractor
+from vit5gen.evaluation.groups import save_groups
 from vit5gen.evaluation.metric import RELIABLE_COUNT, Score, available, scores
-from vit5gen.evaluation.reference import REFERENCE_ROWS, Reference, scan
+from vit5gen.evaluation.reference import REFERENCE_ROWS, Reference, Scan, scan
 from vit5gen.evaluation.samples import Samples, open_image_set
 from vit5gen.generation.card import pipeline_hash, versions
 from vit5gen.generation.find_pipeline import find_pipeline, has_begun, pipeline_folder
@@ -53,7 +54,8 @@ def samples_from_pipeline(pipe: SiTPipeline, path: str | Path, job: SamplingJob,
         sampling["network_evaluations"] = network_evaluations(total, len(job.labels))
 
     identity = {"kind": "pipeline", "path": str(path), "sha256": pipeline_hash(pipeline_folder(path))}
-    return Samples(len(job.labels), chunks, identity, sampling=sampling)
+    names = [pipe.class_name(label) for label in job.labels]
+    return Samples(len(job.labels), chunks, identity, names, sampling)
 
 
 def evaluation_card(
@@ -62,14 +64,18 @@ def evaluation_card(
     extractor: Extractor,
     metrics: Sequence[Plug] | None = None,
     protocol: str | None = None,
+    keep_groups: str | Path | None = None,
 ) -> dict[str, Any]:
     """Score sets of samples and return the evaluation card.
 
     ``metrics``: each ``NAME`` or ``{NAME: {option: value}}``, by default all that the inputs allow.
     ``protocol="adm"`` fixes ADM's metrics with their settings, and allows the name FID-50K if all of them are met.
     ``models`` holds the scores of each model: of several seeds (see `_by_model`) their mean, with the deviation between
-    them. ``metrics`` are the scores of the first. Raises `UserError` on bad input.
+    them. ``metrics`` are the scores of the first. ``keep_groups``: write the groups of the one set beside this card.
+    Raises `UserError` on bad input.
     """
+    if keep_groups is not None and len(samples) != 1:
+        raise UserError(f"--keep-groups: {len(samples)} sets of samples; expected one for each card")
     # Which metrics: those that are asked for, ADM's, or all that reference and extractor allow.
     adm = protocol is not None and choose("protocol", protocol, ["adm"]) == "adm"
     if adm and metrics is not None and set(map(str, metrics)) != set(ADM_METRICS):
@@ -85,7 +91,7 @@ def evaluation_card(
         found = scan(images.chunks(), images.count, extractor, rows=images.count if need_rows else 0)
         if is_main():
             runs.append(scores(found, reference, extractor, wanted))
-            described.append(images.identity | {"count": images.count, "size": found.size, "sampling": images.sampling})
+            described.append(describe(images, found))
     if not is_main():
         return {}
 
@@ -105,10 +111,25 @@ def evaluation_card(
         "processes": rank_and_world()[1],
         "versions": versions() | {"torch-fidelity": version("torch-fidelity"), "scipy": version("scipy")},
     }
+    if keep_groups is not None:
+        card["groups"] = save_groups(found, keep_groups)
     if given := {name: options for name, options in map(name_and_options, metrics or ()) if options}:
         card["metric_options"] = given
     card["markdown"] = "\n".join(markdown(card)[2:])
     return card
+
+
+def describe(images: Samples, found: Scan) -> dict[str, Any]:
+    """Return what a card records of a set of images."""
+    return images.identity | {"count": images.count, "size": found.size, "sampling": images.sampling}
+
+
+def drawn(identity: dict[str, Any], sampling: dict[str, Any] | None) -> tuple[str | None, dict[str, Any]]:
+    """Return the hash of the checkpoint that drew a set and its settings, as far as they are known."""
+    card = sampling or {}
+    if identity["kind"] == "pipeline":
+        return identity["sha256"], card
+    return card.get("checkpoint_sha256"), card.get("settings") or {}
 
 
 def markdown(card: dict[str, Any]) -> list[str]:
@@ -155,13 +176,11 @@ def _by_model(samples: Sequence[Samples]) -> list[list[int]]:
     models: dict[str, dict[Any, int]] = {}
     for i, images in enumerate(samples):
         card = images.sampling or {}
-        checkpoint, drawn = images.identity.get("sha256"), card
-        if images.identity["kind"] != "pipeline":
-            checkpoint, drawn = card.get("checkpoint_sha256"), card.get("settings") or {}
-        alike = {key: value for key, value in drawn.items() if key not in _OF_A_SEED}
+        checkpoint, settings = drawn(images.identity, images.sampling)
+        alike = {key: value for key, value in settings.items() if key not in _OF_A_SEED}
         key = json.dumps([images.identity["kind"], checkpoint, card.get("versions"), alike], sort_keys=True)
-        seeds = models.setdefault(key if "seed" in drawn and checkpoint else f"set {i}", {})
-        if (seed := drawn.get("seed")) in seeds:
+        seeds = models.setdefault(key if "seed" in settings and checkpoint else f"set {i}", {})
+        if (seed := settings.get("seed")) in seeds:
             seeds = models.setdefault(f"set {i}", {})
         seeds[seed] = i
     return [list(seeds.values()) for seeds in models.values()]

@@ -1,7 +1,7 @@
 """The plug: what a metric declares; the registry of metrics; scores, or the reason why one is not available."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.reference import Reference, Scan
@@ -19,13 +19,13 @@ class Metric:
 
     needs: what it uses besides the moments, of "rows" (pooled features of both sets), "spatial" features and
     "logits".  least: how few samples it takes, and where it needs rows also how few images of the reference.
-    higher_is_better: for `vit5gen compare`, which leaves out a metric that does not say so.
+    better: "lower" or "higher", for `vit5gen compare`, which leaves out a metric that does not tell.
     A method ``missing()`` may return what this machine lacks for it, each with how to get it.
     """
 
     needs: tuple[str, ...] = ()
     least: int = 2
-    higher_is_better: bool | None = None
+    better: Literal["lower", "higher"] | None = None
 
     @classmethod
     def feature_bytes(cls, num_samples: int, num_references: int, dim: int) -> int:
@@ -77,7 +77,8 @@ def scores(scan: Scan, reference: Reference, extractor: Extractor, metrics: Mapp
         for what, count in counts.items():
             if count < metric.least:
                 raise UserError(f"metric {name}: {count} {what}; needs at least {metric.least}; give more images")
-        found |= metric.compute(scan, reference, extractor)
+        for score, result in metric.compute(scan, reference, extractor).items():
+            found[score] = result | ({"better": metric.better} if metric.better else {})
     return found
 
 

@@ -1,7 +1,7 @@
 """Streaming mean and covariance of features, in float64: any batches, any order, any number of processes."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 
 import torch
@@ -41,16 +41,17 @@ class FeatureStatistics:
         return result
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> "FeatureStatistics":
+    def from_state(cls, dim: int, state: Tensor) -> "FeatureStatistics":
         """Rebuild statistics from their `state`."""
-        result = cls(len(state["mean"]))
-        result.count, result._mean, result._scatter = int(state["count"]), state["mean"], state["scatter"]
+        result = cls(dim)
+        count, result._mean, result._scatter = state.split([1, dim, len(result._scatter)])
+        result.count = int(count)
         return result
 
     @property
-    def state(self) -> dict[str, Tensor]:
-        """All of it, as tensors: the count, the mean, and the strips of the scatter."""
-        return {"count": torch.tensor(self.count), "mean": self._mean, "scatter": self._scatter}
+    def state(self) -> Tensor:
+        """All of it in one tensor: the count, the mean, and the strips of the scatter."""
+        return torch.cat([torch.tensor([float(self.count)]), self._mean, self._scatter])
 
     def update(self, features: object) -> "FeatureStatistics":
         """Add the rows of ``features (B, dim)``; raise `UserError` on another shape or on NaN and infinity."""

@@ -105,21 +105,23 @@ def save_pairs(
     titles: Sequence[tuple[str, int, str]],
     caption: Sequence[str],
     settings: Mapping[str, Any],
+    stacked: bool = False,
 ) -> None:
-    """Write a PNG of pairs of images (3, H, W) uint8 side by side, six pairs in a row.
+    """Write a PNG of pairs of images (3, H, W) uint8 side by side, or stacked; six pairs in a row, or twelve.
 
     titles: name, label and a remark of each pair, written above it; caption, settings: as of `save_grid`.
     """
     width, height = tile(pairs[0][0]).size
-    across, down = 2 * width + 4 * GAP, height + _LINE + 2 * GAP
-    columns = min(_PAIRS, len(pairs))
+    wide, tall = (1, 2) if stacked else (2, 1)
+    across, down = wide * width + 4 * GAP, tall * height + _LINE + 2 * GAP
+    columns = min(_PAIRS * tall, len(pairs))
     canvas, draw, top = _begin(caption, GAP + columns * across, -(-len(pairs) // columns) * down)
     for i, (pair, (name, label, remark)) in enumerate(zip(pairs, titles, strict=True)):
         x, y = GAP + i % columns * across, top + i // columns * down
         text, own = write_as(f"{_cut(name, 14)} {remark}", f"{label} {remark}", 13)
         draw.text((x, y), text, fill="black", font=own)
         for k, image in enumerate(pair):
-            canvas.paste(tile(image), (x + k * (width + 1), y + _LINE))
+            canvas.paste(tile(image), (x + k * (wide - 1) * (width + 1), y + _LINE + k * (tall - 1) * (height + 1)))
     save_png(canvas, path, settings)
 
 

@@ -9,7 +9,7 @@ class InceptionScore(Metric):
 
     needs = ("logits",)
     least = 1
-    higher_is_better = True
+    better = "higher"
 
     def compute(self, scan: Scan, reference: Reference, extractor: Extractor) -> dict[str, Score]:
         assert scan.score is not None

@@ -13,7 +13,7 @@ class KernelDistance(Metric):
     """KID with Inception, else the kernel distance in the extractor's features."""
 
     needs = ("rows",)
-    higher_is_better = False
+    better = "lower"
 
     def __init__(self, *, subset_size: Annotated[int, Field(ge=2)] = SUBSET_SIZE) -> None:
         self.subset_size = subset_size

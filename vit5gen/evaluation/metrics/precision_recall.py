@@ -13,7 +13,7 @@ class PrecisionRecall(Metric):
     """Precision and recall by the ``k``-th nearest neighbour; ``adm_fp16`` rounds distances as ADM does."""
 
     needs = ("rows",)
-    higher_is_better = True
+    better = "higher"
 
     def __init__(self, *, k: Annotated[int, Field(ge=1)] = NEIGHBOURS, adm_fp16: bool = False) -> None:
         self.k, self.adm_fp16, self.least = k, adm_fp16, k + 1

@@ -9,7 +9,7 @@ class SpatialFrechet(Metric):
     """sFID: of 7 channels of Inception's mixed_6 at every position."""
 
     needs = ("spatial",)
-    higher_is_better = False
+    better = "lower"
 
     def compute(self, scan: Scan, reference: Reference, extractor: Extractor) -> dict[str, Score]:
         assert scan.spatial is not None
