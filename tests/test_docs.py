@@ -36,7 +36,12 @@ PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")],
     key=lambda page: (FIRST.index(page.stem) if page.stem in FIRST else len(FIRST), page.stem),
 )
-SHORTER = {"step_00002400": "step_00000010", "--num-images 200": "--num-images 12", "--batch-size 50": "--batch-size 6"}
+SHORTER = {
+    "step_00002400": "step_00000010",
+    "--num-images 200 ": "--num-images 12 ",
+    "--num-images 1000 ": "--num-images 24 ",
+    "--batch-size 50": "--batch-size 6",
+}
 MARK = re.compile(r"# (needs|takes) ")
 
 

@@ -42,7 +42,8 @@ def gaussian_side(features: torch.Tensor, extractor: Extractor, fid: dict[str, M
     grouped.update(features, torch.arange(len(features)))
     whole = Scan(len(features), [8, 8], grouped, None, None, torch.empty(0, DIM))
     reference = Reference(FrechetReference(torch.zeros(DIM), torch.eye(DIM)), None, None, None, {})
-    found = [scores(part, reference, extractor, fid) for part in (whole, *whole.leave_one_out())]
+    alone = replace(whole, pooled=Grouped.of([grouped.total()]))  # of one group, without an error bar of its own
+    found = [scores(part, reference, extractor, fid) for part in (alone, *whole.leave_one_out())]
     return Side({"count": len(features)}, found, grouped.total().mean, {}, [])
 
 
