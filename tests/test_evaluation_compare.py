@@ -102,7 +102,7 @@ def test_estimates_are_those_of_scipy() -> None:
         assert estimate.p == pytest.approx(theirs.pvalue, rel=1e-9)
         assert estimate.freedom == pytest.approx(theirs.df, rel=1e-9)
     nothing = Estimate.of_groups(0.0, parts[0], parts[0], paired=True)
-    assert (nothing.p, nothing.count_to_decide(100, 0.05)) == (None, None)
+    assert nothing.p is None
     assert holm([0.01, None, 0.04, 0.03]) == pytest.approx([0.03, None, 0.06, 0.06])
 
 
@@ -165,7 +165,12 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_runs_are_drawn_from_equal_noise_and_told_apart(folder, capsys) -> None:
-    card, printed = compare(folder / "a", folder / "b", *DRAW, folder=folder, capsys=capsys)
+    words = {"folder": folder, "capsys": capsys}
+    plain, _ = compare(folder / "a", folder / "b", *DRAW, **words)
+    assert "name it in --metrics" in plain["skipped"]["kid"]
+    every = ["--metrics", "fid", "sfid", "is", "pr", "kid"]
+    card, printed = compare(folder / "a", folder / "b", *DRAW, *every, **words)
+    assert plain["differences"].keys() == card["differences"].keys() - {"KD-Colours"}
     alone = [json.loads((folder / f"{name}.json").read_text())["metrics"] for name in "ab"]
     assert card["pairing"] == {"paired": True, "reason": "pairs of equal noise and label, seed 0", "training_seeds": []}
     assert card["differences"].keys() == card["verdicts"].keys() == alone[0].keys()
@@ -181,6 +186,8 @@ def test_runs_are_drawn_from_equal_noise_and_told_apart(folder, capsys) -> None:
             assert (verdict == "better_b") == ((low > 0) == (entry["better"] == "higher"))
         if (count := entry["images_to_decide"]) is not None:
             assert (count <= card["count"]) == decided
+        else:
+            assert entry["reason"] == "there is no difference beyond rounding"
         assert f"| {name} |" in printed
     assert {card["differences"][name]["better"] for name in ("IS", "precision-Colours")} == {"higher"}
     assert printed.endswith(f"{card['summary']}\n")

@@ -27,6 +27,9 @@ from vit5gen.system.errors import UserError
 _SHOWN = 12  # pairs in the picture
 _FIXES_NOISE = ("seed", "labels", "classes", "resolution")  # with the number of images: noise and label of each
 
+# Of a hundred random subsets: slow, and a jackknife of more images than a subset has mistakes their draw for an error.
+_ON_REQUEST = {"kid": "22 times its random subsets take long; name it in --metrics"}
+
 Kept = tuple[dict[str, Any], Scan]  # an evaluation card, and the scan that its groups give
 
 
@@ -93,6 +96,8 @@ def metrics_to_compare(
             reasons[name] = "it does not tell what is better; set `better` in its class"
         elif cards and "rows" in metric.needs:
             reasons[name] = "a card keeps no features of single images; give the samples instead"
+        elif not wanted and name in _ON_REQUEST:
+            reasons[name] = _ON_REQUEST[name]
     if reasons and (wanted or len(reasons) == len(metrics)):
         raise UserError("; ".join(f"metric {name}: {reason}" for name, reason in reasons.items()))
     return {name: metric for name, metric in metrics.items() if name not in reasons}, skipped | reasons
@@ -171,7 +176,7 @@ def differences(a: Sequence[Side], b: Sequence[Side], paired: bool) -> dict[str,
         entry["detectable"], entry["images_to_decide"] = found.detectable, None
         if several:
             entry["reason"] = "the error is that of training seeds, which more images do not make smaller"
-        elif p is None or found.p is None:
+        elif p is None or found.p is None or not found.difference:
             entry["reason"] = "there is no difference beyond rounding"
         else:
             # At the level that Holm's correction left for this score: p_holm is 0.05 there.

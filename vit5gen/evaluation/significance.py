@@ -60,13 +60,11 @@ class Estimate:
         """The difference that a test with this error finds in 80 % of repetitions."""
         return self.margin() + self.error * float(stats.t.ppf(POWER, self.freedom))
 
-    def count_to_decide(self, count: int, level: float) -> int | None:
-        """Return for how many images instead of ``count`` p would be ``level``; None when there is no difference.
+    def count_to_decide(self, count: int, level: float) -> int:
+        """Return for how many images instead of ``count`` p would be ``level``; the difference must not be 0.
 
         The error falls with the square root of the number of images. A repetition decides it every other time.
         """
-        if not self.difference:
-            return None
         return math.ceil(count * (self.margin(level) / self.difference) ** 2)
 
 
