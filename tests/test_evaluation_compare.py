@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from called import call_evaluate
 from PIL import Image
@@ -19,11 +20,12 @@ from torch.nn import functional
 
 from vit5gen.cli import main
 from vit5gen.evaluation import load_extractor, register_extractor
-from vit5gen.evaluation.compare import Side, differences
+from vit5gen.evaluation.compare import Side, differences, metrics_to_compare, score_side
 from vit5gen.evaluation.distances import FrechetReference
 from vit5gen.evaluation.features import Extractor, Features
 from vit5gen.evaluation.metric import METRICS, Metric, scores
 from vit5gen.evaluation.reference import Reference, Scan, open_reference, scan
+from vit5gen.evaluation.samples import open_image_set
 from vit5gen.evaluation.significance import Estimate, holm
 from vit5gen.evaluation.statistics import Grouped
 from vit5gen.system.errors import UserError
@@ -333,3 +335,32 @@ def test_groups_are_kept_of_one_set_beside_a_card(folder, tmp_path) -> None:
     with pytest.raises(UserError, match="--keep-groups: 2 sets of samples; expected one"):
         call_evaluate(folder / "other.npz", folder / "real.npz", output=tmp_path / "card.json", **options)
     assert not [*tmp_path.iterdir()]
+
+
+def compared_in(folder: Path) -> dict:
+    """Compare two sets of images in the processes there are; return what the main one finds."""
+    extractor = load_extractor("colours")
+    reference = open_reference(folder / "real.npz", extractor, 7)
+    metrics, _ = metrics_to_compare(None, reference, extractor, cards=False)
+    sets = [open_image_set(folder / f"{name}.npz", 7) for name in "ab"]
+    sides = [score_side(images, reference, extractor, metrics, groups=True) for images in sets]
+    return differences([sides[0]], [sides[1]], paired=True) if None not in sides else {}
+
+
+def work(rank: int, processes: int, folder: Path) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=processes)
+    if found := compared_in(folder):
+        (folder / "found.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_three_processes_find_what_one_finds(tmp_path) -> None:
+    for name, seed in (("real", 1), ("a", 2), ("b", 3)):
+        write_npz(tmp_path / f"{name}.npz", pictures(31, seed))
+    torch.multiprocessing.spawn(work, (3, tmp_path), nprocs=3)
+    together, alone = json.loads((tmp_path / "found.json").read_text()), compared_in(tmp_path)
+    assert together["verdicts"] == alone["verdicts"]
+    for name, entry in alone["differences"].items():
+        for key in ("difference", "standard_error", "p"):  # small against the scores, whose 1e-9 counts for more here
+            assert together["differences"][name][key] == pytest.approx(entry[key], rel=1e-7)
