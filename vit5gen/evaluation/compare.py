@@ -19,7 +19,7 @@ from vit5gen.evaluation.samples import Samples
 from vit5gen.evaluation.significance import FEWEST_SEEDS, Estimate, holm
 from vit5gen.evaluation.statistics import GROUPS
 from vit5gen.generation.find_pipeline import has_begun
-from vit5gen.generation.grid import save_pairs
+from vit5gen.generation.grid import save_pairs, with_attribution
 from vit5gen.section import Plug
 from vit5gen.system.distributed import is_main
 from vit5gen.system.errors import UserError
@@ -228,8 +228,9 @@ def save_picture(path: Path, a: Side, b: Side, reason: str) -> bool:
     """Write images of A above those of B with equal noise and label; return whether there are any."""
     if shared := sorted(a.pictures.keys() & b.pictures.keys()):
         names = a.titles or b.titles or range(shared[-1] + 1)
-        titles = [(Path(str(names[i])).name, i, "") for i in shared]
+        titles = [(name.name if isinstance(name := names[i], Path) else str(name), i, "") for i in shared]
         facts = [f"above A: {a.entry['path']}", f"below B: {b.entry['path']}", reason]
-        settings = {"a": a.entry, "b": b.entry}
+        attribution = next(filter(None, ((side.entry["sampling"] or {}).get("attribution") for side in (a, b))), None)
+        settings = with_attribution({"a": a.entry, "b": b.entry}, attribution)
         save_pairs(path, [(a.pictures[i], b.pictures[i]) for i in shared], titles, facts, settings, stacked=True)
     return bool(shared)

@@ -76,6 +76,7 @@ def evaluation_card(
     """
     if keep_groups is not None and len(samples) != 1:
         raise UserError(f"--keep-groups: {len(samples)} sets of samples; expected one for each card")
+
     # Which metrics: those that are asked for, ADM's, or all that reference and extractor allow.
     adm = protocol is not None and choose("protocol", protocol, ["adm"]) == "adm"
     if adm and metrics is not None and set(map(str, metrics)) != set(ADM_METRICS):
