@@ -13,14 +13,14 @@ import yaml
 from called import call_evaluate
 from PIL import Image
 from scipy import stats
-from test_evaluation_evaluate import colours, pictures, write_npz
+from test_evaluation_card import colours, pictures, write_npz
 from tiny import tiny_pipeline
 from torch import nn
 from torch.nn import functional
 
 from vit5gen.cli import main
 from vit5gen.evaluation import load_extractor, register_extractor
-from vit5gen.evaluation.compare import Side, differences, metrics_to_compare, score_side
+from vit5gen.evaluation.comparison import Side, differences, metrics_to_compare, score_side
 from vit5gen.evaluation.distances import FrechetReference
 from vit5gen.evaluation.features import Extractor, Features
 from vit5gen.evaluation.metric import METRICS, Metric, scores

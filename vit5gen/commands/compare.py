@@ -27,8 +27,8 @@ class CompareOptions(ScoreOptions):
 
 def run(options: CompareOptions) -> None:
     """Compare two sets of images, or several runs each; print a table and a verdict, write card and picture."""
-    from vit5gen.evaluation import compare, load_extractor
-    from vit5gen.evaluation.evaluate import open_samples
+    from vit5gen.evaluation import comparison, load_extractor
+    from vit5gen.evaluation.evaluation_card import open_samples
     from vit5gen.evaluation.groups import read_groups
     from vit5gen.evaluation.reference import open_reference
     from vit5gen.generation.card import commit, versions
@@ -38,7 +38,7 @@ def run(options: CompareOptions) -> None:
     given, picture = (options.a, options.b), Path(options.output).with_suffix(".png")
     if len({Path(path).resolve() for path in given}) == 1:
         raise UserError(f"{options.a} is given twice: there is nothing to compare; give two sets")
-    runs = compare.pairs_of_runs(*given)
+    runs = comparison.pairs_of_runs(*given)
     options.check([path for pair in runs.values() or [given] for path in pair])
     for file in (options.output, picture):
         check_writable(file)
@@ -48,24 +48,24 @@ def run(options: CompareOptions) -> None:
     network = load_extractor(options.extractor, state.device, options.weights, options.weights_sha256)
     real = open_reference(options.reference, network, batch_size)
     is_card = {path: Path(path).suffix == ".json" for path in given}
-    metrics, skipped = compare.metrics_to_compare(options.metrics, real, network, any(is_card.values()))
-    sides: list[list[compare.Side]] = [[], []]
+    metrics, skipped = comparison.metrics_to_compare(options.metrics, real, network, any(is_card.values()))
+    sides: list[list[comparison.Side]] = [[], []]
     for pair in runs.values() or [given]:
         sets: list[Any] = []
         for path in pair:
             kept = is_card.get(path) and read_groups(path, real, network)
             sets += [kept] if kept else open_samples(path, draw, options.num_images, [options.seed], batch_size)
-        compare.check_alike(pair, sets)
+        comparison.check_alike(pair, sets)
         for side, images in zip(sides, sets, strict=True):
-            scored = compare.score_side(images, real, network, metrics, groups=not runs)
+            scored = comparison.score_side(images, real, network, metrics, groups=not runs)
             side += [scored] if scored else []
     if not state.is_main_process:
         return
 
     # Card, picture and verdict.
-    pairings = [compare.pairing(a, b) for a, b in zip(*sides, strict=True)]
+    pairings = [comparison.pairing(a, b) for a, b in zip(*sides, strict=True)]
     paired, reason = pairings[0]
-    has_picture = paired and compare.save_picture(picture, sides[0][0], sides[1][0], reason)
+    has_picture = paired and comparison.save_picture(picture, sides[0][0], sides[1][0], reason)
     card = {name: [side.entry for side in own] for name, own in zip("ab", sides, strict=True)} | {
         "count": sides[0][0].entry["count"],
         "reference": real.identity | {"count": real.count},
@@ -78,7 +78,7 @@ def run(options: CompareOptions) -> None:
         "versions": versions(),
         "commit": commit(),
     }
-    card |= compare.differences(sides[0], sides[1], paired)
-    card |= {"summary": compare.summary(card), "markdown": "\n".join(compare.markdown(card))}
+    card |= comparison.differences(sides[0], sides[1], paired)
+    card |= {"summary": comparison.summary(card), "markdown": "\n".join(comparison.markdown(card))}
     write_json(options.output, card)
     print(f"{card['markdown']}\n\n{card['summary']}")

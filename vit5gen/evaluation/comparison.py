@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vit5gen.config import load_recorded
 from vit5gen.evaluation.distances import CONFIDENCE
-from vit5gen.evaluation.evaluate import describe, drawn
+from vit5gen.evaluation.evaluation_card import describe, drawn
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.metric import Metric, Score, available, scores
 from vit5gen.evaluation.reference import Reference, Scan, scan
