@@ -1,0 +1,339 @@
+"""examples/train_classifier.py: a few steps on coloured squares, and the points at which other trainings fell short."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from launch import _free_ports, environment
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from torchvision.transforms import functional as T
+
+from vit5gen.evaluation.accuracy import classify
+from vit5gen.models import load_vit5
+
+ROOT = Path(__file__).parents[1]
+CLASSES = ["10", "2", "grey"]  # in the order of their labels, which is not that of timm's folders
+SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+TINY = ["--img-size", "16", "--model-kwargs", "patch_size=8", "embed_dim=16", "depth=2", "num_heads=2"]
+TINY += ["--batch-size", "8", "--epochs", "3", "--warmup-epochs", "0"]
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "examples"))
+        yield importlib.import_module("train_classifier")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder in ImageNet's layout: 30 images to train on, 9 held out."""
+    root, rng = tmp_path_factory.mktemp("classifier"), np.random.default_rng(0)
+    for part, count in (("train", 10), ("val", 3)):
+        for label, name in enumerate(CLASSES):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 120, (18, 20, 3), dtype=np.uint8)
+                pixels[..., label] += 120
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(script: Any, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run without interruption."""
+    folder = tmp_path_factory.mktemp("run")
+    script.main(["--data", str(data), "--output", str(folder), *TINY])
+    return folder
+
+
+def card_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "card.json").read_text())
+
+
+def options(script: Any, **changes: Any) -> Namespace:
+    return Namespace(**{**script.IMAGES, **script.MODEL, "model_kwargs": {}, **changes})
+
+
+def test_the_card_tells_what_the_weights_recognise(run: Path, data: Path) -> None:
+    card, file = card_of(run), run / "weights.safetensors"
+    model = timm.create_model("vit5_small", num_classes=3, checkpoint_path=str(file), **SIZES).eval()
+    hits = []
+    for label, name in enumerate(CLASSES):
+        for path in sorted((data / "val" / name).iterdir()):
+            image = T.center_crop(T.resize(Image.open(path), 16, T.InterpolationMode.BICUBIC), 16)  # crop ratio 1
+            pixels = T.normalize(T.to_tensor(image), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+            with torch.no_grad():
+                hits.append(int(model(pixels[None]).argmax()) == label)
+    assert card["top1"]["value"] == pytest.approx(sum(hits) / 9)
+    assert list(card["classes"].values()) == [sum(hits[i : i + 3]) / 3 for i in (0, 3, 6)]
+    assert (list(card["classes"]), card["top5"]["value"]) == (CLASSES, 1.0)
+    # Wilson's interval of 9 in 9 is [9 / (9 + z^2), 1].
+    assert card["top5"]["low"] == pytest.approx(9 / (9 + 1.959964**2), rel=1e-5)
+    assert card["counts"] == {"train": 30, "held_out": 9, "parameters": sum(p.numel() for p in model.parameters())}
+    assert card["command"].endswith("--epochs 3 --warmup-epochs 0")
+    state = load_vit5(file, num_classes=3).state_dict()  # as `vit5gen classify` does
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_linear_layers_start_as_published(script: Any) -> None:
+    torch.manual_seed(0)
+    model = script.create_model(options(script, model_kwargs={"depth": 2}, img_size=32), 1000)
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    assert len(linear) == 2 * 4 + 1
+    for name, layer in linear.items():
+        # Normal with deviation 0.02: a uniform (Kaiming's) would end at 1.7 deviations.
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.01), name
+        assert layer.weight.abs().max() > 3.5 * 0.02, name
+    for token in (model.cls_token, model.pos_embed, model.reg_token):
+        assert token.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_biases_are_where_published_and_start_at_zero(script: Any) -> None:
+    model = script.create_model(options(script, model_kwargs={"depth": 1}), 10)
+    block = model.blocks[0]
+    for layer in (block.attn.proj, block.mlp.fc1, block.mlp.fc2, model.head):
+        assert not layer.bias.any()
+    assert block.attn.qkv.bias is None
+    assert model.patch_embed.proj.bias is not None  # a convolution, which the published code leaves as torch starts it
+
+
+def test_attention_is_scaled_although_queries_and_keys_are_normed(script: Any) -> None:
+    changes = {"img_size": 16, "model_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}}
+    attention = script.create_model(options(script, **changes), 3).blocks[0].attn.double()
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in (x @ attention.qkv.weight.T).chunk(3, -1))
+    normed = (
+        part * (part.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.weight
+        for part, norm in ((q, attention.q_norm), (k, attention.k_norm))
+    )
+    q, k = normed
+    expected = attention.proj(((q @ k.mT * 16**-0.5).softmax(-1) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x), expected)
+
+
+def test_what_is_kept_and_tested_is_an_average(run: Path) -> None:
+    state = torch.load(run / "last.pt", weights_only=True)
+    kept = load_file(run / "weights.safetensors")
+    assert kept.keys() == state["model"].keys()
+    assert all(torch.equal(value, state["average"][name]) for name, value in kept.items())
+    assert not torch.equal(kept["blocks.0.mlp.fc1.weight"], state["model"]["blocks.0.mlp.fc1.weight"])
+
+
+def test_the_optimizer_is_timms_with_layers_and_what_decays(script: Any, data: Path, tmp_path: Path) -> None:
+    arguments = ["--data", str(data), "--output", str(tmp_path), *TINY, "--epochs", "1", "--layer-decay", "0.5"]
+    script.main([*arguments, "--lr", "0.01"])
+    groups = torch.load(tmp_path / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert {group["lr_scale"] for group in groups} == {1, 0.5, 0.25, 0.125}  # head, blocks, what stands before them
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
+    assert {(group["eps"], group["max_grad_norm"]) for group in groups} == {(1e-8, 1.0)}  # LAMB's own clipping
+    # The last of 3 steps: 2/3 along a cosine from 0.01 to 1e-5.
+    assert max(group["lr"] for group in groups) == pytest.approx(1e-5 + (0.01 - 1e-5) * 0.25)
+
+
+def test_augmentation_mixing_and_loss_are_those_asked_for(
+    script: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[Any]] = {}
+
+    def note(name: str) -> None:
+        original: Callable[..., Any] = getattr(script, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            seen.setdefault(name, []).append(original(*args, **kwargs))
+            return seen[name][-1]
+
+        monkeypatch.setattr(script, name, noted)
+
+    for name in ("create_transform", "Mixup", "RepeatAugSampler", "BinaryCrossEntropy"):
+        note(name)
+    script.main(["--data", str(data), "--output", str(tmp_path), *TINY, "--epochs", "1"])
+    (training, tested), (mix,), (sampler,) = seen["create_transform"], seen["Mixup"], seen["RepeatAugSampler"]
+    for part in ("Solarize", "Desaturate", "GaussianBlurRand", "brightness=(0.7", "RandomHorizontalFlip(p=0.5)"):
+        assert part in str(training).replace("0.7,", "0.7"), part
+    assert "(0.08, 1.0)" in str(training)
+    assert "AutoAugment" not in str(tested)
+    assert (mix.mixup_alpha, mix.cutmix_alpha, mix.label_smoothing) == (0.8, 1.0, 0.0)
+    counts = np.bincount(list(sampler))
+    assert (len(sampler), counts.max()) == (30, 3)
+    # BCE asks whether a class is in the mixture, whatever its share.
+    (criterion,), logits = seen["BinaryCrossEntropy"], torch.tensor([[2.0, -1.0, 0.5]])
+    found = criterion(logits, torch.tensor([[0.9, 0.1, 0.0]]))
+    assert found == nn.functional.binary_cross_entropy_with_logits(logits, torch.tensor([[1.0, 1.0, 0.0]]))
+
+
+def test_a_run_that_was_stopped_resumes_bit_for_bit(
+    script: Any, data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--data", str(data), "--output", str(tmp_path), *TINY]
+    calls, evaluate = [], script.evaluate
+
+    def stop(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt  # in the second epoch
+        return evaluate(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "evaluate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            script.main(arguments)
+    assert len(card_of(tmp_path)["log"]) == 1
+    script.main(arguments)
+    assert_same_run(tmp_path, run)
+    before = (tmp_path / "last.pt").stat().st_mtime_ns
+    assert script.main(arguments) == card_of(tmp_path)  # a finished run: nothing changes
+    assert (tmp_path / "last.pt").stat().st_mtime_ns == before
+    assert "holds a run with other settings" in refused(script, [*arguments, "--lr", "0.1"], capsys)
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    assert (folder / "weights.safetensors").read_bytes() == (other / "weights.safetensors").read_bytes()
+    assert card_of(folder) | {"command": ""} == card_of(other) | {"command": ""}
+
+
+def refused(script: Any, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        script.main(arguments)
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    return message
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--model", "vit6"], "--model vit6: not known to timm"),
+        (["--data", "nowhere"], "--data nowhere: expected folders train/CLASS and val/CLASS"),
+        (["--batch-size", "9"], "--batch-size 9: 1 parts of it must be whole, even"),
+        (["--accumulate", "3"], "--batch-size 8: 3 parts of it must be whole, even"),
+        (["--batch-size", "64"], "--batch-size 64: more than the 30 training images"),
+        (["--loss", "bec"], "--loss: 'bec' is not known; expected one of bce, ce. Did you mean 'bce'?"),
+        (["--smoothing", ".1"], "--smoothing 0.1: is for --loss ce"),
+        (["--initial", "nowhere.pth"], "'nowhere.pth' is not a file"),
+        (["--data", "fashion-mnist", "--data-path", "nowhere"], "data.path nowhere: no such folder; install Debian's"),
+    ],
+)
+def test_bad_options_are_one_line(
+    script: Any, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: list[str], said: str
+) -> None:
+    arguments = ["--data", str(data), "--output", str(tmp_path / "new"), *TINY, *changed]
+    assert said in refused(script, arguments, capsys)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_loss_that_is_no_number_keeps_what_there_was(
+    script: Any, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--data", str(data), "--output", str(tmp_path / "new"), *TINY, "--optimizer", "sgd", "--lr", "1e30"]
+    assert "the loss is nan; lower --lr" in refused(script, arguments, capsys)
+    assert not (tmp_path / "new" / "last.pt").exists()
+
+
+def test_a_later_stage_starts_from_weights_of_another_size_or_head(script: Any, run: Path) -> None:
+    changes = {"initial": str(run / "weights.safetensors"), "img_size": 24}
+    changes["model_kwargs"] = {key: value for key, value in SIZES.items() if key != "img_size"}
+    old = load_file(run / "weights.safetensors")
+    same, other = (script.create_model(options(script, **changes), count) for count in (3, 4))
+    assert same.pos_embed.shape == (1, 9, 16)
+    for model in (same, other):
+        assert torch.equal(model.blocks[1].mlp.fc2.weight, old["blocks.1.mlp.fc2.weight"])
+    assert torch.equal(same.head.weight, old["head.weight"])
+    assert other.head.weight.shape == (4, 16)
+
+
+@pytest.mark.parametrize("balanced", ["0", "1"])
+def test_pictures_of_the_package(balanced: str, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0] * 12 + list(range(1, 9)))
+    monkeypatch.setattr("vit5gen.data.sources.emoji.load_emoji", lambda resolution, split: (images, labels))
+    arguments = ["--data", "emoji", "--output", str(tmp_path), *TINY, "--epochs", "1", "--balanced", balanced]
+    card = script.main([*arguments, "--accumulate", "2", "--loss", "ce", "--smoothing", ".1"])
+    assert (card["counts"]["train"], card["counts"]["held_out"]) == (108 if balanced == "1" else 20, 20)
+    assert "OpenMoji" in card["attribution"]
+    assert (card["input"]["crop_pct"], len(card["classes"])) == (1.0, 9)
+
+
+def command(data: Path, output: Path, *more: str) -> list[str]:
+    return [
+        sys.executable,
+        str(ROOT / "examples" / "train_classifier.py"),
+        "--data",
+        str(data),
+        "--output",
+        str(output),
+        *TINY,
+        *more,
+    ]
+
+
+@pytest.mark.slow
+def test_killed_with_workers_and_resumed(script: Any, data: Path, tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        process = subprocess.Popen(
+            command(data, tmp_path / name, "--num-workers", "1"), env=environment(), start_new_session=True
+        )
+        while name == "killed" and process.poll() is None:
+            if (tmp_path / name / "last.pt").exists():
+                os.killpg(process.pid, signal.SIGKILL)
+            time.sleep(0.01)
+        process.wait(timeout=120)
+    assert len(card_of(tmp_path / "killed")["log"]) < 3
+    subprocess.run(command(data, tmp_path / "killed", "--num-workers", "1"), env=environment(), check=True)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes(data: Path, tmp_path: Path) -> None:
+    """Both test every held-out image once between them, and their weights stay equal."""
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_ports(1)[0])}
+    common |= {"ACCELERATE_USE_CPU": "true"}
+    processes = [
+        subprocess.Popen(
+            command(data, tmp_path, "--lr", "0.02"), env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    card = card_of(tmp_path)
+    assert card["counts"]["held_out"] == 9
+    assert card["top1"]["value"] * 9 == pytest.approx(round(card["top1"]["value"] * 9))
+    assert len(card["log"]) == 3
+
+
+@pytest.mark.slow
+def test_its_file_is_one_that_classify_reads(script: Any, data: Path, tmp_path: Path) -> None:
+    arguments = [
+        "--data",
+        str(data),
+        "--output",
+        str(tmp_path),
+        "--img-size",
+        "16",
+        "--batch-size",
+        "8",
+        "--epochs",
+        "1",
+    ]
+    card = script.main(arguments)
+    found = classify(data / "val", "vit5_small", tmp_path / "weights.safetensors", 4, 0)
+    assert found == {"top1": pytest.approx(100 * card["top1"]["value"]), "top5": 100.0, "num_images": 9}
