@@ -1,6 +1,6 @@
 """Train an image classifier, a ViT-5 or any model of timm, on one process or many. Read it from top to bottom.
 
-Offline, minutes of one core (emoji: pip install "vit5gen[quickstart]"; --data fashion-mnist: see --data-path):
+Offline, minutes of one core (`--data emoji`, or fashion-mnist with the folder of its idx files as --data-path):
 
     python examples/train_classifier.py --data emoji --output runs/emoji-tiny --img-size 32 --epochs 4 --loss ce \\
         --batch-size 64 --model-kwargs patch_size=8 embed_dim=96 depth=4 num_heads=3
@@ -20,8 +20,7 @@ are those of S; a later stage starts from an earlier one's average, `--initial O
                  --smoothing .1 --augment rand-m9-mstd0.5-inc1
 
 Hours of S: measured by others (82.07 %; NVIDIA-BioNeMo/nvSubquadratic); the others follow from the FLOPs. What 384
-starts from is not published: take 224's average. `--num-workers 10` reads images beside the training; fewer GPUs:
-`--accumulate N` computes the same batch in N parts. Points at which others fell short of 82.2 are tests.
+starts from is not published: take 224's average. Also useful: `--num-workers 10`, and on fewer GPUs `--accumulate N`.
 
 OUTPUT gets weights.safetensors (the average, for `vit5gen classify` and `timm.create_model(checkpoint_path=...)`),
 card.json and last.pt. The same command resumes after the last whole epoch; on one process bit for bit, because the
@@ -62,16 +61,15 @@ from vit5gen.models.weights import read_checkpoint, read_tensors
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import atomic, write_json
 
-# The options and their defaults. Images: 3-Augment or another of timm's policies, the least area of a crop, how many
-# augmented copies of an image an epoch has (and so fewer images); use so many images (0: all); 1: classes balanced.
+# Of images: timm's policy, least area of a crop, copies in an epoch of fewer images, so many alone, classes evened out.
 IMAGES = {"img_size": 224, "augment": "3a", "color_jitter": 0.3, "hflip": 0.5, "least_crop": 0.08, "repeats": 3}
-IMAGES |= {"mixup": 0.8, "cutmix": 1.0, "data_path": "", "train_images": 0, "balanced": 0}
+IMAGES |= {"mixup": 0.8, "cutmix": 1.0, "train_images": 0, "balanced": 0}
 # Weights to start from, of any size and with any head; the average's decay, to which it grows.
 MODEL = {"model": "vit5_small", "initial": "", "drop_path": 0.05, "average": 0.99996}
 # Images of a step, of all processes together; lamb, adamw or another of timm's; bce or ce, which may be smoothed.
 LEARNING = {"epochs": 800, "batch_size": 2048, "optimizer": "lamb", "lr": 4e-3, "weight_decay": 0.05}
-LEARNING |= {"layer_decay": 1.0, "warmup_epochs": 5, "loss": "bce", "smoothing": 0.0, "seed": 0}
-MACHINE = {"accumulate": 1, "num_workers": 0}  # may change when a run is resumed
+LEARNING |= {"layer_decay": 1.0, "warmup_epochs": 5.0, "loss": "bce", "smoothing": 0.0, "seed": 0}
+MACHINE = {"data_path": "", "accumulate": 1, "num_workers": 0}  # may change when a run is resumed
 
 
 class Pictures(Dataset[tuple[Any, int]]):

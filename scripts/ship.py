@@ -1,16 +1,17 @@
 """Make a generator that ships out of a finished run: average (EMA) and autoencoder in fp16, README.md, card.json.
 
-The figures are those of metrics.json, of the card of `vit5gen evaluate RUN` (or NAME, once it ships) and of the JSON of
-scripts/judge_emoji.py; the held-out PSNR of the autoencoder is computed here. A run gives the same weights every time:
-ship it, evaluate NAME, and ship it again with that card.
+The figures are those of metrics.json and of the cards of `vit5gen evaluate RUN` (or NAME, once it ships), each with its
+extractor; the held-out PSNR of the autoencoder is computed here. A run gives the same weights every time: ship it,
+evaluate NAME, and ship it again with those cards.
 
-usage: python scripts/ship.py RUN NAME --command "..." --commit HASH [--evaluation CARD.json] [--judge JUDGE.json]
+usage: python scripts/ship.py RUN NAME --command "..." --commit HASH [--evaluation CARD.json ...]
 """
 
 import argparse
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +39,18 @@ REMARK = (
 _DRAWN = {*SamplingConfig.model_fields, "seed", "precision"}
 
 
-def ship(
-    run: RunFolder, name: str, command: str, commit: str, evaluation: Path | None = None, judge: Path | None = None
-) -> Path:
+def ship(run: RunFolder, name: str, command: str, commit: str, evaluation: Sequence[Path] = ()) -> Path:
     """Write ``vit5gen/shipped/NAME``, whole or not at all, in place of an earlier one; return it.
 
-    Raises `UserError` for a run that is not finished, an evaluation of other weights, or too many bytes.
+    Raises `UserError` for a run that is not finished, evaluations of other weights or of unlike samples, or too many
+    bytes.
     """
     config = load_recorded(run.config)
     if not run.evaluated(config.training.num_steps):
         raise UserError(f"{run}: no evaluation of step {config.training.num_steps}; finish the run first")
     last = next(entry for entry in run.evaluations() if entry["step"] == config.training.num_steps)
     pipe = load_pipeline(run.pipeline)
-    scored = read_json(evaluation, "evaluation card") if evaluation is not None else None
+    scored = [read_json(card, "evaluation card") for card in evaluation]
 
     # The weights, rounded: loaded again they compute in fp32.
     networks = {"transformer": pipe.transformer, "vae": pipe.vae}
@@ -65,8 +65,7 @@ def ship(
     figures = {
         "evaluation in training": last,
         "autoencoder, held-out PSNR (dB)": _psnr(pipe.vae, held_out),
-        **(_figures(scored) if scored is not None else {}),
-        **(_judged(read_json(judge, "judgement")) if judge is not None else {}),
+        **_figures(scored),
     }
     made = {"command": command, "commit": commit, "seed": config.training.seed, "attribution": attribution}
     for part in (pipe, *networks.values()):
@@ -78,12 +77,12 @@ def ship(
     with tempfile.TemporaryDirectory(dir=FOLDER) as temporary:
         new = Path(temporary) / name
         told = f"{command}\n# commit {commit}, seed {config.training.seed}"
-        licence, remark = LICENCE if attribution else None, REMARK if scored is not None else None
+        licence, remark = LICENCE if attribution else None, REMARK if scored else None
         facts = TrainingFacts(command=told, metrics=figures, licence=licence, remark=remark)
         pipe.save_pretrained(new, facts=facts)
         write_json(new / "card.json", {**made, "figures": figures, "checkpoint_sha256": pipeline_hash(new)})
-        if scored is not None:
-            _check_weights(scored, {pipeline_hash(run.pipeline), pipeline_hash(new)})
+        for card in scored:
+            _check_weights(card, {pipeline_hash(run.pipeline), pipeline_hash(new)})
         if (size := sum(file.stat().st_size for file in new.rglob("*") if file.is_file())) >= MOST_BYTES:
             raise UserError(f"{name}: {size / 1e6:.2f} MB; expected under {MOST_BYTES / 1e6:g}: train a smaller model")
         load_pipeline(new)
@@ -99,20 +98,17 @@ def _psnr(vae: AutoencoderKL, images: ImageSet) -> float:
     return torch.cat([round_trip_psnr(vae, images.stack(chunk)) for chunk in chunks]).mean().item()
 
 
-def _figures(scored: dict[str, Any]) -> dict[str, Any]:
-    """Return the scores of an evaluation card, and how the first set of its samples was drawn; no path of a machine."""
-    one = scored["samples"][0]
-    drawn = (one["sampling"] or {}).get("settings", one["sampling"] or {})
-    settings = {key: value for key, value in drawn.items() if key in _DRAWN}
-    return {"drawn": {"images": one["count"], **settings}, **scored["metrics"]}
-
-
-def _judged(judge: dict[str, Any]) -> dict[str, Any]:
-    """Return which part of each set of samples, and of the held-out pictures, the judge recognises."""
-    sets = {Path(key).name: value for key, value in judge.items() if isinstance(value, dict) and "share" in value}
-    if not sets:
-        raise UserError("judgement: no set of samples with a 'share'; expected the output of scripts/judge_emoji.py")
-    return {f"recognised, {name}": value["share"] for name, value in sets.items()}
+def _figures(scored: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the scores of evaluation cards, and how the first set of their samples was drawn; no path of a machine."""
+    figures: dict[str, Any] = {}
+    for card in scored:
+        one = card["samples"][0]
+        drawn = (one["sampling"] or {}).get("settings", one["sampling"] or {})
+        told = {"images": one["count"], **{key: value for key, value in drawn.items() if key in _DRAWN}}
+        if figures.setdefault("drawn", told) != told:
+            raise UserError(f"evaluation of {one['path']}: other samples than those of the first card; draw them alike")
+        figures |= card["metrics"]
+    return figures
 
 
 def _check_weights(scored: dict[str, Any], expected: set[str]) -> None:
@@ -127,8 +123,9 @@ def main() -> None:
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("--command", required=True, help="that trained the run, as it is typed in a clone")
     parser.add_argument("--commit", required=True, help="of the code that trained it")
-    parser.add_argument("--evaluation", type=Path, metavar="CARD.json", help="of `vit5gen evaluate`")
-    parser.add_argument("--judge", type=Path, metavar="JUDGE.json", help="of scripts/judge_emoji.py")
+    parser.add_argument(
+        "--evaluation", type=Path, nargs="+", default=(), metavar="CARD.json", help="of vit5gen evaluate"
+    )
     with exit_on_bad_input():
         ship(**vars(parser.parse_args()))
 

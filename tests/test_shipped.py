@@ -113,20 +113,20 @@ def test_pictures_and_cards_carry_the_attribution(precision: str, tiny: Path, tm
 def test_figures_are_copied_and_those_of_other_weights_refused(
     run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge = {"seed": 0, "some/where.npz": {"count": 6, "share": {"held_out": 0.5, "samples": 0.25, "ratio": 0.5}}}
+    judged = {"value": 0.25, "classes": {"star": 0.25}, "reference": 0.5, "ratio": 0.5}
     sampling = {"seed": 7, "sampler": "ode-heun", "path": "/some/where"}
     scored = {"path": "tiny", "count": 6, "sampling": sampling, "sha256": pipeline_hash(tiny)}
     card = {"samples": [scored], "metrics": {"precision": {"value": 0.75}}}
-    write_json(tmp_path / "judge.json", judge)
+    write_json(tmp_path / "judge.json", {"samples": [scored], "metrics": {"recognised-Judge": judged}})
     write_json(tmp_path / "card.json", card)
-    told = json.loads((ship(run, "--evaluation", "card.json", "--judge", "judge.json") / "card.json").read_text())
+    told = json.loads((ship(run, "--evaluation", "card.json", "judge.json") / "card.json").read_text())
     figures, readme = told.pop("figures"), (tiny / "README.md").read_text()
     assert figures.pop("autoencoder, held-out PSNR (dB)") > 0
     assert figures == {
         "evaluation in training": {"step": 10, "FD": {"value": 3.5, "n": 6, "floor": 1.0}},
         "drawn": {"images": 6, "seed": 7, "sampler": "ode-heun"},
         "precision": {"value": 0.75},
-        "recognised, where.npz": judge["some/where.npz"]["share"],
+        "recognised-Judge": judged,
     }
     made = {"command": "train.py tiny.yaml", "commit": "abc", "seed": 0, "attribution": CREDIT}
     assert told == {**made, "checkpoint_sha256": pipeline_hash(tiny)}
@@ -143,8 +143,8 @@ def test_figures_are_copied_and_those_of_other_weights_refused(
 
     write_json(tmp_path / "card.json", {**card, "samples": [{**scored, "sha256": "0"}]})
     refused("of other weights", "--evaluation", "card.json")
-    write_json(tmp_path / "judge.json", {"seed": 0})
-    refused("no set of samples", "--judge", "judge.json")
+    write_json(tmp_path / "card.json", {**card, "samples": [{**scored, "sampling": {**sampling, "seed": 8}}]})
+    refused("other samples than those of the first card", "--evaluation", "judge.json", "card.json")
     monkeypatch.setitem(SHIP["ship"].__globals__, "MOST_BYTES", 1e4)
     refused("MB; expected under 0.01")
     write_json(run / "metrics.json", {"evaluations": []})

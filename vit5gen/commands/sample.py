@@ -46,6 +46,7 @@ def run(options: SampleOptions) -> None:
         "checkpoint_sha256": pipeline_hash(folder),
         "versions": versions(),
         "attribution": pipe.config.get("attribution"),
+        "class_names": {number: pipe.class_name(number) for number in job.classes},
         "run": {
             "checkpoint": str(folder),
             "vae": pipe.vae.config.get("_name_or_path"),

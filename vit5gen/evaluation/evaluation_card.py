@@ -82,14 +82,16 @@ def evaluation_card(
     if adm and metrics is not None and set(map(str, metrics)) != set(ADM_METRICS):
         raise UserError(f"--protocol adm fixes the metrics {', '.join(ADM_METRICS)}; omit --metrics")
     chosen = [{name: options} for name, options in ADM_METRICS.items()] if adm else metrics
-    wanted, skipped = available(chosen, reference, extractor)
+    labels = [images.labels_among(extractor.classes) for images in samples]
+    wanted, skipped = available(chosen, reference, extractor, labelled=all(found is not None for found in labels))
     need_rows = any("rows" in metric.needs for metric in wanted.values())
 
     # A pass over each set of images, in which all processes share; the main one has the scores.
     runs: list[dict[str, Score]] = []
     described = []
-    for images in samples:
-        found = scan(images.chunks(), images.count, extractor, rows=images.count if need_rows else 0)
+    for images, found_labels in zip(samples, labels, strict=True):
+        rows = images.count if need_rows else 0
+        found = scan(images.chunks(), images.count, extractor, rows, labels=found_labels)
         if is_main():
             runs.append(scores(found, reference, extractor, wanted))
             described.append(describe(images, found))
@@ -163,7 +165,9 @@ def open_samples(
         images = open_image_set(path, batch_size, protocol)
         file = Path(images.identity["path"])
         card = file / "card.json" if file.is_dir() else file.with_suffix(".card.json")
-        return [replace(images, sampling=read_json(card, "sampling card") if card.is_file() else None)]
+        drawn = read_json(card, "sampling card") if card.is_file() else None
+        names = (drawn or {}).get("class_names", {})  # by number, which JSON has turned into text
+        return [replace(images, sampling=drawn, labels=[names.get(str(label), label) for label in images.labels])]
     pipe = open_pipeline(path, draw, processes().device)
     jobs = [make_job(pipe, draw, num_images, seed, batch_size) for seed in dict.fromkeys(seeds)]
     return [samples_from_pipeline(pipe, path, job, draw) for job in jobs]

@@ -32,7 +32,7 @@ class Extractor:
     """A feature network, the name of the Frechet distance it gives, and what fixes its numbers.
 
     Called with uint8 images ``(B, 3, H, W)`` it returns `Features` in float32, computed without autocast and TF32.
-    ``spatial_dim`` and ``num_classes`` are 0 where `Features` has no spatial features or logits.
+    ``spatial_dim`` and ``num_classes`` are 0 where `Features` lacks spatial features or logits; ``classes`` names them.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Extractor:
     device: torch.device
     spatial_dim: int = 0
     num_classes: int = 0
+    classes: tuple[str, ...] = ()
 
     @property
     def identity(self) -> dict[str, Any]:

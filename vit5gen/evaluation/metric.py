@@ -7,7 +7,7 @@ from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.reference import Reference, Scan
 from vit5gen.registry import Registry, missing, name_and_options
 from vit5gen.section import Plug
-from vit5gen.system.errors import UserError
+from vit5gen.system.errors import UserError, listed
 
 RELIABLE_COUNT = 50_000
 
@@ -17,8 +17,9 @@ Score = dict[str, Any]
 class Metric:
     """Scores of samples against a reference, known by a name; its options are keyword-only arguments.
 
-    needs: what it uses besides the moments, of "rows" (pooled features of both sets), "spatial" features and
-    "logits".  least: how few samples it takes, and where it needs rows also how few images of the reference.
+    needs: what it uses besides the moments, of "rows" (pooled features of both sets), "spatial" features, "logits" and
+    "classes" (of the samples, all among the extractor's).  least: how few samples it takes, and where it needs rows
+    also how few images of the reference.
     better: "lower" or "higher", for `vit5gen compare`, which leaves out a metric that does not tell.
     A method ``missing()`` may return what this machine lacks for it, each with how to get it.
     """
@@ -42,12 +43,12 @@ register_metric = METRICS.register
 
 
 def available(
-    wanted: Sequence[Plug] | None, reference: Reference, extractor: Extractor
+    wanted: Sequence[Plug] | None, reference: Reference, extractor: Extractor, labelled: bool = False
 ) -> tuple[dict[str, Metric], dict[str, str]]:
     """Return the metrics that reference and extractor allow, and the reasons against the others; before a long scan.
 
     ``wanted``: each ``NAME`` or ``{NAME: {option: value}}``, `UserError` when one is not available; by default all of
-    this package that are.
+    this package that are, none of classes where the extractor names none. ``labelled``: the samples' are known.
     """
     chosen: dict[str, Mapping[str, Any]] = {}
     for name, options in map(name_and_options, wanted or METRICS.registered()):
@@ -56,7 +57,9 @@ def available(
     metrics: dict[str, Metric] = {
         name: METRICS.build(name, options, f"metric {name}") for name, options in chosen.items()
     }
-    obstacles = {name: _obstacle(metric, reference, extractor) for name, metric in metrics.items()}
+    if not wanted and not extractor.classes:
+        metrics = {name: metric for name, metric in metrics.items() if "classes" not in metric.needs}
+    obstacles = {name: _obstacle(metric, reference, extractor, labelled) for name, metric in metrics.items()}
     skipped = {name: reason for name, reason in obstacles.items() if reason is not None}
     if wanted and skipped:
         raise UserError("; ".join(f"metric {name}: {reason}" for name, reason in skipped.items()))
@@ -82,8 +85,8 @@ def scores(scan: Scan, reference: Reference, extractor: Extractor, metrics: Mapp
     return found
 
 
-def _obstacle(metric: Metric, reference: Reference, extractor: Extractor) -> str | None:
-    """Return what a metric needs and the machine, the reference or the extractor lacks."""
+def _obstacle(metric: Metric, reference: Reference, extractor: Extractor, labelled: bool) -> str | None:
+    """Return what a metric needs and the machine, the samples, the reference or the extractor lack."""
     needs = metric.needs
     for what, how in missing(metric).items():
         return f"it needs {what}; {how}"
@@ -93,6 +96,10 @@ def _obstacle(metric: Metric, reference: Reference, extractor: Extractor) -> str
         return "the reference has no mu_s and sigma_s; use ADM's full reference file or images"
     if "logits" in needs and not extractor.num_classes:
         return f"extractor {extractor.name} has no class scores; use inception"
+    if "classes" in needs and not extractor.classes:
+        return f"extractor {extractor.name} names no classes; use emoji-judge or fashion-judge"
+    if "classes" in needs and not labelled:
+        return f"the samples' classes are unknown, or not all among {listed(extractor.classes)}"
     if "rows" in needs and reference.rows is None:
         return "the reference has no images; use one with arr_0, a statistics file of vit5gen, or images"
     return None

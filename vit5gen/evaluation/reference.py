@@ -18,7 +18,7 @@ from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.samples import Samples, broken_npz, open_image_set, open_npz
 from vit5gen.evaluation.statistics import GROUPS, FeatureStatistics, Grouped
 from vit5gen.generation.card import versions
-from vit5gen.system.distributed import gather_rows
+from vit5gen.system.distributed import gather_rows, sum_over_processes
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import atomic, sha256
 
@@ -31,6 +31,7 @@ REFERENCE_ROWS = 10_000
 class Scan:
     """What a pass over ``count`` images of ``size`` (H, W) leaves: moments, score sums, pooled ``rows (K, D)``.
 
+    ``named`` (C, C) counts images by their class and the one that the extractor names; None when classes are unknown.
     The same on every process, but for ``rows``, which only the main process has whole.
     """
 
@@ -40,6 +41,7 @@ class Scan:
     spatial: Grouped | None
     score: ScoreSums | None
     rows: Tensor
+    named: Tensor | None = None
 
     def leave_one_out(self) -> Iterator["Scan"]:
         """Yield the scan without the images of each group, with one group, so that metrics need not know; not empty.
@@ -61,11 +63,17 @@ class Scan:
 
 
 def scan(
-    chunks: Iterable[tuple[int, Tensor]], total: int, extractor: Extractor, rows: int = 0, groups: int = GROUPS
+    chunks: Iterable[tuple[int, Tensor]],
+    total: int,
+    extractor: Extractor,
+    rows: int = 0,
+    groups: int = GROUPS,
+    labels: Tensor | None = None,
 ) -> Scan:
     """Extract features of this process's ``(first index, uint8 images)`` and join them with those of the others.
 
-    ``total`` images in all; pooled features of ``rows`` of them, evenly spaced, are kept.
+    ``total`` images in all; pooled features of ``rows`` of them, evenly spaced, are kept. ``labels`` (N,) are places
+    among the extractor's classes.
     Raises `UserError` when an image has features that are not finite, or when images are missing.
     """
     # What an image adds to: sums whose size does not grow with the number of images, and the rows that are kept.
@@ -75,6 +83,7 @@ def scan(
     # Filled in place: a list of batches would take twice the memory when it is joined.
     kept, seen = torch.empty(rows, extractor.dim), torch.zeros(rows, dtype=torch.bool)
     size: list[int] = []
+    named = None if labels is None else torch.zeros(extractor.num_classes**2, dtype=torch.int64)
 
     # One pass; an image whose features are no numbers would spoil all sums.
     for first, images in chunks:
@@ -90,6 +99,9 @@ def scan(
             spatial.update(features.spatial.cpu(), indices)
         if score is not None and features.logits is not None:
             score.update(features.logits.double().softmax(dim=1), indices)
+        if named is not None and labels is not None and features.logits is not None:
+            pairs = labels[indices] * extractor.num_classes + features.logits.argmax(dim=1).cpu()
+            named += torch.bincount(pairs, minlength=len(named))
         slots = indices * rows // total
         chosen = slots != (indices + 1) * rows // total
         kept[slots[chosen]] = values[chosen].float()
@@ -103,18 +115,23 @@ def scan(
     if count != total:
         raise UserError(f"images: {count} of {total} were read; pass all of them")
     kept = gather_rows(kept if seen.all() else kept[seen], seen.nonzero()[:, 0])
-    return Scan(count, size, pooled, spatial, score, kept)
+    named = None if named is None else sum_over_processes(named).view(extractor.num_classes, -1)
+    return Scan(count, size, pooled, spatial, score, kept, named)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with: moments of ``count`` images (None: unknown), and ``rows`` of their features."""
+    """What samples are compared with: moments of ``count`` images (None: unknown), ``rows`` of their features.
+
+    ``named``: see `Scan`.
+    """
 
     pooled: FrechetReference
     spatial: FrechetReference | None
     count: int | None
     rows: Tensor | None
     identity: dict[str, Any]
+    named: Tensor | None = None
 
     def floor(self, count: int) -> float | None:
         """Return the Frechet distance of ``count`` of the reference's own images to the rest of it.
@@ -145,9 +162,11 @@ def open_reference(path: str | Path, extractor: Extractor, batch_size: int, prot
 
 def reference_of(images: Samples, extractor: Extractor) -> Reference:
     """Extract a reference from images."""
-    found = scan(images.chunks(), images.count, extractor, rows=min(images.count, REFERENCE_ROWS), groups=1)
+    rows, labels = min(images.count, REFERENCE_ROWS), images.labels_among(extractor.classes)
+    found = scan(images.chunks(), images.count, extractor, rows, groups=1, labels=labels)
     spatial = FrechetReference.of(found.spatial.total()) if found.spatial is not None else None
-    return Reference(FrechetReference.of(found.pooled.total()), spatial, found.count, found.rows, images.identity)
+    pooled = FrechetReference.of(found.pooled.total())
+    return Reference(pooled, spatial, found.count, found.rows, images.identity, found.named)
 
 
 def read_adm_reference(path: Path, extractor: Extractor, batch_size: int) -> Reference | None:
@@ -180,8 +199,9 @@ def save_statistics(reference: Reference, extractor: Extractor, path: Path) -> N
     tensors = {"mean": reference.pooled.mean, "covariance": reference.pooled.covariance}
     if reference.spatial is not None:
         tensors |= {"spatial_mean": reference.spatial.mean, "spatial_covariance": reference.spatial.covariance}
-    if reference.rows is not None:
-        tensors["rows"] = reference.rows
+    for name in ("rows", "named"):
+        if (value := getattr(reference, name)) is not None:
+            tensors[name] = value
     content = {"count": reference.count, "source": reference.identity, "versions": versions()}
     metadata = {"format": FORMAT, "extractor": json.dumps(extractor.identity), "content": json.dumps(content)}
     with atomic(path) as temporary:
@@ -223,7 +243,7 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
     has_spatial = "spatial_mean" in tensors
     spatial = FrechetReference(tensors["spatial_mean"], tensors["spatial_covariance"]) if has_spatial else None
     identity = {"kind": "statistics", "path": str(path), "sha256": sha256(path), "source": content["source"]}
-    return Reference(pooled, spatial, content["count"], tensors.get("rows"), identity)
+    return Reference(pooled, spatial, content["count"], tensors.get("rows"), identity, tensors.get("named"))
 
 
 _ADM_SHAPES = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}

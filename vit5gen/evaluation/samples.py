@@ -32,7 +32,8 @@ _DECIDING = {"source", "split", "resolution", "exif", "rules"}  # keys of the da
 class Samples:
     """``count`` images, of which ``chunks()`` gives this process's ``(first index, uint8 (B, 3, H, W))``.
 
-    ``identity`` says in a card which images these were, ``sampling`` how they were drawn; ``labels`` are classes.
+    ``identity`` says in a card which images these were, ``sampling`` how they were drawn; ``labels`` are classes:
+    names, class folders, or numbers without a name.
     """
 
     count: int
@@ -40,6 +41,12 @@ class Samples:
     identity: dict[str, Any]
     labels: Sequence[Hashable] = ()
     sampling: dict[str, Any] | None = None
+
+    def labels_among(self, classes: Sequence[str]) -> Tensor | None:
+        """Return the place (N,) of each image's class among ``classes``; None where one is not there, or unknown."""
+        numbers: dict[Hashable, int] = {name: number for number, name in enumerate(classes)}
+        names = [label.name if isinstance(label, Path) else label for label in self.labels]
+        return torch.tensor([numbers[name] for name in names]) if names and numbers.keys() >= set(names) else None
 
     @property
     def sorted_by_class(self) -> bool:
@@ -125,7 +132,7 @@ def open_data(data: DataConfig, batch_size: int) -> Samples:
     images = readable(found, data)
     identity = {"kind": "data", "path": data.path or data.source, **data.model_dump(include=_DECIDING)}
     identity |= {key: value for key in ("source_kwargs", "held_out") if (value := getattr(data, key))}
-    count, labels = len(images), images.labels.tolist()
+    count, labels = len(images), [images.class_names[label] for label in images.labels.tolist()]
     if broken := len(found) - count:
         identity["broken"] = broken
         tell_left_out(Path(identity["path"]), Counter({"broken image": broken}))

@@ -13,4 +13,5 @@ class InceptionScore(Metric):
 
     def compute(self, scan: Scan, reference: Reference, extractor: Extractor) -> dict[str, Score]:
         assert scan.score is not None
-        return {"IS": {"value": scan.score.value(), "n": scan.count, "split_size": scan.score.split_size}}
+        name = "IS" if extractor.metric == "FID" else f"IS-{extractor.name}"
+        return {name: {"value": scan.score.value(), "n": scan.count, "split_size": scan.score.split_size}}
