@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -271,6 +272,23 @@ def test_pictures_of_the_package(balanced: str, script: Any, tmp_path: Path, mon
     assert (card["counts"]["train"], card["counts"]["held_out"]) == (108 if balanced == "1" else 20, 20)
     assert "OpenMoji" in card["attribution"]
     assert (card["input"]["crop_pct"], len(card["classes"])) == (1.0, 9)
+
+
+def test_the_study_says_what_its_rows_say(script: Any) -> None:
+    study = runpy.run_path(str(ROOT / "scripts" / "classifier_study.py"))
+    seeds = [
+        {"model": "ViT-5", "seed": seed, "parameters": 7, "top1": {"value": top1}}
+        for seed, top1 in ((0, 0.5), (1, 0.7))
+    ]
+    rows = [*seeds, *({**row, "model": "plain ViT", "top1": {"value": 0.5}} for row in seeds)]
+    # Two seeds: Student's quantile is 12.71, the standard error of 50 and 70 is 10.
+    assert "| ViT-5 | 7 | 2 | 60.00 [-67.06, 187.06] |  |" in study["table"](rows)
+    assert "| plain ViT | 7 | 2 | 50.00 [50.00, 50.00] | +10.00 [-117.06, +137.06] |" in study["table"](rows)
+    folder = ROOT / "docs" / "study" / "classifier"
+    if rows := study["read_rows"](folder / "rows.jsonl"):
+        table = study["table"](rows)
+        assert (folder / "table.md").read_text() == table
+        assert table in (ROOT / "docs" / "study.md").read_text()
 
 
 def command(data: Path, output: Path, *more: str) -> list[str]:

@@ -8,7 +8,8 @@ from vit5gen.lab.study.plan import read_rows, read_study
 from vit5gen.lab.study.report import write_report
 
 ROOT = Path(__file__).parents[1]
-STUDIES = sorted(path.parent for path in (ROOT / "docs" / "study").glob("*/rows.jsonl"))
+CONFIGS = {path.stem for path in (ROOT / "configs" / "studies").glob("*.yaml")}
+STUDIES = sorted(path.parent for path in (ROOT / "docs" / "study").glob("*/rows.jsonl") if path.parent.name in CONFIGS)
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)

@@ -1,6 +1,6 @@
 """Feature networks: images ``(B, 3, H, W)`` uint8 to features, with everything that defines the metric pinned."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ class Extractor:
     """A feature network, the name of the Frechet distance it gives, and what fixes its numbers.
 
     Called with uint8 images ``(B, 3, H, W)`` it returns `Features` in float32, computed without autocast and TF32.
-    ``spatial_dim`` and ``num_classes`` are 0 where `Features` lacks spatial features or logits; ``classes`` names them.
+    ``spatial_dim`` and ``num_classes`` are 0 where `Features` lacks spatial features or logits. ``classes`` are the
+    names of the logits, each with the share of held-out real images that they recognise.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Extractor:
     device: torch.device
     spatial_dim: int = 0
     num_classes: int = 0
-    classes: tuple[str, ...] = ()
+    classes: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def identity(self) -> dict[str, Any]:

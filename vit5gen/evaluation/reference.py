@@ -121,17 +121,13 @@ def scan(
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with: moments of ``count`` images (None: unknown), ``rows`` of their features.
-
-    ``named``: see `Scan`.
-    """
+    """What samples are compared with: moments of ``count`` images (None: unknown), and ``rows`` of their features."""
 
     pooled: FrechetReference
     spatial: FrechetReference | None
     count: int | None
     rows: Tensor | None
     identity: dict[str, Any]
-    named: Tensor | None = None
 
     def floor(self, count: int) -> float | None:
         """Return the Frechet distance of ``count`` of the reference's own images to the rest of it.
@@ -162,11 +158,9 @@ def open_reference(path: str | Path, extractor: Extractor, batch_size: int, prot
 
 def reference_of(images: Samples, extractor: Extractor) -> Reference:
     """Extract a reference from images."""
-    rows, labels = min(images.count, REFERENCE_ROWS), images.labels_among(extractor.classes)
-    found = scan(images.chunks(), images.count, extractor, rows, groups=1, labels=labels)
+    found = scan(images.chunks(), images.count, extractor, rows=min(images.count, REFERENCE_ROWS), groups=1)
     spatial = FrechetReference.of(found.spatial.total()) if found.spatial is not None else None
-    pooled = FrechetReference.of(found.pooled.total())
-    return Reference(pooled, spatial, found.count, found.rows, images.identity, found.named)
+    return Reference(FrechetReference.of(found.pooled.total()), spatial, found.count, found.rows, images.identity)
 
 
 def read_adm_reference(path: Path, extractor: Extractor, batch_size: int) -> Reference | None:
@@ -199,9 +193,8 @@ def save_statistics(reference: Reference, extractor: Extractor, path: Path) -> N
     tensors = {"mean": reference.pooled.mean, "covariance": reference.pooled.covariance}
     if reference.spatial is not None:
         tensors |= {"spatial_mean": reference.spatial.mean, "spatial_covariance": reference.spatial.covariance}
-    for name in ("rows", "named"):
-        if (value := getattr(reference, name)) is not None:
-            tensors[name] = value
+    if reference.rows is not None:
+        tensors["rows"] = reference.rows
     content = {"count": reference.count, "source": reference.identity, "versions": versions()}
     metadata = {"format": FORMAT, "extractor": json.dumps(extractor.identity), "content": json.dumps(content)}
     with atomic(path) as temporary:
@@ -243,7 +236,7 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
     has_spatial = "spatial_mean" in tensors
     spatial = FrechetReference(tensors["spatial_mean"], tensors["spatial_covariance"]) if has_spatial else None
     identity = {"kind": "statistics", "path": str(path), "sha256": sha256(path), "source": content["source"]}
-    return Reference(pooled, spatial, content["count"], tensors.get("rows"), identity, tensors.get("named"))
+    return Reference(pooled, spatial, content["count"], tensors.get("rows"), identity)
 
 
 _ADM_SHAPES = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}

@@ -4,7 +4,7 @@ import math
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -42,7 +42,7 @@ class Samples:
     labels: Sequence[Hashable] = ()
     sampling: dict[str, Any] | None = None
 
-    def labels_among(self, classes: Sequence[str]) -> Tensor | None:
+    def labels_among(self, classes: Collection[str]) -> Tensor | None:
         """Return the place (N,) of each image's class among ``classes``; None where one is not there, or unknown."""
         numbers: dict[Hashable, int] = {name: number for number, name in enumerate(classes)}
         names = [label.name if isinstance(label, Path) else label for label in self.labels]

@@ -36,7 +36,7 @@ def _judge(folder: str, name: str, device: torch.device, weights: Path | None, d
     import timm
 
     card = read_json(FOLDER / folder / "card.json", "card of the judge")
-    model, use, classes = card["settings"]["model"], card["input"], tuple(card["classes"])
+    model, use, classes = card["settings"]["model"], card["input"], card["classes"]
     network = timm.create_model(model, num_classes=len(classes), **card["settings"]["model_kwargs"])
     network.load_state_dict(load_weights(weights or FOLDER / folder / "weights.safetensors", digest))  # fp16 into fp32
     mean, std = (torch.tensor(use[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
