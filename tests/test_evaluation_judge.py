@@ -25,7 +25,7 @@ from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256
 from vit5gen.system.shipped import FOLDER
 
-JUDGES = ("emoji-judge",)
+JUDGES = ("emoji-judge", "fashion-judge")
 HELD_OUT = {"red": 1.0, "green": 0.0, "blue": 0.75, "four": 0.0, "five": 0.0}
 
 

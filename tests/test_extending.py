@@ -182,7 +182,7 @@ def test_a_module_in_the_folder_is_a_plug_and_no_other_file_names_it(
     (tmp_path / "a_mean_shift.py").write_text(code)
     monkeypatch.setattr(metrics, "__path__", [*metrics.__path__, str(tmp_path)])
     import_modules(metrics.__name__)
-    assert METRICS.registered() == ["fid", "sfid", "is", "pr", "kid", "mean-shift"]  # the order of a card, then its own
+    assert METRICS.registered() == ["fid", "sfid", "is", "pr", "kid", "recognised", "mean-shift"]  # as on a card
     for kind in ("data.sources", "evaluation.extractors", "evaluation.metrics", "training.objectives", "models"):
         folder = ROOT / "vit5gen" / kind.replace(".", "/")
         assert "import_modules(__name__" in (folder / "__init__.py").read_text()

@@ -16,12 +16,19 @@ from vit5gen.system.files import read_json
 from vit5gen.system.shipped import FOLDER
 
 EMOJI_SHA256 = "7763f45cc9f16dd96015d2d8abd5de060cc8219aff2ee4de631d09fa417f3f77"
+FASHION_SHA256 = "99768782948131bf9f71c33820726a1533cd31cb504676e1f0dfa7ca1c4e6859"
 
 
 @register_extractor("emoji-judge")
 def emoji_judge(device: torch.device, weights: Path | None, weights_sha256: str | None) -> Extractor:
     """A classifier of the nine emoji classes at 64 x 64."""
     return _judge("emoji-judge", "EmojiJudge", device, weights, weights_sha256 or EMOJI_SHA256)
+
+
+@register_extractor("fashion-judge")
+def fashion_judge(device: torch.device, weights: Path | None, weights_sha256: str | None) -> Extractor:
+    """A classifier of the ten classes of Fashion-MNIST at 32 x 32."""
+    return _judge("fashion-judge", "FashionJudge", device, weights, weights_sha256 or FASHION_SHA256)
 
 
 def _judge(folder: str, name: str, device: torch.device, weights: Path | None, digest: str) -> Extractor:
