@@ -191,7 +191,7 @@ def test_runs_are_drawn_from_equal_noise_and_told_apart(folder, capsys) -> None:
         else:
             assert entry["reason"] == "there is no difference beyond rounding"
         assert f"| {name} |" in printed
-    assert {card["differences"][name]["better"] for name in ("IS", "precision-Colours")} == {"higher"}
+    assert {card["differences"][name]["better"] for name in ("IS-Colours", "precision-Colours")} == {"higher"}
     assert printed.endswith(f"{card['summary']}\n")
     assert card["summary"].startswith("these two checkpoints: ")
     assert card["summary"].endswith("; other training seeds are not covered")
@@ -208,7 +208,7 @@ def test_cards_with_groups_say_what_their_images_said(folder, capsys) -> None:
         words = [folder / "a.json", folder / other, *(DRAW if other == "b" else [])]
         card, _ = compare(*words, folder=folder, capsys=capsys)
         assert card["pairing"] == drawn["pairing"]
-        assert set(card["differences"]) == {"FD-Colours", "sFID", "IS"}
+        assert set(card["differences"]) == {"FD-Colours", "sFID-Colours", "IS-Colours"}
         for name, entry in card["differences"].items():
             for key in ("difference", "standard_error", "p"):
                 assert entry[key] == pytest.approx(drawn["differences"][name][key], rel=1e-6)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from called import call_sample
 from PIL import Image
-from test_evaluation_evaluate import colours, pictures
+from test_evaluation_card import colours, pictures
 from tiny import NAMES, tiny_pipeline
 
 from vit5gen.config import DrawConfig
@@ -17,7 +17,7 @@ from vit5gen.data import load_emoji
 from vit5gen.data.sources.emoji import CLASSES, EmojiSource
 from vit5gen.data.sources.fashion_mnist import FashionMnistSource
 from vit5gen.evaluation import load_extractor, register_extractor
-from vit5gen.evaluation.evaluate import evaluation_card, open_samples
+from vit5gen.evaluation.evaluation_card import evaluation_card, open_samples
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.reference import open_reference
 from vit5gen.evaluation.samples import Samples, open_image_set

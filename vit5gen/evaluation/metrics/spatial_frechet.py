@@ -14,4 +14,5 @@ class SpatialFrechet(Metric):
     def compute(self, scan: Scan, reference: Reference, extractor: Extractor) -> dict[str, Score]:
         assert scan.spatial is not None
         assert reference.spatial is not None
-        return {"sFID": frechet_with_error(scan.spatial, reference.spatial)}
+        name = "sFID" if extractor.metric == "FID" else f"sFID-{extractor.name}"
+        return {name: frechet_with_error(scan.spatial, reference.spatial)}
