@@ -1,5 +1,6 @@
 """The embedded emoji: the same pictures every time, and a split that keeps look-alikes together."""
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from vit5gen.config import DataConfig
 from vit5gen.data.images import open_images
+from vit5gen.data.sources import emoji
 from vit5gen.data.sources.emoji import CLASSES, NEAR_DUPLICATE, load_emoji
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import cache_folder
@@ -55,6 +57,22 @@ def test_drawn_again_alike(own_cache: Path) -> None:
     second = load_emoji(32, "test")
     assert torch.equal(first[0], second[0])
     assert cached.read_bytes() == content
+
+
+def test_with_opacity_they_are_the_same_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = list(islice(emoji._drawings(), 0, None, 20))
+    monkeypatch.setattr(emoji, "_drawings", lambda: iter(some))
+    monkeypatch.setenv("VIT5GEN_CACHE", str(tmp_path))
+    for split in ("train", "test"):
+        on_white, labels = load_emoji(32, split)
+        images, same = load_emoji(32, split, alpha=True)
+        assert torch.equal(labels, same)
+        assert images.shape == (len(labels), 4, 32, 32)
+        opacity = images[:, 3:].float() / 255
+        assert opacity[:, :, 0, 0].max() == 0
+        assert opacity.amax((1, 2, 3)).min() > 0.9  # the thinnest strokes cover no pixel whole
+        laid = opacity * images[:, :3] + (1 - opacity) * 255
+        assert (laid - on_white).abs().max() < 8  # nearly transparent pixels keep few bits of their colour
 
 
 def test_bad_split_and_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
