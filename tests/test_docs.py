@@ -108,6 +108,7 @@ def execute(what: str, arguments: list[str]) -> tuple[int, str]:
             elif what.startswith("-m "):
                 runpy.run_module(what.removeprefix("-m "), run_name="__main__", alter_sys=True)
             else:
+                patch.syspath_prepend(str((ROOT / what).parent))  # as Python does
                 runpy.run_path(str(ROOT / what), run_name="__main__")
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
