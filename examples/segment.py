@@ -218,7 +218,7 @@ def evaluate(model: Segmenter, pairs: Any, options: argparse.Namespace) -> Tenso
     return matrix
 
 
-# --- Learning: cross-entropy of every pixel, AdamW, and a state that a killed run resumes from bit for bit. ----------
+# --- Learning: cross-entropy of every pixel, AdamW, and a state to resume from: on one CPU process bit for bit. ------
 
 
 def cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
@@ -341,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, value in numbers.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"[{value}]")
     parser.add_argument("--flip", action="store_true", help="average with the mirrored image when measuring")
-    parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto")
+    parser.add_argument("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto")
     with exit_on_bad_input():
         run(parser.parse_args(arguments))
 

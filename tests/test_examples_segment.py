@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from vit5gen.models import ViT5
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
 import overlays  # noqa: E402
 import pairs  # noqa: E402
 import scenes  # noqa: E402
 import segment  # noqa: E402
+import segment_study  # noqa: E402
 
 TINY = ["--sizes", "32", "2", "2", "8", "--crop", "32", "--channels", "8", "--batch-size", "2", "--num-steps", "4"]
 TINY += ["--every", "2", "--warmup", "1", "--rate", "1e-3", "--precision", "fp32"]
@@ -327,6 +328,34 @@ def test_train_measure_and_predict(drawn: None, tmp_path: Path, capsys: pytest.C
     options = Namespace(crop=32, stride=0, flip=False, precision="fp32", device=torch.device("cpu"))
     found = segment.predict(model, options, pairs.read_rgb(tmp_path / "images/a.jpg"))
     assert np.array_equal(np.asarray(mask), found.numpy())
+
+
+def test_the_study_keeps_finished_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[tuple[str, int]] = []
+
+    def train(start: str, seed: int, arguments: Namespace) -> dict[str, Any]:
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append((start, seed))
+        measured = {"evaluations": [{"step": 5, "miou": 0.25 + seed / 8}], "iou": {"flags": 0.5, "food": None}}
+        return {"start": start, "seed": seed, "settings": {"num-steps": arguments.num_steps}, **measured}
+
+    monkeypatch.setattr(segment_study, "train", train)
+    monkeypatch.setattr(sys, "argv", ["study", "--classifier", "FILE", "--output", str(tmp_path), "--num-steps", "5"])
+    with pytest.raises(KeyboardInterrupt):
+        segment_study.main()
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 3
+    monkeypatch.setattr(segment_study, "train", lambda *given: trained.pop() and train(*given))
+    segment_study.main()
+    assert trained[-1] == ("classifier", 1)
+    assert (tmp_path / "table.md").read_text().splitlines()[2:] == [
+        "| 5 | 25.0% | 25.0% | 37.5% | 37.5% |",
+        "| flags | 50.0% | 50.0% | 50.0% | 50.0% |",
+        "| food |  |  |  |  |",
+    ]
+    assert Image.open(tmp_path / "miou.png").size == (720, 480)
+    segment_study.main()  # nothing is left to train
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4
 
 
 def test_colours_differ() -> None:
