@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from pairs import read_rgb
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -19,7 +20,9 @@ ROW = 20  # pixels of a line of the legend
 
 
 def colours(classes: int) -> np.ndarray:
-    """Return a colour for each class (K, 3) uint8: hues a golden section apart, so that neighbours differ."""
+    """Return a colour for each class (K, 3) uint8: matplotlib's ten, or hues a golden section apart where more."""
+    if classes <= 10:
+        return np.array(colormaps["tab10"](range(classes), bytes=True)[:, :3])
     hues = [(i * 0.618034 % 1, 0.55 + 0.4 * (i % 2), 1 - 0.3 * (i % 3 == 2)) for i in range(classes)]
     return np.array([[round(255 * part) for part in colorsys.hsv_to_rgb(*hue)] for hue in hues], np.uint8)
 
@@ -32,8 +35,8 @@ def index_picture(classes: Tensor, palette: np.ndarray) -> Image.Image:
 
 
 def overlay(image: Tensor, classes: Tensor, palette: np.ndarray) -> Image.Image:
-    """Return an image (3, H, W) uint8 half covered by the colours of its classes (H, W)."""
-    mixed = 0.5 * image.permute(1, 2, 0).cpu().numpy() + 0.5 * palette[classes.cpu().numpy()]
+    """Return an image (3, H, W) uint8 behind the colours of its classes (H, W)."""
+    mixed = 0.4 * image.permute(1, 2, 0).cpu().numpy() + 0.6 * palette[classes.cpu().numpy()]
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 

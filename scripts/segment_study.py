@@ -88,6 +88,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
 def draw_overlays(output: Path, seed: int) -> None:
     """Write held-out scenes, their true classes, and those that each segmenter of a seed finds, one below the other."""
     held_out, palette = scenes.Scenes("validation", SIDE), overlays.colours(len(scenes.CLASSES))
+    palette[0] = 0  # dark backgrounds
     examples = [held_out[i] for i in range(SHOWN)]
     rows = [[Image.fromarray(image.permute(1, 2, 0).numpy()) for image, _ in examples]]
     rows.append([overlays.overlay(image, mask, palette) for image, mask in examples])

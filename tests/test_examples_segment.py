@@ -358,8 +358,9 @@ def test_the_study_keeps_finished_rows(tmp_path: Path, monkeypatch: pytest.Monke
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4
 
 
-def test_colours_differ() -> None:
-    assert len({tuple(colour) for colour in overlays.colours(150)}) == 150
+@pytest.mark.parametrize("classes", [2, 10, 11, 150])
+def test_colours_differ(classes: int) -> None:
+    assert len({tuple(colour) for colour in overlays.colours(classes)}) == classes
 
 
 def damage(root: Path, fault: str) -> list[str | Path]:
