@@ -39,7 +39,7 @@ import segment
 
 STARTS = {"scratch": "tab:gray", "classifier": "tab:blue"}  # and the colours of their curves
 SIDE, SHOWN = 64, 8
-SETTINGS = {"crop": SIDE, "channels": 48, "batch-size": 16, "rate": 5e-4, "warmup": 100}
+SETTINGS = {"crop": SIDE, "channels": 48, "batch-size": 16, "rate": 2e-3, "warmup": 50}
 
 
 def train(start: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
