@@ -63,7 +63,8 @@ class Folder:
         if self.shifted:
             mask = np.where((mask == 0) | (mask == IGNORED), IGNORED, mask - 1)
         if (wrong := (mask != IGNORED) & ((mask < 0) | (mask >= len(self.names)))).any():
-            expected = f"0 to {len(self.names) - 1}, or {IGNORED}, which is ignored"
+            least, most = int(self.shifted), len(self.names) - 1 + self.shifted
+            expected = f"{least} to {most}, or {IGNORED}, which is ignored"
             value = int(mask[wrong][0]) + self.shifted
             raise UserError(f"{path}: mask value {value} is no class; expected {expected}; make it again")
         return image, torch.from_numpy(mask.astype(np.uint8))
@@ -85,8 +86,21 @@ def scaled(sides: Sequence[int], crop: int, ratio: float = 1.0) -> list[int]:
     return [max(1, round(side * ratio)) for side in sides]
 
 
-JITTER = [{"brightness": 0.125}, {"contrast": 0.5}, {"saturation": 0.5}, {"hue": 0.05}]
-DISTORT = v2.Compose([v2.RandomApply([v2.ColorJitter(**one)]) for one in JITTER])  # each in half of the images
+def distort(image: Tensor) -> Tensor:
+    """Change brightness, contrast, saturation and hue of an image (3, H, W) uint8, each in half of the images."""
+
+    def drawn(low: float, high: float) -> float:
+        return float(torch.empty(()).uniform_(low, high))
+
+    def linear(factor: float, offset: float) -> Tensor:
+        return (factor * image.float() + offset).clamp(0, 255).to(torch.uint8)
+
+    brightness, contrast, saturation, hue, early = (torch.rand(5) < 0.5).tolist()
+    image = linear(1, drawn(-32, 32)) if brightness else image
+    image = linear(drawn(0.5, 1.5), 0) if contrast and early else image
+    image = v2.functional.adjust_saturation(image, drawn(0.5, 1.5)) if saturation else image
+    image = v2.functional.adjust_hue(image, drawn(-0.1, 0.1)) if hue else image
+    return linear(drawn(0.5, 1.5), 0) if contrast and not early else image
 
 
 def augment(image: Tensor, mask: Tensor, crop: int) -> tuple[Tensor, Tensor]:
@@ -106,7 +120,7 @@ def augment(image: Tensor, mask: Tensor, crop: int) -> tuple[Tensor, Tensor]:
     image = image[:, top : top + crop, left : left + crop]
     if torch.rand(()) < 0.5:
         image, part = image.flip(-1), part.flip(-1)
-    return DISTORT(image), part[0].long()
+    return distort(image), part[0].long()
 
 
 def mixed(*numbers: int) -> int:

@@ -1,5 +1,6 @@
 """examples/segment.py: its decoder, its measure, its data, and trainings that are killed and shared."""
 
+import colorsys
 import hashlib
 import json
 import re
@@ -226,7 +227,7 @@ def test_masks_say_which_object_is_seen(drawn: None) -> None:
 
 
 def test_an_image_and_its_mask_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "DISTORT", lambda image: image)
+    monkeypatch.setattr(pairs, "distort", lambda image: image)
     mask = torch.zeros(40, 60, dtype=torch.uint8)
     mask[10:30, 5:25], mask[20:38, 30:55] = 1, 2
     image = (60 * mask).expand(3, -1, -1).contiguous()
@@ -243,6 +244,22 @@ def test_an_image_and_its_mask_stay_together(monkeypatch: pytest.MonkeyPatch) ->
         flipped += int((labels == 2).nonzero()[:, 1].float().mean() < (labels == 1).nonzero()[:, 1].float().mean())
     assert ignored
     assert 2 < flipped < 18
+
+
+def test_colours_are_distorted_as_in_the_recipe() -> None:
+    """Brightness adds up to 32, contrast multiplies by 0.5 to 1.5, hue turns by up to 36 degrees, each in half."""
+    torch.manual_seed(0)
+    grey = torch.full((3, 1, 1), 100, dtype=torch.uint8)
+    levels = [int(pairs.distort(grey)[0]) for _ in range(2000)]  # which neither saturation nor hue changes
+    assert min(levels) < 40
+    assert 190 < max(levels) <= 198  # (100 + 32) * 1.5
+    same = sum(abs(level - 100) <= 1 for level in levels) / 2000  # neither brightness nor contrast; saturation rounds
+    assert 0.22 < same < 0.32
+    red = torch.tensor([90, 30, 30], dtype=torch.uint8)[:, None, None]  # which nothing brings to 255
+    hues = [colorsys.rgb_to_hsv(*(pairs.distort(red).flatten() / 255).tolist())[0] for _ in range(2000)]
+    turned = [360 * min(hue, 1 - hue) for hue in hues]
+    assert 33 < max(turned) < 38
+    assert 0.4 < sum(turn > 1 for turn in turned) / 2000 < 0.55
 
 
 def test_a_crop_of_nearly_one_class_is_drawn_again() -> None:
