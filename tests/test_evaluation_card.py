@@ -476,7 +476,7 @@ def test_too_few_samples_and_bad_options_are_errors_of_one_line(tmp_path, colour
     with pytest.raises(UserError, match="metric fid: 1 samples; needs at least 2"):
         card_of(one, three, colour_extractor, metrics=["fid"])
     with pytest.raises(UserError, match="metric pr: 3 samples; needs at least 4"):
-        card_of(three, three, colour_extractor)
+        card_of(three, three, colour_extractor, metrics=["pr"])
     with pytest.raises(UserError, match=f"{three}/card.json: cannot be written"):
         call_evaluate(str(three), reference=str(three), output=f"{three}/card.json")
     with pytest.raises(UserError, match="Did you mean 'fid'"):
@@ -564,9 +564,9 @@ def test_adm_leaves_images_as_they_are_stored(tmp_path) -> None:
 def test_the_protocol_reaches_samples_reference_and_statistics(tmp_path, monkeypatch, colour_extractor) -> None:
     folder, seen = write_folder(tmp_path / "samples", pictures(8)), []
 
-    def opened(path, batch_size, exif="apply"):
+    def opened(path, batch_size, exif="apply", *read):
         seen.append(exif)
-        return open_folder(path, batch_size, exif)
+        return open_folder(path, batch_size, exif, *read)
 
     monkeypatch.setattr("vit5gen.evaluation.samples.open_folder", opened)
     protocol = {"extractor": "colours", "protocol": "adm"}

@@ -259,6 +259,24 @@ class DrawConfig(SamplingConfig):
         return self
 
 
+class ReadConfig(Section):
+    """How images are read that are not stored as ADM stores them."""
+
+    key: str | None = Field(None, description="array of an npz that holds the images; default: arr_0")
+    range: list[int] | None = Field(None, description="range of the numbers of an npz of floats: 0 1, or -1 1")
+    resize: Side | None = Field(None, description="resize square images to this side (Pillow's bicubic, antialiased)")
+    crop: Side | None = Field(None, description="scale the short side to this and cut the centre, as for training")
+    shuffle: bool = Field(False, description="score the samples in another order, the same each time")
+
+    @model_validator(mode="after")
+    def _sound(self) -> "ReadConfig":
+        if self.range not in (None, [0, 1], [-1, 1]):
+            raise ValueError(f"range: {self.range}; expected 0 1, or -1 1")
+        if self.resize is not None and self.crop is not None:
+            raise ValueError("resize: crop resizes already; give one of the two")
+        return self
+
+
 class EvaluationConfig(Section):
     """Frechet distance and sample grids during training."""
 

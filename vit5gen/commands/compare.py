@@ -1,11 +1,12 @@
 """`vit5gen compare`."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from vit5gen.commands.evaluate import ScoreOptions
 from vit5gen.commands.options import argument
-from vit5gen.config import DrawConfig
+from vit5gen.config import DrawConfig, ReadConfig
 from vit5gen.section import Natural
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import check_writable, write_json
@@ -28,9 +29,10 @@ class CompareOptions(ScoreOptions):
 def run(options: CompareOptions) -> None:
     """Compare two sets of images, or several runs each; print a table and a verdict, write card and picture."""
     from vit5gen.evaluation import comparison, load_extractor
-    from vit5gen.evaluation.evaluation_card import open_samples
+    from vit5gen.evaluation.evaluation_card import doubts, open_samples
     from vit5gen.evaluation.groups import read_groups
     from vit5gen.evaluation.reference import open_reference
+    from vit5gen.evaluation.samples import Samples, check_used
     from vit5gen.generation.card import commit, versions
     from vit5gen.system.distributed import start_processes
 
@@ -45,8 +47,9 @@ def run(options: CompareOptions) -> None:
 
     # The sets, pair by pair, scored against the reference.
     state, draw, batch_size = start_processes(), options.part(DrawConfig), options.batch_size
+    read = options.part(ReadConfig)
     network = load_extractor(options.extractor, state.device, options.weights, options.weights_sha256)
-    real = open_reference(options.reference, network, batch_size)
+    real = open_reference(options.reference, network, batch_size, read=read)
     is_card = {path: Path(path).suffix == ".json" for path in given}
     metrics, skipped = comparison.metrics_to_compare(options.metrics, real, network, any(is_card.values()))
     sides: list[list[comparison.Side]] = [[], []]
@@ -54,7 +57,9 @@ def run(options: CompareOptions) -> None:
         sets: list[Any] = []
         for path in pair:
             kept = is_card.get(path) and read_groups(path, real, network)
-            sets += [kept] if kept else open_samples(path, draw, options.num_images, [options.seed], batch_size)
+            sets += [kept or open_samples(path, draw, options.num_images, [options.seed], batch_size, read=read)[0]]
+        identities = [one.identity if isinstance(one, Samples) else {} for one in sets]
+        check_used(read, [real.identity, *identities])
         comparison.check_alike(pair, sets)
         for side, images in zip(sides, sets, strict=True):
             scored = comparison.score_side(images, real, network, metrics, groups=not runs)
@@ -72,6 +77,7 @@ def run(options: CompareOptions) -> None:
         "extractor": network.identity,
         "pairing": {"paired": paired, "reason": reason, "training_seeds": list(runs)},
         "skipped": skipped,
+        "warnings": doubts([side.entry for own in sides for side in own], real, network),
         "picture": picture.name if has_picture else None,
         "options": options.model_dump(mode="json"),
         "processes": state.num_processes,
@@ -81,4 +87,6 @@ def run(options: CompareOptions) -> None:
     card |= comparison.differences(sides[0], sides[1], paired)
     card |= {"summary": comparison.summary(card), "markdown": "\n".join(comparison.markdown(card))}
     write_json(options.output, card)
+    for warning in card["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
     print(f"{card['markdown']}\n\n{card['summary']}")

@@ -7,16 +7,17 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from vit5gen.commands.options import Images, Options, argument
-from vit5gen.config import DrawConfig
+from vit5gen.config import DrawConfig, ReadConfig
 from vit5gen.registry import name_and_options
 from vit5gen.section import BatchSize, Natural, Plug
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import check_writable, write_json
 
 _OF_PIPELINES = (*DrawConfig.model_fields, "num_images", "seed")
+_OF_SAMPLES = (*_OF_PIPELINES, "shuffle")
 
 
-class ScoreOptions(DrawConfig, Options):
+class ScoreOptions(DrawConfig, ReadConfig, Options):
     """What is scored, how, and how it is drawn where it is a run or a pipeline folder."""
 
     extractor: Plug = argument(
@@ -49,12 +50,12 @@ class EvaluateOptions(ScoreOptions):
     Sampling options apply to runs and pipeline folders, whose images are drawn while they are scored.
     """
 
-    excludes: ClassVar = {"save_statistics": ("reference", "output", "metrics", "keep_groups", *_OF_PIPELINES)}
+    excludes: ClassVar = {"save_statistics": ("reference", "output", "metrics", "keep_groups", *_OF_SAMPLES)}
 
     samples: Annotated[list[str], Field(min_length=1)] = argument(
-        ..., "SAMPLES", "ADM npz, folder of images, run or pipeline folder; several give mean and std", option=""
+        ..., "SAMPLES", "npz, folder, zip or tar of images, run or pipeline; several give mean and std", option=""
     )
-    reference: str | None = argument(None, "REF", "ADM npz, statistics file, folder of images, or configuration")
+    reference: str | None = argument(None, "REF", "ADM npz or imagenet256 | imagenet512, statistics, or real images")
     output: str | None = argument(None, "CARD.json", "write all settings and results to this card")
     save_statistics: str | None = argument(None, "FILE", "write the statistics of SAMPLES, as a reference")
     protocol: Literal["adm"] | None = argument(
@@ -71,7 +72,7 @@ def run(options: EvaluateOptions) -> int:
     from vit5gen.evaluation import load_extractor
     from vit5gen.evaluation.evaluation_card import evaluation_card, markdown, open_samples
     from vit5gen.evaluation.reference import open_reference, reference_of, save_statistics
-    from vit5gen.evaluation.samples import open_image_set
+    from vit5gen.evaluation.samples import check_used, open_image_set
     from vit5gen.system.distributed import start_processes
 
     # What can be told to be wrong before anything is loaded.
@@ -83,11 +84,14 @@ def run(options: EvaluateOptions) -> int:
     if (file := options.output or options.save_statistics) is not None:
         check_writable(file)
     state, batch_size, protocol = start_processes(), options.batch_size, options.protocol
+    read = options.part(ReadConfig)
     network = load_extractor(options.extractor, state.device, options.weights, options.weights_sha256)
 
     # A reference alone.
     if options.save_statistics is not None:
-        made = reference_of(open_image_set(options.samples[0], batch_size, protocol), network)
+        images = open_image_set(options.samples[0], batch_size, protocol, read)
+        check_used(read, [images.identity])
+        made = reference_of(images, network)
         if state.is_main_process:
             save_statistics(made, network, Path(options.save_statistics))
             print(f"{options.save_statistics}: {made.count} images, {network.name}")
@@ -96,9 +100,10 @@ def run(options: EvaluateOptions) -> int:
     # The samples, the reference, and the card of their scores.
     draw, opened = options.part(DrawConfig), []
     for path in dict.fromkeys(options.samples):  # what is given twice counts once
-        opened += open_samples(path, draw, options.num_images, options.seed, batch_size, protocol)
+        opened += open_samples(path, draw, options.num_images, options.seed, batch_size, protocol, read)
     assert options.reference is not None
-    real = open_reference(options.reference, network, batch_size, protocol)
+    real = open_reference(options.reference, network, batch_size, protocol, read)
+    check_used(read, [real.identity, *(images.identity for images in opened)])
     kept = options.output if options.keep_groups else None
     card = evaluation_card(opened, real, network, options.metrics, protocol, kept)
     if state.is_main_process:

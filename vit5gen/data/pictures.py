@@ -97,11 +97,12 @@ def folder_names(folder: Path) -> tuple[list[str], bool]:
 def tell_left_out(folder: Path, left_out: Counter[str]) -> None:
     """Say once, and on the main process only, how many files of which kinds are not used."""
     if total := left_out.total():
-        _print_once(f"note: {folder}: {total} {'file' if total == 1 else 'files'} skipped ({_count_by_kind(left_out)})")
+        print_once(f"note: {folder}: {total} {'file' if total == 1 else 'files'} skipped ({_count_by_kind(left_out)})")
 
 
 @cache  # a command opens its data several times
-def _print_once(line: str) -> None:
+def print_once(line: str) -> None:
+    """Print a line on stderr, once and on the main process only."""
     if processes().is_main_process:
         print(line, file=sys.stderr, flush=True)
 

@@ -15,7 +15,7 @@ from vit5gen.evaluation.evaluation_card import describe, drawn
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.metric import Metric, Score, available, scores
 from vit5gen.evaluation.reference import Reference, Scan, scan
-from vit5gen.evaluation.samples import Samples
+from vit5gen.evaluation.samples import Samples, indices_of
 from vit5gen.evaluation.significance import FEWEST_SEEDS, Estimate, holm
 from vit5gen.evaluation.statistics import GROUPS
 from vit5gen.generation.find_pipeline import has_begun
@@ -111,10 +111,10 @@ def score_side(
     if isinstance(images, Samples):
         rows = images.count if any("rows" in metric.needs for metric in metrics.values()) else 0
         try:
-            found = scan(_keep_first(images.chunks(), pictures), images.count, extractor, rows)
+            found = scan(_keep_first(images.watch(), pictures), images.count, extractor, rows)
         except UserError as error:
             raise UserError(f"{images.identity['path']}: {error}") from error
-        entry, titles = describe(images, found), images.labels
+        entry, titles = describe(images, found, reference), images.labels
     else:
         (entry,), found, titles = images[0]["samples"], images[1], ()
     if not is_main():
@@ -124,9 +124,12 @@ def score_side(
     return Side(entry, scored, found.pooled.total().mean, pictures, titles)
 
 
-def _keep_first(chunks: Iterable[tuple[int, Tensor]], kept: dict[int, Tensor]) -> Iterable[tuple[int, Tensor]]:
+def _keep_first(
+    chunks: Iterable[tuple[int | Tensor, Tensor]], kept: dict[int, Tensor]
+) -> Iterable[tuple[int | Tensor, Tensor]]:
     for first, images in chunks:
-        kept.update((first + i, image) for i, image in enumerate(images[: _SHOWN - len(kept)]))
+        few = images[: _SHOWN - len(kept)]
+        kept.update(zip(indices_of(first, len(images)).tolist(), few, strict=False))
         yield first, images
 
 

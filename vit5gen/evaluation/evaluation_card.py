@@ -1,6 +1,7 @@
 """Samples and a reference to an evaluation card: every score, its error, and every setting that it depends on."""
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit5gen.config import DrawConfig
+from vit5gen.config import DrawConfig, ReadConfig
 from vit5gen.evaluation.extractors.inception import INCEPTION_SHA256
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.groups import save_groups
@@ -31,6 +32,7 @@ from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import read_json
 
 ADM_METRICS: dict[str, dict[str, Any]] = {"fid": {}, "sfid": {}, "is": {}, "pr": {"adm_fp16": True}}
+_LOSSY = {"JPEG", "JPEG2000", "MPO", "WEBP", "AVIF"}
 _SHOWN = {"fid": "FID", "sfid": "sFID", "is": "IS", "pr": "precision and recall", "kid": "KID"}
 _OF_A_SEED = ("seed", "labels_sha256", "batch_size", "network_evaluations")  # differ between sets of one model
 
@@ -82,8 +84,9 @@ def evaluation_card(
     if adm and metrics is not None and set(map(str, metrics)) != set(ADM_METRICS):
         raise UserError(f"--protocol adm fixes the metrics {', '.join(ADM_METRICS)}; omit --metrics")
     chosen = [{name: options} for name, options in ADM_METRICS.items()] if adm else metrics
-    labels = [images.labels_among(extractor.classes) for images in samples]
-    wanted, skipped = available(chosen, reference, extractor, labelled=all(found is not None for found in labels))
+    labels, fewest = [images.labels_among(extractor.classes) for images in samples], min(one.count for one in samples)
+    labelled = all(found is not None for found in labels)
+    wanted, skipped = available(chosen, reference, extractor, fewest, labelled=labelled)
     need_rows = any("rows" in metric.needs for metric in wanted.values())
 
     # A pass over each set of images, in which all processes share; the main one has the scores.
@@ -91,10 +94,10 @@ def evaluation_card(
     described = []
     for images, found_labels in zip(samples, labels, strict=True):
         rows = images.count if need_rows else 0
-        found = scan(images.chunks(), images.count, extractor, rows, labels=found_labels)
+        found = scan(images.watch(), images.count, extractor, rows, labels=found_labels)
         if is_main():
             runs.append(scores(found, reference, extractor, wanted))
-            described.append(describe(images, found))
+            described.append(describe(images, found, reference))
     if not is_main():
         return {}
 
@@ -110,7 +113,8 @@ def evaluation_card(
         "models": models,
         "skipped": skipped,
         "protocol": {"name": protocol, "differences": differences, "label": label},
-        "warnings": _warnings(samples, len(models), extractor, skipped, differences),
+        "warnings": _warnings(samples, len(models), extractor, skipped, differences)
+        + doubts(described, reference, extractor),
         "processes": rank_and_world()[1],
         "versions": versions() | {"torch-fidelity": version("torch-fidelity"), "scipy": version("scipy")},
     }
@@ -122,9 +126,37 @@ def evaluation_card(
     return card
 
 
-def describe(images: Samples, found: Scan) -> dict[str, Any]:
-    """Return what a card records of a set of images."""
-    return images.identity | {"count": images.count, "size": found.size, "sampling": images.sampling}
+def describe(images: Samples, found: Scan, reference: Reference) -> dict[str, Any]:
+    """Return what a card records of a set of images; ``in_reference``: how many have the pixels of one there."""
+    entry = images.identity | {"count": images.count, "size": found.size, "sampling": images.sampling}
+    if reference.hashes is not None and images.hashes:
+        entry["in_reference"] = int(torch.isin(images.hashes[0], reference.hashes).sum())
+    return entry
+
+
+def doubts(entries: Sequence[dict[str, Any]], reference: Reference, extractor: Extractor) -> list[str]:
+    """Return in what the images of `describe` differ from the reference's, and where there are too few of either."""
+    real = reference.identity
+    real = real["source"] if real["kind"] == "statistics" else real
+    whole = {"path": f"reference {reference.identity['path']}", "count": reference.count or math.inf}
+    found = []
+    for one in (*entries, whole):
+        if one["count"] <= extractor.dim:
+            why = f"their covariance has no full rank, and {extractor.metric} is mostly bias"
+            advice = f"give more than {extractor.dim}, or an extractor of fewer features"
+            found.append(f"{one['path']}: {one['count']} images for {extractor.dim} features: {why}; {advice}")
+    for one in entries:
+        sizes = [f"{width}x{height}" for height, width in (one["size"], real.get("size", one["size"]))]
+        if sizes[0] != sizes[1]:
+            found.append(f"{one['path']} has images of {sizes[0]}, the reference of {sizes[1]}; see --resize, --crop")
+        formats, others = one.get("formats", ()), real.get("formats", ())
+        if formats and others and _LOSSY & {*formats} != _LOSSY & {*others}:
+            kinds = f"{', '.join(formats)}, the reference of {', '.join(others)}"
+            found.append(f"{one['path']} has files of {kinds}: what compression loses counts as a difference")
+        if known := one.get("in_reference"):
+            copies = f"{known} of {one['count']} images are also in the reference, pixel by pixel"
+            found.append(f"{one['path']}: {copies}; copies score too well: compare with other images")
+    return list(dict.fromkeys(found))
 
 
 def drawn(identity: dict[str, Any], sampling: dict[str, Any] | None) -> tuple[str | None, dict[str, Any]]:
@@ -148,6 +180,8 @@ def markdown(card: dict[str, Any]) -> list[str]:
             error = score.get("deviation", score.get("standard_error"))
             shown = f"{score['value']:.4g}" if error is None else f"{score['value']:.4g} ± {error:.2g}"
             cells[card["protocol"]["label"] if metric == "FID" else metric] = shown
+            if (floor := score.get("runs", [score])[0].get("floor")) is not None:
+                cells["floor"] = f"{floor:.4g}"
         cells["±"] = "standard deviation between seeds" if seeds > 1 else "standard error"
         rows.append(cells | {"reference": Path(card["reference"]["path"]).name})
     table = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
@@ -155,14 +189,22 @@ def markdown(card: dict[str, Any]) -> list[str]:
 
 
 def open_samples(
-    path: str, draw: DrawConfig, num_images: int, seeds: Sequence[int], batch_size: int, protocol: str | None = None
+    path: str,
+    draw: DrawConfig,
+    num_images: int,
+    seeds: Sequence[int],
+    batch_size: int,
+    protocol: str | None = None,
+    read: ReadConfig | None = None,
 ) -> list[Samples]:
-    """Open images, or a run or pipeline folder that draws as many of each seed as are asked for.
+    """Open images as ``read`` says, or a run or pipeline folder that draws as many of each seed as are asked for.
 
     The card next to images, if any, records how they were drawn.
     """
     if find_pipeline(path) is None and not has_begun(path):
-        images = open_image_set(path, batch_size, protocol)
+        read = read or ReadConfig()
+        images = open_image_set(path, batch_size, protocol, read)
+        images = images.shuffled() if read.shuffle else images
         file = Path(images.identity["path"])
         card = file / "card.json" if file.is_dir() else file.with_suffix(".card.json")
         drawn = read_json(card, "sampling card") if card.is_file() else None
@@ -204,6 +246,8 @@ def _join(runs: Sequence[dict[str, Score]]) -> dict[str, Score]:
 
 def _differences_from_adm(samples: Sequence[Samples], reference: Reference, extractor: Extractor) -> list[str]:
     found = [f"{one.count} samples instead of 50000" for one in samples if one.count != RELIABLE_COUNT]
+    changed = {name for one in samples for name in one.identity.get("read", {})} & {"resize", "crop", "shuffle"}
+    found += [f"the samples were read with --{name}" for name in sorted(changed)]
     if extractor.weights_sha256 != INCEPTION_SHA256:
         found.append(f"features of {extractor.name} with weights {extractor.weights_sha256[:8]}, not ADM's Inception")
     if reference.identity["kind"] != "adm":
@@ -216,13 +260,15 @@ def _differences_from_adm(samples: Sequence[Samples], reference: Reference, extr
 def _warnings(
     samples: Sequence[Samples], models: int, extractor: Extractor, skipped: dict[str, str], differences: Sequence[str]
 ) -> list[str]:
-    found = [f"{_SHOWN.get(metric, metric)} is not computed: {reason}" for metric, reason in skipped.items()]
+    # What an extractor does not have is known to who chose it; the card lists it under `skipped`.
+    surprising = {metric: reason for metric, reason in skipped.items() if not reason.startswith("extractor ")}
+    found = [f"{_SHOWN.get(metric, metric)} is not computed: {reason}" for metric, reason in surprising.items()]
     if models > 1:
         found.append(f"{models} models: `metrics` of the card are those of the first, `models` lists all")
     found += [f"not FID-50K: {difference}" for difference in differences]
     fewest = min(one.count for one in samples)
-    if fewest < RELIABLE_COUNT:
+    if extractor.dim < fewest < RELIABLE_COUNT:
         bias = f"below {RELIABLE_COUNT} {extractor.metric} is biased upwards; compare it only at equal n"
         found.append(f"{fewest} samples: {bias}")
-    advice = "its Inception Score would be wrong; shuffle the samples"
+    advice = "its Inception Score would be wrong; give --shuffle"
     return found + [f"{one.identity['path']} is sorted by class: {advice}" for one in samples if one.sorted_by_class]

@@ -43,12 +43,18 @@ register_metric = METRICS.register
 
 
 def available(
-    wanted: Sequence[Plug] | None, reference: Reference, extractor: Extractor, labelled: bool = False
+    wanted: Sequence[Plug] | None,
+    reference: Reference,
+    extractor: Extractor,
+    count: int | None = None,
+    *,
+    labelled: bool = False,
 ) -> tuple[dict[str, Metric], dict[str, str]]:
     """Return the metrics that reference and extractor allow, and the reasons against the others; before a long scan.
 
     ``wanted``: each ``NAME`` or ``{NAME: {option: value}}``, `UserError` when one is not available; by default all of
-    this package that are, none of classes where the extractor names none. ``labelled``: the samples' are known.
+    this package that are, of which there must be one, none of classes where the extractor names none.
+    ``count``: of the samples, where it is known.  ``labelled``: their classes are known.
     """
     chosen: dict[str, Mapping[str, Any]] = {}
     for name, options in map(name_and_options, wanted or METRICS.registered()):
@@ -59,9 +65,12 @@ def available(
     }
     if not wanted and not extractor.classes:
         metrics = {name: metric for name, metric in metrics.items() if "classes" not in metric.needs}
-    obstacles = {name: _obstacle(metric, reference, extractor, labelled) for name, metric in metrics.items()}
+    obstacles = {
+        name: _obstacle(metric, reference, extractor, labelled) or _shortage(metric, reference, count)
+        for name, metric in metrics.items()
+    }
     skipped = {name: reason for name, reason in obstacles.items() if reason is not None}
-    if wanted and skipped:
+    if skipped and (wanted or len(skipped) == len(metrics)):
         raise UserError("; ".join(f"metric {name}: {reason}" for name, reason in skipped.items()))
     return {name: metric for name, metric in metrics.items() if name not in skipped}, skipped
 
@@ -74,15 +83,22 @@ def scores(scan: Scan, reference: Reference, extractor: Extractor, metrics: Mapp
     """
     found: dict[str, Score] = {}
     for name, metric in metrics.items():
-        counts = {"samples": scan.count}
-        if "rows" in metric.needs and reference.rows is not None:
-            counts["reference images"] = len(reference.rows)
-        for what, count in counts.items():
-            if count < metric.least:
-                raise UserError(f"metric {name}: {count} {what}; needs at least {metric.least}; give more images")
+        if shortage := _shortage(metric, reference, scan.count):
+            raise UserError(f"metric {name}: {shortage}")
         for score, result in metric.compute(scan, reference, extractor).items():
             found[score] = result | ({"better": metric.better} if metric.better else {})
     return found
+
+
+def _shortage(metric: Metric, reference: Reference, count: int | None) -> str | None:
+    """Return of what there is too little for a metric, and how many it needs."""
+    counts = {"samples": count}
+    if "rows" in metric.needs and reference.rows is not None:
+        counts["reference images"] = len(reference.rows)
+    for what, found in counts.items():
+        if found is not None and found < metric.least:
+            return f"{found} {what}; needs at least {metric.least}; give more images"
+    return None
 
 
 def _obstacle(metric: Metric, reference: Reference, extractor: Extractor, labelled: bool) -> str | None:

@@ -13,12 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vit5gen.config import ReadConfig
+from vit5gen.evaluation.adm_batches import ADM_BATCHES, ADM_SHAPES, fetch_adm_batch
 from vit5gen.evaluation.distances import SPLIT_SIZE, FrechetReference, ScoreSums
 from vit5gen.evaluation.features import Extractor
-from vit5gen.evaluation.samples import Samples, broken_npz, open_image_set, open_npz
+from vit5gen.evaluation.samples import Samples, broken_npz, indices_of, open_image_set, open_npz
 from vit5gen.evaluation.statistics import GROUPS, FeatureStatistics, Grouped
 from vit5gen.generation.card import versions
-from vit5gen.system.distributed import gather_rows, sum_over_processes
+from vit5gen.system.distributed import gather_rows, on_main, sum_over_processes
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import atomic, sha256
 
@@ -63,7 +65,7 @@ class Scan:
 
 
 def scan(
-    chunks: Iterable[tuple[int, Tensor]],
+    chunks: Iterable[tuple[int | Tensor, Tensor]],
     total: int,
     extractor: Extractor,
     rows: int = 0,
@@ -90,7 +92,7 @@ def scan(
         size = list(images.shape[2:])
         features = extractor(images)
         values = features.pooled.cpu()
-        indices = torch.arange(first, first + len(values))
+        indices = indices_of(first, len(values))
         broken = ~values.isfinite().all(dim=1)
         if broken.any():
             raise UserError(f"image {int(indices[broken][0])}: NaN or infinity in its features; check that image")
@@ -121,13 +123,17 @@ def scan(
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with: moments of ``count`` images (None: unknown), and ``rows`` of their features."""
+    """What samples are compared with: moments of ``count`` images (None: unknown), and ``rows`` of their features.
+
+    ``hashes``: those of the images, see `Samples`, where they are known.
+    """
 
     pooled: FrechetReference
     spatial: FrechetReference | None
     count: int | None
     rows: Tensor | None
     identity: dict[str, Any]
+    hashes: Tensor | None = None
 
     def floor(self, count: int) -> float | None:
         """Return the Frechet distance of ``count`` of the reference's own images to the rest of it.
@@ -146,21 +152,26 @@ class Reference:
         return rest.distance(held_out.mean, held_out.covariance)
 
 
-def open_reference(path: str | Path, extractor: Extractor, batch_size: int, protocol: str | None = None) -> Reference:
-    """Open what samples are compared with: ADM's npz, a statistics file, or the images of `open_image_set`."""
+def open_reference(
+    path: str | Path, extractor: Extractor, batch_size: int, protocol: str | None = None, read: ReadConfig | None = None
+) -> Reference:
+    """Open what samples are compared with: ADM's npz or its name, a statistics file, or images of `open_image_set`."""
     file = Path(path)
+    if str(path) in ADM_BATCHES and not file.exists():
+        file = on_main(lambda: fetch_adm_batch(str(path)))
     if _is_statistics(file):
         return read_statistics(file, extractor)
-    is_npz = file.suffix == ".npz" and zipfile.is_zipfile(file)
+    is_npz = file.suffix.lower() == ".npz" and zipfile.is_zipfile(file)
     adm = read_adm_reference(file, extractor, batch_size) if is_npz else None
-    return adm or reference_of(open_image_set(path, batch_size, protocol), extractor)
+    return adm or reference_of(open_image_set(file, batch_size, protocol, read or ReadConfig()), extractor)
 
 
 def reference_of(images: Samples, extractor: Extractor) -> Reference:
     """Extract a reference from images."""
-    found = scan(images.chunks(), images.count, extractor, rows=min(images.count, REFERENCE_ROWS), groups=1)
+    found = scan(images.watch(), images.count, extractor, rows=min(images.count, REFERENCE_ROWS), groups=1)
     spatial = FrechetReference.of(found.spatial.total()) if found.spatial is not None else None
-    return Reference(FrechetReference.of(found.pooled.total()), spatial, found.count, found.rows, images.identity)
+    identity, (hashes,) = images.identity | {"size": found.size}, images.hashes
+    return Reference(FrechetReference.of(found.pooled.total()), spatial, found.count, found.rows, identity, hashes)
 
 
 def read_adm_reference(path: Path, extractor: Extractor, batch_size: int) -> Reference | None:
@@ -170,22 +181,25 @@ def read_adm_reference(path: Path, extractor: Extractor, batch_size: int) -> Ref
     """
     with broken_npz(path), np.load(path, allow_pickle=False) as archive:
         names = set(archive.files)
-        arrays = {name: torch.from_numpy(archive[name].astype(np.float64)) for name in names & set(_ADM_SHAPES)}
+        arrays = {name: torch.from_numpy(archive[name].astype(np.float64)) for name in names & set(ADM_SHAPES)}
     if "mu" not in names:
         return None
     if extractor.metric != "FID":
         advice = f"extractor {extractor.name} needs images or a statistics file made with it"
         raise UserError(f"reference {path}: its mu and sigma are of Inception features; {advice}")
-    for name, shape in _ADM_SHAPES.items():
+    for name, shape in ADM_SHAPES.items():
         if name in arrays and (arrays[name].shape != shape or not arrays[name].isfinite().all()):
             raise UserError(f"reference {path}: {name} is {tuple(arrays[name].shape)}; expected {shape}, all finite")
     if "sigma" not in arrays:
         raise UserError(f"reference {path}: has mu but no sigma; download it again")
     spatial = FrechetReference(arrays["mu_s"], arrays["sigma_s"]) if {"mu_s", "sigma_s"} <= arrays.keys() else None
     batch = reference_of(open_npz(path, batch_size), extractor) if "arr_0" in names else None
-    images, rows = (batch.count, batch.rows) if batch is not None else (0, None)
-    identity = {"kind": "adm", "path": str(path), "sha256": sha256(path), "images": images}
-    return Reference(FrechetReference(arrays["mu"], arrays["sigma"]), spatial, None, rows, identity)
+    identity: dict[str, Any] = {"kind": "adm", "path": str(path), "sha256": sha256(path), "images": 0}
+    moments = FrechetReference(arrays["mu"], arrays["sigma"])
+    if batch is None:
+        return Reference(moments, spatial, None, None, identity)
+    identity |= {"images": batch.count, "size": batch.identity["size"]}
+    return Reference(moments, spatial, None, batch.rows, identity, batch.hashes)
 
 
 def save_statistics(reference: Reference, extractor: Extractor, path: Path) -> None:
@@ -195,6 +209,8 @@ def save_statistics(reference: Reference, extractor: Extractor, path: Path) -> N
         tensors |= {"spatial_mean": reference.spatial.mean, "spatial_covariance": reference.spatial.covariance}
     if reference.rows is not None:
         tensors["rows"] = reference.rows
+    if reference.hashes is not None:
+        tensors["hashes"] = reference.hashes
     content = {"count": reference.count, "source": reference.identity, "versions": versions()}
     metadata = {"format": FORMAT, "extractor": json.dumps(extractor.identity), "content": json.dumps(content)}
     with atomic(path) as temporary:
@@ -236,7 +252,4 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
     has_spatial = "spatial_mean" in tensors
     spatial = FrechetReference(tensors["spatial_mean"], tensors["spatial_covariance"]) if has_spatial else None
     identity = {"kind": "statistics", "path": str(path), "sha256": sha256(path), "source": content["source"]}
-    return Reference(pooled, spatial, content["count"], tensors.get("rows"), identity)
-
-
-_ADM_SHAPES = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
+    return Reference(pooled, spatial, content["count"], tensors.get("rows"), identity, tensors.get("hashes"))

@@ -1,30 +1,38 @@
-"""Images that are scored or compared with, read in chunks: ADM's npz, folders, data sections. RGB of one size."""
+"""Images that are scored or compared with, read in chunks: npz, folders, archives, data sections. RGB of one size."""
 
+import io
 import math
+import tarfile
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cache
+from hashlib import blake2b, sha256
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from vit5gen.config import DataConfig, find_config, load_config
-from vit5gen.data.images import decoding, open_images, readable
-from vit5gen.data.pictures import find_images, listing_digest, tell_left_out, upright
+from vit5gen.config import DataConfig, ReadConfig, find_config, load_config
+from vit5gen.data.images import centre_crop, decoding, open_images, readable
+from vit5gen.data.pictures import SUFFIXES, find_images, listing_digest, print_once, tell_left_out, upright
+from vit5gen.evaluation.conversion import find_conversion, quantised
 from vit5gen.section import Exif
-from vit5gen.system.distributed import rank_and_world
-from vit5gen.system.errors import UserError
+from vit5gen.system.distributed import gather_objects, is_main, rank_and_world
+from vit5gen.system.errors import UserError, listed
 
-_DATA = DataConfig()
+_DATA, _AS_STORED = DataConfig(), ReadConfig()
+_PACKED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_LARGEST_FILE = 2**28  # bytes, of a picture in an archive
+_FILTERS = {"resize": "bicubic, antialiased (Pillow)", "crop": "halved by a box filter, then bicubic; centre square"}
 _DECIDING = {"source", "split", "resolution", "exif", "rules"}  # keys of the data section
 
 
@@ -32,15 +40,43 @@ _DECIDING = {"source", "split", "resolution", "exif", "rules"}  # keys of the da
 class Samples:
     """``count`` images, of which ``chunks()`` gives this process's ``(first index, uint8 (B, 3, H, W))``.
 
+    In place of the first index there may be all of them, ``(B,)``.
     ``identity`` says in a card which images these were, ``sampling`` how they were drawn; ``labels`` are classes:
     names, class folders, or numbers without a name.
+    ``hashes`` (one tensor) are there when `watch` has ended: 64 bits (BLAKE2) of each image's pixels, as scored.
     """
 
     count: int
-    chunks: Callable[[], Iterable[tuple[int, Tensor]]]
+    chunks: Callable[[], Iterable[tuple[int | Tensor, Tensor]]]
     identity: dict[str, Any]
     labels: Sequence[Hashable] = ()
     sampling: dict[str, Any] | None = None
+    hashes: list[Tensor] = field(default_factory=list)
+
+    def watch(self) -> Iterator[tuple[int | Tensor, Tensor]]:
+        """Yield the chunks, behind a progress bar, and keep the hashes of the images of all processes."""
+        found: list[int] = []
+        silent, world = None if is_main() else True, rank_and_world()[1]  # None: where stderr is no terminal
+        name = Path(self.identity["path"]).name
+        with tqdm(desc=name, unit="image", total=self.count, disable=silent, delay=1) as progress:
+            for first, images in self.chunks():
+                pixels = (blake2b(image.numpy(), digest_size=8).digest() for image in images.contiguous())
+                found += [int.from_bytes(digest, "little", signed=True) for digest in pixels]
+                yield first, images
+                progress.update(min(len(images) * world, self.count - progress.n))
+        self.hashes[:] = [torch.cat(gather_objects(torch.tensor(found, dtype=torch.int64)))]
+
+    def shuffled(self) -> "Samples":
+        """Return the images in an order that depends on their number alone; they are read in the order of the file."""
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(0))
+        labels = [self.labels[i] for i in order.argsort()] if self.labels else ()
+
+        def chunks() -> Iterator[tuple[Tensor, Tensor]]:
+            for first, images in self.chunks():
+                yield order[indices_of(first, len(images))], images
+
+        read = {**self.identity.get("read", {}), "shuffle": "torch.randperm, seed 0"}
+        return replace(self, chunks=chunks, labels=labels, identity=self.identity | {"read": read})
 
     def labels_among(self, classes: Collection[str]) -> Tensor | None:
         """Return the place (N,) of each image's class among ``classes``; None where one is not there, or unknown."""
@@ -55,75 +91,221 @@ class Samples:
         return 1 < len(runs) == len(set(runs)) < len(self.labels)
 
 
-def open_image_set(path: str | Path, batch_size: int, protocol: str | None = None) -> Samples:
-    """Open an npz, a folder of images, or the data section of a configuration (see `find_config`).
+def indices_of(first: int | Tensor, count: int) -> Tensor:
+    """Return the indices ``(count,)`` of the images of a chunk."""
+    return torch.arange(first, first + count) if isinstance(first, int) else first
+
+
+def check_used(read: ReadConfig, identities: Iterable[dict[str, Any]]) -> None:
+    """Raise `UserError` for an option that had no effect on any of these sets of images."""
+    used = {name for identity in identities for name in identity.get("read", {})}
+    for name in ReadConfig.model_fields:
+        if getattr(read, name) not in (None, False) and name not in used:
+            raise UserError(f"--{name} has no effect on any of these images; omit it")
+
+
+def open_image_set(
+    path: str | Path, batch_size: int, protocol: str | None = None, read: ReadConfig = _AS_STORED
+) -> Samples:
+    """Open an npz, a folder or archive of images, or the data section of a configuration (see `find_config`).
 
     Under ADM's ``protocol`` images stay as they are stored, whatever EXIF says of their orientation.
+    ``identity["read"]`` holds the options of ``read`` that had an effect; `Samples.shuffled` is up to the caller.
     """
     path, as_stored = find_config(path), protocol == "adm"
+    suffix, exif = path.suffix.lower(), "ignore" if as_stored else _DATA.exif
     if path.suffix in (".yaml", ".yml"):
         data = load_config(path).data
         return open_data(data.model_copy(update={"exif": "ignore"}) if as_stored else data, batch_size)
     if path.is_dir():
-        return open_folder(path, batch_size, "ignore" if as_stored else _DATA.exif)
-    if path.suffix == ".npz":
-        return open_npz(path, batch_size)
-    raise UserError(f"{path}: expected an npz, a folder of images, a configuration or a pipeline; check the path")
+        return open_folder(path, batch_size, exif, read)
+    if suffix == ".npz":
+        return open_npz(path, batch_size, read)
+    if suffix in (".zip", ".tar"):
+        return open_archive(path, batch_size, exif, read)
+    advice = "check the path"
+    if path.name.lower().endswith(_PACKED):
+        advice = "unpack it: PNG and JPEG are compressed already, and only a plain .tar can be read at any place"
+    elif suffix == ".npy":
+        advice = f"convert it: np.savez('converted.npz', arr_0=np.load({str(path)!r}))"
+    raise UserError(f"{path}: expected an npz, a folder of images, a .zip or .tar, a configuration or a run; {advice}")
 
 
-def open_npz(path: Path, batch_size: int) -> Samples:
-    """Open ADM's npz: ``arr_0 (N, H, W, 3)`` uint8 and perhaps ``arr_1 (N,)`` labels; 10 GB never lie in memory."""
+def open_npz(path: Path, batch_size: int, read: ReadConfig = _AS_STORED) -> Samples:
+    """Open ADM's npz: ``arr_0 (N, H, W, 3)`` uint8 and perhaps ``arr_1 (N,)`` labels; 10 GB never lie in memory.
+
+    ``read`` allows another array, of floats, and images of another side; ``(N, 3, H, W)`` is told by its shape.
+    """
     # What the headers say; labels are small enough to be read at once.
     with broken_npz(path), zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        if "arr_0.npy" not in names:
-            raise UserError(f"npz {path}: no arr_0, only {', '.join(names)}; expected arr_0 (N, H, W, 3) uint8")
-        with archive.open("arr_0.npy") as member:
-            shape, dtype = _header(member)
-        labels = []
-        if "arr_1.npy" in names:
-            with archive.open("arr_1.npy") as member:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        key = read.key if read.key in names else "arr_0"
+        if key not in names:
+            raise UserError(f"npz {path}: no {read.key or key}, only {listed(names)}; name the images with --key NAME")
+        with archive.open(f"{key}.npy") as member:
+            (shape, fortran, dtype), bounds = read_header(member), (0.0, 0.0)
+            row = math.prod(shape[1:]) * dtype.itemsize
+            if dtype.kind == "f" and (image := np.frombuffer(member.read(row), dtype)).size:
+                bounds = float(image.min()), float(image.max())
+        labels: list[Any] = []
+        if label := next((name for name in ("arr_1", "labels", "label", "y") if name in names), None):
+            with archive.open(f"{label}.npy") as member:
                 labels = np.lib.format.read_array(member, allow_pickle=False).ravel().tolist()
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]:
-        raise UserError(f"npz {path}: arr_0 is {dtype} {shape}; expected uint8 (N, H, W, 3); write it again")
+
+    # What cannot be read as it is comes with the line that converts it.
+    options: dict[str, Any] = {"key": key} if key == read.key else {}
+    if dtype.kind == "f" and read.range is not None:
+        options["range"] = read.range
+    read_as = np.dtype(np.uint8) if "range" in options else dtype
+    wrong, expression = find_conversion(shape, fortran, read_as, *bounds)
+    if wrong:
+        ranged = "give --range 0 1 or --range -1 1, or " if dtype.kind == "f" and read.range is None else ""
+        line = f"a = np.load({str(path)!r})[{key!r}]; np.savez('converted.npz', arr_0={expression})"
+        advice = f"{ranged}convert it: {line}" if expression else "write it again"
+        raise UserError(f"npz {path}: {key} is {dtype} {shape}, not uint8 (N, H, W, 3): {wrong}; {advice}")
+    turned = shape[3] != 3
+    options |= _fitting(read, shape[2:] if turned else shape[1:3], f"npz {path}")
+    identity: dict[str, Any] = {"kind": "npz", "path": str(path)} | ({"read": options} if options else {})
+    if turned:
+        identity["layout"] = "(N, 3, H, W)"
+        print_once(f"note: npz {path}: {key} is {shape}, read as (N, 3, H, W)")
 
     # A chunk is read where it lies in the file, by the process that it falls to.
     def chunks() -> Iterator[tuple[int, Tensor]]:
-        with broken_npz(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-            _header(member)
-            start, row = member.tell(), math.prod(shape[1:])
+        lowest = 0.0
+        with broken_npz(path), zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as member:
+            read_header(member)
+            start = member.tell()
             for part in _own_parts(shape[0], batch_size):
                 member.seek(start + part.start * row)
                 content = member.read(len(part) * row)
                 if len(content) != len(part) * row:
                     raise UserError(f"npz {path}: ends within image {part.start + len(content) // row}; write it again")
-                rows = np.frombuffer(content, np.uint8).reshape(len(part), *shape[1:])
-                yield part.start, torch.from_numpy(rows.transpose(0, 3, 1, 2).copy())
+                rows = np.frombuffer(content, dtype).reshape(len(part), *shape[1:])
+                if "range" in options:
+                    lowest = min(lowest, float(rows.min()))
+                    rows = quantised(rows, options["range"], f"npz {path}: {key}, images from {part.start}")
+                rows = rows.transpose(0, 2, 3, 1) if turned else rows
+                if {"resize", "crop"} & options.keys():
+                    fitted = [_fitted(Image.fromarray(image), read, "ignore") for image in rows]
+                    yield part.start, torch.stack(fitted)
+                else:
+                    yield part.start, torch.from_numpy(rows.transpose(0, 3, 1, 2).copy())
+        if options.get("range") == [-1, 1] and lowest >= 0:
+            raise UserError(f"npz {path}: {key} has no values below 0, which do not fit --range -1 1; give --range 0 1")
 
-    labels = labels if len(labels) == shape[0] else []
-    return Samples(shape[0], chunks, {"kind": "npz", "path": str(path)}, labels)
+    return Samples(shape[0], chunks, identity, labels if len(labels) == shape[0] else [])
 
 
-def open_folder(path: Path, batch_size: int, exif: Exif) -> Samples:
+def _fitting(read: ReadConfig, sides: Sequence[int] | None, what: str) -> dict[str, Any]:
+    """Return what a card records of an option that changes images of ``sides`` (None: of several)."""
+    for name in ("resize", "crop"):
+        side = getattr(read, name)
+        if side is not None and (sides is None or set(sides) != {side}):
+            if name == "resize" and sides is not None and len(set(sides)) > 1:
+                raise UserError(f"{what} has images of {sides[1]}x{sides[0]}, which are no squares; give --crop SIDE")
+            return {name: side, "filter": _FILTERS[name]}
+    return {}
+
+
+def _fitted(image: Image.Image, read: ReadConfig, exif: Exif) -> Tensor:
+    """Return an RGB image (3, H, W), of the side that ``read`` asks for."""
+    if read.crop is not None:
+        return centre_crop(image, read.crop, exif, _DATA.rules)
+    image = upright(image) if exif == "apply" else image
+    if read.resize is not None and image.width == image.height != read.resize:
+        image = image.resize((read.resize, read.resize), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+
+def open_folder(path: Path, batch_size: int, exif: Exif, read: ReadConfig = _AS_STORED) -> Samples:
     """Open the images below ``path`` in the order of their names; class folders give the labels."""
     left_out: Counter[str] = Counter()
     files = find_images(path, left_out, _DATA.rules)
     tell_left_out(path, left_out)
     if not files:
         raise UserError(f"folder {path}: no images; expected files such as .png or .jpg")
-    first_shape = cache(lambda: _read_image(files[0], exif).shape)
-
-    def read(index: int) -> Tensor:
-        image = _read_image(files[index], exif)
-        if image.shape != first_shape():
-            sides = [f"{width}x{height}" for _, height, width in (image.shape, first_shape())]
-            advice = "resize them to one size, or give the configuration of a run, which crops them"
-            raise UserError(f"image {files[index]} is {sides[0]}, the first one {sides[1]}; {advice}")
-        return image
-
     identity = {"kind": "folder", "path": str(path), "listing_sha256": listing_digest(path, files), "exif": exif}
-    labels = [file.parent for file in files]
-    return Samples(len(files), lambda: _stacked(read, len(files), batch_size), identity, labels)
+    pictures = [(file, file) for file in files]
+    return _open_pictures(pictures, lambda: nullcontext(((), Path)), identity, batch_size, exif, read)
+
+
+def open_archive(path: Path, batch_size: int, exif: Exif, read: ReadConfig = _AS_STORED) -> Samples:
+    """Open the images in a zip or a plain tar, in the order of their names; nothing is extracted to disk.
+
+    Names order the images and, by their folders, label them; they are never used as paths.
+    """
+    kind = path.suffix[1:].lower()
+    with _opened(path, kind) as (entries, _):
+        found = sorted(((PurePosixPath(name), size, entry) for name, size, entry in entries), key=lambda one: one[0])
+    files = [one for one in found if _is_picture(one[0])]
+    tell_left_out(path, Counter(one[0].suffix or "without a suffix" for one in found if not _is_picture(one[0])))
+    if not files:
+        raise UserError(f"{kind} {path}: no images; expected files such as .png or .jpg")
+    listing = "".join(f"{name} {size}\n" for name, size, _ in files).encode(errors="surrogateescape")
+    identity = {"kind": kind, "path": str(path), "listing_sha256": sha256(listing).hexdigest(), "exif": exif}
+    return _open_pictures(
+        [(name, entry) for name, _, entry in files], lambda: _opened(path, kind), identity, batch_size, exif, read
+    )
+
+
+def _is_picture(name: PurePosixPath) -> bool:
+    return name.suffix.lower() in SUFFIXES and not name.name.startswith(".")
+
+
+@contextmanager
+def _opened(path: Path, kind: str) -> Iterator[tuple[Iterable[tuple[str, int, Any]], Callable[[Any], IO[bytes]]]]:
+    """Yield the name, size and entry of each regular file in an archive, and what reads an entry into memory."""
+    entries: Iterable[tuple[str, int, Any]]
+    open_entry: Any  # tarfile may return None, of what is no regular file
+    with broken_npz(path, kind), zipfile.ZipFile(path) if kind == "zip" else tarfile.open(path, "r:") as archive:
+        if isinstance(archive, zipfile.ZipFile):
+            entries = ((one.filename, one.file_size, one) for one in archive.infolist() if not one.is_dir())
+            open_entry = archive.open
+        else:
+            entries = ((one.name, one.size, one) for one in archive if one.isreg())
+            open_entry = archive.extractfile
+
+        # Whatever size the archive gives, or hides.
+        def read_entry(entry: Any) -> IO[bytes]:
+            with open_entry(entry) as file:
+                content = file.read(_LARGEST_FILE + 1)
+            if len(content) > _LARGEST_FILE:
+                raise UserError(f"{kind} {path}: a picture has over {_LARGEST_FILE} bytes; remove it")
+            return io.BytesIO(content)
+
+        yield entries, read_entry
+
+
+def _open_pictures(
+    files: Sequence[tuple[Path | PurePosixPath, Any]],
+    opened: Callable[[], AbstractContextManager[tuple[Any, Callable[[Any], Any]]]],
+    identity: dict[str, Any],
+    batch_size: int,
+    exif: Exif,
+    read: ReadConfig,
+) -> Samples:
+    """Open pictures by their names and what ``opened()`` makes a file of; their sizes are told when they are read."""
+    kinds, names = Image.registered_extensions(), [name for name, _ in files]
+    identity["formats"] = sorted({kinds.get(name.suffix.lower(), name.suffix) for name in names})
+    if options := _fitting(read, None, ""):
+        identity["read"] = options
+
+    def chunks() -> Iterator[tuple[int, Tensor]]:
+        with opened() as (_, file_of):
+            first_shape = cache(lambda: _read_image(file_of(files[0][1]), names[0], exif, read).shape)
+
+            def read_one(index: int) -> Tensor:
+                image = _read_image(file_of(files[index][1]), names[index], exif, read)
+                if image.shape != first_shape():
+                    sides = [f"{width}x{height}" for _, height, width in (image.shape, first_shape())]
+                    advice = "give --crop SIDE, or resize them to one size"
+                    raise UserError(f"image {names[index]} is {sides[0]}, the first one {sides[1]}; {advice}")
+                return image
+
+            yield from _stacked(read_one, len(names), batch_size)
+
+    return Samples(len(names), chunks, identity, [name.parent for name in names])
 
 
 def open_data(data: DataConfig, batch_size: int) -> Samples:
@@ -150,29 +332,29 @@ def _stacked(read: Callable[[int], Tensor], count: int, batch_size: int) -> Iter
 
 
 @contextmanager
-def broken_npz(path: Path) -> Iterator[None]:
+def broken_npz(path: Path, kind: str = "npz") -> Iterator[None]:
     """Turn what a broken archive raises into one line."""
     try:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise UserError(f"npz {path} cannot be read ({error}); check the path or write it again") from error
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, tarfile.TarError, zlib.error) as error:
+        raise UserError(f"{kind} {path} cannot be read ({error}); check the path or write it again") from error
 
 
-def _read_image(file: Path, exif: Exif) -> Tensor:
-    with decoding(f"image {file}", "replace or remove it"), Image.open(file) as image:
+def _read_image(file: Path | IO[bytes], name: Path | PurePosixPath, exif: Exif, read: ReadConfig) -> Tensor:
+    with decoding(f"image {name}", "replace or remove it"), Image.open(file) as image:
         image.load()
-        mode, pixels = image.mode, np.asarray(upright(image) if exif == "apply" else image)
+        (width, height), mode = image.size, image.mode
+        if read.crop is not None or (mode == "RGB" and (read.resize is None or width == height)):
+            return _fitted(image, read, exif)
     if mode != "RGB":
-        raise UserError(f"image {file} has mode {mode}; expected RGB with 8 bits per channel; convert it")
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+        raise UserError(f"image {name} has mode {mode}; expected RGB with 8 bits per channel; convert it")
+    raise UserError(f"image {name} is {width}x{height}, which is no square; give --crop SIDE")
 
 
-def _header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return shape, whether it is column-major, and type of an array in an npz."""
     version = np.lib.format.read_magic(member)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(member)
-    if fortran:
-        raise ValueError("column-major array")
-    return shape, dtype
+    return read(member)
