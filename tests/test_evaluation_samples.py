@@ -13,19 +13,20 @@ import pytest
 import torch
 from called import call_evaluate
 from PIL import Image
-from test_evaluation_card import card_of, colours, pictures, write_folder, write_npz
+from test_evaluation_card import card_of, colours, pictures, write_folder, write_npz, write_sampled
 from torch import Tensor
 
-from vit5gen.commands import compare
-from vit5gen.config import DataConfig, ReadConfig
+from vit5gen.cli import main
+from vit5gen.config import DataConfig, DrawConfig, ReadConfig
 from vit5gen.data.images import centre_crop
 from vit5gen.evaluation import adm_batches, load_extractor
 from vit5gen.evaluation import samples as sets
 from vit5gen.evaluation.adm_batches import ADM_SHAPES, fetch_adm_batch
-from vit5gen.evaluation.evaluation_card import markdown
+from vit5gen.evaluation.comparison import pairing, score_side
+from vit5gen.evaluation.evaluation_card import markdown, open_samples
+from vit5gen.evaluation.metric import available
 from vit5gen.evaluation.reference import open_reference
 from vit5gen.evaluation.samples import Samples, check_used, indices_of, open_image_set
-from vit5gen.section import validate
 from vit5gen.system.errors import UserError
 
 assert colours  # registered
@@ -44,6 +45,22 @@ def read(path: Path, batch_size: int = 3, **options) -> Samples:
 
 def channels_last(images: Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).numpy()
+
+
+def test_shuffled_sets_are_pairs_only_if_both_are(tmp_path) -> None:
+    extractor = load_extractor("colours")
+    real = open_reference(write_npz(tmp_path / "real.npz", pictures(30)), extractor, 8)
+    sides = []
+    for shuffle, name in ((False, "a"), (True, "b"), (True, "c")):
+        path = write_sampled(tmp_path / f"{name}.npz", 3, checkpoint=name)
+        write_npz(path, pictures(20, seed=len(sides)))
+        (images,) = open_samples(str(path), DrawConfig(), 0, (), 8, read=ReadConfig(shuffle=shuffle))
+        sides.append(score_side(images, real, extractor, available(["fid"], real, extractor)[0], groups=True))
+    assert pairing(sides[0], sides[1]) == (
+        False,
+        "two samples: shuffle is False for A, True for B (None: no card tells it)",
+    )
+    assert pairing(sides[1], sides[2])[0]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -274,9 +291,19 @@ def test_compare_reads_as_evaluate_does(tmp_path, capsys) -> None:
     a = write_npz(tmp_path / "a.npz", pictures(40, seed=2, side=64))
     np.savez(tmp_path / "b.npz", arr_0=channels_last(images) / np.float32(255))
     real = write_npz(tmp_path / "real.npz", torch.cat([images[:3], pictures(40, seed=3)]))
-    options = {"a": str(a), "b": str(tmp_path / "b.npz"), "reference": str(real), "output": str(tmp_path / "card.json")}
-    options |= {"extractor": "colours", "metrics": ["fid"], "range": [0, 1], "resize": 32}
-    compare.run(validate(compare.CompareOptions, options, "compare"))
+    words = [
+        "compare",
+        str(a),
+        str(tmp_path / "b.npz"),
+        "--reference",
+        str(real),
+        "--output",
+        str(tmp_path / "card.json"),
+    ]
+    words += ["--extractor", "colours", "--metrics", "fid", "--range", "0", "1", "--resize", "32"]
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 0
     card = json.loads((tmp_path / "card.json").read_text())
     assert [card[side][0]["read"].keys() for side in "ab"] == [{"resize", "filter"}, {"range"}]
     assert [card[side][0]["in_reference"] for side in "ab"] == [0, 3]
@@ -321,8 +348,10 @@ def test_the_table_shows_the_floor_of_the_reference(tmp_path) -> None:
     card = card_of(write_npz(tmp_path / "a.npz", pictures(20)), real, extractor)
     head, _, row = ([cell.strip() for cell in line.split("|")] for line in markdown(card))
     floor = open_reference(real, extractor, 7).floor(20)
-    assert dict(zip(head, row, strict=True))["floor"] == f"{floor:.4g}"
-    assert head.index("floor") == head.index("FD-Colours") + 1
+    assert dict(zip(head, row, strict=True))["FD-Colours floor"] == f"{floor:.4g}"
+    assert head.index("FD-Colours floor") == head.index("FD-Colours") + 1
+    few = card_of(write_npz(tmp_path / "b.npz", pictures(31)), real, extractor)
+    assert markdown(few)[2].split("|")[4].strip() == "unknown"  # of half the reference at most
 
 
 def test_every_source_has_a_progress_bar_that_only_a_terminal_shows(tmp_path, monkeypatch) -> None:

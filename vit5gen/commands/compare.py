@@ -58,8 +58,7 @@ def run(options: CompareOptions) -> None:
         for path in pair:
             kept = is_card.get(path) and read_groups(path, real, network)
             sets += [kept or open_samples(path, draw, options.num_images, [options.seed], batch_size, read=read)[0]]
-        identities = [one.identity if isinstance(one, Samples) else {} for one in sets]
-        check_used(read, [real.identity, *identities])
+        check_used(read, [real.identity, *(one.identity for one in sets if isinstance(one, Samples))])
         comparison.check_alike(pair, sets)
         for side, images in zip(sides, sets, strict=True):
             scored = comparison.score_side(images, real, network, metrics, groups=not runs)

@@ -25,7 +25,13 @@ from vit5gen.system.distributed import is_main
 from vit5gen.system.errors import UserError
 
 _SHOWN = 12  # pairs in the picture
-_FIXES_NOISE = ("seed", "labels", "classes", "resolution")  # with the number of images: noise and label of each
+_FIXES_NOISE = (
+    "seed",
+    "labels",
+    "classes",
+    "resolution",
+    "shuffle",
+)  # with the number of images: noise and label of each
 
 # Of a hundred random subsets: slow, and a jackknife of more images than a subset has mistakes their draw for an error.
 _ON_REQUEST = {"kid": "22 times its random subsets take long; name it in --metrics"}
@@ -144,7 +150,7 @@ def pairing(a: Side, b: Side) -> tuple[bool, str]:
     if (a.drawn[0] and a.drawn == b.drawn) or torch.allclose(a.mean, b.mean, rtol=1e-9, atol=0):
         same = f"{a.entry['path']} and {b.entry['path']} are the same images"
         raise UserError(f"{same}: there is nothing to compare; give two sets")
-    settings = [side.drawn[1] for side in (a, b)]
+    settings = [side.drawn[1] | {"shuffle": "shuffle" in side.entry.get("read", {})} for side in (a, b)]
     for key in _FIXES_NOISE:
         found = [one.get(key) for one in settings]
         if found[0] != found[1] or (key == "seed" and None in found):

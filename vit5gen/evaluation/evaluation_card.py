@@ -180,8 +180,8 @@ def markdown(card: dict[str, Any]) -> list[str]:
             error = score.get("deviation", score.get("standard_error"))
             shown = f"{score['value']:.4g}" if error is None else f"{score['value']:.4g} ± {error:.2g}"
             cells[card["protocol"]["label"] if metric == "FID" else metric] = shown
-            if (floor := score.get("runs", [score])[0].get("floor")) is not None:
-                cells["floor"] = f"{floor:.4g}"
+            if "floor" in (first := score.get("runs", [score])[0]):
+                cells[f"{metric} floor"] = "unknown" if first["floor"] is None else f"{first['floor']:.4g}"
         cells["±"] = "standard deviation between seeds" if seeds > 1 else "standard error"
         rows.append(cells | {"reference": Path(card["reference"]["path"]).name})
     table = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
