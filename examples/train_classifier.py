@@ -3,14 +3,16 @@
 Offline, minutes of one core (`--data emoji`, or fashion-mnist with the folder of its idx files as --data-path):
 
     python examples/train_classifier.py --data emoji --output runs/emoji-tiny --img-size 32 --epochs 4 --loss ce \\
-        --batch-size 64 --model-kwargs patch_size=8 embed_dim=96 depth=4 num_heads=3
+        --warmup-epochs 1 --batch-size 64 --model-kwargs patch_size=8 embed_dim=96 depth=4 num_heads=3
 
 ImageNet-1k, as ViT-5's code trains it (arXiv 2602.08071), in folders DATA/train/CLASS and DATA/val/CLASS. The defaults
-are those of S; a later stage starts from an earlier one's average, `--initial OUTPUT/weights.safetensors`:
+are those of S, but for the average, which must not warm up: timm's warm-up is at .99984 after 500,000 steps. A later
+stage starts from an earlier one's average, `--initial OUTPUT/weights.safetensors`:
 
-    accelerate launch --num_processes 8 --mixed_precision bf16 examples/train_classifier.py --data DATA --output OUTPUT
+    accelerate launch --num_processes 8 --mixed_precision bf16 examples/train_classifier.py --average-warmup 0 \\
+        --data DATA --output OUTPUT
 
-    stage        options                                                                     published  H100 hours
+    stage        options, all with --average-warmup 0                                        published  H100 hours
     S  224                                                                                        82.2          96
     B  192       --model vit5_base --img-size 192 --lr 3e-3 --drop-path .2                                     270
     B  224, 384  --model vit5_base --img-size 224 (384) --drop-path .25 FINETUNE            84.2, 85.4       9, 29
@@ -20,15 +22,16 @@ are those of S; a later stage starts from an earlier one's average, `--initial O
                  --smoothing .1 --augment rand-m9-mstd0.5-inc1
 
 Hours of S: measured by others (82.07 %; NVIDIA-BioNeMo/nvSubquadratic); the others follow from the FLOPs. What 384
-starts from is not published: take 224's average. Also useful: `--num-workers 10`, and on fewer GPUs `--accumulate N`.
+starts from is not published: take 224's average. The only published command of FINETUNE is that of S (drop path .05),
+for which no figure at 384 is published. The rate follows every step here, every epoch there. Also useful:
+`--num-workers 10`, and on fewer GPUs `--accumulate N`.
 
 OUTPUT gets weights.safetensors (the average, for `vit5gen classify` and `timm.create_model(checkpoint_path=...)`),
-card.json and last.pt. The same command resumes after the last whole epoch; on one process bit for bit, because the
-random numbers of an epoch depend on (seed, epoch, rank) alone.
+card.json and last.pt. The same command resumes after the last whole epoch: bit for bit on one CPU process with the same
+--num-workers and --accumulate, because the random numbers of an epoch depend on (seed, epoch, rank) alone.
 """
 
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -39,77 +42,68 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from PIL import Image
+from checks import check_ranges, reading
+from labelled import Pictures, open_data, selected
 from safetensors.torch import save_file
 from scipy.stats import binomtest
-from timm.data import Mixup, create_dataset, create_transform, resolve_model_data_config
+from timm.data import Mixup, create_transform, resolve_model_data_config
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, ParseKwargs
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import vit5gen.models  # noqa: F401  # registers vit5_* with timm
-from vit5gen.cli import exit_on_bad_input
-from vit5gen.config import DataConfig
-from vit5gen.data.images import make_source, open_images
+from vit5gen.cli import Parser, exit_on_bad_input
 from vit5gen.generation.card import commit, versions
 from vit5gen.models.weights import read_checkpoint, read_tensors
 from vit5gen.system.errors import UserError, choose
-from vit5gen.system.files import atomic, write_json
+from vit5gen.system.files import atomic, read_json, write_json
 
 # Of images: timm's policy, least area of a crop, copies in an epoch of fewer images, so many alone, classes evened out.
 IMAGES = {"img_size": 224, "augment": "3a", "color_jitter": 0.3, "hflip": 0.5, "least_crop": 0.08, "repeats": 3}
 IMAGES |= {"mixup": 0.8, "cutmix": 1.0, "train_images": 0, "balanced": 0}
-# Weights to start from, of any size and with any head; the average's decay, to which it grows.
-MODEL = {"model": "vit5_small", "initial": "", "drop_path": 0.05, "average": 0.99996}
+# Weights to start from, of any size and with any head; the average's decay, and whether it grows to that from 0.
+MODEL = {"model": "vit5_small", "initial": "", "drop_path": 0.05, "average": 0.99996, "average_warmup": 1}
 # Images of a step, of all processes together; lamb, adamw or another of timm's; bce or ce, which may be smoothed.
 LEARNING = {"epochs": 800, "batch_size": 2048, "optimizer": "lamb", "lr": 4e-3, "weight_decay": 0.05}
 LEARNING |= {"layer_decay": 1.0, "warmup_epochs": 5.0, "loss": "bce", "smoothing": 0.0, "seed": 0}
 MACHINE = {"data_path": "", "accumulate": 1, "num_workers": 0}  # may change when a run is resumed
-
-
-class Pictures(Dataset[tuple[Any, int]]):
-    def __init__(self, config: DataConfig) -> None:
-        self.images, self.transform = open_images(config), Image.Image.copy
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        pixels, label = self.images[index]
-        return self.transform(Image.fromarray(pixels.permute(1, 2, 0).numpy())), label
-
-
-def open_data(options: argparse.Namespace) -> tuple[Any, Any, list[str], str | None]:
-    """Return training and held-out images, the names of the classes by label, and the line that a licence wants."""
-    if options.data in ("emoji", "fashion-mnist"):
-        config = DataConfig(source=options.data, path=options.data_path or None, resolution=options.img_size)
-        data, held_out = Pictures(config), Pictures(config.model_copy(update={"split": "test"}))
-        return data, held_out, data.images.class_names, make_source(config).attribution
-    root = Path(options.data)
-    names = sorted(path.name for path in (root / "train").glob("*") if path.is_dir())
-    if not names or not (root / "val").is_dir():
-        raise UserError(f"--data {root}: expected folders train/CLASS and val/CLASS in it, or emoji, or fashion-mnist")
-    numbers = {name: number for number, name in enumerate(names)}  # timm's own order is another for "2" and "10"
-    return *(create_dataset("", root / part, class_map=numbers) for part in ("train", "val")), names, None
+# The least and the most that an option may be.
+RANGES = dict.fromkeys(("epochs", "batch_size", "accumulate", "img_size", "repeats"), (1, 1e9))
+RANGES |= dict.fromkeys(("num_workers", "train_images", "seed", "warmup_epochs", "mixup", "cutmix"), (0, 1e9))
+RANGES |= dict.fromkeys(("weight_decay", "color_jitter"), (0, 1e9)) | {"lr": (1e-12, 1e38)}
+RANGES |= dict.fromkeys(("average", "average_warmup", "balanced", "hflip", "smoothing", "drop_path"), (0, 1))
+RANGES |= dict.fromkeys(("layer_decay", "least_crop"), (1e-6, 1))
 
 
 def create_model(options: argparse.Namespace, num_classes: int) -> nn.Module:
-    """Build the model and load `--initial`: positions are resampled, a head of other classes is left out."""
+    """Build the model and load `--initial`: positions are resampled, a head of other classes is left out.
+
+    Raises `UserError` for sizes that no such model has, and a file of which any other part does not fit.
+    """
     if not timm.is_model(options.model):
         raise UserError(f"--model {options.model}: not known to timm; see timm.list_models()")
     config = timm.get_pretrained_cfg(options.model)
-    kwargs = {"num_classes": num_classes} | ({"img_size": options.img_size} if config.fixed_input_size else {})
+    kwargs = {"img_size": options.img_size} if config.fixed_input_size else {}
     kwargs |= ({"drop_path_rate": options.drop_path} if options.drop_path else {}) | options.model_kwargs
+    with reading("--model, --model-kwargs, --img-size, --drop-path"):
+        model = timm.create_model(options.model, **kwargs, num_classes=num_classes)
     if options.initial:
-        state = read_checkpoint(options.initial)
-        classes = len(state.get(f"{config.classifier}.weight", ()))
-        kwargs |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state, "num_classes": classes}}
-    return timm.create_model(options.model, **kwargs)
+        state, heads = read_checkpoint(options.initial), np.atleast_1d(config.classifier)
+        classes = len(state.get(f"{heads[0]}.weight", ()))
+        overlay = {"state_dict": state, "num_classes": classes}
+        # With the file's own number of classes timm wants every key to fit.
+        with reading(f"--initial {options.initial}, --model, --model-kwargs"):
+            found = timm.create_model(
+                options.model, **kwargs, num_classes=classes, pretrained=True, pretrained_cfg_overlay=overlay
+            ).state_dict()
+        own = {key: value for key, value in model.state_dict().items() if key.split(".")[0] in heads}
+        model.load_state_dict(found if classes == num_classes else found | own)
+    return model
 
 
 @torch.no_grad()
@@ -150,16 +144,11 @@ def train(options: argparse.Namespace, command: str) -> dict[str, Any]:
     use = resolve_model_data_config(model)
     common = {"input_size": options.img_size} | {key: use[key] for key in ("interpolation", "mean", "std")}
     augment = {"auto_augment": options.augment or None, "color_jitter": options.color_jitter, "hflip": options.hflip}
-    data.transform = create_transform(**common, **augment, is_training=True, scale=(options.least_crop, 1.0))
+    with reading("--augment, --color-jitter, --hflip, --least-crop"):
+        data.transform = create_transform(**common, **augment, is_training=True, scale=(options.least_crop, 1.0))
     common["crop_pct"] = 1.0 if isinstance(held_out, Pictures) else use["crop_pct"]
     held_out.transform = create_transform(**common)
-    labels = data.images.labels if isinstance(data, Pictures) else torch.tensor([n for _, n in data.reader.samples])
-    same = torch.Generator().manual_seed(0)  # whatever the seed of the run
-    order = torch.randperm(len(data), generator=same)[: options.train_images or None]
-    if options.balanced:  # the images of a small class come again and again
-        classes = [order[labels[order] == label] for label in labels[order].unique()]
-        order = torch.cat([found[torch.arange(max(map(len, classes))) % len(found)] for found in classes])
-    data = Subset(data, order.tolist())
+    data = selected(data, options.train_images, options.balanced)
     sampler = RepeatAugSampler(data, world, rank, num_repeats=options.repeats, selected_round=0)
     loader = DataLoader(data, size, sampler=sampler, num_workers=options.num_workers, drop_last=True)
     tested = DataLoader(Subset(held_out, range(rank, len(held_out), world)), size, num_workers=options.num_workers)
@@ -171,24 +160,29 @@ def train(options: argparse.Namespace, command: str) -> dict[str, Any]:
         raise UserError(f"--batch-size {options.batch_size}: more than the {len(data)} training images; lower it")
 
     # The average, which is what is tested and kept, and the optimizer, whose rate is set before each step.
-    average = ModelEmaV3(model, options.average, use_warmup=True)
+    average = ModelEmaV3(model, options.average, use_warmup=bool(options.average_warmup))
     decays = {"weight_decay": options.weight_decay, "layer_decay": options.layer_decay}
-    raw = create_optimizer_v2(model, options.optimizer, options.lr, eps=1e-8, **decays)
+    with reading("--optimizer, --weight-decay, --layer-decay"):
+        raw = create_optimizer_v2(model, options.optimizer, options.lr, eps=1e-8, **decays)
     rates = {"warmup_epochs": options.warmup_epochs, "warmup_lr": 1e-6, "min_lr": min(1e-5, options.lr)}
     rates |= {"step_on_epochs": False, "updates_per_epoch": steps}
-    schedule, _ = create_scheduler_v2(raw, "cosine", options.epochs, **rates)
+    with reading("--epochs, --warmup-epochs, --lr"):
+        schedule, _ = create_scheduler_v2(raw, "cosine", options.epochs, **rates)
     parallel, optimizer = accelerator.prepare(model, raw)
 
     # What a kill left: last.pt is of the end of an epoch, whole or not there.
     settings = {key: value for key, value in vars(options).items() if key not in {*MACHINE, "output"}}
     log, last = [], options.output / "last.pt"
     if last.is_file():
-        state = read_tensors(last, "--output")
-        if state["settings"] != settings:
+        try:
+            state = read_tensors(last, "--output")
+            same, log = {"average_warmup": 1} | state["settings"] == settings, state["log"]  # older runs had no choice
+            for part, saved in ((model, "model"), (average.module, "average"), (optimizer, "optimizer")):
+                part.load_state_dict(state[saved]) if same else None
+        except (UserError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{last}: is damaged; delete it to begin again") from error
+        if not same:
             raise UserError(f"--output {options.output}: holds a run with other settings; choose another folder")
-        for part, saved in ((model, "model"), (average.module, "average"), (optimizer, "optimizer")):
-            part.load_state_dict(state[saved])
-        log = state["log"]
 
     for epoch in range(len(log), options.epochs):
         set_seed(int(np.random.SeedSequence([options.seed, epoch, rank]).generate_state(1)[0]))
@@ -206,7 +200,7 @@ def train(options: argparse.Namespace, command: str) -> dict[str, Any]:
                     optimizer.step()
                     optimizer.zero_grad()
                 total += loss.detach() / (steps * options.accumulate)
-            average.update(model, epoch * steps + step + 1)
+            average.update(model, epoch * steps + step + 1 if options.average_warmup else None)
         if not np.isfinite(mean := accelerator.reduce(total, "mean").item()):
             raise UserError(f"epoch {epoch + 1}: the loss is {mean}; lower --lr and choose another --output")
         counts = evaluate(average.module, tested, len(names), accelerator)
@@ -218,7 +212,7 @@ def train(options: argparse.Namespace, command: str) -> dict[str, Any]:
             per_class = dict(zip(names, (counts[1] / counts[0].clamp(min=1)).tolist(), strict=True))
             card = {"command": command, "commit": commit(), "seed": options.seed, "top1": top1, "top5": top5}
             parameters = sum(weight.numel() for weight in model.parameters())
-            sizes = {"train": len(data), "held_out": len(held_out), "parameters": parameters}
+            sizes = {"train": len(data), "held_out": int(counts[0].sum()), "parameters": parameters}
             card |= {"counts": sizes, "classes": per_class, "settings": settings, "input": common, "log": log}
             weights = average.module.state_dict()
             with atomic(options.output / "weights.safetensors") as file:
@@ -230,11 +224,13 @@ def train(options: argparse.Namespace, command: str) -> dict[str, Any]:
             shown = f"top-1 {top1['value']:.2%} [{top1['low']:.2%}, {top1['high']:.2%}], top-5 {top5['value']:.2%}"
             print(f"epoch {epoch + 1} of {options.epochs}: loss {mean:.4f}, {shown}", flush=True)
         accelerator.wait_for_everyone()
-    return json.loads((options.output / "card.json").read_text(encoding="utf-8"))
+    if not (file := options.output / "card.json").is_file():
+        raise UserError(f"{file}: is missing beside a finished run; delete {last.name} to train again")
+    return read_json(file, "card")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--data", required=True, help="folder of train/CLASS and val/CLASS, or emoji, or fashion-mnist")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="e.g. patch_size=4 depth=6")
@@ -243,7 +239,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         parser.add_argument(option, type=type(default), default=default, help=f"default: {default!r}")
     words = sys.argv[1:] if arguments is None else arguments
     with exit_on_bad_input():
-        return train(parser.parse_args(words), shlex.join(["python", "examples/train_classifier.py", *words]))
+        with reading("--model-kwargs, expected NAME=VALUE"):
+            options = parser.parse_args(words)
+        check_ranges(options, {**RANGES, "warmup_epochs": (0, options.epochs)})
+        return train(options, shlex.join(["python", "examples/train_classifier.py", *words]))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,13 +21,16 @@ import torch
 from launch import _free_ports, environment
 from PIL import Image
 from safetensors.torch import load_file
+from timm.utils import ModelEmaV3
 from torch import nn
 from torchvision.transforms import functional as T
 
 from vit5gen.evaluation.accuracy import classify
 from vit5gen.models import load_vit5
+from vit5gen.system.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+FILE = "weights.safetensors"
 CLASSES = ["10", "2", "grey"]  # in the order of their labels, which is not that of timm's folders
 SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 TINY = ["--img-size", "16", "--model-kwargs", "patch_size=8", "embed_dim=16", "depth=2", "num_heads=2"]
@@ -137,6 +141,34 @@ def test_what_is_kept_and_tested_is_an_average(run: Path) -> None:
     assert not torch.equal(kept["blocks.0.mlp.fc1.weight"], state["model"]["blocks.0.mlp.fc1.weight"])
 
 
+@pytest.mark.parametrize(("decay", "warm"), [(0.25, 0), (0.75, 0), (0.99996, 1), (0.5, 1)])
+def test_the_average_has_the_decay_that_was_asked_for(
+    decay: float, warm: int, script: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Constant from the first step, as published; or growing as timm has it, which counts steps from 0."""
+    name, seen = "blocks.0.mlp.fc1.weight", []
+
+    class Noted(ModelEmaV3):
+        def update(self, model: nn.Module, step: int | None = None) -> None:
+            seen.append([self.module.state_dict()[name].clone(), model.state_dict()[name].clone()])
+            super().update(model, step)
+
+    monkeypatch.setattr(script, "ModelEmaV3", Noted)
+    options = ["--epochs", "2", "--average", str(decay), "--average-warmup", str(warm), "--lr", "0.05"]
+    script.main(["--data", str(data), "--output", str(tmp_path), *TINY, *options])
+    decays = [min(decay, 1 - (1 + step) ** (-2 / 3)) if warm else decay for step in range(6)]
+    expected = seen[0][0]
+    for (_, weight), one in zip(seen, decays, strict=True):
+        expected = one * expected + (1 - one) * weight
+    torch.testing.assert_close(load_file(tmp_path / "weights.safetensors")[name], expected)
+
+
+def test_the_warm_up_of_the_average_is_too_slow_for_the_published_one() -> None:
+    average = ModelEmaV3(nn.Linear(1, 1), 0.99996, use_warmup=True)
+    assert average.get_decay(500_001) == pytest.approx(0.999841, abs=1e-6)
+    assert average.get_decay(None) == 0.99996
+
+
 def test_the_optimizer_is_timms_with_layers_and_what_decays(script: Any, data: Path, tmp_path: Path) -> None:
     arguments = ["--data", str(data), "--output", str(tmp_path), *TINY, "--epochs", "1", "--layer-decay", "0.5"]
     script.main([*arguments, "--lr", "0.01"])
@@ -232,6 +264,18 @@ def refused(script: Any, arguments: list[str], capsys: pytest.CaptureFixture[str
         (["--smoothing", ".1"], "--smoothing 0.1: is for --loss ce"),
         (["--initial", "nowhere.pth"], "'nowhere.pth' is not a file"),
         (["--data", "fashion-mnist", "--data-path", "nowhere"], "data.path nowhere: no such folder; install Debian's"),
+        (["--data-path", "nowhere"], "--data-path nowhere: is for --data fashion-mnist"),
+        (["--epochs", "0"], "--epochs 0: expected 1 to"),
+        (["--accumulate", "0"], "--accumulate 0: expected 1 to"),
+        (["--lr", "nan"], "--lr nan: expected"),
+        (["--seed", "-1"], "--seed -1: expected 0 to"),
+        (["--average-warmup", "2"], "--average-warmup 2: expected 0 to 1"),
+        (["--warmup-epochs", "5"], "--warmup-epochs 5.0: expected 0 to 3"),
+        (["--optimizer", "lambda"], "--optimizer, --weight-decay, --layer-decay: Optimizer lambda not found"),
+        (["--augment", "foo"], "--augment, --color-jitter, --hflip, --least-crop: Unknown AA policy foo"),
+        (["--model-kwargs", "foo=1"], "unexpected keyword argument 'foo'"),
+        (["--model-kwargs", "patch_size"], "--model-kwargs, expected NAME=VALUE"),
+        (["--model", "vgg11", "--model-kwargs"], "this model has none: give --drop-path 0"),
     ],
 )
 def test_bad_options_are_one_line(
@@ -260,6 +304,62 @@ def test_a_later_stage_starts_from_weights_of_another_size_or_head(script: Any, 
         assert torch.equal(model.blocks[1].mlp.fc2.weight, old["blocks.1.mlp.fc2.weight"])
     assert torch.equal(same.head.weight, old["head.weight"])
     assert other.head.weight.shape == (4, 16)
+
+
+@pytest.mark.parametrize("classes", [3, 4])
+@pytest.mark.parametrize("fault", ["depth", "width", "prefix", "part", "excess"])
+def test_weights_that_do_not_fit_are_refused(script: Any, run: Path, tmp_path: Path, fault: str, classes: int) -> None:
+    """Also where the classes differ, when timm itself would start from scratch in silence."""
+    sizes, state = {key: value for key, value in SIZES.items() if key != "img_size"}, load_file(run / FILE)
+    sizes |= {"depth": {"depth": 3}, "width": {"embed_dim": 32}}.get(fault, {})
+    if fault == "prefix":
+        state = {f"backbone.{key}": value for key, value in state.items()}
+    elif fault == "part":
+        del state["blocks.1.mlp.fc2.weight"]
+    elif fault == "excess":
+        state["blocks.2.mlp.fc2.weight"] = state["blocks.1.mlp.fc2.weight"]
+    torch.save(state, tmp_path / "other.pth")
+    changes = {"initial": str(tmp_path / "other.pth"), "img_size": 16, "model_kwargs": sizes}
+    with pytest.raises(UserError, match=r"--initial .*other\.pth, --model, --model-kwargs: ") as refusal:
+        script.create_model(options(script, **changes), classes)
+    assert "\n" not in str(refusal.value)
+
+
+def copied(data: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(data, folder))
+
+
+def test_held_out_images_are_the_ones_that_are_there(
+    script: Any, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(data, tmp_path / "data")
+    arguments = ["--data", str(folder), "--output", str(tmp_path / "new"), *TINY, "--num-workers"]
+    (folder / "val" / "2" / "1.png").write_bytes(b"no image")
+    for workers in ("0", "1"):
+        assert "val/2/1.png does not decode" in refused(script, [*arguments, workers], capsys)
+    (folder / "val" / "2" / "1.png").unlink()
+    (folder / "val" / "mauve").mkdir()
+    assert "val has mauve, which train lacks" in refused(script, [*arguments, "0"], capsys)
+    shutil.rmtree(folder / "val" / "mauve")
+    for path in (folder / "val").glob("*/*"):
+        path.unlink()
+    assert "Found 0 images in subfolders" in refused(script, [*arguments, "0"], capsys)
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_left_of_a_run_is_told(
+    script: Any, data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(run, tmp_path / "run")
+    arguments = ["--data", str(data), "--output", str(folder), *TINY]
+    (folder / "card.json").unlink()
+    assert "card.json: is missing beside a finished run; delete last.pt" in refused(script, arguments, capsys)
+    state = torch.load(folder / "last.pt", weights_only=True)
+    del state["settings"]["average_warmup"]  # of an earlier version
+    torch.save(state, folder / "last.pt")
+    assert "card.json: is missing" in refused(script, arguments, capsys)
+    (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:1000])
+    assert "last.pt: is damaged; delete it to begin again" in refused(script, arguments, capsys)
 
 
 @pytest.mark.parametrize("balanced", ["0", "1"])
@@ -320,22 +420,41 @@ def test_killed_with_workers_and_resumed(script: Any, data: Path, tmp_path: Path
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
+# Trains, and keeps what this process has in the end.
+ONE_OF_TWO = """
+import sys, torch, train_classifier
+folder, *words = sys.argv[1:]
+class Kept(train_classifier.ModelEmaV3):
+    def update(self, model, step=None):
+        super().update(model, step)
+        kept.update(model=model.state_dict(), average=self.module.state_dict())
+kept, train_classifier.ModelEmaV3 = {}, Kept
+train_classifier.main(words)
+torch.save(kept, folder)
+"""
+
+
 @pytest.mark.slow
 def test_two_processes(data: Path, tmp_path: Path) -> None:
     """Both test every held-out image once between them, and their weights stay equal."""
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_ports(1)[0])}
-    common |= {"ACCELERATE_USE_CPU": "true"}
+    common |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{ROOT / 'examples'}:{ROOT}"}
+    words = command(data, tmp_path, "--lr", "0.02")[2:]
     processes = [
         subprocess.Popen(
-            command(data, tmp_path, "--lr", "0.02"), env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **common)
+            [sys.executable, "-c", ONE_OF_TWO, str(tmp_path / f"{rank}.pt"), *words],
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **common),
         )
         for rank in range(2)
     ]
     assert [process.wait(timeout=240) for process in processes] == [0, 0]
     card = card_of(tmp_path)
-    assert card["counts"]["held_out"] == 9
+    assert card["counts"]["held_out"] == 9  # the sum of what both have tested
     assert card["top1"]["value"] * 9 == pytest.approx(round(card["top1"]["value"] * 9))
     assert len(card["log"]) == 3
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for part in ("model", "average"):
+        assert all(torch.equal(value, second[part][name]) for name, value in first[part].items())
 
 
 @pytest.mark.slow
@@ -351,6 +470,8 @@ def test_its_file_is_one_that_classify_reads(script: Any, data: Path, tmp_path: 
         "8",
         "--epochs",
         "1",
+        "--warmup-epochs",
+        "0",
     ]
     card = script.main(arguments)
     found = classify(data / "val", "vit5_small", tmp_path / "weights.safetensors", 4, 0)
