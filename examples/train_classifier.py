@@ -34,7 +34,6 @@ card.json and last.pt. The same command resumes after the last whole epoch: bit 
 import argparse
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,8 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from checks import check_ranges, reading
+from checks import reading
+from classifier_options import parse, same_settings, settings_of
 from labelled import Pictures, open_data, selected
 from safetensors.torch import save_file
 from scipy.stats import binomtest
@@ -51,33 +51,17 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, ParseKwargs
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import vit5gen.models  # noqa: F401  # registers vit5_* with timm
-from vit5gen.cli import Parser, exit_on_bad_input
+from vit5gen.cli import exit_on_bad_input
 from vit5gen.generation.card import commit, versions
 from vit5gen.models.weights import read_checkpoint, read_tensors
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import atomic, read_json, write_json
-
-# Of images: timm's policy, least area of a crop, copies in an epoch of fewer images, so many alone, classes evened out.
-IMAGES = {"img_size": 224, "augment": "3a", "color_jitter": 0.3, "hflip": 0.5, "least_crop": 0.08, "repeats": 3}
-IMAGES |= {"mixup": 0.8, "cutmix": 1.0, "train_images": 0, "balanced": 0}
-# Weights to start from, of any size and with any head; the average's decay, and whether it grows to that from 0.
-MODEL = {"model": "vit5_small", "initial": "", "drop_path": 0.05, "average": 0.99996, "average_warmup": 1}
-# Images of a step, of all processes together; lamb, adamw or another of timm's; bce or ce, which may be smoothed.
-LEARNING = {"epochs": 800, "batch_size": 2048, "optimizer": "lamb", "lr": 4e-3, "weight_decay": 0.05}
-LEARNING |= {"layer_decay": 1.0, "warmup_epochs": 5.0, "loss": "bce", "smoothing": 0.0, "seed": 0}
-MACHINE = {"data_path": "", "accumulate": 1, "num_workers": 0}  # may change when a run is resumed
-# The least and the most that an option may be.
-RANGES = dict.fromkeys(("epochs", "batch_size", "accumulate", "img_size", "repeats"), (1, 1e9))
-RANGES |= dict.fromkeys(("num_workers", "train_images", "seed", "warmup_epochs", "mixup", "cutmix"), (0, 1e9))
-RANGES |= dict.fromkeys(("weight_decay", "color_jitter"), (0, 1e9)) | {"lr": (1e-12, 1e38)}
-RANGES |= dict.fromkeys(("average", "average_warmup", "balanced", "hflip", "smoothing", "drop_path"), (0, 1))
-RANGES |= dict.fromkeys(("layer_decay", "least_crop"), (1e-6, 1))
 
 
 def create_model(options: argparse.Namespace, num_classes: int) -> nn.Module:
@@ -171,12 +155,11 @@ def train(options: argparse.Namespace, command: str) -> dict[str, Any]:
     parallel, optimizer = accelerator.prepare(model, raw)
 
     # What a kill left: last.pt is of the end of an epoch, whole or not there.
-    settings = {key: value for key, value in vars(options).items() if key not in {*MACHINE, "output"}}
-    log, last = [], options.output / "last.pt"
+    settings, log, last = settings_of(options), [], options.output / "last.pt"
     if last.is_file():
         try:
             state = read_tensors(last, "--output")
-            same, log = {"average_warmup": 1} | state["settings"] == settings, state["log"]  # older runs had no choice
+            same, log = same_settings(state["settings"], settings), state["log"]
             for part, saved in ((model, "model"), (average.module, "average"), (optimizer, "optimizer")):
                 part.load_state_dict(state[saved]) if same else None
         except (UserError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -230,19 +213,9 @@ def train(options: argparse.Namespace, command: str) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = Parser(description=__doc__)
-    parser.add_argument("--data", required=True, help="folder of train/CLASS and val/CLASS, or emoji, or fashion-mnist")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="e.g. patch_size=4 depth=6")
-    for name, default in {**IMAGES, **MODEL, **LEARNING, **MACHINE}.items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=type(default), default=default, help=f"default: {default!r}")
     words = sys.argv[1:] if arguments is None else arguments
     with exit_on_bad_input():
-        with reading("--model-kwargs, expected NAME=VALUE"):
-            options = parser.parse_args(words)
-        check_ranges(options, {**RANGES, "warmup_epochs": (0, options.epochs)})
-        return train(options, shlex.join(["python", "examples/train_classifier.py", *words]))
+        return train(parse(words, __doc__), shlex.join(["python", "examples/train_classifier.py", *words]))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Equal for all: 16 patches of 8 x 8 (28 x 28 pixels padded to 32), 6 blocks of width 96 with 3 heads, the same 50,000
 training images for 3 epochs, AdamW, an average of the weights, and the 10,000 test images. DeiT-III is the plain ViT
-with LayerScale, which starts at 1e-4 as ViT-5's does. Each finished run is a line of FOLDER/rows.jsonl, which a rerun
-skips; FOLDER/table.md has the means. About 40 minutes of one core in all.
+with LayerScale, which starts at 1e-4 as ViT-5's does, and, in timm, without a position for the class token. Each
+finished run is a line of FOLDER/rows.jsonl, which a rerun with the same settings skips; FOLDER/table.md has the means.
+About 40 minutes of one core in all.
 
 usage: OMP_NUM_THREADS=1 python scripts/classifier_study.py --output FOLDER [--seeds 0 1 2] [--data-path IDX_FILES]
 """
@@ -17,8 +18,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from vit5gen.system.files import write_text
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import train_classifier
+from classifier_options import parse, same_settings, settings_of
 
 FIRST = "ViT-5"
 MODELS = {
@@ -56,21 +60,24 @@ COMMON += [
 ]
 
 
-def train(name: str, seed: int, data_path: str, work: Path) -> dict[str, Any]:
-    """Train one model, or go on where it was killed; return its row."""
+def words(name: str, seed: int, output: Path) -> list[str]:
     scale = ["init_values=1e-4"] if name == "DeiT-III" else []
-    arguments = [
-        *COMMON,
-        *MODELS[name],
-        "--model-kwargs",
-        *SIZES,
-        *scale,
-        "--seed",
-        str(seed),
-        "--data-path",
-        data_path,
-    ]
-    card = train_classifier.main([*arguments, "--output", str(work / f"{name.replace(' ', '-')}-{seed}")])
+    model = [*MODELS[name], "--model-kwargs", *SIZES, *scale]
+    return [*COMMON, *model, "--seed", str(seed), "--output", str(output)]
+
+
+def is_current(row: dict[str, Any]) -> bool:
+    """Tell whether a row is of a run with the settings that this script has now."""
+    if row["model"] not in MODELS:
+        return False
+    wanted = settings_of(parse(words(row["model"], row["seed"], Path())))
+    return same_settings(row["settings"], wanted)
+
+
+def train(name: str, seed: int, data_path: str, work: Path) -> dict[str, Any]:
+    """Train one model, or resume where it was killed; return its row."""
+    arguments = words(name, seed, work / f"{name.replace(' ', '-')}-{seed}")
+    card = train_classifier.main([*arguments, "--data-path", data_path])
     row = {"model": name, "seed": seed, "commit": card["commit"], **card["counts"]}
     log = [entry["top1"] for entry in card["log"]]
     return row | {"epochs": len(log), "top1": card["top1"], "top1_by_epoch": log, "settings": card["settings"]}
@@ -113,14 +120,14 @@ def main() -> None:
     file = options.output / "rows.jsonl"
     for seed in options.seeds:
         for name in MODELS:
-            if any((row["model"], row["seed"]) == (name, seed) for row in read_rows(file)):
+            rows = read_rows(file)
+            if any((row["model"], row["seed"]) == (name, seed) and is_current(row) for row in rows):
                 continue
-            row = train(name, seed, options.data_path, options.work)
-            options.output.mkdir(parents=True, exist_ok=True)
-            with file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(row) + "\n")
-            (options.output / "table.md").write_text(table(read_rows(file)), encoding="utf-8")
-            print(table(read_rows(file)), flush=True)
+            rows.append(train(name, seed, options.data_path, options.work))
+            write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+            shown = table([row for row in rows if is_current(row)])
+            write_text(options.output / "table.md", shown)
+            print(shown, flush=True)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ core that has bf16 instructions):
 
 Then both segmenters are trained for 1,000 steps of 16 scenes with the same settings, order and augmentation, and the
 mIoU on 300 scenes of emoji that neither has seen is measured every 200 steps: about 5 minutes a run on one core.
-Each finished run is a line of FOLDER/rows.jsonl, which a rerun skips; table.md, miou.png and overlays.png follow from
-the rows. FOLDER/runs has the segmenters, and what an interrupted run resumes from.
+Each finished run is a line of FOLDER/rows.jsonl, which a rerun with the same settings and classifier skips; table.md,
+miou.png and overlays.png follow from the rows. FOLDER/runs has the segmenters, and what interrupted runs resume from.
 
 usage: python scripts/segment_study.py --classifier runs/emoji-classifier/weights.safetensors --output FOLDER
 """
@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from vit5gen.cli import exit_on_bad_input
 from vit5gen.generation.card import commit
 from vit5gen.models import load_vit5
 from vit5gen.system.files import atomic, read_json, sha256, write_text
@@ -42,25 +43,24 @@ SIDE, SHOWN = 64, 8
 SETTINGS = {"crop": SIDE, "channels": 48, "batch-size": 16, "rate": 2e-3, "warmup": 50}
 
 
+def plan(start: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what makes a row: the settings, and the classifier by its hash."""
+    settings = SETTINGS | {"num-steps": arguments.num_steps, "every": arguments.every, "seed": seed}
+    return {"start": start, "seed": seed, "settings": settings, "classifier": sha256(arguments.classifier)}
+
+
 def train(start: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train one segmenter, or continue an interrupted training; return its row."""
     model = load_vit5(arguments.classifier)
     sizes = [model.embed_dim, len(model.blocks), model.embed_dim // model.head_dim, model.patch_size]
-    folder = arguments.output / "runs" / f"{start}-{seed}"
-    settings = SETTINGS | {"num-steps": arguments.num_steps, "every": arguments.every, "seed": seed}
+    folder, row = arguments.output / "runs" / f"{start}-{seed}", plan(start, seed, arguments)
     words = ["--data", "scenes", "--sizes", *sizes, "--output", folder]
     words += ["--classifier", arguments.classifier] if start == "classifier" else []
-    words += [word for name, value in settings.items() for word in (f"--{name}", value)]
+    words += [word for name, value in row["settings"].items() for word in (f"--{name}", value)]
     segment.main([str(word) for word in words])
     card = read_json(folder / "card.json", "card")
-    row = {
-        "start": start,
-        "seed": seed,
-        "settings": settings,
-        "sizes": sizes,
-        "classifier": sha256(arguments.classifier),
-    }
-    return row | {key: card[key] for key in ("evaluations", "miou", "iou", "pixel_accuracy")} | {"commit": commit()}
+    row |= {"sizes": sizes, "commit": commit()}
+    return row | {key: card[key] for key in ("evaluations", "miou", "iou", "pixel_accuracy")}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -122,12 +122,16 @@ def main() -> None:
     output: Path = arguments.output
     file = output / "rows.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    done = {(row["start"], row["seed"], row["settings"]["num-steps"]) for row in rows}
+
+    def is_current(row: dict[str, Any]) -> bool:
+        return plan(row["start"], row["seed"], arguments).items() <= row.items()
+
+    done = {(row["start"], row["seed"]) for row in rows if is_current(row)}
     for seed, start in product(arguments.seeds, STARTS):
-        if (start, seed, arguments.num_steps) not in done:
+        if (start, seed) not in done:
             rows.append(train(start, seed, arguments))
             write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
-    shown = [row for row in rows if row["settings"]["num-steps"] == arguments.num_steps]
+    shown = [row for row in rows if is_current(row)]
     write_text(output / "table.md", table(shown))
     draw_curves(shown, output / "miou.png")
     if (output / "runs").is_dir():  # not kept beside the rows for ever
@@ -135,4 +139,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

@@ -71,7 +71,8 @@ def card_of(folder: Path) -> dict[str, Any]:
 
 
 def options(script: Any, **changes: Any) -> Namespace:
-    return Namespace(**{**script.IMAGES, **script.MODEL, "model_kwargs": {}, **changes})
+    defaults = vars(script.parse(["--data", "", "--output", ""]))
+    return Namespace(**{**defaults, **changes})
 
 
 def test_the_card_tells_what_the_weights_recognise(run: Path, data: Path) -> None:
@@ -389,6 +390,30 @@ def test_the_study_says_what_its_rows_say(script: Any) -> None:
         table = study["table"](rows)
         assert (folder / "table.md").read_text() == table
         assert table in (ROOT / "docs" / "study.md").read_text()
+
+
+def test_the_study_keeps_rows_of_its_settings(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = runpy.run_path(str(ROOT / "scripts" / "classifier_study.py"))
+    trained: list[str] = []
+
+    def train(name: str, seed: int, data_path: str, work: Path) -> dict[str, Any]:
+        trained.append(name)
+        settings = study["settings_of"](study["parse"](study["words"](name, seed, work)))
+        return {"model": name, "seed": seed, "parameters": 7, "top1": {"value": 0.5}, "settings": settings}
+
+    monkeypatch.setitem(study["main"].__globals__, "train", train)
+    monkeypatch.setattr(sys, "argv", ["study", "--output", str(tmp_path), "--seeds", "0"])
+    for _ in range(2):
+        study["main"]()
+        assert trained == list(study["MODELS"])
+    # Rows of a version without the average's warm-up count; those of another rate do not, nor does the table show them.
+    rows = study["read_rows"](tmp_path / "rows.jsonl")
+    del rows[0]["settings"]["average_warmup"]
+    rows[1]["settings"]["lr"] = rows[1]["top1"]["value"] = 0.25
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    study["main"]()
+    assert trained[3:] == [rows[1]["model"]]
+    assert "25.00" not in (tmp_path / "table.md").read_text()
 
 
 def command(data: Path, output: Path, *more: str) -> list[str]:

@@ -371,10 +371,13 @@ def test_the_study_keeps_finished_rows(tmp_path: Path, monkeypatch: pytest.Monke
             raise KeyboardInterrupt
         trained.append((start, seed))
         measured = {"evaluations": [{"step": 5, "miou": 0.25 + seed / 8}], "iou": {"flags": 0.5, "food": None}}
-        return {"start": start, "seed": seed, "settings": {"num-steps": arguments.num_steps}, **measured}
+        return segment_study.plan(start, seed, arguments) | measured
 
     monkeypatch.setattr(segment_study, "train", train)
-    monkeypatch.setattr(sys, "argv", ["study", "--classifier", "FILE", "--output", str(tmp_path), "--num-steps", "5"])
+    (file := tmp_path / "classifier").write_text("one")
+    monkeypatch.setattr(
+        sys, "argv", ["study", "--classifier", str(file), "--output", str(tmp_path), "--num-steps", "5"]
+    )
     with pytest.raises(KeyboardInterrupt):
         segment_study.main()
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 3
@@ -389,6 +392,15 @@ def test_the_study_keeps_finished_rows(tmp_path: Path, monkeypatch: pytest.Monke
     assert Image.open(tmp_path / "miou.png").size == (720, 480)
     segment_study.main()  # nothing is left to train
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4
+    # Rows of other settings, or of another classifier, are kept, but are not those that are asked for.
+    monkeypatch.setattr(segment_study, "train", train)
+    for change in (lambda: monkeypatch.setitem(segment_study.SETTINGS, "rate", 1.0), lambda: file.write_text("two")):
+        change()
+        trained.clear()
+        with pytest.raises(KeyboardInterrupt):
+            segment_study.main()
+        assert len(trained) == 3
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 10
 
 
 @pytest.mark.parametrize("classes", [2, 10, 11, 150])
