@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from checks import check_ranges, reading
+from checks import check_ranges, dashed, reading
 from timm.utils import ParseKwargs
 
 from vit5gen.cli import Parser
@@ -34,8 +34,7 @@ def parse(words: Sequence[str], description: str | None = None) -> Namespace:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="e.g. patch_size=4 depth=6")
     for name, default in {**IMAGES, **MODEL, **LEARNING, **MACHINE}.items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=type(default), default=default, help=f"default: {default!r}")
+        parser.add_argument(dashed(name), type=type(default), default=default, help=f"default: {default!r}")
     with reading("--model-kwargs, expected NAME=VALUE"):
         options = parser.parse_args(words)
     check_ranges(options, {**RANGES, "warmup_epochs": (0, options.epochs)})

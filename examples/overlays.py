@@ -1,6 +1,7 @@
 """Pictures of masks for segment.py: a colour for each class, laid over the image, and a legend of them."""
 
 import colorsys
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -54,20 +55,27 @@ def legend(names: list[str], palette: np.ndarray) -> Image.Image:
 def write_masks(paths: list[Path], predict: Callable[[Tensor], Tensor], names: list[str], output: Path) -> None:
     """Write NAME.png (class numbers) and NAME.overlay.png of every image at these paths, and legend.png.
 
-    predict: image (3, H, W) uint8 -> classes (H, W). Raises `UserError` where there are no images, or two of one name.
+    predict: image (3, H, W) uint8 -> classes (H, W). Raises `UserError` where there are no images, where two would be
+    one file, or where one of them would be written over.
     """
     files = [file for path in paths for file in (find_images(path, Counter(), 2) if path.is_dir() else [path])]
     if not files:
         raise UserError(f"--predict {listed(map(str, paths))}: no images there; give images, or folders of them")
-    if twice := [stem for stem, count in Counter([*(file.stem for file in files), "legend"]).items() if count > 1]:
-        raise UserError(f"--predict: several files would be {listed(twice, 3)}.png; give them one by one, or rename")
+    # All that will be written, before anything is: nothing twice, and nothing over an image that is to be read.
+    written = [(output / f"{file.stem}.png", output / f"{file.stem}.overlay.png") for file in files]
+    targets = [output / "legend.png", *itertools.chain(*written)]
+    if twice := [path.name for path, count in Counter(targets).items() if count > 1]:
+        raise UserError(f"--predict: several files would be {listed(twice, 3)}; give them one by one, or rename")
+    read = {file.resolve() for file in files}
+    if over := [str(path) for path in targets if path.resolve() in read]:
+        raise UserError(f"--predict: would write over {listed(over, 3)}, to be read; choose another --output")
     palette = colours(len(names))
-    save(legend(names, palette), output / "legend.png")
-    for file in files:
+    save(legend(names, palette), targets[0])
+    for file, (classes_path, overlay_path) in zip(files, written, strict=True):
         image = read_rgb(file)
         classes = predict(image)
-        save(index_picture(classes, palette), output / f"{file.stem}.png")
-        save(overlay(image, classes, palette), output / f"{file.stem}.overlay.png")
+        save(index_picture(classes, palette), classes_path)
+        save(overlay(image, classes, palette), overlay_path)
 
 
 def save(picture: Image.Image, path: Path) -> None:

@@ -8,7 +8,6 @@ to the last object that is at least half opaque there, else to the background. T
 they are those of the package's split at 64 pixels, on which a classifier of that size was trained and tested too.
 """
 
-import argparse
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vit5gen.cli import Parser, exit_on_bad_input
 from vit5gen.data import load_emoji
 from vit5gen.data.sources import emoji
+from vit5gen.generation.grid import save_png, with_attribution
+from vit5gen.system.files import check_writable
 
 CLASSES = ["background", *emoji.CLASSES]
 SPRITE = 64  # pixels along a side of the emoji before they are scaled
@@ -97,13 +99,18 @@ def draw(split: str, one: Placed) -> Image.Image:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("scenes.png"))
-    scenes = Scenes("training", 96)
-    pairs = [scenes[i] for i in range(8)]
-    rows = [torch.cat([image for image, _ in pairs], 2), torch.cat([mask for _, mask in pairs], 1).expand(3, -1, -1)]
-    picture = torch.cat([rows[0], rows[1] * (255 // len(CLASSES))], 1).permute(1, 2, 0).numpy()
-    Image.fromarray(picture).resize((2 * picture.shape[1], 2 * picture.shape[0]), 0).save(parser.parse_args().output)
+    with exit_on_bad_input():
+        output = parser.parse_args().output
+        check_writable(output)
+        scenes = Scenes("training", 96)
+        pairs = [scenes[i] for i in range(8)]
+        masks = torch.cat([mask for _, mask in pairs], 1).expand(3, -1, -1) * (255 // len(CLASSES))
+        rows = [torch.cat([image for image, _ in pairs], 2), masks]
+        picture = Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy())
+        picture = picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
+        save_png(picture, output, with_attribution({"split": scenes.split, "seed": scenes.seed}, scenes.attribution))
 
 
 if __name__ == "__main__":

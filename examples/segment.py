@@ -28,13 +28,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from checks import check_ranges, dashed, plain
+from matrix import class_iou, confusion, mean_iou
 from overlays import write_masks
 from pairs import GREY, IGNORED, Augmented, mixed, open_data, scaled
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -50,7 +51,7 @@ from vit5gen.models import ViT5, load_vit5
 from vit5gen.models.weights import load_exactly, read_checkpoint
 from vit5gen.system.distributed import is_main, on_main, rank_and_world, start_processes, sum_over_processes
 from vit5gen.system.errors import UserError, check_whole, listed
-from vit5gen.system.files import atomic, write_json, write_text
+from vit5gen.system.files import atomic, sha256, write_json, write_text
 from vit5gen.system.precision import PRECISIONS, resolve
 from vit5gen.training.checkpoint import newest_valid, read_config
 from vit5gen.training.trainer import Trainer
@@ -187,23 +188,6 @@ def predict(model: Any, options: argparse.Namespace, image: Tensor) -> Tensor:
     return sum(resize(one[None], image.shape[1:])[0].softmax(0) for one in views).argmax(0)
 
 
-def confusion(predicted: Tensor, mask: Tensor, classes: int) -> Tensor:
-    """Count pixels by (true class, predicted class): (K, K) int64; ignored pixels do not count."""
-    counted = mask != IGNORED
-    numbers = mask[counted].long() * classes + predicted[counted]
-    return torch.bincount(numbers, minlength=classes**2).view(classes, classes)
-
-
-def class_iou(matrix: Tensor) -> list[float | None]:
-    """Return intersection over union of each class, None for one that was neither there nor predicted."""
-    unions = (matrix.sum(0) + matrix.sum(1) - matrix.diag()).tolist()
-    return [hit / union if union else None for hit, union in zip(matrix.diag().tolist(), unions, strict=True)]
-
-
-def mean_iou(matrix: Tensor) -> float:
-    return float(np.mean([value for value in class_iou(matrix) if value is not None]))
-
-
 def evaluate(model: Segmenter, pairs: Any, options: argparse.Namespace) -> Tensor:
     """Return the confusion matrix of all pairs, which the processes share among them."""
     rank, world = rank_and_world()
@@ -240,7 +224,8 @@ def train(options: argparse.Namespace, settings: dict[str, Any]) -> None:
         torch.manual_seed(options.seed)
         model, facts = start(options, pairs.names)
     kept = [f"backbone.{name}" for name in model.backbone.no_weight_decay()]
-    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, options.weight_decay, kept), lr=options.rate)
+    groups = param_groups_weight_decay(model, options.weight_decay, no_weight_decay_list=kept)
+    optimizer = torch.optim.AdamW(groups, lr=options.rate)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
     trainer = Trainer(accelerator := Accelerator(mixed_precision="no"), model, optimizer, {"model": model})
     if found := on_main(lambda: newest_valid(output / "checkpoints")):
@@ -296,18 +281,19 @@ def write_card(matrix: Tensor, pairs: Any, output: Path, more: dict[str, Any]) -
     write_json(output / "card.json", found | more | {"commit": commit(), "versions": versions()})
 
 
-def run(options: argparse.Namespace) -> None:
-    """Train, or measure the segmenter of --weights, or predict with it; raise `UserError` for what does not fit."""
+def run(options: argparse.Namespace, given: set[str]) -> None:
+    """Train, measure the segmenter of --weights or predict with it; `UserError` if the options `given` do not fit."""
+    if options.weights and (without := sorted(given & ({*TRAINING, "classifier", "sizes"}))):
+        raise UserError(f"--weights is there to measure or to --predict: omit {listed(map(dashed, without))}")
+    if options.predict and options.data:
+        raise UserError("--predict and --data: predicting needs no data; omit one")
     least = {"crop": 1, "channels": 2, "num_steps": 1, "every": 1, "warmup": 0, "seed": 0, "workers": 0}
     for name, value in least.items():
-        check_whole(f"--{name.replace('_', '-')} =", getattr(options, name), value)
+        check_whole(f"{dashed(name)} =", getattr(options, name), value)
+    check_ranges(options, {"rate": (1e-12, 1e9), "weight_decay": (0, 1e9), "drop_path": (0, 1)})
     options.device = start_processes().device
     options.precision = resolve(options.precision, options.device)
     PRECISIONS[options.precision].set_products()
-    # What may not change when a training is resumed.
-    others = ("output", "workers", "predict", "device")
-    given = {name: value for name, value in vars(options).items() if name not in others}
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     if options.weights:
         model, facts = load(options.weights)
         model, options.crop = model.to(options.device), facts["backbone"]["img_size"]
@@ -315,16 +301,29 @@ def run(options: argparse.Namespace) -> None:
     if options.weights is None:
         if options.predict or not options.data or not (options.classifier or options.sizes):
             raise UserError("training needs --data and --classifier or --sizes, --predict and measuring need --weights")
-        return train(options, settings)
+        # What may not change when a training is resumed.
+        others = ("output", "workers", "predict", "device")
+        settings = {name: value for name, value in vars(options).items() if name not in others}
+        settings["classifier_sha256"] = options.classifier and sha256(options.classifier)
+        return train(options, plain(settings))
     if options.predict:
         segment = partial(predict, model, options)
         return on_main(lambda: write_masks(options.predict, segment, facts["names"], options.output))
     if (pairs := open_data(options.data or "scenes", "validation", options.crop)).names != facts["names"]:
-        raise UserError(f"--data {options.data}: its classes are not those of {options.weights}; give its own data")
+        asked = f"--data {options.data}" if options.data else "--data is not given, so that scenes are taken"
+        raise UserError(f"{asked}: its classes are not those of {options.weights}; give its own data")
     matrix = evaluate(model, pairs, options)
     if is_main():
-        write_card(matrix, pairs, options.output, {"settings": settings})
+        used = {name: getattr(options, name) for name in ("weights", "stride", "flip", "precision", "crop")}
+        used |= {"data": options.data or "scenes", "weights_sha256": sha256(options.weights)}
+        write_card(matrix, pairs, options.output, {"settings": plain(used)})
         print(f"mIoU {mean_iou(matrix):.2%} of {len(pairs)} images")
+
+
+# The numbers of a training, and those of measuring as well.
+TRAINING = {"crop": 512, "channels": 512, "batch_size": 16, "num_steps": 160000, "every": 16000, "warmup": 1500}
+TRAINING |= {"rate": 6e-5, "weight_decay": 0.01, "drop_path": 0.05, "seed": 0}
+NUMBERS = {**TRAINING, "stride": 0, "workers": 0}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -336,14 +335,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, metavar="FILE", help="a segmenter to measure, or to --predict with")
     parser.add_argument("--predict", type=Path, nargs="+", metavar="IMAGES", help="images, or folders of them")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-    numbers = {"crop": 512, "channels": 512, "batch_size": 16, "num_steps": 160000, "every": 16000, "warmup": 1500}
-    numbers |= {"rate": 6e-5, "weight_decay": 0.01, "drop_path": 0.05, "seed": 0, "stride": 0, "workers": 0}
-    for name, value in numbers.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"[{value}]")
+    for name, value in NUMBERS.items():
+        parser.add_argument(dashed(name), type=type(value), default=argparse.SUPPRESS, help=f"[{value}]")
     parser.add_argument("--flip", action="store_true", help="average with the mirrored image when measuring")
     parser.add_argument("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto")
     with exit_on_bad_input():
-        run(parser.parse_args(arguments))
+        given = vars(parser.parse_args(arguments))
+        names = {name for name, value in given.items() if value is not None}
+        run(argparse.Namespace(**NUMBERS | given), names)
 
 
 if __name__ == "__main__":

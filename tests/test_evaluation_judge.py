@@ -65,6 +65,14 @@ def test_the_share_counts_every_class_the_same(batch_size: int, tmp_path: Path) 
     assert score["standard_error"] == pytest.approx(((3 / 16) / 4 + (1 / 4) / 2) ** 0.5 / 2)
 
 
+def test_the_share_has_no_ratio_to_nothing(tmp_path: Path) -> None:
+    extractor = load_extractor("namer")
+    drawn = labelled(tmp_path / "drawn", {"green": [1, 0]})
+    card = evaluation_card([open_image_set(drawn, 4)], open_reference(drawn, extractor, 4), extractor, ["recognised"])
+    score = card["metrics"]["recognised-Namer"]
+    assert (score["value"], score["held_out"], score["ratio"]) == (0.5, 0.0, None)
+
+
 def test_the_share_needs_to_know_classes(tmp_path: Path) -> None:
     extractor, unnamed = load_extractor("namer"), load_extractor("colours")
     drawn = labelled(tmp_path / "drawn", {"red": [0, 0, 0, 1], "mauve": [2, 0]})

@@ -17,12 +17,14 @@ import pytest
 import torch
 from launch import _free_ports, environment
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_models_parity import read_oracle, relative
 from tiny_run import forget_processes
 from torch import Tensor, nn
 
 from vit5gen.models import ViT5
+from vit5gen.system.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
@@ -246,6 +248,16 @@ def test_an_image_and_its_mask_stay_together(monkeypatch: pytest.MonkeyPatch) ->
     assert 2 < flipped < 18
 
 
+def test_a_crop_gets_distorted_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, mask = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8), torch.zeros(40, 60, dtype=torch.uint8)
+    crops = []
+    for change in (lambda image: image, lambda image: 255 - image):
+        monkeypatch.setattr(pairs, "distort", change)
+        torch.manual_seed(0)
+        crops.append(pairs.augment(image, mask, 32)[0])
+    assert torch.equal(crops[1], 255 - crops[0])
+
+
 def test_colours_are_distorted_as_in_the_recipe() -> None:
     """Brightness adds up to 32, contrast multiplies by 0.5 to 1.5, hue turns by up to 36 degrees, each in half."""
     torch.manual_seed(0)
@@ -323,8 +335,93 @@ def run(*arguments: str | Path) -> None:
     segment.main([str(argument) for argument in arguments])
 
 
+def other_classes(file: Path, folder: Path) -> list[str | Path]:
+    """Write a segmenter of classes by other names; return the option that measures it."""
+    with safe_open(file, "pt") as opened:
+        facts = json.loads(opened.metadata()["segmenter"])
+    facts["names"] = [name.upper() for name in facts["names"]]
+    save_file(load_file(file), folder / "other.safetensors", {"segmenter": json.dumps(facts)})
+    return ["--weights", folder / "other.safetensors"]
+
+
 def read_card(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "card.json").read_text())
+
+
+def test_the_step_is_that_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The auxiliary head's loss counts 0.4; rates warm up, then fall linearly to zero; norms and positions keep all."""
+    models: list[nn.Module] = []
+    steps: list[list[tuple[float, float]]] = []
+    undecayed: set[int] = set()
+
+    class Noted(torch.optim.AdamW):
+        def step(self, *given: Any, **named: Any) -> Any:
+            steps.append([(group["lr"], group["weight_decay"]) for group in self.param_groups])
+            for group in self.param_groups:
+                undecayed.update(id(weight) for weight in group["params"] if group["weight_decay"] == 0)
+            return super().step(*given, **named)
+
+    def build(*given: Any) -> nn.Module:
+        models.append(original(*given))
+        return models[-1]
+
+    def loss(logits: Tensor, mask: Tensor) -> Tensor:
+        return 0 * logits.sum() + (1.0 if logits.shape[-1] == 16 else 10.0)  # the auxiliary head's are coarser
+
+    original = segment.Segmenter
+    monkeypatch.setattr(segment, "Segmenter", build)
+    monkeypatch.setattr(segment, "cross_entropy", loss)
+    monkeypatch.setattr(torch.optim, "AdamW", Noted)
+    changes = ["--rate", "1e-3", "--warmup", "2", "--weight-decay", "0.03", "--num-steps", "5", "--every", "5"]
+    run("--data", write_pairs(tmp_path / "data"), *TINY, *changes, "--output", tmp_path / "run")
+    assert read_card(tmp_path / "run")["evaluations"][0]["loss"] == pytest.approx(1 + 0.4 * 10)
+    assert [lr for (lr, _), _ in steps] == pytest.approx([0.5e-3, 0.8e-3, 0.6e-3, 0.4e-3, 0.2e-3])
+    assert [lr for (lr, _), _ in steps] == [lr for _, (lr, _) in steps]
+    assert {decay for groups in steps for _, decay in groups} == {0.0, 0.03}
+    kept = {name for name, weight in models[0].named_parameters() if id(weight) in undecayed}
+    tokens = {f"backbone.{name}" for name in ("cls_token", "pos_embed", "reg_token")}
+    assert kept == tokens | {name for name, weight in models[0].named_parameters() if weight.ndim == 1}
+
+
+def picture(path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "output", "message"),
+    [
+        (["a.png", "b.png"], "images", r"would write over .*images/a\.png, .*images/b\.png"),
+        (["a.png"], "link", r"would write over .*link/a\.png"),
+        (["a.jpg", "a.png"], "masks", r"several files would be a\.png, a\.overlay\.png"),
+        (["a.jpg", "a.overlay.jpg"], "masks", r"several files would be a\.overlay\.png"),
+        (["legend.jpg"], "masks", r"several files would be legend\.png"),
+    ],
+)
+def test_pictures_of_masks_write_over_nothing(names: list[str], output: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("images")
+    files = [picture(tmp_path / "images" / name) for name in names]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for paths in (files, [tmp_path / "images"]):
+        with pytest.raises(UserError, match=message):
+            overlays.write_masks(paths, lambda image: image[0] // 128, ["one", "two"], tmp_path / output)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_scenes_are_drawn_into_a_new_folder(drawn: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scenes, "COUNTS", {"training": 8, "validation": 3})
+    path = tmp_path / "new" / "scenes.png"
+    monkeypatch.setattr(sys, "argv", ["scenes.py", "--output", str(path)])
+    scenes.main()
+    picture = Image.open(path)
+    assert picture.size == (2 * 8 * 96, 2 * 2 * 96)
+    assert "OpenMoji" in json.loads(picture.text["settings"])["attribution"]
+    monkeypatch.setattr(sys, "argv", ["scenes.py", "--output", str(path / "below")])
+    with pytest.raises(SystemExit) as ended:
+        scenes.main()
+    assert ended.value.code == 2
 
 
 def test_train_measure_and_predict(drawn: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,9 +443,24 @@ def test_train_measure_and_predict(drawn: None, tmp_path: Path, capsys: pytest.C
     weights = ["--weights", tmp_path / "run/segmenter.safetensors", "--precision", "fp32"]
     run(*weights, "--data", "scenes", "--output", tmp_path / "again")
     assert (tmp_path / "again/confusion.csv").read_bytes() == (tmp_path / "run/confusion.csv").read_bytes()
-    with pytest.raises(SystemExit):
-        run(*command, "--seed", "1")
-    assert "began with other seed" in capsys.readouterr().err
+    # Its card has what was used, and nothing of a training that was not.
+    settings = read_card(tmp_path / "again")["settings"]
+    file = tmp_path / "run/segmenter.safetensors"
+    assert settings.pop("weights_sha256") == hashlib.sha256(file.read_bytes()).hexdigest()
+    used = {"data": "scenes", "weights": str(file), "crop": 32, "stride": 0, "flip": False, "precision": "fp32"}
+    assert settings == used
+    refusals = {
+        "began with other seed": [*command, "--seed", "1"],
+        "omit --batch-size, --crop": [*weights, "--crop", "32", "--batch-size", "2"],
+        "omit --classifier": [*weights, "--classifier", file],
+        "predicting needs no data": [*weights, "--data", "scenes", "--predict", file],
+        "--data is not given, so that scenes are taken: its classes": [*other_classes(file, tmp_path)],
+    }
+    for message, words in refusals.items():
+        with pytest.raises(SystemExit):
+            run(*words, *([] if "--output" in words else ["--output", tmp_path / "refused"]))
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
 
     (tmp_path / "images").mkdir()
     image = scenes.Scenes("validation", 40)[0][0]
@@ -442,6 +554,8 @@ def damage(root: Path, fault: str) -> list[str | Path]:
         command += ["--batch-size", "1"]
     elif fault == "stride":
         command += ["--stride", "33"]
+    elif fault.startswith("--"):
+        command += fault.split()
     return command
 
 
@@ -461,6 +575,11 @@ def damage(root: Path, fault: str) -> list[str | Path]:
         ("nothing", r"training needs --data and --classifier or --sizes"),
         ("batch", r"--batch-size 1: expected a multiple of 1, 2 or more"),
         ("stride", r"--stride = 33; expected .* at most 32"),
+        ("--rate nan", r"--rate nan: expected"),
+        ("--rate -1", r"--rate -1\.0: expected"),
+        ("--weight-decay -1", r"--weight-decay -1\.0: expected"),
+        ("--drop-path 2", r"--drop-path 2\.0: expected 0 to 1"),
+        ("--drop-path inf", r"--drop-path inf: expected 0 to 1"),
     ],
 )
 def test_bad_input_is_one_line(fault: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,8 @@ from vit5gen.evaluation.metric import Extractor, Metric, Reference, Scan, Score,
 class Recognised(Metric):
     """How often the extractor names the class that a sample was drawn as; every class counts the same.
 
-    Beside it, as ``held_out`` and ``ratio``, how often it does so for held-out real images of those classes.
+    Beside it, as ``held_out`` and ``ratio``, how often it does so for held-out real images of those classes; the ratio
+    is None where it never does.
     """
 
     needs = ("classes",)
@@ -27,6 +28,6 @@ class Recognised(Metric):
                 "standard_error": (shares * (1 - shares) / counts).sum().sqrt().item() / len(names),
                 "classes": dict(zip(names, shares.tolist(), strict=True)),
                 "held_out": held_out,
-                "ratio": value / held_out,
+                "ratio": value / held_out if held_out else None,
             }
         }
