@@ -15,12 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from scipy import stats
 from torch import Tensor
 
 from vit5gen.config import Config, find_config, load_config
 from vit5gen.evaluation import frechet_of, frechet_report, load_extractor
+from vit5gen.evaluation.significance import Estimate
 from vit5gen.generation.card import commit
 from vit5gen.generation.find_pipeline import load_pipeline
 from vit5gen.generation.many import SamplingJob, generate
@@ -66,16 +65,31 @@ def measure(folder: Path, classes: list[str]) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the means over seeds, with 95 % intervals (Student), as Markdown."""
-    lines = ["| start | steps | seeds | new classes, over floor | old classes, over floor |", "|---|---|---|---|---|"]
+    """Return the means over seeds, and the gain over a start from scratch, paired by seed, with 95 % intervals."""
+    over = {
+        (row["start"], row["steps"], row["seed"], group): row[group]["distance"] - row[group]["floor"]
+        for row in rows
+        for group in ("new", "old")
+        if group in row
+    }
+    lines = [
+        "| start | steps | seeds | new classes, over floor | less than from scratch | old classes, over floor |",
+        "|---|---|---|---|---|---|",
+    ]
     for start, steps in dict.fromkeys((row["start"], row["steps"]) for row in rows):
-        own = [row for row in rows if (row["start"], row["steps"]) == (start, steps)]
-        cells = []
-        for group in ("new", "old"):
-            over = [row[group]["distance"] - row[group]["floor"] for row in own if group in row]
-            half = stats.sem(over) * stats.t.ppf(0.975, len(over) - 1) if len(over) > 1 else float("nan")
-            cells.append(f"{np.mean(over):.1f} ± {half:.1f}" if over else "")
-        lines.append(f"| {start} | {steps} | {len(own)} | {' | '.join(cells)} |")
+        seeds = [row["seed"] for row in rows if (row["start"], row["steps"]) == (start, steps)]
+
+        def mean(values: list[float | None]) -> str:
+            if None in values or len(values) < 2:
+                return ""
+            found = Estimate.of_pairs([value for value in values if value is not None])
+            return f"{found.difference:.1f} ± {found.margin():.1f}"
+
+        new, old = ([over.get((start, steps, seed, group)) for seed in seeds] for group in ("new", "old"))
+        scratch = [over.get(("from scratch", steps, seed, "new")) for seed in seeds]
+        pairs = list(zip(scratch, new, strict=True))
+        gain = [None if x is None or y is None else x - y for x, y in pairs] if start != "from scratch" else [None]
+        lines.append(f"| {start} | {steps} | {len(seeds)} | {mean(new)} | {mean(gain)} | {mean(old)} |")
     return "\n".join(lines) + "\n"
 
 

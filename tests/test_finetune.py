@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -621,3 +622,19 @@ def test_two_processes_begin_with_the_same_weights(config_file: Path, source: Pa
     for name, value in load_file(source / "checkpoints/step_00000006/ema_0.9.safetensors").items():
         assert (saved[f"model/{name}"] - value).abs().max() < 1e-8, name
         assert (saved[f"ema_0.9/{name}"] - value).abs().max() < 1e-8, name
+
+
+def test_the_study_on_the_page_is_that_of_its_rows() -> None:
+    study = runpy.run_path(str(ROOT / "scripts" / "finetune_study.py"))
+    folder = ROOT / "docs" / "study" / "finetune"
+    table = study["table"]([json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()])
+    assert (folder / "table.md").read_text() == table
+    assert table in (ROOT / "docs" / "finetuning.md").read_text()
+    # Two seeds, over floor 6 and 4 against 3 and 3 from scratch: gains of -3 and -1, Student's quantile is 12.71.
+    values = {"from scratch": (3, 3), "whole": (6, 4)}
+    rows = [
+        {"start": start, "steps": 1, "seed": seed, "new": {"distance": 1 + value, "floor": 1}}
+        for start, both in values.items()
+        for seed, value in enumerate(both)
+    ]
+    assert "| whole | 1 | 2 | 5.0 ± 12.7 | -2.0 ± 12.7 |  |" in study["table"](rows)
