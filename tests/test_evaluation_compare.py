@@ -170,9 +170,13 @@ def test_runs_are_drawn_from_equal_noise_and_told_apart(folder, capsys) -> None:
     words = {"folder": folder, "capsys": capsys}
     plain, _ = compare(folder / "a", folder / "b", *DRAW, **words)
     assert "name it in --metrics" in plain["skipped"]["kid"]
-    every = ["--metrics", "fid", "sfid", "is", "pr", "kid"]
+    every = ["--metrics", "fid", "sfid", "is", "pr", "kid", "dc"]
     card, printed = compare(folder / "a", folder / "b", *DRAW, *every, **words)
-    assert plain["differences"].keys() == card["differences"].keys() - {"KD-Colours"}
+    assert plain["differences"].keys() == card["differences"].keys() - {
+        "KD-Colours",
+        "density-Colours",
+        "coverage-Colours",
+    }
     alone = [json.loads((folder / f"{name}.json").read_text())["metrics"] for name in "ab"]
     assert card["pairing"] == {"paired": True, "reason": "pairs of equal noise and label, seed 0", "training_seeds": []}
     assert card["differences"].keys() == card["verdicts"].keys() == alone[0].keys()

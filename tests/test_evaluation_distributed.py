@@ -10,7 +10,14 @@ import torch.distributed as dist
 from test_evaluation_card import pictures, write_npz
 
 from vit5gen.evaluation import FrechetReference, load_extractor
-from vit5gen.evaluation.distances import ScoreSums, frechet_with_error, kernel_distance, precision_recall
+from vit5gen.evaluation.distances import (
+    ScoreSums,
+    density_coverage,
+    frechet_at_infinity,
+    frechet_with_error,
+    kernel_distance,
+    precision_recall,
+)
 from vit5gen.evaluation.evaluation_card import evaluation_card
 from vit5gen.evaluation.reference import open_reference
 from vit5gen.evaluation.samples import open_image_set
@@ -38,6 +45,7 @@ def given_features(rank: int, processes: int) -> dict[str, float]:
     assert torch.equal(rows, features)
     score = frechet_with_error(grouped, FrechetReference(torch.zeros(8), torch.eye(8)))
     precision, recall = precision_recall(real, rows)
+    density, coverage = density_coverage(real, rows)
     return {
         "fid": score["value"],
         "n": score["n"],
@@ -46,13 +54,17 @@ def given_features(rank: int, processes: int) -> dict[str, float]:
         "kid": kernel_distance(real, rows, 10, 50)[0],
         "precision": precision,
         "recall": recall,
+        "density": density,
+        "coverage": coverage,
+        "infinity": frechet_at_infinity(FrechetReference(torch.zeros(8), torch.eye(8)), rows, 20)[0],
     }
 
 
 def from_images(folder: Path) -> dict[str, float]:
     extractor = load_extractor("colours")
     reference = open_reference(folder / "real.npz", extractor, 7)
-    card = evaluation_card([open_image_set(folder / "samples.npz", 7)], reference, extractor)
+    metrics = ["fid", "sfid", "is", "pr", "kid", "dc", "class-fd", {"fd-infinity": {"smallest": 8}}]
+    card = evaluation_card([open_image_set(folder / "samples.npz", 7)], reference, extractor, metrics)
     values = {name: score["value"] for name, score in card["metrics"].items()} if card else {}
     return values | {"processes": card["processes"]} if card else {}
 
@@ -67,8 +79,10 @@ def work(rank: int, processes: int, folder: Path) -> None:
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_scores_do_not_depend_on_the_number_of_processes(tmp_path, processes: int) -> None:
-    write_npz(tmp_path / "samples.npz", pictures(23, seed=0))  # 4 chunks of 7: one short, not a multiple of 2 or 3
-    write_npz(tmp_path / "real.npz", pictures(30, seed=1))
+    classes = [{"arr_1": np.arange(count) % 3} for count in (23, 30)]
+    # 4 chunks of 7: one short, not a multiple of 2 or 3
+    write_npz(tmp_path / "samples.npz", pictures(23, seed=0), **classes[0])
+    write_npz(tmp_path / "real.npz", pictures(30, seed=1), **classes[1])
     torch.multiprocessing.spawn(work, (processes, tmp_path), nprocs=processes)
     together = json.loads((tmp_path / f"{processes}.json").read_text())
     assert together[1].pop("processes") == processes

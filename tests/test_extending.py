@@ -84,10 +84,10 @@ def test_the_dry_run_tells_what_the_extractor_and_the_metrics_of_the_page_cost(
     config = validate(Config, sections, "test")
     flops = 2 * 16 * 3 * 5**2 * 30**2  # of one convolution, at 30 x 30 places
     assert load_extractor("random-conv", "meta").flops(64) == flops
-    rows = 4 * 16 * (2**20 + 10**6) / 1e9
+    rows = f"{4 * 16 * (2**20 + 10**6) / 1e9:.3g} GB"
     assert describe_plugs(config, make_source(config.data)) == [
         "evaluate: 5 x 1,048,576 images at most, <0.01 G FLOPs each in random-conv",
-        f"metrics:  features of these and of 1,000,000 real images: pr {rows:.3g} GB, kid {rows:.3g} GB",
+        f"metrics:  features of these and of 1,000,000 real images: pr {rows}, kid {rows}, dc {rows}",
     ]  # at steps 0, 30, 60, 90 and 100
     monkeypatch.setattr(METRICS, "_known", {})
     monkeypatch.setattr(Extractor, "flops", lambda self, side: self.network.weight.sum().item())
@@ -182,7 +182,8 @@ def test_a_module_in_the_folder_is_a_plug_and_no_other_file_names_it(
     (tmp_path / "a_mean_shift.py").write_text(code)
     monkeypatch.setattr(metrics, "__path__", [*metrics.__path__, str(tmp_path)])
     import_modules(metrics.__name__)
-    assert METRICS.registered() == ["fid", "sfid", "is", "pr", "kid", "recognised", "mean-shift"]  # as on a card
+    added = ["class-fd", "cmmd", "dc", "fd-infinity", "recognised", "mean-shift"]
+    assert METRICS.registered() == ["fid", "sfid", "is", "pr", "kid", *added]  # the order of a card, then its own
     for kind in ("data.sources", "evaluation.extractors", "evaluation.metrics", "training.objectives", "models"):
         folder = ROOT / "vit5gen" / kind.replace(".", "/")
         assert "import_modules(__name__" in (folder / "__init__.py").read_text()

@@ -17,18 +17,23 @@ _OF_PIPELINES = (*DrawConfig.model_fields, "num_images", "seed")
 _OF_SAMPLES = (*_OF_PIPELINES, "shuffle")
 
 
-class ScoreOptions(DrawConfig, ReadConfig, Options):
-    """What is scored, how, and how it is drawn where it is a run or a pipeline folder."""
+class ExtractorOptions(Options):
+    """What turns images into features."""
 
     extractor: Plug = argument(
-        "inception", "NAME", "feature network: inception, effnet-lite0 or your own, e.g. 'NAME: {option: value}'"
+        "inception", "NAME", "features: inception, effnet-lite0, dinov2, clip or your own, e.g. 'NAME: {option: value}'"
     )
     weights: str | None = argument(None, "FILE", "weights of the extractor; default: its cache, or a download")
     weights_sha256: str | None = argument(None, "HASH", "expected hash of --weights, if not the published file")
-    metrics: list[Plug] | None = argument(
-        None, "NAME", "metrics to compute, e.g. fid 'pr: {k: 5}'; default: all that the inputs allow"
-    )
     batch_size: BatchSize = argument(50, "N", "images per batch, per process")
+
+
+class ScoreOptions(DrawConfig, ReadConfig, ExtractorOptions):
+    """What is scored, how, and how it is drawn where it is a run or a pipeline folder."""
+
+    metrics: list[Plug] | None = argument(
+        None, "NAME", "metrics to compute, e.g. fid 'pr: {k: 5}'; default: what the inputs allow, less the slow"
+    )
     num_images: Images = argument(50_000, "N", "images to draw from a run or pipeline folder")
 
     def check(self, paths: list[str]) -> None:

@@ -6,6 +6,7 @@ The metrics are here; whole evaluations, which need the pipeline, are in `vit5ge
 from vit5gen.evaluation import extractors, metrics  # registers them
 from vit5gen.evaluation.distances import (
     FrechetReference,
+    density_coverage,
     frechet_distance,
     frechet_report,
     inception_score,

@@ -25,16 +25,13 @@ from vit5gen.system.distributed import is_main
 from vit5gen.system.errors import UserError
 
 _SHOWN = 12  # pairs in the picture
-_FIXES_NOISE = (
-    "seed",
-    "labels",
-    "classes",
-    "resolution",
-    "shuffle",
-)  # with the number of images: noise and label of each
+# With the number of images: noise and label of each.
+_FIXES_NOISE = ("seed", "labels", "classes", "resolution", "shuffle")
 
 # Of a hundred random subsets: slow, and a jackknife of more images than a subset has mistakes their draw for an error.
 _ON_REQUEST = {"kid": "22 times its random subsets take long; name it in --metrics"}
+# Each score more costs all others power in Holm's correction.
+_ON_REQUEST |= {"dc": "they tell much the same as precision and recall; name it in --metrics"}
 
 Kept = tuple[dict[str, Any], Scan]  # an evaluation card, and the scan that its groups give
 
@@ -100,7 +97,7 @@ def metrics_to_compare(
     for name, metric in metrics.items():
         if metric.better is None:
             reasons[name] = "it does not tell what is better; set `better` in its class"
-        elif cards and "rows" in metric.needs:
+        elif cards and metric.keeps_rows:
             reasons[name] = "a card keeps no features of single images; give the samples instead"
         elif not wanted and name in _ON_REQUEST:
             reasons[name] = _ON_REQUEST[name]
@@ -115,9 +112,10 @@ def score_side(
     """Score a set, also without each of its ``groups``, in one pass that all processes share; None on all but one."""
     pictures: dict[int, Tensor] = {}
     if isinstance(images, Samples):
-        rows = images.count if any("rows" in metric.needs for metric in metrics.values()) else 0
+        rows = images.count if any(metric.keeps_rows for metric in metrics.values()) else 0
         try:
-            found = scan(_keep_first(images.watch(), pictures), images.count, extractor, rows)
+            chunks = _keep_first(images.watch(), pictures)
+            found = scan(chunks, images.count, extractor, rows, row_labels=images.class_names)
         except UserError as error:
             raise UserError(f"{images.identity['path']}: {error}") from error
         entry, titles = describe(images, found, reference), images.labels

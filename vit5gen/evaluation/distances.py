@@ -18,6 +18,8 @@ CONFIDENCE = 0.95
 SPLIT_SIZE = 5000  # samples, of the Inception Score
 SUBSET_SIZE = 1000  # rows, of the kernel distance
 NEIGHBOURS = 3  # of precision and recall
+COVERAGE_NEIGHBOURS = 5  # of density and coverage
+SIZES = 15  # of which a Frechet distance at infinitely many samples is extrapolated
 
 
 def frechet_distance(mean1: Any, cov1: Any, mean2: Any, cov2: Any) -> float:
@@ -83,6 +85,35 @@ def frechet_with_error(samples: Grouped, reference: FrechetReference) -> dict[st
     error = jackknife_error(reference.distance(part.mean, part.covariance) for part in rest)
     margin = error * float(student_t.ppf((1 + CONFIDENCE) / 2, len(counts) - 1))
     return score | {"standard_error": error, "interval": [score["value"] - margin, score["value"] + margin]}
+
+
+def frechet_of_rows(x: Any, y: Any) -> float:
+    """Return the squared Frechet distance of two sets of features ``(N, D)`` and ``(M, D)``, of any rank.
+
+    The trace of `frechet_distance` is the sum of singular values of the product of the centred rows, which for few rows
+    is a small matrix. Raises `UserError` for fewer than two rows.
+    """
+    x, y = (rows.double() for rows in _pair(x, y, 2, "Frechet distance"))
+    if min(len(x), len(y)) >= x.shape[1]:
+        return frechet_distance(x.mean(dim=0), torch.cov(x.T), y.mean(dim=0), torch.cov(y.T))
+    shift = (x.mean(dim=0) - y.mean(dim=0)).square().sum()
+    x, y = ((rows - rows.mean(dim=0)) / (len(rows) - 1) ** 0.5 for rows in (x, y))
+    return float(shift + x.square().sum() + y.square().sum() - 2 * torch.linalg.svdvals(x @ y.T).sum())
+
+
+def frechet_at_infinity(reference: FrechetReference, rows: Tensor, smallest: int) -> tuple[float, list[float]]:
+    """Return the Frechet distance of infinitely many samples, and the distances that it is extrapolated from.
+
+    Least squares of the distance over 1/N at 15 sizes from ``smallest`` to all of ``rows (N, D)``, at 1/N = 0 (Chong
+    and Forsyth, 2020). Each size adds rows to the last, in an order drawn once.
+    """
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    counts = np.linspace(smallest, len(rows), SIZES).round().astype(int)
+    statistics, distances = FeatureStatistics(rows.shape[1]), []
+    for first, last in zip([0, *counts], counts, strict=False):
+        statistics.update(rows[order[first:last]])
+        distances.append(reference.distance(statistics.mean, statistics.covariance))
+    return float(np.polyfit(1 / counts, distances, 1)[1]), distances
 
 
 class ScoreSums:
@@ -172,6 +203,21 @@ def kernel_distance(
     return float(torch.stack(values).mean()), float(variance.sum().sqrt())
 
 
+def gaussian_discrepancy(real: Any, generated: Any, sigma: float = 10) -> float:
+    """Return 1000 times the biased squared MMD with a Gaussian kernel, in float64: of CLIP's features it is CMMD.
+
+    ``real (N, D)``, ``generated (M, D)``; the mean of the kernel within a set holds each row with itself (Jayasumana et
+    al., 2024, eq. 4). Not 0 for finite samples of one distribution.
+    """
+    real, generated = (rows.double() for rows in _pair(real, generated, 1, "CMMD"))
+
+    def mean(x: Tensor, y: Tensor) -> float:  # of the kernel less 1, which cancels
+        exponents = (_squared_distances(part, y, False) / (-2 * sigma**2) for part in _blocks(x, len(y)))
+        return sum(float(exponent.expm1().sum()) for exponent in exponents) / (len(x) * len(y))
+
+    return 1000 * (mean(real, real) + mean(generated, generated) - 2 * mean(real, generated))
+
+
 def precision_recall(real: Any, generated: Any, k: int = NEIGHBOURS, adm_fp16: bool = False) -> tuple[float, float]:
     """Return improved precision and recall in blocks of distances, as ADM computes them.
 
@@ -189,6 +235,31 @@ def precision_recall(real: Any, generated: Any, k: int = NEIGHBOURS, adm_fp16: b
         recalled.append((distances <= radii_generated).any(dim=1))
         precise |= (distances <= radii[:, None]).any(dim=0)
     return float(precise.double().mean()), float(torch.cat(recalled).double().mean())
+
+
+def density_coverage(real: Any, generated: Any, k: int = COVERAGE_NEIGHBOURS) -> tuple[float, float]:
+    """Return density and coverage (Naeem et al., 2020, eq. 3 and 4) in blocks of distances.
+
+    A ball around each of ``real (N, D)`` ends before its k-th nearest real neighbour. Density: how many balls hold a
+    row of ``generated (M, D)``, on average, by k; coverage: the share of balls that hold any. Raises `UserError` for
+    ``k`` rows or fewer.
+    """
+    if k < 1:
+        raise UserError(f"density and coverage: k = {k}; expected at least 1")
+    real, generated = _pair(real, generated, k + 1, "density and coverage")
+    inside, covered = 0, 0
+    for rows, radii in zip(*(_blocks(one, len(generated)) for one in (real, _radii(real, k, False))), strict=True):
+        distances = _squared_distances(rows, generated, False)
+        inside += int((distances < radii[:, None]).sum())
+        covered += int((distances.amin(dim=1) < radii).sum())
+    return inside / (k * len(generated)), covered / len(real)
+
+
+def nearest(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distance (float64) of each of ``rows (N, D)`` to the nearest of ``others (M, D)``, and its index."""
+    other = others.double()
+    parts = [_squared_distances(part.double(), other, False).min(dim=1) for part in rows.split(1024)]
+    return torch.cat([part.values for part in parts]).sqrt(), torch.cat([part.indices for part in parts])
 
 
 def spatial_features(maps: Any) -> Tensor:
@@ -255,7 +326,7 @@ def _pair(real: Any, generated: Any, needed: int, what: str) -> tuple[Tensor, Te
     for name, rows in (("real", real), ("generated", generated)):
         if len(rows) < needed:
             raise UserError(f"{what}: {len(rows)} {name} samples; needs at least {needed}; give more images")
-        if not rows.sum(dim=1, dtype=torch.float64).isfinite().all():  # isfinite() of all rows would copy them
+        if not all(part.isfinite().all() for part in rows.split(1024)):  # of all at once would copy them
             raise UserError(f"{what}: NaN or infinity in the {name} features; check the images they come from")
     dtype = torch.float64 if real.dtype == generated.dtype == torch.float64 else torch.float32
     return real.to(dtype), generated.to(dtype)

@@ -34,6 +34,7 @@ from vit5gen.system.files import read_json
 ADM_METRICS: dict[str, dict[str, Any]] = {"fid": {}, "sfid": {}, "is": {}, "pr": {"adm_fp16": True}}
 _LOSSY = {"JPEG", "JPEG2000", "MPO", "WEBP", "AVIF"}
 _SHOWN = {"fid": "FID", "sfid": "sFID", "is": "IS", "pr": "precision and recall", "kid": "KID"}
+_SHOWN |= {"dc": "density and coverage"}
 _OF_A_SEED = ("seed", "labels_sha256", "batch_size", "network_evaluations")  # differ between sets of one model
 
 
@@ -87,14 +88,14 @@ def evaluation_card(
     labels, fewest = [images.labels_among(extractor.classes) for images in samples], min(one.count for one in samples)
     labelled = all(found is not None for found in labels)
     wanted, skipped = available(chosen, reference, extractor, fewest, labelled=labelled)
-    need_rows = any("rows" in metric.needs for metric in wanted.values())
+    need_rows = any(metric.keeps_rows for metric in wanted.values())
 
     # A pass over each set of images, in which all processes share; the main one has the scores.
     runs: list[dict[str, Score]] = []
     described = []
     for images, found_labels in zip(samples, labels, strict=True):
-        rows = images.count if need_rows else 0
-        found = scan(images.watch(), images.count, extractor, rows, labels=found_labels)
+        rows, names = images.count if need_rows else 0, images.class_names
+        found = scan(images.watch(), images.count, extractor, rows, labels=found_labels, row_labels=names)
         if is_main():
             runs.append(scores(found, reference, extractor, wanted))
             described.append(describe(images, found, reference))
@@ -109,6 +110,7 @@ def evaluation_card(
         "samples": described,
         "reference": reference.identity | {"count": reference.count},
         "extractor": extractor.identity,
+        "licences": extractor.licences,
         "metrics": models[0]["metrics"],
         "models": models,
         "skipped": skipped,

@@ -33,7 +33,8 @@ class Extractor:
 
     Called with uint8 images ``(B, 3, H, W)`` it returns `Features` in float32, computed without autocast and TF32.
     ``spatial_dim`` and ``num_classes`` are 0 where `Features` lacks spatial features or logits. ``classes`` are the
-    names of the logits, each with the share of held-out real images that they recognise.
+    names of the logits, each with the share of held-out real images that they recognise. ``licences``: of the weights,
+    by network, for the card.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Extractor:
     spatial_dim: int = 0
     num_classes: int = 0
     classes: Mapping[str, float] = field(default_factory=dict)
+    licences: dict[str, str] = field(default_factory=dict)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -17,21 +17,31 @@ Score = dict[str, Any]
 class Metric:
     """Scores of samples against a reference, known by a name; its options are keyword-only arguments.
 
-    needs: what it uses besides the moments, of "rows" (pooled features of both sets), "spatial" features, "logits" and
-    "classes" (of the samples, all among the extractor's).  least: how few samples it takes, and where it needs rows
-    also how few images of the reference.
+    needs: what it uses besides the moments, of "rows" (pooled features of both sets), "samples' rows" (of the samples
+    alone), "row_labels" (classes of the rows of both sets), "spatial" features, "logits" and "classes" (of the samples,
+    all among the extractor's).  least: how few samples it takes, and where it needs rows also how few images of the
+    reference.
     better: "lower" or "higher", for `vit5gen compare`, which leaves out a metric that does not tell.
+    by_default: whether it is computed where no metric is named.  only_with: the extractor whose features define it.
     A method ``missing()`` may return what this machine lacks for it, each with how to get it.
     """
 
     needs: tuple[str, ...] = ()
     least: int = 2
     better: Literal["lower", "higher"] | None = None
+    by_default: bool = True
+    only_with: str | None = None
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether the pooled features of all samples are kept for it."""
+        return not {"rows", "samples' rows"}.isdisjoint(self.needs)
 
     @classmethod
     def feature_bytes(cls, num_samples: int, num_references: int, dim: int) -> int:
         """Return what it keeps of features (N, dim) and (M, dim), beside sums whose size does not grow with N and M."""
-        return 4 * dim * (num_samples + num_references) * ("rows" in cls.needs)
+        both = "rows" in cls.needs
+        return 4 * dim * (num_samples * (both or "samples' rows" in cls.needs) + num_references * both)
 
     def compute(self, scan: Scan, reference: Reference, extractor: Extractor) -> dict[str, Score]:
         """Return the scores by their names in a card, each with its ``value`` and the count ``n``."""
@@ -40,6 +50,11 @@ class Metric:
 
 METRICS: Registry[type[Metric]] = Registry("metrics", "vit5gen.metrics")
 register_metric = METRICS.register
+
+
+def by_default() -> list[str]:
+    """Return the metrics that are computed where none is named, in the order of a card."""
+    return [name for name in METRICS.registered() if METRICS.get(name).by_default]
 
 
 def available(
@@ -53,11 +68,12 @@ def available(
     """Return the metrics that reference and extractor allow, and the reasons against the others; before a long scan.
 
     ``wanted``: each ``NAME`` or ``{NAME: {option: value}}``, `UserError` when one is not available; by default all of
-    this package that are, of which there must be one, none of classes where the extractor names none.
+    this package that are, but for those that one has to name, of which there must be one, none of classes where the
+    extractor names none.
     ``count``: of the samples, where it is known.  ``labelled``: their classes are known.
     """
     chosen: dict[str, Mapping[str, Any]] = {}
-    for name, options in map(name_and_options, wanted or METRICS.registered()):
+    for name, options in map(name_and_options, wanted or by_default()):
         if chosen.setdefault(name, options) != options:
             raise UserError(f"metric {name}: given twice, with options {chosen[name]} and {options}; give it once")
     metrics: dict[str, Metric] = {
@@ -79,7 +95,7 @@ def scores(scan: Scan, reference: Reference, extractor: Extractor, metrics: Mapp
     """Return the scores of metrics that are `available`, by name.
 
     Raises `UserError` when there are fewer samples, or fewer images in the reference, than a metric needs.
-    FID, sFID, IS, precision, recall and KID are names of Inception features alone; other extractors have their own.
+    FID, sFID, IS, KID and other plain names are of Inception features alone; other extractors have their own.
     """
     found: dict[str, Score] = {}
     for name, metric in metrics.items():
@@ -106,6 +122,8 @@ def _obstacle(metric: Metric, reference: Reference, extractor: Extractor, labell
     needs = metric.needs
     for what, how in missing(metric).items():
         return f"it needs {what}; {how}"
+    if metric.only_with and metric.only_with != extractor.name:
+        return f"it is defined for features of {metric.only_with} alone, not of {extractor.name}; change --extractor"
     if "spatial" in needs and not extractor.spatial_dim:
         return f"extractor {extractor.name} has no spatial features; use inception"
     if "spatial" in needs and reference.spatial is None:
@@ -118,4 +136,6 @@ def _obstacle(metric: Metric, reference: Reference, extractor: Extractor, labell
         return f"the samples' classes are unknown, or not all among {listed(extractor.classes)}"
     if "rows" in needs and reference.rows is None:
         return "the reference has no images; use one with arr_0, a statistics file of vit5gen, or images"
+    if "row_labels" in needs and not reference.row_labels:
+        return "the reference has no classes; use class folders, an npz with arr_1, or a configuration"
     return None

@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ class Scan:
     """What a pass over ``count`` images of ``size`` (H, W) leaves: moments, score sums, pooled ``rows (K, D)``.
 
     ``named`` (C, C) counts images by their class and the one that the extractor names; None when classes are unknown.
-    The same on every process, but for ``rows``, which only the main process has whole.
+    The same on every process, but for ``rows``, which only the main process has whole. ``row_labels``: the classes of
+    the rows, where they are known.
     """
 
     count: int
@@ -44,6 +45,7 @@ class Scan:
     score: ScoreSums | None
     rows: Tensor
     named: Tensor | None = None
+    row_labels: Sequence[str] = ()
 
     def leave_one_out(self) -> Iterator["Scan"]:
         """Yield the scan without the images of each group, with one group, so that metrics need not know; not empty.
@@ -61,6 +63,7 @@ class Scan:
                 Grouped.of(spatial) if spatial else None,
                 self.score.without(group) if self.score is not None else None,
                 self.rows[index % groups != group],
+                row_labels=[label for i, label in enumerate(self.row_labels) if i % groups != group],
             )
 
 
@@ -71,11 +74,12 @@ def scan(
     rows: int = 0,
     groups: int = GROUPS,
     labels: Tensor | None = None,
+    row_labels: Sequence[str] = (),
 ) -> Scan:
     """Extract features of this process's ``(first index, uint8 images)`` and join them with those of the others.
 
     ``total`` images in all; pooled features of ``rows`` of them, evenly spaced, are kept. ``labels`` (N,) are places
-    among the extractor's classes.
+    among the extractor's classes, ``row_labels`` the N images' own.
     Raises `UserError` when an image has features that are not finite, or when images are missing.
     """
     # What an image adds to: sums whose size does not grow with the number of images, and the rows that are kept.
@@ -118,14 +122,15 @@ def scan(
         raise UserError(f"images: {count} of {total} were read; pass all of them")
     kept = gather_rows(kept if seen.all() else kept[seen], seen.nonzero()[:, 0])
     named = None if named is None else sum_over_processes(named).view(extractor.num_classes, -1)
-    return Scan(count, size, pooled, spatial, score, kept, named)
+    classes = [row_labels[((i + 1) * total - 1) // rows] for i in range(rows)] if row_labels else []
+    return Scan(count, size, pooled, spatial, score, kept, named, classes)
 
 
 @dataclass(frozen=True)
 class Reference:
     """What samples are compared with: moments of ``count`` images (None: unknown), and ``rows`` of their features.
 
-    ``hashes``: those of the images, see `Samples`, where they are known.
+    ``hashes``: those of the images, see `Samples`, and ``row_labels``: the classes of the rows, where they are known.
     """
 
     pooled: FrechetReference
@@ -134,6 +139,7 @@ class Reference:
     rows: Tensor | None
     identity: dict[str, Any]
     hashes: Tensor | None = None
+    row_labels: Sequence[str] = ()
 
     def floor(self, count: int) -> float | None:
         """Return the Frechet distance of ``count`` of the reference's own images to the rest of it.
@@ -168,10 +174,12 @@ def open_reference(
 
 def reference_of(images: Samples, extractor: Extractor) -> Reference:
     """Extract a reference from images."""
-    found = scan(images.watch(), images.count, extractor, rows=min(images.count, REFERENCE_ROWS), groups=1)
+    kept = min(images.count, REFERENCE_ROWS)
+    found = scan(images.watch(), images.count, extractor, kept, groups=1, row_labels=images.class_names)
     spatial = FrechetReference.of(found.spatial.total()) if found.spatial is not None else None
-    identity, (hashes,) = images.identity | {"size": found.size}, images.hashes
-    return Reference(FrechetReference.of(found.pooled.total()), spatial, found.count, found.rows, identity, hashes)
+    identity, (hashes,), pooled = images.identity | {"size": found.size}, images.hashes, found.pooled.total()
+    of_rows = found.rows, identity, hashes, found.row_labels
+    return Reference(FrechetReference.of(pooled), spatial, found.count, *of_rows)
 
 
 def read_adm_reference(path: Path, extractor: Extractor, batch_size: int) -> Reference | None:
@@ -199,7 +207,7 @@ def read_adm_reference(path: Path, extractor: Extractor, batch_size: int) -> Ref
     if batch is None:
         return Reference(moments, spatial, None, None, identity)
     identity |= {"images": batch.count, "size": batch.identity["size"]}
-    return Reference(moments, spatial, None, batch.rows, identity, batch.hashes)
+    return Reference(moments, spatial, None, batch.rows, identity, batch.hashes, batch.row_labels)
 
 
 def save_statistics(reference: Reference, extractor: Extractor, path: Path) -> None:
@@ -211,7 +219,8 @@ def save_statistics(reference: Reference, extractor: Extractor, path: Path) -> N
         tensors["rows"] = reference.rows
     if reference.hashes is not None:
         tensors["hashes"] = reference.hashes
-    content = {"count": reference.count, "source": reference.identity, "versions": versions()}
+    content = {"count": reference.count, "source": reference.identity, "row_labels": reference.row_labels}
+    content["versions"] = versions()
     metadata = {"format": FORMAT, "extractor": json.dumps(extractor.identity), "content": json.dumps(content)}
     with atomic(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
@@ -252,4 +261,5 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
     has_spatial = "spatial_mean" in tensors
     spatial = FrechetReference(tensors["spatial_mean"], tensors["spatial_covariance"]) if has_spatial else None
     identity = {"kind": "statistics", "path": str(path), "sha256": sha256(path), "source": content["source"]}
-    return Reference(pooled, spatial, content["count"], tensors.get("rows"), identity, tensors.get("hashes"))
+    hashes, labels = tensors.get("hashes"), content.get("row_labels", ())
+    return Reference(pooled, spatial, content["count"], tensors.get("rows"), identity, hashes, labels)

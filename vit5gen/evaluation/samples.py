@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from hashlib import blake2b, sha256
 from itertools import groupby
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vit5gen.config import DataConfig, ReadConfig, find_config, load_config
-from vit5gen.data.images import centre_crop, decoding, open_images, readable
+from vit5gen.data.images import centre_crop, decoding, make_source, open_images, readable
 from vit5gen.data.pictures import SUFFIXES, find_images, listing_digest, print_once, tell_left_out, upright
 from vit5gen.evaluation.conversion import find_conversion, quantised
 from vit5gen.section import Exif
@@ -78,10 +78,14 @@ class Samples:
         read = {**self.identity.get("read", {}), "shuffle": "torch.randperm, seed 0"}
         return replace(self, chunks=chunks, labels=labels, identity=self.identity | {"read": read})
 
+    @property
+    def class_names(self) -> list[str]:
+        """The name of each image's class, or its number in digits where it has none."""
+        return [label.name if isinstance(label, PurePath) else str(label) for label in self.labels]
+
     def labels_among(self, classes: Collection[str]) -> Tensor | None:
         """Return the place (N,) of each image's class among ``classes``; None where one is not there, or unknown."""
-        numbers: dict[Hashable, int] = {name: number for number, name in enumerate(classes)}
-        names = [label.name if isinstance(label, Path) else label for label in self.labels]
+        numbers, names = {name: number for number, name in enumerate(classes)}, self.class_names
         return torch.tensor([numbers[name] for name in names]) if names and numbers.keys() >= set(names) else None
 
     @property
@@ -308,12 +312,22 @@ def _open_pictures(
     return Samples(len(names), chunks, identity, [name.parent for name in names])
 
 
-def open_data(data: DataConfig, batch_size: int) -> Samples:
-    """Open the images of a configuration's data section, the split that it names, as a training reads them."""
-    found = open_images(data)
+def open_held_out_set(path: str | Path, batch_size: int) -> Samples:
+    """Open the held-out split of a configuration; raise `UserError` for what is none."""
+    if (file := find_config(path)).suffix not in (".yaml", ".yml"):
+        raise UserError(f"{path}: not a configuration, so it names no held-out images; give --held-out DATA")
+    config = load_config(file)
+    return open_data(config.data, batch_size, config.evaluation.held_out_split)
+
+
+def open_data(data: DataConfig, batch_size: int, split: str | None = None) -> Samples:
+    """Open the images of a configuration's data section as a training reads them; ``split`` replaces its own."""
+    found = open_images(data, split)
     images = readable(found, data)
     identity = {"kind": "data", "path": data.path or data.source, **data.model_dump(include=_DECIDING)}
     identity |= {key: value for key in ("source_kwargs", "held_out") if (value := getattr(data, key))}
+    identity |= {"split": split} if split else {}
+    identity |= {"attribution": line} if (line := make_source(data).attribution) else {}
     count, labels = len(images), [images.class_names[label] for label in images.labels.tolist()]
     if broken := len(found) - count:
         identity["broken"] = broken

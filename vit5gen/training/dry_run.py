@@ -18,7 +18,7 @@ from vit5gen.data import autoencoders, encoding
 from vit5gen.data.images import Source, make_source, open_training_images
 from vit5gen.data.latents import MANIFEST, check_autoencoder, find_class_names
 from vit5gen.evaluation.features import EXTRACTORS, load_extractor
-from vit5gen.evaluation.metric import METRICS
+from vit5gen.evaluation.metric import METRICS, by_default
 from vit5gen.models.backbone import BACKBONES
 from vit5gen.system.cpu import fast_products
 from vit5gen.system.distributed import on_main
@@ -212,7 +212,7 @@ def describe_plugs(config: Config, source: Source) -> list[str]:
 
     # What `vit5gen evaluate` would keep of as many.
     counts = evaluation.num_images, evaluation.num_reference, extractor.dim
-    kept = {metric: METRICS.get(metric).feature_bytes(*counts) for metric in METRICS.registered()}
+    kept = {name: METRICS.get(name).feature_bytes(*counts) for name in by_default()}
     told = [f"{metric} {_short(number / 1e9)} GB" for metric, number in kept.items() if number]
     return [*lines, f"metrics:  features of these and of {counts[1]:,} real images: {', '.join(told) or 'none kept'}"]
 

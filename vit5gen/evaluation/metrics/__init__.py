@@ -2,4 +2,4 @@
 
 from vit5gen.registry import import_modules
 
-import_modules(__name__, first=("frechet", "spatial_frechet", "inception_score", "precision_recall"))
+import_modules(__name__, first=("frechet", "spatial_frechet", "inception_score", "precision_recall", "kernel_distance"))
