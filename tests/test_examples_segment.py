@@ -638,3 +638,10 @@ def test_two_processes_count_the_same_matrix_as_one(tmp_path: Path) -> None:
     matrices = [(tmp_path / name / "confusion.csv").read_text() for name in ("by1", "by2")]
     assert matrices[0] == matrices[1]
     assert read_card(tmp_path / "run")["pixels"] == read_card(tmp_path / "by2")["pixels"] > 0
+
+
+def test_the_study_on_the_page_is_that_of_its_rows() -> None:
+    folder = ROOT / "docs" / "study" / "segmentation"
+    table = segment_study.table([json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()])
+    assert (folder / "table.md").read_text() == table
+    assert table in (ROOT / "docs" / "study.md").read_text()
