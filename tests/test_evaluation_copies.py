@@ -90,7 +90,7 @@ def test_any_number_of_processes_finds_the_same(tmp_path: Path, processes: int) 
     torch.multiprocessing.spawn(work, (processes, paths, tmp_path), nprocs=processes)
     expected, pairs = find(paths)
     for rank in range(processes):
-        found, theirs = torch.load(tmp_path / f"{processes}.{rank}.pt")
+        found, theirs = torch.load(tmp_path / f"{processes}.{rank}.pt", weights_only=True)
         assert found == expected
         assert all(map(torch.equal, sum(pairs, ()), sum(theirs, ())))
 
