@@ -45,6 +45,7 @@ from vit5gen.section import (
 from vit5gen.system.errors import UserError, nearest, short
 
 ASSUMED_CLASSES = 1000
+_SEED = 0
 _HELD_OUT = "test"  # split
 _MOST_VALUES = 10**5  # of one file
 
@@ -147,7 +148,7 @@ class TrainingConfig(Section):
     num_steps: Natural = Field(400_000, description="total number of optimizer steps")
     global_batch_size: BatchSize = Field(256, description="samples per step, over all processes")
     micro_batch_size: BatchSize | None = Field(None, description="samples per forward pass, per process; default: all")
-    seed: Natural = Field(0, description="seed of initialisation, data order and all random draws")
+    seed: Natural = Field(_SEED, description="seed of initialisation, data order and all random draws")
     precision: Literal["auto", "fp64", "fp32", "tf32", "bf16"] = Field(
         "tf32", description="precision of matrix products; auto: bf16 where the machine is fast at it"
     )
@@ -286,7 +287,7 @@ class EvaluationConfig(Section):
     held_out_split: str = Field(_HELD_OUT, description="split of real images whose distance is the floor")
     batch_size: BatchSize = Field(100, description="images generated at once, per process")
     extractor: Plug = Field("effnet-lite0", description="feature network, or with options {NAME: {option: value}}")
-    seed: Natural = Field(0, description="seed of the generated images")
+    seed: Natural = Field(_SEED, description="seed of the generated images")
     images_per_class: Tiles = Field(8, description="columns of samples.png")
     grid_classes: Tiles = Field(10, description="rows of samples.png, one for each of the first classes")
 
@@ -342,7 +343,7 @@ class AutoencoderTraining(Section):
     kl_weight: NonNegative = Field(1e-3, description="weight of the KL divergence from the unit normal")
     max_shift: Small = Field(2, description="shift training images at random by up to this many pixels")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="precision of convolutions")
-    seed: Natural = Field(0, description="seed of initialisation, order, augmentation and latent noise")
+    seed: Natural = Field(_SEED, description="seed of initialisation, order, augmentation and latent noise")
 
 
 class _Loader(yaml.SafeLoader):

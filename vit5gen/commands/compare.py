@@ -6,7 +6,7 @@ from typing import Any
 
 from vit5gen.commands.evaluate import ScoreOptions
 from vit5gen.commands.options import argument
-from vit5gen.config import DrawConfig, ReadConfig
+from vit5gen.config import DrawConfig, EvaluationConfig, ReadConfig
 from vit5gen.section import Natural
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import check_writable, write_json
@@ -23,7 +23,9 @@ class CompareOptions(ScoreOptions):
     b: str = argument(..., "B", "what is compared with A", option="")
     reference: str = argument(..., "REF", "real images, as for `evaluate`")
     output: str = argument(..., "CARD.json", "write all numbers to this card; a picture of pairs lies beside it")
-    seed: Natural = argument(0, "N", "seed of labels and noise, the same for both, for drawing from runs")
+    seed: Natural = argument(
+        EvaluationConfig().seed, "N", "seed of labels and noise, the same for both, for drawing from runs"
+    )
 
 
 def run(options: CompareOptions) -> None:

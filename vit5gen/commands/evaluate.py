@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from vit5gen.commands.options import Images, Options, argument
-from vit5gen.config import DrawConfig, ReadConfig
+from vit5gen.config import DrawConfig, EvaluationConfig, ReadConfig
 from vit5gen.registry import name_and_options
 from vit5gen.section import BatchSize, Natural, Plug
 from vit5gen.system.errors import UserError, choose
@@ -66,7 +66,9 @@ class EvaluateOptions(ScoreOptions):
     protocol: Literal["adm"] | None = argument(
         None, "adm", "ADM's metrics and settings; prints FID-50K only if all conditions are met"
     )
-    seed: list[Natural] = argument([0], "N", "seeds for drawing from a run; several give mean and std")
+    seed: list[Natural] = argument(
+        [EvaluationConfig().seed], "N", "seeds for drawing from a run; several give mean and std"
+    )
     keep_groups: bool = argument(False, "", "keep moments beside the card, so that `compare` needs no images")
 
 
