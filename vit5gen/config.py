@@ -6,14 +6,10 @@ A configuration is a YAML file of the sections below. Each key is also an option
 
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import (
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from vit5gen.section import (
     BatchSize,
@@ -67,9 +63,8 @@ class ModelConfig(Section):
     @property
     def sized(self) -> bool:
         """Whether all sizes are given, by their preset or one by one."""
-        return self.preset is not None or None not in (
-            *(self.hidden_size, self.num_layers, self.num_attention_heads, self.patch_size),
-        )
+        sizes = (self.hidden_size, self.num_layers, self.num_attention_heads, self.patch_size)
+        return self.preset is not None or None not in sizes
 
 
 class FlowConfig(Section):
@@ -129,7 +124,7 @@ class LoraConfig(Section):
 
     rank: Width = Field(8, description="rank of what is added to each weight")
     alpha: Positive | None = Field(None, description="what is added is scaled by alpha / rank; default: rank")
-    dropout: Annotated[Float, Field(ge=0, lt=1)] = Field(0.0, description="dropout of what enters an adapter")
+    dropout: Decay = Field(0.0, description="dropout of what enters an adapter")
     targets: list[str] = Field(["backbone"], min_length=1, description="linear layers that get an adapter")
     full: list[str] = Field(["label_embed"], description="parameters that are trained in full beside the adapters")
 
@@ -401,9 +396,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         detail = " ".join(str(error).split())
         raise UserError(f"configuration {path} is not valid YAML: {detail}; fix the file") from error
     if not isinstance(data, dict):
-        raise UserError(
-            f"configuration {path}: expected sections such as 'model:' at the top, found {type(data).__name__}"
-        )
+        found = type(data).__name__
+        raise UserError(f"configuration {path}: expected sections such as 'model:' at the top, found {found}")
     return data
 
 

@@ -166,11 +166,9 @@ class Monitor:
         if self.accelerator.is_main_process:
             earlier = self.folder.evaluations()
             self._show(grid, [*earlier, entry])
-            command, settings = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), self.config.training
+            command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+            facts = TrainingFacts(command, entry, self.folder.samples, self.config.training.origin)
             with self.folder.new_pipeline() as new:
-                facts = TrainingFacts(
-                    command=command, metrics=entry, picture=self.folder.samples, origin=settings.origin
-                )
                 self._pipeline.save_pretrained(new, facts=facts, adapter=self._adapter)
             if note := floor_note(earlier, entry):
                 print(f"\nnote: {note}", flush=True)
