@@ -126,7 +126,7 @@ def _obstacle(metric: Metric, reference: Reference, extractor: Extractor, labell
         return f"it is defined for features of {metric.only_with} alone, not of {extractor.name}; change --extractor"
     if "spatial" in needs and not extractor.spatial_dim:
         return f"extractor {extractor.name} has no spatial features; use inception"
-    if "spatial" in needs and reference.spatial is None:
+    if "spatial" in needs and "spatial" not in reference.moments:
         return "the reference has no mu_s and sigma_s; use ADM's full reference file or images"
     if "logits" in needs and not extractor.num_classes:
         return f"extractor {extractor.name} has no class scores; use inception"
