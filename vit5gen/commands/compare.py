@@ -33,6 +33,7 @@ def run(options: CompareOptions) -> None:
     from vit5gen.evaluation import comparison, load_extractor
     from vit5gen.evaluation.evaluation_card import doubts, open_samples
     from vit5gen.evaluation.groups import read_groups
+    from vit5gen.evaluation.metrics.frechet_ratio import with_denominators
     from vit5gen.evaluation.reference import open_reference
     from vit5gen.evaluation.samples import Samples, check_used
     from vit5gen.generation.card import commit, versions
@@ -52,6 +53,8 @@ def run(options: CompareOptions) -> None:
     read = options.part(ReadConfig)
     network = load_extractor(options.extractor, state.device, options.weights, options.weights_sha256)
     real = open_reference(options.reference, network, batch_size, read=read)
+    if options.denominators is not None:
+        real = with_denominators(real, open_reference(options.denominators, network, batch_size, read=read), network)
     is_card = {path: Path(path).suffix == ".json" for path in given}
     metrics, skipped = comparison.metrics_to_compare(options.metrics, real, network, any(is_card.values()))
     sides: list[list[comparison.Side]] = [[], []]
@@ -60,7 +63,8 @@ def run(options: CompareOptions) -> None:
         for path in pair:
             kept = is_card.get(path) and read_groups(path, real, network)
             sets += [kept or open_samples(path, draw, options.num_images, [options.seed], batch_size, read=read)[0]]
-        check_used(read, [real.identity, *(one.identity for one in sets if isinstance(one, Samples))])
+        references = real.identity, real.identity.get("denominators", {})
+        check_used(read, [*references, *(one.identity for one in sets if isinstance(one, Samples))])
         comparison.check_alike(pair, sets)
         for side, images in zip(sides, sets, strict=True):
             scored = comparison.score_side(images, real, network, metrics, groups=not runs)
@@ -78,7 +82,7 @@ def run(options: CompareOptions) -> None:
         "extractor": network.identity,
         "pairing": {"paired": paired, "reason": reason, "training_seeds": list(runs)},
         "skipped": skipped,
-        "warnings": doubts([side.entry for own in sides for side in own], real, network),
+        "warnings": doubts([side.entry for own in sides for side in own], real, network, metrics),
         "picture": picture.name if has_picture else None,
         "options": options.model_dump(mode="json"),
         "processes": state.num_processes,

@@ -132,7 +132,8 @@ class Reference:
     """What samples are compared with: ``moments`` of ``count`` images (None: unknown), ``rows`` of pooled features.
 
     Moments are those of a `Scan`, where they are known.  ``hashes``: those of the images, see `Samples`, and
-    ``row_labels``: the classes of the rows, where they are known.
+    ``row_labels``: the classes of the rows, where they are known.  ``denominators``: distances of validation images to
+    it by space, where FDr^6 is to be in proportion to these.
     """
 
     moments: Mapping[str, FrechetReference]
@@ -141,6 +142,7 @@ class Reference:
     identity: dict[str, Any]
     hashes: Tensor | None = None
     row_labels: Sequence[str] = ()
+    denominators: Mapping[str, float] | None = None
 
     @property
     def pooled(self) -> FrechetReference:
