@@ -21,13 +21,9 @@ class ExtractorOptions(Options):
     """What turns images into features."""
 
     extractor: Plug = argument(
-        "inception",
-        "NAME",
-        "features: inception, effnet-lite0, dinov2, clip, fdr6 or your own, e.g. 'NAME: {option: value}'",
+        "inception", "NAME", "inception, effnet-lite0, dinov2, clip, fdr6 or your own, e.g. 'NAME: {option: value}'"
     )
-    weights: str | None = argument(
-        None, "FILE", "weights of the extractor (fdr6: a folder); default: its cache, or a download"
-    )
+    weights: str | None = argument(None, "FILE", "its weights (fdr6: a folder); default: its cache, or a download")
     weights_sha256: str | None = argument(None, "HASH", "expected hash of --weights, if not the published file")
     batch_size: BatchSize = argument(50, "N", "images per batch, per process")
 
@@ -38,9 +34,7 @@ class ScoreOptions(DrawConfig, ReadConfig, ExtractorOptions):
     metrics: list[Plug] | None = argument(
         None, "NAME", "metrics to compute, e.g. fid 'pr: {k: 5}'; default: what the inputs allow, less the slow"
     )
-    denominators: str | None = argument(
-        None, "VALIDATION", "for FDr^6: held-out real images or their statistics, instead of the published figures"
-    )
+    denominators: str | None = argument(None, "REF", "validation images, for FDr^6; default: published figures")
     num_images: Images = argument(50_000, "N", "images to draw from a run or pipeline folder")
 
     def check(self, paths: list[str]) -> None:
@@ -126,10 +120,8 @@ def run(options: EvaluateOptions) -> int:
     assert options.reference is not None
     real = open_reference(options.reference, network, batch_size, protocol, read)
     if options.denominators is not None:
-        validation = open_reference(options.denominators, network, batch_size, protocol, read)
-        real = with_denominators(real, validation, network)
-    references = real.identity, real.identity.get("denominators", {})
-    check_used(read, [*references, *(images.identity for images in opened)])
+        real = with_denominators(real, open_reference(options.denominators, network, batch_size, read=read), network)
+    check_used(read, [real.identity, real.identity.get("denominators", {}), *(images.identity for images in opened)])
     kept = options.output if options.keep_groups else None
     card = evaluation_card(opened, real, network, options.metrics, protocol, kept)
     if state.is_main_process:

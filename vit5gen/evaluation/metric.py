@@ -84,11 +84,9 @@ def available(
         name: METRICS.build(name, options, f"metric {name}") for name, options in chosen.items()
     }
     if not wanted:
-        metrics = {
-            name: metric
-            for name, metric in metrics.items()
-            if metric.only_with in (None, extractor.name) and (extractor.classes or "classes" not in metric.needs)
-        }
+        metrics = {name: metric for name, metric in metrics.items() if metric.only_with in (None, extractor.name)}
+    if not wanted and not extractor.classes:
+        metrics = {name: metric for name, metric in metrics.items() if "classes" not in metric.needs}
     obstacles = {
         name: _obstacle(metric, reference, extractor, labelled) or _shortage(metric, reference, count)
         for name, metric in metrics.items()

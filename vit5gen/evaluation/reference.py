@@ -220,11 +220,9 @@ def read_adm_reference(path: Path, extractor: Extractor, batch_size: int) -> Ref
 
 def save_statistics(reference: Reference, extractor: Extractor, path: Path) -> None:
     """Write a reference as safetensors, with the extractor that it belongs to."""
-    tensors = {
-        name: tensor
-        for space, found in reference.moments.items()
-        for name, tensor in zip(_names(space), (found.mean, found.covariance), strict=True)
-    }
+    tensors: dict[str, Tensor] = {}
+    for space, found in reference.moments.items():
+        tensors |= {f"{_prefix(space)}mean": found.mean, f"{_prefix(space)}covariance": found.covariance}
     if reference.rows is not None:
         tensors["rows"] = reference.rows
     if reference.hashes is not None:
@@ -236,10 +234,9 @@ def save_statistics(reference: Reference, extractor: Extractor, path: Path) -> N
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
 
-def _names(space: str) -> tuple[str, str]:
-    """Return what a statistics file calls mean and covariance of a space."""
-    prefix = "" if space == "pooled" else f"{space}_"
-    return f"{prefix}mean", f"{prefix}covariance"
+def _prefix(space: str) -> str:
+    """Return what stands before "mean" and "covariance" of a space in a statistics file."""
+    return "" if space == "pooled" else f"{space}_"
 
 
 def _is_statistics(path: Path) -> bool:
@@ -274,9 +271,9 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
     # and what it holds of them.
     content = json.loads(metadata["content"])
     moments = {
-        space: FrechetReference(*(tensors[name] for name in _names(space)))
+        space: FrechetReference(tensors[f"{_prefix(space)}mean"], tensors[f"{_prefix(space)}covariance"])
         for space in extractor.dims
-        if _names(space)[0] in tensors
+        if f"{_prefix(space)}mean" in tensors
     }
     identity = {"kind": "statistics", "path": str(path), "sha256": sha256(path), "source": content["source"]}
     hashes, labels = tensors.get("hashes"), content.get("row_labels", ())

@@ -13,33 +13,27 @@ from vit5gen.evaluation.features import Extractor, Features, register_extractor
 from vit5gen.registry import needs
 from vit5gen.system.errors import UserError
 
-_CONVNEXT, _SIGLIP = "convnextv2_base.fcmae_ft_in22k_in1k", "vit_so400m_patch16_siglip_256.v2_webli"
-_DINOV2, _MAE, _CLIP = (
-    "vit_large_patch14_dinov2.lvd142m",
-    "vit_large_patch16_224.mae",
-    "vit_large_patch14_clip_224.openai",
-)
 # Positions follow the size of the images, and 256 is padded to 266, a multiple of 14.
 _DYNAMIC = {"dynamic_img_size": True, "dynamic_img_pad": True}
 SPACES = (
-    Space("ConvNeXtV2", _CONVNEXT, 224, "float", "mean", precision="bf16"),
-    Space("DINOv2", _DINOV2, 256, "float", "cls", options=_DYNAMIC, precision="bf16"),
-    Space("MAE", _MAE, 224, "float", "cls", options=_DYNAMIC, precision="bf16"),
-    Space("SigLIP2", _SIGLIP, 224, "float", "attention", options=_DYNAMIC, precision="bf16"),
-    Space("CLIP", _CLIP, 256, "float", "cls", options=_DYNAMIC, precision="bf16"),
+    Space("ConvNeXtV2", "convnextv2_base.fcmae_ft_in22k_in1k", 224, "float", "mean", precision="bf16"),
+    Space("DINOv2", "vit_large_patch14_dinov2.lvd142m", 256, "float", "cls", options=_DYNAMIC, precision="bf16"),
+    Space("MAE", "vit_large_patch16_224.mae", 224, "float", "cls", options=_DYNAMIC, precision="bf16"),
+    Space(
+        "SigLIP2",
+        "vit_so400m_patch16_siglip_256.v2_webli",
+        224,
+        "float",
+        "attention",
+        options=_DYNAMIC,
+        precision="bf16",
+    ),
+    Space("CLIP", "vit_large_patch14_clip_224.openai", 256, "float", "cls", options=_DYNAMIC, precision="bf16"),
 )
 
 
-def missing_weights() -> dict[str, str]:
-    """Return where the weights of the six networks come from, but for those in the caches."""
-    absent = inception.missing_weights()
-    for space in SPACES:
-        absent |= space.missing()
-    return absent
-
-
 @register_extractor("fdr6")
-@needs(missing_weights)
+@needs(lambda: inception.missing_weights() | {file: why for one in SPACES for file, why in one.missing().items()})
 def fdr6(device: torch.device, weights: Path | None, weights_sha256: str | None) -> Extractor:
     """Inception with all that it gives, and beside it five spaces as FD-loss defines them (Yang et al., 2026).
 
