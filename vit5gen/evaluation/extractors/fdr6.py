@@ -14,21 +14,15 @@ from vit5gen.registry import needs
 from vit5gen.system.errors import UserError
 
 # Positions follow the size of the images, and 256 is padded to 266, a multiple of 14.
-_DYNAMIC = {"dynamic_img_size": True, "dynamic_img_pad": True}
+_VIT = {"dynamic_img_size": True, "dynamic_img_pad": True}
 SPACES = (
     Space("ConvNeXtV2", "convnextv2_base.fcmae_ft_in22k_in1k", 224, "float", "mean", precision="bf16"),
-    Space("DINOv2", "vit_large_patch14_dinov2.lvd142m", 256, "float", "cls", options=_DYNAMIC, precision="bf16"),
-    Space("MAE", "vit_large_patch16_224.mae", 224, "float", "cls", options=_DYNAMIC, precision="bf16"),
+    Space("DINOv2", "vit_large_patch14_dinov2.lvd142m", 256, "float", "cls", options=_VIT, precision="bf16"),
+    Space("MAE", "vit_large_patch16_224.mae", 224, "float", "cls", options=_VIT, precision="bf16"),
     Space(
-        "SigLIP2",
-        "vit_so400m_patch16_siglip_256.v2_webli",
-        224,
-        "float",
-        "attention",
-        options=_DYNAMIC,
-        precision="bf16",
+        "SigLIP2", "vit_so400m_patch16_siglip_256.v2_webli", 224, "float", "attention", options=_VIT, precision="bf16"
     ),
-    Space("CLIP", "vit_large_patch14_clip_224.openai", 256, "float", "cls", options=_DYNAMIC, precision="bf16"),
+    Space("CLIP", "vit_large_patch14_clip_224.openai", 256, "float", "cls", options=_VIT, precision="bf16"),
 )
 
 
