@@ -1,8 +1,11 @@
 """What all benchmarks share: sizes, two ways to do one thing measured in turn, their ratio, and fresh processes."""
 
+import ctypes
+import math
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +40,8 @@ class Sizes:
     batch: int = 16
     classified: tuple[int, int] = (8, 224)  # images, and their side
     scored: tuple[int, int] = (50, 256)
+    raced: tuple[int, int] = (1000, 256)  # pictures that whole evaluators read, half of them the reference
+    race_repetitions: int = 2
     published_steps: int = 250
     drawn_images: int | None = None  # None: as many as the run evaluates
     sides: tuple[int, ...] = (16, 32, 64)  # 64, 256 and 1024 tokens
@@ -53,6 +58,8 @@ QUICK = Sizes(
     batch=2,
     classified=(1, 32),
     scored=(2, 32),
+    raced=(8, 32),
+    race_repetitions=1,
     published_steps=3,
     drawn_images=6,
     sides=(4, 8),
@@ -92,6 +99,25 @@ def seconds(function: Callable[[], object]) -> float:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def peak_of(work: Callable[[], T]) -> tuple[T, float, float]:
+    """Do some work; return its result, and the (growth over the present, absolute) peak memory of this process in MB.
+
+    On Linux; elsewhere the peaks are NaN.
+    """
+    if sys.platform != "linux":
+        return work(), math.nan, math.nan
+    ctypes.CDLL(None).malloc_trim(0)  # what imports freed would hide a part of the growth
+    Path("/proc/self/clear_refs").write_text("5")  # start the peak again
+    before = _status("VmRSS")
+    result = work()
+    highest = _status("VmHWM")  # not getrusage's maximum, which a process inherits from the one that started it
+    return result, highest - before, highest
+
+
+def _status(key: str) -> float:
+    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024 / 1e6
 
 
 def ratio(pairs: Pairs) -> tuple[float, float, float]:
