@@ -66,7 +66,8 @@ def measure(name: str, folder: Path, weights: Path | None) -> dict[str, float]:
 
     Peaks are of this process, not of those that a peer starts to read pictures.
     """
-    extractor = load_extractor("inception", weights=weights, weights_sha256=weights and sha256(weights))
+    digest = None if weights is None else sha256(weights)
+    extractor = load_extractor("inception", weights=weights, weights_sha256=digest)
     statistics, distance = EVALUATORS[name](extractor)
 
     # The network is the same module for all.
