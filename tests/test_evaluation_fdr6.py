@@ -11,7 +11,6 @@ import timm
 import torch
 import torch.distributed as dist
 from called import call_evaluate
-from random_inception import write_random_inception
 from safetensors.torch import save_file
 from test_evaluation_card import card_of, colours, pictures, write_npz
 from test_evaluation_spaces import ODD, filtered, noise
@@ -25,6 +24,7 @@ from vit5gen.evaluation.features import EXTRACTORS
 from vit5gen.evaluation.metrics.frechet_ratio import PUBLISHED, with_denominators
 from vit5gen.evaluation.reference import Reference, open_reference, read_statistics
 from vit5gen.evaluation.samples import open_image_set
+from vit5gen.lab.benchmark.evaluators import write_random_inception
 from vit5gen.registry import missing
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256

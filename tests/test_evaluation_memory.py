@@ -39,7 +39,8 @@ print(peak())
 torch.linalg.eigvalsh = lambda matrix: matrix.clone()[0]
 scores(found, reference, extractor, available(["fid", "sfid", *["fdr6"] * bool(others)], reference, extractor)[0])
 print(peak())
-torch.Tensor.__matmul__ = lambda x, y: torch.zeros(len(x), y.shape[1])
+torch.Tensor.__matmul__ = lambda x, y: torch.zeros(len(x), y.shape[1], dtype=x.dtype)
+torch.matmul = lambda x, y, out: out.zero_()
 scores(found, reference, extractor, available(["pr", "dc"], reference, extractor)[0])
 print(peak())
 scores(found, reference, extractor, available(["fd-infinity"], reference, extractor)[0])
@@ -52,9 +53,9 @@ print(peak())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("others", "most"), [((), 1.5), ((1024, 1024, 1024, 1152, 1024), 2.0)], ids=["FID", "FDr^6"])
+@pytest.mark.parametrize(("others", "most"), [((), 1.3), ((1024, 1024, 1024, 1152, 1024), 2.0)], ids=["FID", "FDr^6"])
 def test_fifty_thousand_features_take_few_gigabytes(others: tuple[int, ...], most: float) -> None:
-    """Counted after the imports: these map 0.9 GB of a CUDA build of torch."""
+    """Counted after the imports: these map 0.85 GB of a CUDA build of torch."""
     run = subprocess.run([sys.executable, "-c", SCRIPT, *map(str, others)], capture_output=True, text=True, check=True)
     peaks = [float(line) for line in run.stdout.split()]
     after = "import, pass over samples, distances, balls, infinity, nearest images"

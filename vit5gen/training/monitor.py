@@ -72,7 +72,9 @@ class Monitor:
         self.bar = tqdm(total=total, initial=trainer.step, unit="step", disable=hidden)
         self._since = time.perf_counter(), trainer.step
         self._start, self._previews = trainer.step, preview_steps(total, config.training.log_every)
-        self._seconds = dict.fromkeys(("training", "held-out encoding", "held-out loss", "previews", "evaluations"), 0.0)
+        self._seconds = dict.fromkeys(
+            ("training", "held-out encoding", "held-out loss", "previews", "evaluations"), 0.0
+        )
         self._saved = trainer.step  # the newest checkpoint that the log tells of
         self._events: dict[str, Any] = {"resumed": trainer.step} if trainer.step else {}
         self._events |= {"changed": folder.changes} if folder.changes else {}

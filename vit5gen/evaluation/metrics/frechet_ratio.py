@@ -1,15 +1,11 @@
 """FDr^6: Frechet distances in six spaces, each in proportion to that of real images."""
 
 from dataclasses import replace
-from itertools import chain
 
-import torch
-from scipy.stats import t as student_t
-from torch import Tensor
+import numpy as np
 
-from vit5gen.evaluation.distances import CONFIDENCE, FrechetReference, jackknife_error
+from vit5gen.evaluation.distances import leave_one_out_distances, with_error
 from vit5gen.evaluation.metric import Extractor, Metric, Reference, Scan, Score, available, register_metric
-from vit5gen.evaluation.statistics import Grouped
 from vit5gen.system.errors import UserError
 
 # Distances of ImageNet's validation images to its training images at 256 x 256, by the names of moments.
@@ -35,11 +31,11 @@ class FrechetRatio(Metric):
 
     def compute(self, scan: Scan, reference: Reference, extractor: Extractor) -> dict[str, Score]:
         denominators = reference.denominators or PUBLISHED
-        distances = torch.stack([_distances(scan.moments[one], reference.moments[one]) for one in denominators])
-        ratios = distances / torch.tensor([*denominators.values()], dtype=torch.float64)[:, None]
-        scores = {"FDr^6": _score(ratios.mean(dim=0)) | {"n": scan.count, "notes": self.notes(reference)}}
+        distances = [leave_one_out_distances(scan.moments[one], reference.moments[one]) for one in denominators]
+        ratios = np.array(distances) / np.array([*denominators.values()])[:, None]
+        scores = {"FDr^6": with_error(ratios.mean(axis=0).tolist(), scan.count) | {"notes": self.notes(reference)}}
         for (space, denominator), distance, ratio in zip(denominators.items(), distances, ratios, strict=True):
-            score = _score(ratio) | {"n": scan.count, "distance": float(distance[0]), "denominator": denominator}
+            score = with_error(ratio.tolist(), scan.count) | {"distance": distance[0], "denominator": denominator}
             scores[f"FDr-{_shown(space)}"] = score
         return scores
 
@@ -64,21 +60,3 @@ def with_denominators(reference: Reference, validation: Reference, extractor: Ex
 
 def _shown(space: str) -> str:
     return "Inception" if space == "pooled" else space
-
-
-def _distances(samples: Grouped, reference: FrechetReference) -> Tensor:
-    """Return the distance of all samples and, where an error can be told, those without each group ``(1 + G,)``."""
-    total, counts = samples.total(), [group.count for group in samples.groups if group.count]
-    told = len(counts) > 1 and total.count - max(counts) > 1
-    parts = chain([total], samples.leave_one_out(total) if told else ())
-    return torch.tensor([reference.distance(part.mean, part.covariance) for part in parts], dtype=torch.float64)
-
-
-def _score(values: Tensor) -> Score:
-    """Return the first value with the jackknife error that the others, without each group, give."""
-    value, *rest = values.tolist()
-    if not rest:
-        return {"value": value, "standard_error": None, "interval": None}
-    error = jackknife_error(rest)
-    margin = error * float(student_t.ppf((1 + CONFIDENCE) / 2, len(rest) - 1))
-    return {"value": value, "standard_error": error, "interval": [value - margin, value + margin]}

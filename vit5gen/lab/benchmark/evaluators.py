@@ -21,7 +21,8 @@ from vit5gen.evaluation import Extractor, Features, FrechetReference, load_extra
 from vit5gen.evaluation.extractors.inception import missing_weights
 from vit5gen.evaluation.reference import scan
 from vit5gen.evaluation.samples import open_folder
-from vit5gen.lab.benchmark.engine import Row, Setting, fresh, peak_of, row, seconds
+from vit5gen.lab.benchmark.engine import Row, Setting, fresh, row, seconds
+from vit5gen.lab.benchmark.peak_memory import peak_of
 from vit5gen.system.cpu import cores
 from vit5gen.system.files import sha256
 

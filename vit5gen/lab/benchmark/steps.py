@@ -23,20 +23,8 @@ from torch import nn
 from vit5gen.config import Config
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
-from vit5gen.lab.benchmark.engine import (
-    FULL,
-    QUICK,
-    Pairs,
-    Row,
-    Setting,
-    Sizes,
-    fresh,
-    peak_of,
-    race,
-    ratio,
-    row,
-    seconds,
-)
+from vit5gen.lab.benchmark.engine import FULL, QUICK, Pairs, Row, Setting, Sizes, fresh, race, ratio, row, seconds
+from vit5gen.lab.benchmark.peak_memory import peak_of
 from vit5gen.lab.benchmark.peers import SIT, check_equal, load, running
 from vit5gen.models import load_sit
 from vit5gen.models.transformer import SIZES
