@@ -1,4 +1,4 @@
-"""A Gaussian mixture carried along a flow: its exact marginals, velocity, score and noise, in float64."""
+"""A Gaussian mixture carried along a flow: its exact marginals, velocity, score, noise and data, in float64."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Mixture:
         return torch.logsumexp(normal + self.weights.log(), dim=1)
 
     def predict(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return the exact velocity, score or noise, whichever the flow's network predicts; ``t`` (B,)."""
+        """Return the exact velocity, score, noise or data, whichever the flow's network predicts; ``t`` (B,)."""
         c = self.flow.coefficients(t[:1] if (t == t[0]).all() else t)
         alpha, d_alpha, sigma, d_sigma = (value[:, None] for value in c)
         variance = alpha**2 * self.variances + sigma**2
@@ -61,7 +61,7 @@ class Mixture:
         if self.flow.prediction == "score":
             return -(share * whitened).sum(1)
         data = (share * (self.means + (alpha * self.variances)[..., None] * whitened)).sum(1)
-        return d_alpha * data + d_sigma * noise
+        return data if self.flow.prediction == "data" else d_alpha * data + d_sigma * noise
 
 
 class CountingModel:

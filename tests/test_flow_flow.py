@@ -54,14 +54,14 @@ def test_sigma_of_vp_keeps_its_digits_near_data(path: str) -> None:
         assert Flow(path).coefficients(t).sigma.item() == pytest.approx(series, rel=1e-12)
 
 
-@pytest.mark.parametrize("prediction", ["velocity", "score", "noise"])
+@pytest.mark.parametrize("prediction", ["velocity", "score", "noise", "data"])
 @pytest.mark.parametrize("path", PATHS)
 def test_any_prediction_gives_every_quantity(path: str, prediction: str) -> None:
     flow, x0, x1 = Flow(path, prediction), normal(5, 2, 3, seed=1), normal(5, 2, 3, seed=2)
     t = torch.tensor([0.1, 0.35, 0.5, 0.8, 0.97], dtype=torch.float64)
     x, velocity = flow.interpolate(x0, x1, t)
     truth = {"x0": x0, "x1": x1, "velocity": velocity, "score": -x0 / flow.coefficients(t).sigma.reshape(-1, 1, 1)}
-    given = truth["x0" if prediction == "noise" else prediction]
+    given = truth[{"noise": "x0", "data": "x1"}.get(prediction, prediction)]
     for target in TARGETS:
         torch.testing.assert_close(flow.convert(given, x, t, target), truth[target], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(flow.convert(given[2:3], x[2:3], 0.5, target), truth[target][2:3])
@@ -93,6 +93,25 @@ def test_the_velocity_weight_makes_every_loss_that_of_the_velocity(path: str) ->
         torch.testing.assert_close(flow.loss(lambda x, t: guess, x1, x0, t), expected)
 
 
+def test_the_loss_of_data_is_that_of_the_velocity_with_the_published_clamp() -> None:
+    x0, x1, guess = normal(4, 3, seed=1), normal(4, 3, seed=2), normal(4, 3, seed=3)
+    t = torch.tensor([0.0, 0.4, 0.97, 1.0], dtype=torch.float64)
+    flow = Flow("linear", "data", direction_weight=0.0)
+    assert flow.interval(training=True) == (0, 1)
+    # JiT's published code: prediction and target are divided by the same clamped 1 - t.
+    x, share = flow.interpolate(x0, x1, t)[0], (1 - t).clamp(min=0.05)[:, None]
+    expected = ((guess - x) / share - (x1 - x) / share).square().mean(1)
+    torch.testing.assert_close(flow.loss(lambda x, t: guess, x1, x0, t), expected)
+    # On every path it is the loss of the velocity up to the clamp, and the direction's loss is finite at the end, too.
+    for path in PATHS:
+        flow, turned, early = Flow(path, "data"), Flow(path, "data", direction_weight=0.5), t[:2] + 0.1
+        x, velocity = flow.interpolate(x0[:2], x1[:2], early)
+        expected = (flow.convert(guess[:2], x, early, "velocity") - velocity).square().mean(1)
+        torch.testing.assert_close(flow.loss(lambda x, t: guess[:2], x1[:2], x0[:2], early), expected)
+        assert turned.loss(lambda x, t: guess, x1, x0, t).isfinite().all()
+        assert flow.loss(lambda x, t: x1, x1, x0, t).abs().max() < 1e-12
+
+
 def test_loss_with_everything_given_is_pure_and_has_the_weights_it_names() -> None:
     x0, x1, t = normal(3, 2, 4, 4, seed=1), normal(3, 2, 4, 4, seed=2), torch.tensor([0.2, 0.5, 0.9]).double()
     flow, seen = Flow("Linear", "Noise", "Likelihood"), []
@@ -122,6 +141,9 @@ def test_intervals_are_the_published_ones() -> None:
     assert Flow().interval() == Flow("gvp").interval(training=True) == (0, 1)
     assert Flow("linear", "score").interval() == Flow("gvp", "noise").interval(training=True) == (1e-3, 1 - 1e-3)
     assert Flow("vp").interval() == (0, 1 - 1e-3)
+    assert Flow("gvp", "data").interval() == Flow("linear", "data").reversed_interval() == (0, 1 - 1e-3)
+    assert Flow("vp", "data").reversed_interval() == (0, 1 - 1e-3)
+    assert Flow("linear", "data").sde_interval("sigma", 0.04, True) == (0, 0.96)
     assert Flow("vp", "noise").interval(training=True) == (0, 1 - 1e-5)
     assert Flow().sde_interval("sigma", 0.04, True) == (0, 0.96)
     assert Flow().sde_interval("SBDM", 0.04, True) == (1e-3, 0.96)
@@ -175,7 +197,7 @@ def test_bad_input() -> None:
         lambda: Flow().interpolate(x1[:1], x1, torch.rand(3)),
         lambda: Flow().velocity(lambda x, t: x, x1, torch.rand(2)),
         lambda: Flow("gvp", "noise").score(lambda x, t: x, x1, torch.rand(3, 1)),
-        lambda: Flow().convert(x1, x1, 0.5, "data"),
+        lambda: Flow().convert(x1, x1, 0.5, "image"),
     ):
         with pytest.raises(UserError, match="expected"):
             build()
@@ -186,7 +208,7 @@ def test_bad_input() -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("prediction", ["velocity", "score", "noise"])
+@pytest.mark.parametrize("prediction", ["velocity", "score", "noise", "data"])
 def test_states_may_be_one_number_a_sample(path: str, prediction: str) -> None:
     x1, x0, t = normal(5), normal(5, seed=1), torch.linspace(0.2, 0.9, 5, dtype=torch.float64)
     flow = Flow(path, prediction, "velocity", direction_weight=0.5)

@@ -91,7 +91,7 @@ def test_a_scale_of_one_is_unguided_bit_for_bit(batch: tuple[Tensor, Tensor, Ten
     assert torch.equal(plain, sample_ode(Flow(), GuidedModel(model, y, 1.0, weak_model=weak), x, 5, method))
 
 
-@pytest.mark.parametrize("prediction", ["score", "noise"])
+@pytest.mark.parametrize("prediction", ["score", "noise", "data"])
 def test_guiding_a_prediction_is_guiding_its_velocity(batch: tuple[Tensor, Tensor, Tensor], prediction: str) -> None:
     x, _, y = batch
     flow = Flow("gvp", prediction)

@@ -113,7 +113,7 @@ def test_an_sde_sample_does_not_know_its_neighbours(method: str, path: str, diff
         assert all(torch.equal(batch[i : i + 1], solve(range(i, i + 1), last_step)) for i in (0, 3, 6))
 
 
-@pytest.mark.parametrize("prediction", ["velocity", "score", "noise"])
+@pytest.mark.parametrize("prediction", ["velocity", "score", "noise", "data"])
 @pytest.mark.parametrize("path", ["Linear", "GVP", "VP"])
 def test_sdes_are_finite_everywhere(path: str, prediction: str) -> None:
     flow, x0 = Flow(path, prediction), normal(2, 3)
@@ -162,7 +162,7 @@ def test_noise_may_come_from_one_generator_from_many_or_from_a_sequence() -> Non
     assert not torch.equal(*fresh)
 
 
-@pytest.mark.parametrize("prediction", ["velocity", "score"])
+@pytest.mark.parametrize("prediction", ["velocity", "score", "data"])
 @pytest.mark.parametrize("path", ["linear", "gvp", "vp"])
 def test_there_and_back_again(path: str, prediction: str) -> None:
     flow = Flow(path, prediction)

@@ -144,7 +144,7 @@ def test_equals_a_plain_euler_loop_with_guided_channels(pipe: SiTPipeline) -> No
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.names())
-@pytest.mark.parametrize("prediction", ["velocity", "noise"])
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "data"])
 def test_equals_the_flows_own_solver(pipe: SiTPipeline, sampler: str, prediction: str) -> None:
     pipe.scheduler = SiTScheduler(prediction=prediction)
     result = pipe(1, num_inference_steps=5, sampler=sampler, output_type="latent", generator=seed()).images
@@ -178,7 +178,7 @@ def test_diffusers_euler_equals_ours(pipe: SiTPipeline, steps: int) -> None:
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("prediction", ["score", "noise"])
+@pytest.mark.parametrize("prediction", ["score", "noise", "data"])
 def test_a_foreign_scheduler_gets_the_velocity_of_any_prediction(prediction: str) -> None:
     pipe = SiTPipeline(tiny_transformer(), SiTScheduler(prediction=prediction))
     pipe.set_progress_bar_config(disable=True)

@@ -71,7 +71,9 @@ class FlowConfig(Section):
     """The path from noise to data, what the network predicts and how training draws the time."""
 
     path: Literal["linear", "gvp", "vp"] = Field("linear", description="interpolant between noise and data")
-    prediction: Literal["velocity", "score", "noise"] = Field("velocity", description="what the network predicts")
+    prediction: Literal["velocity", "score", "noise", "data"] = Field(
+        "velocity", description="what the network predicts"
+    )
     loss_weight: Literal["velocity", "likelihood"] | None = Field(None, description="weight of the loss over time")
     time_distribution: Literal["uniform", "logit_normal"] = Field("uniform", description="how training draws t")
     logit_mean: Float = Field(0.0, description="mean of logit(t) for logit_normal")

@@ -28,6 +28,7 @@ DIFFUSIONS = ("constant", "sbdm", "sigma", "linear", "decreasing", "increasing-d
 TIME_DISTRIBUTIONS: tuple[str, ...] = get_args(FlowConfig.model_fields["time_distribution"].annotation)
 EPS = 1e-3  # how far sampling stays from an end of [0, 1] at which a coefficient is infinite
 _VP_TRAINING_EPS = 1e-5
+_LAST_DATA_TIME = 1 - 0.05  # from here on the loss of data is weighted as here
 
 
 class NonFiniteError(UserError, FloatingPointError):
@@ -49,9 +50,12 @@ def rows(x: Tensor) -> Tensor:
 class Flow:
     """A path, what the network predicts on it, and how its error is weighted; names ignore case.
 
-    path: linear | gvp | vp.  prediction: velocity | score | noise.
+    path: linear | gvp | vp.  prediction: velocity | score | noise | data (x1).
     loss_weight: None | velocity | likelihood, as in SiT's code for noise and score: ``velocity`` makes the loss that of
     the implied velocity, ``likelihood`` weighs it by SBDM's D over sigma^2. A velocity's loss is never reweighed.
+    The loss of data is that of the implied velocity too, on the linear path ``|x - x1|^2 / max(1 - t, 0.05)^2``, in
+    which prediction and target share the clamp, as in JiT (arXiv 2511.13720, table 1 and its code). Only the loss is
+    clamped: a solver stops `EPS` before 1 and ends with an Euler step, which lands on the predicted data.
     direction_weight: adds this much of ``1 - cos(velocity, target)`` over channels (FasterDiT, arXiv 2410.10356;
     LightningDiT, arXiv 2501.01423). Raises `UserError` for unknown names.
     """
@@ -87,14 +91,19 @@ class Flow:
         """Return the times on which training, or an ODE solver, is free of infinite coefficients."""
         if self.path == "vp":
             return 0.0, 1 - (_VP_TRAINING_EPS if training else EPS)
+        if self.prediction == "data":
+            return 0.0, 1.0 if training else 1 - EPS
         return (0.0, 1.0) if self.prediction == "velocity" else (EPS, 1 - EPS)
 
     def reversed_interval(self) -> tuple[float, float]:
         """Return the times, in increasing order, of an ODE from data to noise: ``1 - t`` of `interval`, as published.
 
-        On vp they are not those of `interval`, and 1 gives way to the last time that training has seen.
+        On vp they are not those of `interval`, and 1 gives way to the last time that training has seen. Those of data
+        are the same either way: near 1 the error of a network that predicts it would be divided by next to nothing.
         """
         start, end = self.interval()
+        if self.prediction == "data":
+            return start, end
         return 1 - end, min(1 - start, self.interval(training=True)[1])
 
     def sde_interval(self, diffusion: str, last_step_size: float, evaluates_end: bool) -> tuple[float, float]:
@@ -141,17 +150,19 @@ class Flow:
         return alpha * x1 + sigma * x0, d_alpha * x1 + d_sigma * x0
 
     def convert(self, prediction: Tensor, x: Tensor, t: Time, target: str) -> Tensor:
-        """Turn the network's prediction at ``(x, t)`` into ``target``: x0 (or noise), x1, velocity or score.
+        """Turn the network's prediction at ``(x, t)`` into ``target``: x0 (noise), x1 (data), velocity or score.
 
         With x it fixes x1 and x0: ``target = p prediction + q x``, and (p, q) solves one 2x2 system (Cramer). The score
-        is ``-x0/sigma``, taken out of the system so that a score or noise network is exact at sigma = 0.
+        is ``-x0/sigma``, taken out of the system so that a score or noise network is exact at sigma = 0. What data
+        imply is infinite there.
         """
-        target = "noise" if target == "x0" else lower_choice("target", target, (*PREDICTIONS, "x1"))
+        target = lower_choice("target", target, (*PREDICTIONS, "x0", "x1"))
+        target = {"x0": "noise", "x1": "data"}.get(target, target)
         if target == self.prediction:
             return prediction
         c = self.coefficients(t)
         one, zero = torch.ones_like(c.alpha), torch.zeros_like(c.alpha)
-        rows = {"velocity": (c.d_alpha, c.d_sigma), "x1": (one, zero), "noise": (zero, one), "score": (zero, one)}
+        rows = {"velocity": (c.d_alpha, c.d_sigma), "data": (one, zero), "noise": (zero, one), "score": (zero, one)}
         (r1, r0), (g1, g0) = rows[self.prediction], rows[target]
         determinant = r1 * c.sigma - r0 * c.alpha
         p, q = (g1 * c.sigma - g0 * c.alpha) / determinant, (r1 * g0 - r0 * g1) / determinant
@@ -209,6 +220,11 @@ class Flow:
         """
         if self.prediction == "velocity":
             error = prediction - velocity
+        elif self.prediction == "data":
+            x1 = Flow(self.path).convert(velocity, x_t, t, "x1")
+            t = t.clamp(max=_LAST_DATA_TIME)
+            c = self.coefficients(t)
+            error = _like(c.d_alpha - c.d_sigma * c.alpha / c.sigma, x_t) * (prediction - x1)
         else:
             c = self.coefficients(t)
             error = prediction - x0 if self.prediction == "noise" else _like(c.sigma, x_t) * prediction + x0

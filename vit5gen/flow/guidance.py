@@ -24,9 +24,9 @@ class GuidedModel:
     interval: the t, ends included, at which a sample is guided (arXiv 2404.07724).
     channels: guide only this many first ones (3 reproduces the published DiT and SiT tables).
     Where nothing is guided (both scales 1, or every t outside the interval) it is one plain forward of ``model``.
-    Velocity, score and noise are affine in each other with weights that c, u and w share, so guiding any of them is
-    the same. ``rows`` counts what the networks have evaluated. Raises `UserError` on scales that are not finite and bad
-    intervals, channels or labels.
+    Velocity, score, noise and data are affine in each other with weights that c, u and w share, so guiding any of them
+    is the same. ``rows`` counts what the networks have evaluated. Raises `UserError` on scales that are not finite and
+    bad intervals, channels or labels.
     """
 
     takes_one_time = True

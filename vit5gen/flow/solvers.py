@@ -71,9 +71,12 @@ FIXED_METHODS = {"euler": _euler, "heun": _heun, "midpoint": _midpoint, "rk4": _
 ODE_METHODS = (*FIXED_METHODS, "dopri5")
 
 
-def integrate(field: Field, x: Tensor, grid: list[float], method: str, rtol: float, atol: float) -> Steps:
+def integrate(
+    field: Field, x: Tensor, grid: list[float], method: str, rtol: float, atol: float, last_is_euler: bool = False
+) -> Steps:
     """Yield ``(i, t, x)`` after every step of ``dx/dt = field(x, t)`` along ``grid``, which may run either way.
 
+    last_is_euler: never evaluate at the end of the grid.
     A state that is sent takes the place of the one yielded. dopri5 uses only the ends of the grid, yields the time of
     the slowest sample, and takes no other state.
     """
@@ -82,12 +85,13 @@ def integrate(field: Field, x: Tensor, grid: list[float], method: str, rtol: flo
         if not all(math.isfinite(tolerance) and tolerance > 0 for tolerance in (rtol, atol)):
             raise UserError(f"rtol, atol: {rtol!r}, {atol!r}; expected finite numbers above 0.")
         return _watch(dopri5_steps(torch.no_grad()(field), x, grid[0], grid[-1], rtol, atol))
-    return _watch(_fixed_steps(field, x, grid, method))
+    methods = [method] * (len(grid) - 2) + ["euler" if last_is_euler else method]
+    return _watch(_fixed_steps(field, x, grid, methods))
 
 
-def _fixed_steps(field: Field, x: Tensor, grid: list[float], method: str) -> Steps:
+def _fixed_steps(field: Field, x: Tensor, grid: list[float], methods: list[str]) -> Steps:
     past: Past = []
-    for i, (t, end) in enumerate(pairwise(grid)):
+    for i, (method, (t, end)) in enumerate(zip(methods, pairwise(grid), strict=True)):
         with torch.no_grad():
             x = FIXED_METHODS[method](field, x, t, end, past)
         x = yield from offer(i, end, x)
@@ -157,6 +161,7 @@ def ode_steps(
     t_span: ``(start, end)``, by default what the flow bears; ``shift`` warps the grid.
     reverse: from data to noise, along the same grid backwards (its t_span may be given either way round; its default
     is `Flow.reversed_interval`). A state that is sent takes the place of the one yielded, but for dopri5.
+    Where the network predicts data, the last step to them is Euler's (see `Flow`), unless t_span is given.
     Raises `UserError` on bad values.
     """
     start, end = t_span or (flow.reversed_interval() if reverse else flow.interval())
@@ -164,7 +169,8 @@ def ode_steps(
         start, end = min(start, end), max(start, end)
     grid = time_grid(num_steps, start, end, shift)
     field = partial(flow.velocity, model_fn)
-    return integrate(field, x0.detach(), grid[::-1] if reverse else grid, method, rtol, atol)
+    lands = flow.prediction == "data" and t_span is None and not reverse
+    return integrate(field, x0.detach(), grid[::-1] if reverse else grid, method, rtol, atol, lands)
 
 
 sample_ode = _exhausting(ode_steps, "sample_ode")
