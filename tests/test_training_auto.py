@@ -13,12 +13,14 @@ from torch._inductor import cpp_builder
 from vit5gen.config import Config, load_config
 from vit5gen.data.images import open_images
 from vit5gen.evaluation import load_extractor
+from vit5gen.flow import draw_timesteps
 from vit5gen.section import validate
 from vit5gen.system import cpu
 from vit5gen.system.errors import UserError
 from vit5gen.system.precision import find_compiler_fault
-from vit5gen.training import build
-from vit5gen.training.build import settle_auto
+from vit5gen.training import build, loop
+from vit5gen.training.build import check_values, settle_auto
+from vit5gen.training.dry_run import TRIAL_STEPS, plan
 from vit5gen.training.reference_moments import _recall, build_reference
 
 AUTO = {"precision": "auto", "compile": "auto"}
@@ -50,6 +52,46 @@ def test_auto_is_what_the_cpu_is_fast_at(
     if not compiler:
         with pytest.raises(UserError, match=r"training\.compile: no compiler for cpu"):
             settled({"precision": "bf16", "compile": True}, **AUTO)
+
+
+@pytest.mark.parametrize(
+    ("channels", "resolution", "downsample", "shift"),
+    [(768, 256, 16, 48**0.5), (4, 256, 8, 1.0), (3, 32, 1, 0.75**0.5)],
+)
+def test_an_auto_shift_follows_the_size_of_the_latents(
+    channels: int, resolution: int, downsample: int, shift: float
+) -> None:
+    data, vae = {"resolution": resolution}, {"latent_channels": channels, "downsample": downsample}
+    values = {"model": {"preset": "S/2"}, "data": data, "vae": vae, "flow": {"time_shift": "auto"}}
+    assert validate(Config, values, "test").time_shift == pytest.approx(shift, rel=1e-12)
+    assert validate(Config, values | {"flow": {"time_shift": 2.5}}, "test").time_shift == 2.5
+    with pytest.raises(UserError, match=r"flow\.time_shift.*greater than 0"):
+        validate(Config, values | {"flow": {"time_shift": 0.0}}, "test")
+
+
+def test_a_step_of_training_draws_its_times_with_an_auto_shift(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shifts, config = [], load_config(make_inputs(tmp_path), {"flow.time_shift": "auto"})
+
+    def draw(*args: object) -> torch.Tensor:
+        shifts.append(args[5])
+        return draw_timesteps(*args)
+
+    monkeypatch.setattr(loop, "draw_timesteps", draw)
+    assert plan(config, None, "auto", False) == 0
+    assert shifts == [0.25] * TRIAL_STEPS  # 4x8x8 latents
+    assert "images/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("patch_size", "channels", "noted"), [(1, 40, True), (1, 32, False), (2, 40, False)])
+def test_a_model_narrower_than_its_latents_is_noted(
+    patch_size: int, channels: int, noted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 1, "patch_size": patch_size}
+    values = {"model": sizes, "data": {"source": "emoji", "resolution": 32}, "vae": {"latent_channels": channels}}
+    check_values(validate(Config, values, "test"))
+    assert ("hidden_size = 32 is below the 40 channels" in capsys.readouterr().out) == noted
 
 
 def test_a_compiler_is_what_torch_finds_with_the_headers_of_python(

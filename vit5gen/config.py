@@ -4,6 +4,7 @@ A configuration is a YAML file of the sections below. Each key is also an option
 (``--section.key value``). Unknown keys, wrong types and values out of range are errors of one line.
 """
 
+import math
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +43,7 @@ from vit5gen.system.errors import UserError, nearest, short
 
 ASSUMED_CLASSES = 1000
 _SEED = 0
+_UNSHIFTED = 4096  # values of a latent: of as many `flow.time_shift: auto` is 1
 _HELD_OUT = "test"  # split
 _MOST_VALUES = 10**5  # of one file
 
@@ -78,7 +80,9 @@ class FlowConfig(Section):
     time_distribution: Literal["uniform", "logit_normal"] = Field("uniform", description="how training draws t")
     logit_mean: Float = Field(0.0, description="mean of logit(t) for logit_normal")
     logit_std: Positive = Field(1.0, description="standard deviation of logit(t) for logit_normal")
-    time_shift: Positive = Field(1.0, description="shift of t towards noise; 1 = none")
+    time_shift: Positive | Literal["auto"] = Field(
+        1.0, description="shift of t towards noise; 1 = none, auto: sqrt(values of a latent / 4096)"
+    )
     stratified: bool = Field(False, description="draw one t from each of global_batch_size equal intervals")
     direction_weight: NonNegative = Field(0.0, description="weight of the cosine loss of the velocity's direction")
 
@@ -322,6 +326,12 @@ class Config(Section):
                 f"{self.vae.downsample}; choose e.g. {max(side, 1) * self.vae.downsample}"
             )
         return self.vae.latent_channels, side, side
+
+    @property
+    def time_shift(self) -> float:
+        """The shift of t towards noise; ``auto`` grows with the latents as in RAE (arXiv 2510.11690, section 4)."""
+        shift = self.flow.time_shift
+        return math.sqrt(math.prod(self.latent_shape) / _UNSHIFTED) if shift == "auto" else shift
 
 
 class AutoencoderTraining(Section):

@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 
 from vit5gen.config import FlowConfig
 from vit5gen.flow.paths import PATHS, Coefficients
-from vit5gen.flow.times import shift_time
+from vit5gen.flow.times import SHIFT, shift_time
 from vit5gen.system.errors import UserError, choose
 
 ModelFn = Callable[[Tensor, Tensor], Any]
@@ -257,7 +257,7 @@ def draw_timesteps(
     time_distribution: str = _DEFAULTS.time_distribution,
     logit_mean: float = _DEFAULTS.logit_mean,
     logit_std: float = _DEFAULTS.logit_std,
-    time_shift: float = _DEFAULTS.time_shift,
+    time_shift: float = SHIFT,
     stratum: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """Map given uniforms (B,) in [0, 1) to times (B,) on the flow's training interval; pure.

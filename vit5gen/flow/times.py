@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vit5gen.system.errors import UserError
 
-SHIFT = 1.0  # of a solver's times: none
+SHIFT = 1.0  # of times: none
 
 
 def shift_time(u: Any, shift: float) -> Any:

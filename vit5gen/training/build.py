@@ -32,6 +32,10 @@ def check_values(config: Config) -> None:
             model = build_model(config)
             choose_trainable(model, config.training)
             build_objectives(config.training, model, build_flow(config))
+        if model.config.patch_size == 1 and (width := model.config.hidden_size) < channels:
+            found = f"model.hidden_size = {width} is below the {channels} channels of a latent"
+            effect = f"at patch size 1 so narrow a model learns poorly (arXiv 2510.11690); {channels} or more is better"
+            processes().print(f"note: {found}: {effect}")
     choose("sampling.sampler", sampling.sampler, SAMPLERS.names())
     if fault := sampling.idle_limit():  # not refused: runs of earlier versions may have it
         processes().print(f"note: sampling.{fault}")

@@ -79,7 +79,7 @@ def train_step(
             batch = next(batches)
 
             # A time for every sample, and its point on the way from noise to data.
-            draws = (section.time_distribution, section.logit_mean, section.logit_std, section.time_shift)
+            draws = (section.time_distribution, section.logit_mean, section.logit_std, config.time_shift)
             stratum = (batch.position, settings.global_batch_size) if section.stratified else None
             t = draw_timesteps(learner.flow, batch.uniform, *draws, stratum).to(batch.x1)
             x_t, velocity = learner.flow.interpolate(batch.x0, batch.x1, t)
