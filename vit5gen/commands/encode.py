@@ -6,15 +6,26 @@ from vit5gen.commands.options import ConfigOptions, Utf8Path, argument
 
 
 class EncodeOptions(ConfigOptions):
-    """Encode images once to latent shards."""
+    """Encode images once to latent shards.
+
+    With --from no image is encoded: the latents of another program become shards.
+    """
 
     unused: ClassVar = ("model", "flow", "training", "sampling", "evaluation", "data.latents", "data.from_images")
 
     output: Utf8Path = argument(..., "FOLDER", "folder of the shards and their manifest")
+    ready: str | None = argument(
+        None, "FOLDER", "LightningDiT's latents, or latents.npy and labels.npy, of this vae", option="--from"
+    )
 
 
 def run(options: EncodeOptions) -> None:
-    """Encode the images of a configuration."""
-    from vit5gen.data.encoding import encode_images
+    """Encode the images of a configuration, or take latents that are ready."""
+    if options.ready is not None:
+        from vit5gen.data.ready_latents import import_latents
 
-    encode_images(options.load(), options.output)
+        import_latents(options.load(), options.ready, options.output)
+    else:
+        from vit5gen.data.encoding import encode_images
+
+        encode_images(options.load(), options.output)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from math import prod
@@ -35,14 +35,22 @@ from vit5gen.system.errors import UserError, short
 from vit5gen.system.files import atomic, cache_folder, locked_file, read_json, sha256, write_json
 
 SHARD_SIZE = 4096  # images
+MakeShard = Callable[[ImageSet, AutoencoderKL, Config, tqdm], tuple[dict[str, torch.Tensor], list[str]]]
 
 
-def encode_dataset(images: ImageSet, vae: AutoencoderKL, folder: str | Path, config: Config) -> None:
+def encode_dataset(
+    images: ImageSet,
+    vae: AutoencoderKL,
+    folder: str | Path,
+    config: Config,
+    make_shard: MakeShard | None = None,
+) -> None:
     """Encode images and, with `data.horizontal_flip`, their mirror images into shards with a manifest.
 
     A shard holds ``mean`` and ``std`` (n, F, C, h, w) in `data.shard_dtype`, scaled as the transformer sees them, with
     F = 2 (original, mirrored) or 1, and ``labels`` (n,) int64. Process i of n writes shards i, i + n, ...; each appears
     whole or not at all. A second call keeps shards whose checksum is right, makes the others and ends the manifest.
+    make_shard: does what `encode_shard`, the default, does.
     Raises `UserError` when the folder has other latents, the disk is too small, an image is broken and
     `data.on_broken_image` is ``"fail"``, or has latents that are not finite in the shard's type.
     """
@@ -68,7 +76,7 @@ def encode_dataset(images: ImageSet, vae: AutoencoderKL, folder: str | Path, con
     silent = not (todo and state.is_main_process)
     with tqdm(desc="encode", unit="image", total=ours, disable=silent, delay=1) as progress:
         for k in todo:
-            tensors, broken = _encode_shard(images.select(chunks[k]), vae, config, progress)
+            tensors, broken = (make_shard or encode_shard)(images.select(chunks[k]), vae, config, progress)
             records[k] = _write_shard(folder / _shard_name(k), tensors, broken)
     every = {k: record for part in gather_objects(records) for k, record in part.items()}
     shards = [every[k] for k in range(len(chunks))]
@@ -193,7 +201,7 @@ def _decode(images: ImageSet, indices: list[int]) -> tuple[dict[int, tuple[torch
     return good, broken
 
 
-def _encode_shard(
+def encode_shard(
     images: ImageSet, vae: AutoencoderKL, config: Config, progress: tqdm
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Return the tensors of one shard and what is wrong with the images that it leaves out."""
@@ -215,7 +223,7 @@ def _encode_shard(
                 tensors[name].append(exact.to(dtype))
                 for index, latents, kept in zip(good, exact, tensors[name][-1], strict=True):
                     if not all_finite(kept):
-                        raise UserError(f"{images.name(index)}: {_explain_nonfinite(latents, dtype)}")
+                        raise UserError(f"{images.name(index)}: {explain_nonfinite(latents, dtype)}")
             tensors["labels"].append(torch.tensor([label for _, label in good.values()]))
         progress.update(len(good) + len(bad))
     if not tensors["labels"]:
@@ -223,7 +231,7 @@ def _encode_shard(
     return {name: torch.cat(parts) for name, parts in tensors.items()}, broken
 
 
-def _explain_nonfinite(latents: torch.Tensor, dtype: torch.dtype) -> str:
+def explain_nonfinite(latents: torch.Tensor, dtype: torch.dtype) -> str:
     """Return why latents (F, C, h, w) are not finite in ``dtype``, and what to do."""
     if not all_finite(latents):
         return "the autoencoder's latents of this image are not finite; check vae.name and its weights"

@@ -85,8 +85,13 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torc
     """Return mean and standard deviation (B, C, h, w) of the scaled latents of uint8 images (B, 3, H, W)."""
     with torch.autocast(images.device.type, enabled=False), torch.no_grad():
         posterior = vae.encode(images.to(vae.dtype) / 127.5 - 1).latent_dist
+    return normalise(vae, posterior.mean, posterior.std)
+
+
+def normalise(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation (..., C, h, w) of latents as the transformer sees them."""
     scale, shift = latent_scaling(vae)
-    return (posterior.mean - shift) * scale, posterior.std * scale
+    return (mean - shift) * scale, std * scale
 
 
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
