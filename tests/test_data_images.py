@@ -194,8 +194,9 @@ def test_huggingface_folder(tmp_path: Path) -> None:
     table.remove_columns("kind").save_to_disk(tmp_path / "plain")
     with pytest.raises(UserError, match="no column of class labels"):
         open_images(DataConfig(source="huggingface", path=str(tmp_path / "plain"), resolution=8))
+    (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match="no data set can be opened"):
-        open_images(DataConfig(source="huggingface", path=str(tmp_path), resolution=8))
+        open_images(DataConfig(source="huggingface", path=str(tmp_path / "nothing"), resolution=8))
 
 
 def write_idx(path: Path, values: np.ndarray, compress: bool) -> None:
