@@ -101,7 +101,7 @@ class DataConfig(Section):
 
     source: str = Field("folder", description="kind of data set: emoji, fashion-mnist, folder, huggingface or your own")
     source_kwargs: PlugOptions = Field({}, description="options of a data source of your own")
-    path: str | None = Field(None, description="folder of class folders, idx files, or data set name")
+    path: str | None = Field(None, description="folder of class folders, idx files, data set name, or URL")
     split: str = Field("train", description="split to train on")
     resolution: Side = Field(256, description="side of the square images, in pixels")
     classes: list[Name] | None = Field(None, description="use only these classes; default: all")
@@ -115,7 +115,9 @@ class DataConfig(Section):
     exif: Exif = Field("apply", description="whether to rotate photos upright by their EXIF orientation")
     rules: Rules = Field(2, description="version of the rules for which files are images; a resumed run keeps its own")
     on_broken_image: Literal["fail", "skip"] = Field("fail", description="what to do with an undecodable file")
-    latents: str | None = Field(None, description="folder written by `vit5gen encode`; default: encode once to a cache")
+    latents: str | None = Field(
+        None, description="folder written by `vit5gen encode`, or its URL; default: encode once to a cache"
+    )
     from_images: bool = Field(False, description="encode every batch instead of reading latents")
     shard_dtype: Literal["float16", "bfloat16", "float32"] = Field(
         "float16", description="number type of the latent shards"

@@ -30,6 +30,7 @@ from vit5gen.data.latents import (
     read_labels,
     settings_of,
 )
+from vit5gen.data.remote import local_path
 from vit5gen.system.distributed import gather_objects, processes, start_processes
 from vit5gen.system.errors import UserError, short
 from vit5gen.system.files import atomic, cache_folder, locked_file, read_json, sha256, write_json
@@ -87,7 +88,7 @@ def encode_dataset(
 
 def ensure_latents(images: ImageSet, vae: AutoencoderKL, config: Config) -> Path:
     """Return a folder in the cache that holds the latents of these images of `data`, encoding them if need be."""
-    path = None if config.data.path is None else str(Path(config.data.path).expanduser().resolve())
+    path = None if config.data.path is None else str(local_path(config.data.path).resolve())
     settings = settings_of(images, vae, config)
     # What earlier versions did without recording it is not part of the name, so that their latents are found.
     recorded = {key: value for key, value in settings.items() if READ_BEFORE.get(key, ...) != value}

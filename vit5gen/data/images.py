@@ -14,6 +14,7 @@ from PIL import Image
 
 from vit5gen.config import DataConfig
 from vit5gen.data.pictures import UNREADABLE, cut_strip, to_rgb
+from vit5gen.data.remote import COPIED, fetch_folder, is_here, is_url
 from vit5gen.registry import Registry
 from vit5gen.section import Exif, Rules
 from vit5gen.system.errors import UserError, choose, composed, distinct, listed
@@ -76,10 +77,10 @@ class Source:
         self.data, self.path = data, data.path
 
     def need_folder(self, hint: str = "check the path") -> Path:
-        """Return the folder at `path`; raise `UserError` when there is none."""
+        """Return the folder at `path`, copied first from a URL; raise `UserError` when there is none."""
         if self.path is None:
             raise UserError(f"data.path: source {self.data.source!r} needs a folder of class folders; set data.path")
-        if not (folder := Path(self.path).expanduser()).is_dir():
+        if not (folder := fetch_folder(self.path)).is_dir():
             raise UserError(f"data.path {folder}: no such folder; {hint}")
         return folder
 
@@ -87,7 +88,7 @@ class Source:
         """Return `path` with the remedy unless it is a folder; what to set when none is given."""
         if self.path is None:
             return {"data.path": "set data.path to a folder of class folders or the name of a Hugging Face data set"}
-        return {} if Path(self.path).expanduser().is_dir() else {self.path: remedy}
+        return {} if is_here(self.path) else {self.path: COPIED if is_url(self.path) else remedy}
 
     def open(self, split: str) -> ImageSet:
         """Open the images of a split without decoding any; raise `UserError` when they are absent."""

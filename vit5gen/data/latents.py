@@ -14,13 +14,15 @@ from safetensors import safe_open
 from vit5gen.config import DEFAULTS_BEFORE, Config, DataConfig
 from vit5gen.data.autoencoders.kl import downsample, latent_scaling
 from vit5gen.data.images import ImageSet, make_source, open_images, open_training_images
+from vit5gen.data.remote import RemoteFile, discard, fetch, fetch_folder
 from vit5gen.system.distributed import processes, rank_and_world
 from vit5gen.system.errors import UserError, check_whole, distinct, listed, short
-from vit5gen.system.files import read_json, sha256
+from vit5gen.system.files import atomic, read_json, sha256
 
 MANIFEST = "manifest.json"
 # How pixels of files were read, of which manifests of earlier versions do not tell.
 READ_BEFORE = {key: DEFAULTS_BEFORE[f"data.{key}"] for key in ("exif", "rules")}
+_COPY_AGAIN = "it was removed; run the same command again to copy it again"
 _FIXED_BY_VAE = ("vae_sha256", "resolution", "latent_shape", "scaling_factor", "shift_factor")
 
 
@@ -42,8 +44,33 @@ def identity(manifest: dict[str, Any]) -> dict[str, Any]:
 def find_class_names(config: Config) -> list[str]:
     """Return the classes of a run's data by label; raise `UserError` when these are absent, or not `num_classes`."""
     if config.data.latents is not None and not config.data.from_images:
-        return LatentDataset(Path(config.data.latents).expanduser()).class_names
+        return open_latents(config.data.latents).class_names
     return open_training_images(config.data).class_names
+
+
+def fetch_data(data: DataConfig) -> None:
+    """Copy what a run trains on into the cache, if it is at a URL."""
+    if data.latents is not None and not data.from_images:
+        open_latents(data.latents)
+    elif data.path is not None:
+        fetch_folder(data.path)
+
+
+def open_latents(place: str) -> "LatentDataset":
+    """Open the latents in a folder; copy them first from a URL, by the checksums of their manifest."""
+    return LatentDataset(fetch("data.latents", place, _list_shards))
+
+
+def _list_shards(system: Any, root: str, folder: Path) -> list[RemoteFile]:
+    with atomic(folder / MANIFEST) as temporary:
+        system.get_file(f"{root}/{MANIFEST}", str(temporary))
+    shards = read_json(folder / MANIFEST, "latents").get("shards")
+    if shards is None:
+        raise UserError("encoding was interrupted; run `vit5gen encode` again to finish")
+    try:
+        return [RemoteFile(f"{root}/{one['file']}", one["file"], one["bytes"], one["sha256"]) for one in shards]
+    except (LookupError, TypeError) as error:
+        raise UserError(f"{MANIFEST} is not a manifest of latents ({error!r}); encode again") from error
 
 
 def images_beside(data: DataConfig) -> tuple[ImageSet | None, str]:
@@ -97,7 +124,8 @@ class LatentDataset:
         for path, size in sizes.items():
             found = path.stat().st_size if path.is_file() else "none"
             if found != size:
-                raise UserError(f"latents: {path} has {found} of {size} bytes; encode again to fix it")
+                advice = _COPY_AGAIN if discard(path) else "encode again to fix it"
+                raise UserError(f"latents: {path} has {found} of {size} bytes; {advice}")
         if not sum(shard["images"] for shard in shards):
             raise UserError(f"latents {self.folder}: no images; encode again")
         self._open: dict[int, Any] = {}  # shards by number; a process maps one when it first reads there
@@ -132,6 +160,7 @@ class LatentDataset:
         for shard in self.manifest["shards"][rank::world]:
             path, expected = self.folder / shard["file"], [shard["images"], *views]
             if damage := find_shard_damage(path, shard["sha256"]):
+                damage = f"does not match its checksum; {_COPY_AGAIN}" if discard(path) else damage
                 raise UserError(f"latents: {path} {damage}")
             with safe_open(path, framework="pt") as file:
                 found = [file.get_slice(name).get_shape() for name in ("mean", "std", "labels")]

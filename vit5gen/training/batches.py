@@ -16,7 +16,7 @@ from vit5gen.config import Config, TrainingConfig
 from vit5gen.data.autoencoders.kl import encode, load_autoencoder
 from vit5gen.data.encoding import ensure_latents
 from vit5gen.data.images import ImageSet, check_classes, check_num_classes, drop_broken, open_images
-from vit5gen.data.latents import LatentDataset, check_autoencoder, identity, settings_of
+from vit5gen.data.latents import LatentDataset, check_autoencoder, identity, open_latents, settings_of
 from vit5gen.system.distributed import on_main
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.objectives import OBJECTIVES, Batch
@@ -61,7 +61,7 @@ def open_training_data(
     vae = load_autoencoder(config.vae.name).to(accelerator.device)
     source: ImageSet | LatentDataset
     if config.data.latents is not None and not config.data.from_images:
-        source = latents = LatentDataset(Path(config.data.latents).expanduser())
+        source = latents = open_latents(config.data.latents)
         check({"classes": latents.class_names})
         latents.check(config, vae)
         data = identity(latents.manifest)

@@ -17,6 +17,7 @@ from vit5gen.config import ASSUMED_CLASSES, Config, DataConfig
 from vit5gen.data import autoencoders, encoding
 from vit5gen.data.images import Source, make_source, open_training_images
 from vit5gen.data.latents import MANIFEST, check_autoencoder, find_class_names
+from vit5gen.data.remote import COPIED, is_here, is_url, local_path
 from vit5gen.evaluation.features import EXTRACTORS, load_extractor
 from vit5gen.evaluation.metric import METRICS, by_default
 from vit5gen.models.backbone import BACKBONES
@@ -225,8 +226,8 @@ def missing(config: Config) -> dict[str, str]:
     """Return what the run needs and this machine lacks, each with how to get it."""
     data, images, unneeded = config.data, make_source(config.data).missing(), _latents_suffice(config.data)
     absent = {} if unneeded else images
-    if data.latents is not None and not (Path(data.latents).expanduser() / MANIFEST).is_file():
-        absent[data.latents] = f"vit5gen encode CONFIG --output {data.latents}"
+    if data.latents is not None and not _has_latents(data.latents):
+        absent[data.latents] = COPIED if is_url(data.latents) else f"vit5gen encode CONFIG --output {data.latents}"
     absent |= autoencoders.missing(config.vae.name) | initial.missing(config)
     if not (unneeded and images):  # without images there is no distance
         absent |= registry.missing(EXTRACTORS.get(registry.name_and_options(config.evaluation.extractor)[0]))
@@ -237,7 +238,11 @@ def missing(config: Config) -> dict[str, str]:
 
 def _latents_suffice(data: DataConfig) -> bool:
     """Whether a run trains on existing latents and so needs no images."""
-    return data.latents is not None and not data.from_images and (Path(data.latents).expanduser() / MANIFEST).is_file()
+    return data.latents is not None and not data.from_images and _has_latents(data.latents)
+
+
+def _has_latents(place: str) -> bool:
+    return is_here(place) and (local_path(place) / MANIFEST).is_file()
 
 
 def _begin_here(config: Config) -> Config:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vit5gen.config import Config
+from vit5gen.data.latents import fetch_data
 from vit5gen.flow import draw_timesteps
 from vit5gen.system.cpu import fast_products
 from vit5gen.system.distributed import on_main
@@ -123,6 +124,7 @@ def train(config: Config, output: str | Path, resume: str, accept_changes: bool)
     folder = RunFolder(output)
     accelerator = process.make_accelerator(config.training, folder.path)
     check_values(config)
+    fetch_data(config.data)  # here, where processes wait without a time limit
     with ExitStack() as stack:
         # No other process trains in the folder, which says where to start.
         on_main(lambda: stack.enter_context(folder.locked()))

@@ -2,7 +2,6 @@
 
 from functools import partial
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from PIL import Image
 
 from vit5gen.config import DataConfig
 from vit5gen.data.images import ImageSet, Source, centre_crop, decoding, register_source
+from vit5gen.data.remote import fetch_folder
 from vit5gen.section import MOST_CLASSES
 from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError, choose
@@ -42,7 +42,7 @@ class HuggingFaceSource(Source):
             raise UserError(f"data.source 'huggingface' needs the package datasets; {advice}") from error
         if data.path is None:
             raise UserError("data.path: needs the name of a Hugging Face data set or a folder saved by datasets")
-        folder = Path(data.path).expanduser()
+        folder = fetch_folder(data.path)
         saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
         where: dict[str, Any] = {"path": str(folder) if folder.exists() else data.path, "data_files": self.data_files}
         builder = None
