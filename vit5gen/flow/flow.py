@@ -222,7 +222,7 @@ class Flow:
             error = prediction - velocity
         elif self.prediction == "data":
             x1 = Flow(self.path).convert(velocity, x_t, t, "x1")
-            t = t.clamp(max=_LAST_DATA_TIME)
+            t = t.clamp(max=_LAST_DATA_TIME)  # for the direction below, too
             c = self.coefficients(t)
             error = _like(c.d_alpha - c.d_sigma * c.alpha / c.sigma, x_t) * (prediction - x1)
         else:
