@@ -7,15 +7,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from vit5gen.config import DataConfig
-from vit5gen.data.autoencoders.kl import (
-    EMOJI,
-    decode,
-    downsample,
-    encode,
-    load_autoencoder,
-    psnr,
-    to_uint8,
-)
+from vit5gen.data.autoencoders.codec import decode, encode, psnr, sizes_of, to_uint8
+from vit5gen.data.autoencoders.find_autoencoder import EMOJI, load_autoencoder
 from vit5gen.data.images import open_images
 from vit5gen.system.errors import UserError
 
@@ -58,7 +51,7 @@ def test_scaling_in_and_out(scale: float, shift: float | None) -> None:
     torch.testing.assert_close(std, posterior.std * scale)
     torch.testing.assert_close(decoded, vae.decode(posterior.mean).sample.clamp(-1, 1), rtol=1e-4, atol=1e-5)
     assert mean.shape == (2, 4, 4, 4)
-    assert downsample(vae) == 2
+    assert sizes_of(vae) == (4, 2, None)
     assert not decoded.requires_grad
 
 
@@ -83,7 +76,7 @@ def test_names_that_cannot_be_loaded(name: str, monkeypatch: pytest.MonkeyPatch)
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("no\nnetwork")
 
-    monkeypatch.setattr("vit5gen.data.autoencoders.kl.model_info", unreachable)
+    monkeypatch.setattr("vit5gen.data.autoencoders.find_autoencoder.model_info", unreachable)
     with pytest.raises(UserError, match=r"vae\.name .*expected the folder of one") as raised:
         load_autoencoder(name)
     assert "\n" not in str(raised.value)

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vit5gen.config import Config
-from vit5gen.data.autoencoders.kl import encode, load_autoencoder
+from vit5gen.data.autoencoders.codec import encode
+from vit5gen.data.autoencoders.find_autoencoder import load_autoencoder
 from vit5gen.data.images import BrokenImage, ImageSet
 from vit5gen.data.latents import (
     MANIFEST,
@@ -37,7 +38,7 @@ from vit5gen.system.files import atomic, cache_folder, locked_file, read_json, s
 SHARD_SIZE = 4096  # images
 
 
-def encode_dataset(images: ImageSet, vae: AutoencoderKL, folder: str | Path, config: Config) -> None:
+def encode_dataset(images: ImageSet, vae: ModelMixin, folder: str | Path, config: Config) -> None:
     """Encode images and, with `data.horizontal_flip`, their mirror images into shards with a manifest.
 
     A shard holds ``mean`` and ``std`` (n, F, C, h, w) in `data.shard_dtype`, scaled as the transformer sees them, with
@@ -77,7 +78,7 @@ def encode_dataset(images: ImageSet, vae: AutoencoderKL, folder: str | Path, con
     state.wait_for_everyone()
 
 
-def ensure_latents(images: ImageSet, vae: AutoencoderKL, config: Config) -> Path:
+def ensure_latents(images: ImageSet, vae: ModelMixin, config: Config) -> Path:
     """Return a folder in the cache that holds the latents of these images of `data`, encoding them if need be."""
     path = None if config.data.path is None else str(Path(config.data.path).expanduser().resolve())
     settings = settings_of(images, vae, config)
@@ -194,7 +195,7 @@ def _decode(images: ImageSet, indices: list[int]) -> tuple[dict[int, tuple[torch
 
 
 def _encode_shard(
-    images: ImageSet, vae: AutoencoderKL, config: Config, progress: tqdm
+    images: ImageSet, vae: ModelMixin, config: Config, progress: tqdm
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Return the tensors of one shard and what is wrong with the images that it leaves out."""
     data, dtype = config.data, getattr(torch, config.data.shard_dtype)

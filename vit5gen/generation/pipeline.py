@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils.torch_utils import randn_tensor
@@ -22,7 +22,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from vit5gen.config import DrawConfig
-from vit5gen.data.autoencoders.kl import decode, downsample, latent_scaling, to_uint8
+from vit5gen.data.autoencoders.codec import decode, normalization_of, sizes_of, to_uint8
 from vit5gen.flow import Flow, GuidedModel, Steps
 from vit5gen.generation.card import TrainingFacts, model_card
 from vit5gen.generation.labels import Labels, find_class_ids, names_by_id
@@ -103,7 +103,7 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
         self,
         transformer: SiTTransformer2DModel,
         scheduler: SchedulerMixin,
-        vae: AutoencoderKL | None = None,
+        vae: ModelMixin | None = None,
         guide: SiTTransformer2DModel | None = None,
         id2label: dict | None = None,
         attribution: str | None = None,
@@ -112,7 +112,7 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
         for module in filter(None, (transformer, vae, guide)):
             align(module)
         if vae is not None:
-            latent_scaling(vae)  # raises where it is none that `decode` knows
+            normalization_of(vae)  # raises where it is none that `decode` knows
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, guide=guide)
         self.register_to_config(id2label=names_by_id(id2label), **({"attribution": attribution} if attribution else {}))
         self._flow = scheduler.flow if isinstance(scheduler, SiTScheduler) else Flow()
@@ -134,7 +134,7 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
     @property
     def vae_scale_factor(self) -> int:
         """Image pixels along a side of a latent pixel; 1 without an autoencoder."""
-        return 1 if self.vae is None else downsample(self.vae)
+        return 1 if self.vae is None else sizes_of(self.vae).downsample
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -192,7 +192,7 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
         if output_type != "latent" and self.vae is None:
             raise UserError(f"output_type = {output_type!r} needs an autoencoder; set pipe.vae or use 'latent'")
         if self.vae is not None:  # it may have been assigned
-            latent_scaling(self.vae)
+            normalization_of(self.vae)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         for name in callback_on_step_end_tensor_inputs:

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vit5gen.config import Config, TrainingConfig
-from vit5gen.data.autoencoders.kl import encode, load_autoencoder
+from vit5gen.data.autoencoders.codec import encode
+from vit5gen.data.autoencoders.find_autoencoder import load_autoencoder
 from vit5gen.data.encoding import ensure_latents
 from vit5gen.data.images import ImageSet, check_classes, check_num_classes, drop_broken, open_images
 from vit5gen.data.latents import LatentDataset, check_autoencoder, identity, settings_of
@@ -46,7 +47,7 @@ SampleSource = ImageSet | LatentDataset | RandomLatents
 
 def open_training_data(
     config: Config, accelerator: Accelerator, start: Path | None = None, accept_changes: bool = False
-) -> tuple[ImageSet | LatentDataset, AutoencoderKL, dict[str, Any]]:
+) -> tuple[ImageSet | LatentDataset, ModelMixin, dict[str, Any]]:
     """Open what a run trains on, encoding latents first where there are none yet, and its autoencoder.
 
     Returned last is what a checkpoint records of the data: their `identity`, and ``broken``, the number of images left
@@ -95,7 +96,7 @@ def open_training_data(
 
 
 def nonfinite_fault(
-    config: Config, source: ImageSet | LatentDataset, vae: AutoencoderKL, step: int, in_a_row: int, saved: Path
+    config: Config, source: ImageSet | LatentDataset, vae: ModelMixin, step: int, in_a_row: int, saved: Path
 ) -> str:
     """Say what to do about so many steps up to ``step`` that were not finite, after which the state was ``saved``.
 
@@ -150,7 +151,7 @@ def batch_keys(settings: TrainingConfig, first_step: int, rank: int, world: int)
 
 
 def micro_batches(
-    config: Config, source: SampleSource, vae: AutoencoderKL | None, accelerator: Accelerator, first_step: int = 0
+    config: Config, source: SampleSource, vae: ModelMixin | None, accelerator: Accelerator, first_step: int = 0
 ) -> Generator[Batch]:
     """Yield this process's micro-batches (see `TrainingSet`) from ``first_step`` to the last, images encoded."""
     settings, workers, on_gpu = config.training, config.data.num_workers, accelerator.device.type == "cuda"

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 
 from vit5gen import registry
 from vit5gen.config import ASSUMED_CLASSES, Config, DataConfig
-from vit5gen.data import autoencoders, encoding
+from vit5gen.data import encoding
+from vit5gen.data.autoencoders import find_autoencoder
 from vit5gen.data.images import Source, make_source, open_training_images
 from vit5gen.data.latents import MANIFEST, check_autoencoder, find_class_names
 from vit5gen.evaluation.features import EXTRACTORS, load_extractor
@@ -90,7 +91,7 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
         reason = next(iter(images))
         accelerator.print(f"images:   not found ({reason}): evaluations will draw samples without computing a distance")
     if config.vae.name not in absent:
-        check_autoencoder(config, autoencoders.load_autoencoder(config.vae.name))
+        check_autoencoder(config, find_autoencoder.load_autoencoder(config.vae.name))
     if config.data.path is not None and not images:
         open_training_images(config.data)
 
@@ -227,7 +228,7 @@ def missing(config: Config) -> dict[str, str]:
     absent = {} if unneeded else images
     if data.latents is not None and not (Path(data.latents).expanduser() / MANIFEST).is_file():
         absent[data.latents] = f"vit5gen encode CONFIG --output {data.latents}"
-    absent |= autoencoders.missing(config.vae.name) | initial.missing(config)
+    absent |= find_autoencoder.missing(config.vae.name) | initial.missing(config)
     if not (unneeded and images):  # without images there is no distance
         absent |= registry.missing(EXTRACTORS.get(registry.name_and_options(config.evaluation.extractor)[0]))
     for name in config.training.objectives:
@@ -284,7 +285,7 @@ def _trial(config: Config, accelerator: Accelerator, start: Path | None, accept_
 
 
 def seconds_of_step(
-    config: Config, accelerator: Accelerator, trainer: Trainer, source: SampleSource, vae: AutoencoderKL | None = None
+    config: Config, accelerator: Accelerator, trainer: Trainer, source: SampleSource, vae: ModelMixin | None = None
 ) -> float:
     """Train a few steps; return how long the fastest took, on which other jobs on the machine bear least."""
     num_steps = {"num_steps": trainer.step + TRIAL_STEPS}
@@ -297,7 +298,7 @@ def seconds_of_step(
 
 
 def _pace(
-    config: Config, accelerator: Accelerator, trainer: Trainer, source: SampleSource, vae: AutoencoderKL | None = None
+    config: Config, accelerator: Accelerator, trainer: Trainer, source: SampleSource, vae: ModelMixin | None = None
 ) -> str:
     seconds, device = seconds_of_step(config, accelerator, trainer, source, vae), accelerator.device
     speed, used, peak = config.training.global_batch_size / seconds, "", _peak_of_process()

@@ -8,7 +8,8 @@ from safetensors import SafetensorError
 from timm.data import ImageNetInfo
 
 from vit5gen.config import VaeConfig, load_recorded
-from vit5gen.data.autoencoders import load_autoencoder
+from vit5gen.data.autoencoders.codec import sizes_of
+from vit5gen.data.autoencoders.find_autoencoder import load_autoencoder
 from vit5gen.data.sources.folder import imagenet_names
 from vit5gen.generation.card import TrainingFacts
 from vit5gen.generation.lora import Adapter
@@ -109,7 +110,7 @@ def _assemble(
 ) -> SiTPipeline:
     autoencoder = None if vae == "none" else load_autoencoder(vae)
     if autoencoder is not None:
-        found, taken = autoencoder.config.latent_channels, model.config.in_channels
+        found, taken = sizes_of(autoencoder).channels, model.config.in_channels
         if found != taken:
             advice = "set --vae to the autoencoder that the model was trained with, or to 'none'"
             raise UserError(f"vae {vae!r} has {found} latent channels, the model takes {taken}; {advice}")

@@ -12,8 +12,10 @@ from timm.layers import to_2tuple
 from torch import Tensor
 
 from vit5gen.config import Config, ModelConfig, VaeConfig, load_recorded
-from vit5gen.data.autoencoders import kl
-from vit5gen.data.latents import find_class_names
+from vit5gen.data.autoencoders.codec import Normalization, normalization_of
+from vit5gen.data.autoencoders.find_autoencoder import load_autoencoder
+from vit5gen.data.autoencoders.find_autoencoder import missing as missing_autoencoder
+from vit5gen.data.latents import find_class_names, recorded_normalization
 from vit5gen.generation.card import pipeline_hash
 from vit5gen.generation.find_pipeline import find_pipeline, load_pipeline
 from vit5gen.generation.labels import ids_called, names_by_id
@@ -25,7 +27,7 @@ from vit5gen.models.transformer import PRESETS
 from vit5gen.models.weights import fit_channels
 from vit5gen.section import validate
 from vit5gen.system.distributed import processes
-from vit5gen.system.errors import UserError, choose, listed
+from vit5gen.system.errors import UserError, choose, listed, short
 from vit5gen.system.files import read_json, sha256
 from vit5gen.system.shipped import shipped_names
 from vit5gen.training.build import build_model, check_values
@@ -42,13 +44,13 @@ _opened: dict[str, "Origin"] = {}  # by hash: what `begin_from` has read, for wh
 class Origin:
     """What a run begins with: a pipeline without its autoencoder, and the SHA-256 of its weights.
 
-    vae: name of the autoencoder.  scaling: scale and shift of its latents, None where nothing tells.
+    vae: name of the autoencoder.  normalization: of its latents, None where nothing tells.
     """
 
     pipe: SiTPipeline
     digest: str
     vae: str
-    scaling: tuple[float, ...] | None = None
+    normalization: Normalization | None = None
 
 
 def open_origin(name: str, weights: str | None = None, num_attention_heads: int | None = None) -> Origin:
@@ -62,11 +64,11 @@ def open_origin(name: str, weights: str | None = None, num_attention_heads: int 
         if steps(path / "checkpoints") or ((path / CONFIG).is_file() and find_pipeline(path) is None):
             pipe, folder, chosen, _ = pipeline_of_run(path, "none", weights)
             config = load_recorded(folder / CONFIG)
-            scaling = tuple(map(float, read_state(folder).get("data", {}).get("autoencoder", "").split()[1:]))
+            known = recorded_normalization(read_state(folder).get("data", {}))
             digest = sha256(folder / f"{chosen}.safetensors")
             if config.training.trainable != "all" and chosen != "model":  # an average holds what is trained
                 digest = hashlib.sha256(f"{sha256(folder / 'model.safetensors')} {digest}".encode()).hexdigest()
-            return Origin(pipe, digest, config.vae.name, scaling or None)
+            return Origin(pipe, digest, config.vae.name, known)
         if weights is not None:
             raise UserError(f"training.init_weights = {weights} is only for a run with checkpoints; leave it out")
         if path.is_file():
@@ -75,7 +77,7 @@ def open_origin(name: str, weights: str | None = None, num_attention_heads: int 
         if (pipe := load_pipeline(folder)).vae is None:
             return Origin(pipe, pipeline_hash(folder), VaeConfig().name)
         vae = name if name in shipped_names() else str(folder / "vae")
-        return Origin(pipe, pipeline_hash(folder), vae, kl.latent_scaling(pipe.vae))
+        return Origin(pipe, pipeline_hash(folder), vae, normalization_of(pipe.vae))
     except UserError as error:
         raise UserError(f"training.init_from {name}: {error}") from error
 
@@ -157,7 +159,7 @@ def begin_from(config: Config) -> Config:
     config = config.model_copy(update=changed)
     _opened[origin.digest] = origin
     check_values(config)
-    if not kl.missing(config.vae.name):
+    if not missing_autoencoder(config.vae.name):
         _check_scaling(config, origin)
     fit(config, origin, [None] * config.num_classes)
     if other := [key for key, value in asked.items() if before[key] != value]:
@@ -280,9 +282,8 @@ def _grids(config: Config, origin: Origin) -> tuple[Grid, Grid]:
 
 def _check_scaling(config: Config, origin: Origin) -> None:
     """Raise `UserError` unless the latents of the run are scaled as those that the weights know."""
-    ours = kl.latent_scaling(kl.load_autoencoder(config.vae.name))
-    if origin.scaling not in (None, ours):
-        other = (
-            f"latents of scale and shift {ours}, but training.init_from {config.training.init_from} {origin.scaling}"
-        )
+    ours, theirs = normalization_of(load_autoencoder(config.vae.name)), origin.normalization
+    if theirs is not None and not ours.agrees(theirs):
+        found = f"latents of scale and shift {short(tuple(ours))}"
+        other = f"{found}, but training.init_from {config.training.init_from} {short(tuple(theirs))}"
         raise UserError(f"vae.name {config.vae.name} has {other}; set vae.name to the autoencoder of these weights")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -59,7 +59,7 @@ class Monitor:
         config: Config,
         folder: RunFolder,
         trainer: Trainer,
-        vae: AutoencoderKL,
+        vae: ModelMixin,
         class_names: list[str],
         stop_asked: Callable[[], bool],
     ) -> None:
