@@ -44,7 +44,7 @@ from vit5gen.section import (
 )
 from vit5gen.system.errors import UserError, nearest, short
 
-ASSUMED_CLASSES = 1000
+ASSUMED_CLASSES, ASSUMED_CHANNELS, _ASSUMED_DOWNSAMPLE = 1000, 4, 8
 _HELD_OUT = "test"  # split
 _MOST_VALUES = 10**5  # of one file
 
@@ -88,9 +88,11 @@ class FlowConfig(Section):
 class VaeConfig(Section):
     """The autoencoder between images and latents."""
 
-    name: str = Field("stabilityai/sd-vae-ft-ema", description="hub name, folder, or one that ships: emoji, emoji-64")
-    latent_channels: Width = Field(4, description="latent channels; checked against the autoencoder")
-    downsample: Side = Field(8, description="image side over latent side; checked against the autoencoder")
+    name: str = Field(
+        "stabilityai/sd-vae-ft-ema", description="hub name, folder, or one that ships: emoji, emoji-64, pixels"
+    )
+    latent_channels: Width | None = Field(None, description="latent channels; default: found in the autoencoder")
+    downsample: Side | None = Field(None, description="image side over latent side; default: found in the autoencoder")
     batch_size: BatchSize = Field(16, description="images encoded at once, per process")
 
 
@@ -316,14 +318,18 @@ class Config(Section):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the run's latents; raises `UserError` when the resolution does not fit the autoencoder."""
-        side, rest = divmod(self.data.resolution, self.vae.downsample)
+        """(C, h, w) of the run's latents; before a run has found them, as those of Stable Diffusion's autoencoder.
+
+        Raises `UserError` when the resolution does not fit the autoencoder.
+        """
+        factor = self.vae.downsample or _ASSUMED_DOWNSAMPLE
+        side, rest = divmod(self.data.resolution, factor)
         if rest:
             raise UserError(
                 f"data.resolution = {self.data.resolution} is not a multiple of vae.downsample = "
-                f"{self.vae.downsample}; choose e.g. {max(side, 1) * self.vae.downsample}"
+                f"{factor}; choose e.g. {max(side, 1) * factor}"
             )
-        return self.vae.latent_channels, side, side
+        return self.vae.latent_channels or ASSUMED_CHANNELS, side, side
 
 
 class AutoencoderTraining(Section):
@@ -333,7 +339,7 @@ class AutoencoderTraining(Section):
     held_out_split: str = Field(_HELD_OUT, description="split of the data used only for the final score")
     block_out_channels: list[Width] = Field([24, 48, 96], min_length=1, description="width at each resolution")
     layers_per_block: Layers = Field(1, description="residual blocks at each resolution of the encoder")
-    latent_channels: Width = Field(VaeConfig().latent_channels, description="channels of a latent")
+    latent_channels: Width = Field(ASSUMED_CHANNELS, description="channels of a latent")
     norm_num_groups: Width = Field(8, description="groups of a group norm; must divide every width")
     num_steps: Count = Field(6000, description="optimizer steps")
     batch_size: BatchSize = Field(32, description="images per step")
@@ -432,6 +438,8 @@ DEFAULTS_BEFORE: dict[str, Any] = {
     "data.rules": 1,
     "training.checkpoint_every": 10_000,
     "training.checkpoint_minutes": None,
+    "vae.downsample": _ASSUMED_DOWNSAMPLE,
+    "vae.latent_channels": ASSUMED_CHANNELS,
 }
 
 

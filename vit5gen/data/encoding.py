@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from vit5gen.config import Config
 from vit5gen.data.autoencoders.codec import encode
-from vit5gen.data.autoencoders.find_autoencoder import load_autoencoder
+from vit5gen.data.autoencoders.find_autoencoder import find_sizes, load_autoencoder
 from vit5gen.data.images import BrokenImage, ImageSet
 from vit5gen.data.latents import (
     MANIFEST,
@@ -106,7 +106,7 @@ def _waiting_lock(file: Path) -> Iterator[None]:
 
 def encode_images(config: Config, output: str | Path) -> None:
     """Encode the images of a configuration into ``output``, and say what to do next."""
-    state, vae = start_processes(), load_autoencoder(config.vae.name)
+    state, vae, config = start_processes(), load_autoencoder(config.vae.name), find_sizes(config)
     encode_dataset(open_for(config, vae), vae, output, config)
     if state.is_main_process:
         print(f"{output}: {len(LatentDataset(output))} images. Next: train with --data.latents {output}")

@@ -83,7 +83,7 @@ def check_autoencoder(config: Config, vae: ModelMixin) -> None:
         ("latent_channels", config.vae.latent_channels, sizes.channels),
         ("downsample", config.vae.downsample, sizes.downsample),
     ]:
-        if expected != found:
+        if expected not in (None, found):
             raise UserError(f"vae.{key} = {expected}, but {config.vae.name} has {found}; set vae.{key} to {found}")
     if sizes.side not in (None, side := config.data.resolution):
         raise UserError(f"data.resolution = {side}, but {config.vae.name} takes {sizes.side}; set it to {sizes.side}")

@@ -49,7 +49,7 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     Raises `UserError` for a value that does not fit, as training would.
     """
     # Every value, and where the run would start: as training does it, but nothing is written.
-    accelerator = make_accelerator(config.training, Path())
+    accelerator, config = make_accelerator(config.training, Path()), find_autoencoder.find_sizes(config, fetch=False)
     check_values(config)
     start = None
     if output is None:
@@ -67,6 +67,9 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     config = settle(config, _classes_here)
     if config.data.num_classes is None:
         accelerator.print(f"classes:  to be found in the data; {config.num_classes} assumed until these are here")
+    if None in (config.vae.latent_channels, config.vae.downsample):
+        shape = "x".join(map(str, config.latent_shape))
+        accelerator.print(f"latents:  of a size to be found in {config.vae.name}; {shape} assumed until it is here")
     if start is None and config.training.init_digest is not None:
         for line in initial.describe(config, initial.origin_of(config), _classes_here(config)):
             accelerator.print(line)

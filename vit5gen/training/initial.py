@@ -136,7 +136,7 @@ def begin_from(config: Config) -> Config:
     preset = PRESETS[choose("model.preset", given["preset"], PRESETS)] if "preset" in given else {}
     wanted = preset | given
     pairs = [(f"model.{key}", wanted.get(key, found[key]), found[key]) for key in _SIZES]
-    pairs += [("vae.latent_channels", config.vae.latent_channels, found["in_channels"])]
+    pairs += [("vae.latent_channels", config.latent_shape[0], found["in_channels"])]
     pairs += [(f"flow.{key}", getattr(config.flow, key), getattr(flow, key)) for key in ("path", "prediction")]
     pairs += [("training.init_digest", settings.init_digest or origin.digest, origin.digest)]
     for key, ours, theirs in pairs:

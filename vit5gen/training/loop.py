@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vit5gen.config import Config
+from vit5gen.data.autoencoders.find_autoencoder import find_sizes
 from vit5gen.flow import draw_timesteps
 from vit5gen.system.cpu import fast_products
 from vit5gen.system.distributed import on_main
@@ -122,6 +123,7 @@ def train(config: Config, output: str | Path, resume: str, accept_changes: bool)
     # Wrong values end it here, before hours of encoding.
     folder = RunFolder(output)
     accelerator = process.make_accelerator(config.training, folder.path)
+    config = on_main(partial(find_sizes, config))
     check_values(config)
     with ExitStack() as stack:
         # No other process trains in the folder, which says where to start.

@@ -12,7 +12,7 @@ from diffusers import ModelMixin
 from torch.overrides import TorchFunctionMode
 
 from vit5gen.registry import Registry, missing_packages
-from vit5gen.system.errors import UserError, short
+from vit5gen.system.errors import UserError
 from vit5gen.system.precision import exact_float32
 
 POOR_PSNR = 20.0  # dB on held-out pictures below which an autoencoder does not know them: all are blurred
@@ -142,7 +142,7 @@ def check_normalization(found: Normalization, what: str, vae: ModelMixin) -> Nor
                 fault = fault or repr(value)
         if fault:
             wanted = f"finite numbers, one for all or each of {channels} channels, the scale not 0"
-            raise UserError(f"{what}: {name} of the latents has {short(fault)}; expected {wanted}; choose another one")
+            raise UserError(f"{what}: {name} of the latents has {fault}; expected {wanted}; choose another one")
     return found
 
 

@@ -45,24 +45,24 @@ def load_autoencoder(name: str) -> ModelMixin:
     return vae.float().eval().requires_grad_(False)
 
 
-def find_sizes(config: Config) -> Config:
+def find_sizes(config: Config, fetch: bool = True) -> Config:
     """Return the configuration with the sizes of latents that it does not state, from the autoencoder's config.json.
 
-    Raises `UserError` where there is no such autoencoder, or it cannot be fetched.
+    fetch: from the hub, where it is not here. What cannot be read is left out: `load_autoencoder` will say why.
     """
     section = config.vae
-    if section.latent_channels is not None and section.downsample is not None:
+    stated = section.model_dump(include={"latent_channels", "downsample"}, exclude_none=True)
+    if len(stated) == 2 or (missing(section.name) and not fetch):
         return config
     try:
         values = read_json(_find_config(section.name), "autoencoder")
-        codec = find_codec(class_name := str(values.get("_class_name")))
-        parameters = inspect.signature(codec.network(class_name).__init__).parameters.items()
-        sizes = codec.sizes({name: parameter.default for name, parameter in parameters} | values)
-    except Exception as error:  # as above, and values of other types
-        raise _cannot_load(section.name, error) from error
-    found = {"latent_channels": sizes.channels, "downsample": sizes.downsample}
-    given = section.model_dump(include=set(found), exclude_none=True)
-    return config.model_copy(update={"vae": section.model_copy(update=found | given)})
+        codec = find_codec(name := str(values.get("_class_name")))
+        parameters = inspect.signature(codec.network(name).__init__).parameters.items()
+        channels, downsample, _ = codec.sizes({key: one.default for key, one in parameters} | values)
+    except Exception:  # as above, and values of other types
+        return config
+    found = {"latent_channels": channels, "downsample": downsample}
+    return config.model_copy(update={"vae": section.model_copy(update=found | stated)})
 
 
 def shipped_autoencoders() -> list[str]:
