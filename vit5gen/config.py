@@ -93,6 +93,9 @@ class VaeConfig(Section):
     )
     latent_channels: Width | None = Field(None, description="latent channels; default: found in the autoencoder")
     downsample: Side | None = Field(None, description="image side over latent side; default: found in the autoencoder")
+    normalize: Literal["config", "measured", "none"] = Field(
+        "config", description="latents: as the autoencoder says, to mean 0 and deviation 1 per channel, or not at all"
+    )
     batch_size: BatchSize = Field(16, description="images encoded at once, per process")
 
 

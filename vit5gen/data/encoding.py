@@ -20,6 +20,7 @@ from tqdm import tqdm
 from vit5gen.config import Config
 from vit5gen.data.autoencoders.codec import encode
 from vit5gen.data.autoencoders.find_autoencoder import find_sizes, load_autoencoder
+from vit5gen.data.channel_moments import moments_of_shards, statistics
 from vit5gen.data.images import BrokenImage, ImageSet
 from vit5gen.data.latents import (
     MANIFEST,
@@ -29,6 +30,7 @@ from vit5gen.data.latents import (
     find_shard_damage,
     open_for,
     read_labels,
+    recorded_in,
     settings_of,
 )
 from vit5gen.system.distributed import gather_objects, processes, start_processes
@@ -73,8 +75,14 @@ def encode_dataset(images: ImageSet, vae: ModelMixin, folder: str | Path, config
             records[k] = _write_shard(folder / _shard_name(k), tensors, broken)
     every = {k: record for part in gather_objects(records) for k, record in part.items()}
     shards = [every[k] for k in range(len(chunks))]
+
+    # Their statistics, where these are asked for, and the manifest.
+    measured = {}
+    if config.vae.normalize == "measured":
+        found = moments_of_shards([folder / shard["file"] for shard in shards])
+        measured = {"statistics": statistics(found, recorded_in(settings))}
     if state.is_main_process:
-        _finish(folder, settings, shards)
+        _finish(folder, settings, shards, measured)
     state.wait_for_everyone()
 
 
@@ -138,7 +146,7 @@ def _begun(folder: Path) -> bool:
     return (folder / MANIFEST).exists() and any(folder.glob("shard_*"))
 
 
-def _finish(folder: Path, settings: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+def _finish(folder: Path, settings: dict[str, Any], shards: list[dict[str, Any]], measured: dict[str, Any]) -> None:
     """Write the manifest unless it is there already, remove what interrupted calls left, and report broken images."""
     labels = torch.cat([read_labels(folder / shard["file"]) for shard in shards])
     counts = torch.bincount(labels, minlength=len(settings["id2label"])).tolist()
@@ -149,7 +157,10 @@ def _finish(folder: Path, settings: dict[str, Any], shards: list[dict[str, Any]]
     there = read_json(folder / MANIFEST, "latents")
     # Of which images the shards of an earlier version were made, and how they were read, is not known.
     unknown = {"images_sha256", *READ_BEFORE} - there.keys()
-    manifest = {k: v for k, v in settings.items() if k not in unknown} | {"counts": counts, "shards": shards}
+    if not measured and there.get("shards") == shards:
+        measured = {k: v for k, v in there.items() if k == "statistics"}
+    known = {k: v for k, v in settings.items() if k not in unknown}
+    manifest = known | measured | {"counts": counts, "shards": shards}
     if there != manifest:
         write_json(folder / MANIFEST, manifest)
     for leftover in [*folder.glob("shard_*.json"), *folder.glob(".*.tmp")]:

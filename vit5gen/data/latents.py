@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from vit5gen.config import DEFAULTS_BEFORE, Config, DataConfig
 from vit5gen.data.autoencoders.codec import Normalization, normalization_of, sizes_of
+from vit5gen.data.channel_moments import moments_of_shards, normalization_from, statistics
 from vit5gen.data.images import ImageSet, make_source, open_images, open_training_images
 from vit5gen.system.distributed import processes, rank_and_world
 from vit5gen.system.errors import UserError, check_whole, distinct, listed, short
@@ -120,6 +121,7 @@ class LatentDataset:
         if not sum(shard["images"] for shard in shards):
             raise UserError(f"latents {self.folder}: no images; encode again")
         self._open: dict[int, Any] = {}  # shards by number; a process maps one when it first reads there
+        self._change: tuple[torch.Tensor, torch.Tensor] | None = None  # of values that are read: factor and offset
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -131,7 +133,29 @@ class LatentDataset:
         number = bisect_right(self._ends, index)
         shard, row = self._shard(number), index - (self._ends[number - 1] if number else 0)
         mean, std = (shard.get_slice(name)[row, int(flip)].float() for name in ("mean", "std"))
+        if self._change is not None:
+            factor, offset = self._change
+            mean, std = mean * factor + offset, std * factor
         return mean, std, int(shard.get_slice("labels")[row : row + 1])
+
+    def measured(self) -> Normalization:
+        """Return the normalisation to mean 0 and deviation 1 by the manifest's statistics, or those of the shards.
+
+        All processes take part. Raises `UserError` for statistics that are none.
+        """
+        found = self.manifest.get("statistics")
+        if found is None:
+            files = [self.folder / shard["file"] for shard in self.manifest["shards"]]
+            found = statistics(moments_of_shards(files), recorded_in(self.manifest))
+        return normalization_from(found, f"latents {self.folder}")
+
+    def normalize(self, wanted: Normalization) -> None:
+        """Have latents read as ``wanted``, whatever the normalisation of the shards."""
+        there = recorded_in(self.manifest)
+        if wanted != there:
+            both = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (*there, *wanted))
+            scale, shift, new_scale, new_shift = both
+            self._change = (new_scale / scale).float(), ((shift - new_shift) * new_scale).float()
 
     @cached_property
     def labels(self) -> torch.Tensor:

@@ -11,15 +11,18 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from vit5gen.config import Config, TrainingConfig
-from vit5gen.data.autoencoders.codec import encode
+from vit5gen.data.autoencoders.codec import Normalization, check_normalization, codec_of, encode, normalization_of
 from vit5gen.data.autoencoders.find_autoencoder import load_autoencoder
+from vit5gen.data.channel_moments import moments, normalization_from, statistics
 from vit5gen.data.encoding import ensure_latents
 from vit5gen.data.images import ImageSet, check_classes, check_num_classes, drop_broken, open_images
-from vit5gen.data.latents import LatentDataset, check_autoencoder, identity, settings_of
-from vit5gen.system.distributed import on_main
+from vit5gen.data.latents import LatentDataset, check_autoencoder, identity, recorded_normalization, settings_of
+from vit5gen.system.distributed import on_main, rank_and_world, sum_over_processes
 from vit5gen.system.precision import PRECISIONS
+from vit5gen.training.checkpoint import read_state
 from vit5gen.training.objectives import OBJECTIVES, Batch
 from vit5gen.training.process import batch_sizes, signals_blocked
 from vit5gen.training.random import data_index, sample_draws
@@ -58,6 +61,10 @@ def open_training_data(
     def check(data: dict[str, Any]) -> None:
         on_main(partial(check_data, start, accept_changes, data))
 
+    def early(settings: dict[str, Any]) -> dict[str, Any]:
+        found = identity(settings)
+        return found if config.vae.normalize == "config" else {k: v for k, v in found.items() if k != "autoencoder"}
+
     # Latents on disk, whose manifest tells at once of what they are.
     vae = load_autoencoder(config.vae.name).to(accelerator.device)
     source: ImageSet | LatentDataset
@@ -65,8 +72,8 @@ def open_training_data(
         source = latents = LatentDataset(Path(config.data.latents).expanduser())
         check({"classes": latents.class_names})
         latents.check(config, vae)
-        data = identity(latents.manifest)
-        check(data)
+        settings = latents.manifest
+        check(early(settings))
         latents.verify()
 
     # Images: used as they are, each decoded once to find the broken ones, or encoded into the cache.
@@ -77,8 +84,8 @@ def open_training_data(
         check_num_classes(images, config.data)
         with accelerator.main_process_first():  # the others find in the cache what it has read
             images = replace(images, digest=partial(str, images.digest()))
-        data = identity(settings_of(images, vae, config))
-        check(data)
+        settings = settings_of(images, vae, config)
+        check(early(settings))
         if config.data.from_images:
             if config.data.on_broken_image == "skip":
                 images, faults = drop_broken(images)
@@ -89,10 +96,42 @@ def open_training_data(
         else:
             source = LatentDataset(ensure_latents(images, vae, config))
 
+    # How the transformer sees the latents, which the autoencoder undoes from now on.
+    chosen = _normalization(config, source, vae, start)
+    data = identity(settings | dict(zip(("scaling_factor", "shift_factor"), chosen, strict=True)))
+    if config.vae.normalize != "config":
+        codec_of(vae).record(vae, check_normalization(chosen, f"vae.normalize = {config.vae.normalize}", vae))
+        check(data)
+    if isinstance(source, LatentDataset):
+        source.normalize(chosen)
+
     # How many images were left out is known only now.
     broken = {"broken": data["samples"] - len(source)}
     check(broken)
     return source, vae, data | broken
+
+
+def _normalization(
+    config: Config, source: ImageSet | LatentDataset, vae: ModelMixin, start: Path | None
+) -> Normalization:
+    """Return the normalisation of a run's latents; images are encoded for it once, when the run begins."""
+    if config.vae.normalize == "config":
+        return normalization_of(vae)
+    if config.vae.normalize == "none":
+        return Normalization()
+    if isinstance(source, LatentDataset):
+        return source.measured()
+    if start is not None and (recorded := recorded_normalization(read_state(start).get("data", {}))):
+        return recorded
+    rank, world = rank_and_world()
+    found = torch.zeros(3, config.latent_shape[0], dtype=torch.float64)
+    chunks = torch.arange(len(source)).split(config.vae.batch_size)[rank::world]
+    for chunk in tqdm(chunks, desc="measure latents", disable=rank > 0, delay=1):
+        pixels = source.stack(chunk).to(vae.device)
+        for view in (pixels, pixels.flip(-1))[: 1 + config.data.horizontal_flip]:
+            found += moments(*encode(vae, view))
+    measured = statistics(sum_over_processes(found), normalization_of(vae))
+    return normalization_from(measured, "the training latents")
 
 
 def nonfinite_fault(

@@ -8,8 +8,9 @@ from safetensors import SafetensorError
 from timm.data import ImageNetInfo
 
 from vit5gen.config import VaeConfig, load_recorded
-from vit5gen.data.autoencoders.codec import sizes_of
+from vit5gen.data.autoencoders.codec import Normalization, codec_of, normalization_of, sizes_of
 from vit5gen.data.autoencoders.find_autoencoder import load_autoencoder
+from vit5gen.data.latents import recorded_normalization
 from vit5gen.data.sources.folder import imagenet_names
 from vit5gen.generation.card import TrainingFacts
 from vit5gen.generation.lora import Adapter
@@ -17,7 +18,7 @@ from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.models import SiTTransformer2DModel, load_sit
 from vit5gen.models.weights import check_finite, load_exactly
-from vit5gen.system.errors import UserError, choose
+from vit5gen.system.errors import UserError, choose, short
 from vit5gen.system.files import read_json
 from vit5gen.training.build import build_model
 from vit5gen.training.checkpoint import CONFIG, find_damage, load_tensors, newest_valid, read_state
@@ -98,7 +99,10 @@ def pipeline_of_run(
     recorded = dict(enumerate(read_state(folder).get("data", {}).get("classes", [])))
     scheduler = SiTScheduler(config.flow.path, config.flow.prediction)
     names, attribution = told.get("id2label", recorded), told.get("attribution")
-    return _assemble(model, scheduler, vae or config.vae.name, names, attribution), folder, chosen, adapter
+    trained = recorded_normalization(read_state(folder).get("data", {}))
+    own = config.vae.normalize == "config"
+    pipe = _assemble(model, scheduler, vae or config.vae.name, names, attribution, trained, own)
+    return pipe, folder, chosen, adapter
 
 
 def _assemble(
@@ -107,12 +111,24 @@ def _assemble(
     vae: str,
     names: dict[int, str],
     attribution: str | None = None,
+    trained: Normalization | None = None,
+    own: bool = True,
 ) -> SiTPipeline:
+    """Put a pipeline together; trained: how latents were normalised, by the autoencoder's ``own`` numbers or not."""
     autoencoder = None if vae == "none" else load_autoencoder(vae)
     if autoencoder is not None:
-        found, taken = sizes_of(autoencoder).channels, model.config.in_channels
-        if found != taken:
+        channels, taken = sizes_of(autoencoder).channels, model.config.in_channels
+        if channels != taken:
             advice = "set --vae to the autoencoder that the model was trained with, or to 'none'"
-            raise UserError(f"vae {vae!r} has {found} latent channels, the model takes {taken}; {advice}")
+            raise UserError(f"vae {vae!r} has {channels} latent channels, the model takes {taken}; {advice}")
         check_finite(f"vae {vae!r}", autoencoder.state_dict())
-    return SiTPipeline(model.eval(), scheduler, autoencoder, id2label=names, attribution=attribution)
+        if trained is not None and not own:
+            codec_of(autoencoder).record(autoencoder, trained)
+        elif trained is not None and not trained.agrees(found := normalization_of(autoencoder)):
+            advice = "set --vae to the autoencoder that the model was trained with"
+            told = (
+                f"latents of scale and shift {short(tuple(found))}, the model was trained with {short(tuple(trained))}"
+            )
+            raise UserError(f"vae {vae!r} has {told}; {advice}")
+    told = None if trained is None or own else trained._asdict()
+    return SiTPipeline(model.eval(), scheduler, autoencoder, None, names, attribution, told)

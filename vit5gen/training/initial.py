@@ -68,7 +68,10 @@ def open_origin(name: str, weights: str | None = None, num_attention_heads: int 
             digest = sha256(folder / f"{chosen}.safetensors")
             if config.training.trainable != "all" and chosen != "model":  # an average holds what is trained
                 digest = hashlib.sha256(f"{sha256(folder / 'model.safetensors')} {digest}".encode()).hexdigest()
-            return Origin(pipe, digest, config.vae.name, known)
+            vae, there = config.vae.name, find_pipeline(path)
+            if config.vae.normalize != "config" and there is not None:
+                vae = str(there)  # whose autoencoder has the statistics
+            return Origin(pipe, digest, vae, known)
         if weights is not None:
             raise UserError(f"training.init_weights = {weights} is only for a run with checkpoints; leave it out")
         if path.is_file():
@@ -282,8 +285,14 @@ def _grids(config: Config, origin: Origin) -> tuple[Grid, Grid]:
 
 def _check_scaling(config: Config, origin: Origin) -> None:
     """Raise `UserError` unless the latents of the run are scaled as those that the weights know."""
-    ours, theirs = normalization_of(load_autoencoder(config.vae.name)), origin.normalization
+    theirs, weights = origin.normalization, config.training.init_from
+    if theirs is not None and config.vae.normalize == "measured":
+        advice = "set vae.name to the autoencoder of these weights, e.g. RUN/pipeline, and vae.normalize to config"
+        raise UserError(
+            f"vae.normalize = measured, but training.init_from {weights} knows latents as it saw them; {advice}"
+        )
+    ours = normalization_of(load_autoencoder(config.vae.name)) if config.vae.normalize == "config" else Normalization()
     if theirs is not None and not ours.agrees(theirs):
         found = f"latents of scale and shift {short(tuple(ours))}"
-        other = f"{found}, but training.init_from {config.training.init_from} {short(tuple(theirs))}"
+        other = f"{found}, but training.init_from {weights} {short(tuple(theirs))}"
         raise UserError(f"vae.name {config.vae.name} has {other}; set vae.name to the autoencoder of these weights")

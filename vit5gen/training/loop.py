@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -157,6 +158,10 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
     stop, nonfinite, clock = False, 0, process.SaveClock(settings.checkpoint_minutes)
     with process.stop_signals() as stop_asked, closing(batches), ExitStack() as stack:
         monitor = Monitor(config, folder, trainer, vae, source.class_names, stop_asked)
+        ahead = [] if trainer.step == settings.num_steps else [next(batches)]
+        for batch in ahead:
+            monitor.describe_latents(batch.x1)
+        stream = chain(ahead, batches)
         stack.enter_context(monitor.bar)
         while True:
             # Evaluate the averages, at the first and the last step too; a signal ends it.
@@ -174,7 +179,7 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
                 break
 
             # Learn.
-            outcome = train_step(trainer, config, batches, stop_asked, clock.due)
+            outcome = train_step(trainer, config, stream, stop_asked, clock.due)
             nonfinite = 0 if outcome.finite else nonfinite + 1  # in a row
             stop, last = outcome.stop, trainer.step == settings.num_steps
             monitor.bar.update()

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vit5gen.config import Config
+from vit5gen.data.autoencoders.codec import normalization_of
 from vit5gen.data.images import make_source
 from vit5gen.data.latents import images_beside
 from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
@@ -31,7 +32,7 @@ from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.models import SiTTransformer2DModel
-from vit5gen.system.distributed import gather_objects, on_main
+from vit5gen.system.distributed import gather_objects, on_main, sum_over_processes
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.checkpoint import gather_shards
 from vit5gen.training.curves import gap_note, save_curves
@@ -42,6 +43,8 @@ from vit5gen.training.reference_moments import TrainingReference, build_referenc
 from vit5gen.training.run_folder import RunFolder
 from vit5gen.training.trainable import adapter_of, fold
 from vit5gen.training.trainer import Outcome, Trainer
+
+_FAR = 3.0  # times what latents should be
 
 
 class Interrupted(Exception):
@@ -81,6 +84,19 @@ class Monitor:
         self._attribution = "; ".join(dict.fromkeys(filter(None, lines))) or None
         self._samples = SampleGrid(config, folder.samples, class_names, self._attribution)
         self._adapter: Adapter | None = None  # of the newest pipeline
+
+    def describe_latents(self, latents: Tensor) -> None:
+        """Tell mean and deviation of the first latents (B, C, h, w); warn where they are far from those of noise."""
+        values = latents.double()
+        sums = torch.stack([torch.full_like(values, 1).sum(), values.sum(), values.square().sum()])
+        count, total, squares = sum_over_processes(sums.cpu()).tolist()
+        mean, power = total / count, squares / count
+        std = math.sqrt(max(power - mean**2, 0))
+        self._events |= {"latents_mean": mean, "latents_std": std} if math.isfinite(power) else {}
+        self.accelerator.print(f"latents of the first batch: mean {mean:.3g}, standard deviation {std:.3g}")
+        if not 1 / _FAR**2 <= power <= _FAR**2:
+            advice = "check vae.name, or set vae.normalize to measured"
+            self.accelerator.print(f"warning: latents should have mean 0 and standard deviation 1: {advice}")
 
     def write(self, outcome: Outcome) -> None:
         """Add a line on the steps since the last one to the log and the trackers, and show it in the bar."""
@@ -230,7 +246,8 @@ class Monitor:
             transformer.compile_repeated_blocks()
         scheduler = SiTScheduler(self.config.flow.path, self.config.flow.prediction)
         names = dict(enumerate(self.class_names))
-        return SiTPipeline(transformer, scheduler, self.vae, id2label=names, attribution=self._attribution)
+        seen = None if self.config.vae.normalize == "config" else normalization_of(self.vae)._asdict()
+        return SiTPipeline(transformer, scheduler, self.vae, None, names, self._attribution, seen)
 
     def _generate(self, labels: list[int]) -> Iterator[tuple[range, Tensor]]:
         evaluation = self.config.evaluation
