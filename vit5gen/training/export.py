@@ -126,9 +126,7 @@ def _assemble(
             codec_of(autoencoder).record(autoencoder, trained)
         elif trained is not None and not trained.agrees(found := normalization_of(autoencoder)):
             advice = "set --vae to the autoencoder that the model was trained with"
-            told = (
-                f"latents of scale and shift {short(tuple(found))}, the model was trained with {short(tuple(trained))}"
-            )
-            raise UserError(f"vae {vae!r} has {told}; {advice}")
-    told = None if trained is None or own else trained._asdict()
-    return SiTPipeline(model.eval(), scheduler, autoencoder, None, names, attribution, told)
+            seen = f"the model was trained with {short(tuple(trained))}"
+            raise UserError(f"vae {vae!r} has latents of scale and shift {short(tuple(found))}, {seen}; {advice}")
+    normalization = None if trained is None or own else trained._asdict()
+    return SiTPipeline(model.eval(), scheduler, autoencoder, None, names, attribution, normalization)

@@ -288,9 +288,7 @@ def _check_scaling(config: Config, origin: Origin) -> None:
     theirs, weights = origin.normalization, config.training.init_from
     if theirs is not None and config.vae.normalize == "measured":
         advice = "set vae.name to the autoencoder of these weights, e.g. RUN/pipeline, and vae.normalize to config"
-        raise UserError(
-            f"vae.normalize = measured, but training.init_from {weights} knows latents as it saw them; {advice}"
-        )
+        raise UserError(f"vae.normalize = measured, but training.init_from {weights} has its own statistics; {advice}")
     ours = normalization_of(load_autoencoder(config.vae.name)) if config.vae.normalize == "config" else Normalization()
     if theirs is not None and not ours.agrees(theirs):
         found = f"latents of scale and shift {short(tuple(ours))}"

@@ -136,7 +136,7 @@ def check_normalization(found: Normalization, what: str, vae: ModelMixin) -> Nor
     channels = sizes_of(vae).channels
     for name, values in found._asdict().items():
         each = values if isinstance(values, list) else [values]
-        fault = "" if len(each) in (1, channels) or not isinstance(values, list) else f"{len(each)} values"
+        fault = "" if not isinstance(values, list) or len(each) == channels else f"{len(each)} values"
         for value in each:
             if not isinstance(value, Real) or not math.isfinite(value) or (name == "scale" and not value):
                 fault = fault or repr(value)
