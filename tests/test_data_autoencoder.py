@@ -30,6 +30,7 @@ from vit5gen.data.images import open_images
 from vit5gen.data.latents import check_autoencoder
 from vit5gen.generation.find_pipeline import load_pipeline
 from vit5gen.system.errors import UserError
+from vit5gen.training.export import export_pipeline
 
 
 def test_quantisation_gives_every_level_its_share() -> None:
@@ -179,8 +180,8 @@ def test_a_representation_autoencoder_draws_one_size_without_noise(tmp_path: Pat
     assert encode(vae, images)[0].equal(encode(vae.train(), images)[0])
     with pytest.raises(UserError, match="latents of 3x3; expected 2x2: it draws images of one size"):
         decode(vae, torch.zeros(1, 64, 3, 3))
-    config = Config(model=ModelConfig(preset="S/2"), data=DataConfig(resolution=32))
-    with pytest.raises(UserError, match=r"data\.resolution = 32, but .* takes 16; set it to 16"):
+    config = Config(model=ModelConfig(preset="S/2"), data=DataConfig(resolution=32), vae=VaeConfig(name="rae"))
+    with pytest.raises(UserError, match=r"data\.resolution = 32, but rae takes 16; set it to 16"):
         check_autoencoder(config, vae)
 
 
@@ -245,3 +246,61 @@ def test_no_other_module_names_a_class() -> None:
         ):
             found = known & set(re.findall(r"\w+", file.read_text()))
             assert not found - ({"PixelAutoencoder"} if own == "__init__.py" else set()), own
+
+
+def ldm_layout(vae: AutoencoderKL) -> dict[str, torch.Tensor]:
+    """Return the weights as latent diffusion's code names them, which counts the decoder's levels from the end."""
+    levels = len(vae.config.block_out_channels)
+    names = {"conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut", "group_norm": "norm", "to_out.0": "proj_out"}
+    names |= {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2"}
+    names |= {"mid_block.attentions.0": "mid.attn_1", "to_q": "q", "to_k": "k", "to_v": "v"}
+    names |= {"resnets": "block", "attentions": "attn", "downsamplers.0": "downsample", "upsamplers.0": "upsample"}
+    state = {}
+    for name, value in vae.state_dict().items():
+        linear = value.ndim == 2
+        for theirs, ldm in names.items():
+            name = name.replace(theirs, ldm)
+        name = re.sub(r"down_blocks\.(\d+)", r"down.\1", name)
+        name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
+        state[name] = value[..., None, None].clone() if linear else value.clone()
+    return state
+
+
+def test_the_file_of_a_va_vae_becomes_an_autoencoder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Three levels, attention in the last one, as in VA-VAE; the file also holds what only its training needs."""
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
+        up_block_types=["AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"],
+        block_out_channels=[32, 32, 64],
+        layers_per_block=2,
+        latent_channels=8,
+    ).eval()
+    state = ldm_layout(vae)
+    known = (
+        "encoder.down.2.attn.1.q.weight",
+        "decoder.up.2.attn.2.proj_out.weight",
+        "decoder.up.1.upsample.conv.weight",
+    )
+    assert {*known, "decoder.mid.attn_1.k.bias", "encoder.norm_out.weight"} <= state.keys()
+    more = {"loss.discriminator.main.0.weight": torch.ones(3), "foundation_model.model.norm.weight": torch.ones(2)}
+    torch.save({"state_dict": state | more, "epoch": 3, "global_step": 7}, tmp_path / "vavae.pt")
+    export_pipeline(tmp_path / "vavae.pt", tmp_path / "vae", None, None, None)
+    assert "--vae.normalize measured" in capsys.readouterr().out
+    found, images = load_autoencoder(str(tmp_path / "vae")), random_images(2)
+    posterior = vae.encode(images / 127.5 - 1).latent_dist
+    mean, std = encode(found, images)
+    assert (sizes_of(found), normalization_of(found)) == ((8, 4, None), Normalization(1.0, 0.0))
+    torch.testing.assert_close((mean, std), (posterior.mean, posterior.std))
+    torch.testing.assert_close(decode(found, mean), vae.decode(posterior.mean).sample.clamp(-1, 1))
+
+    for fault, message in (
+        ({"encoder.conv_out.bias": torch.ones(5)}, "do not fit"),
+        ({"decoder.up.0.block.0.conv1.weight": None}, "do not fit"),
+        ({"encoder.down.0.block.0.conv2.weight": torch.ones(24, 24, 3, 3)}, "its widths are not those of 32 groups"),
+    ):
+        spoilt = {name: value for name, value in (state | fault).items() if value is not None}
+        torch.save({"state_dict": spoilt}, tmp_path / "spoilt.pt")
+        with pytest.raises(UserError, match=message) as raised:
+            export_pipeline(tmp_path / "spoilt.pt", tmp_path / "out", None, None, None)
+        assert "\n" not in str(raised.value)
+        assert not (tmp_path / "out").exists()

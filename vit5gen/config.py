@@ -98,6 +98,15 @@ class VaeConfig(Section):
     )
     batch_size: BatchSize = Field(16, description="images encoded at once, per process")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _known_sizes(cls, values: Any) -> Any:
+        name = cls.model_fields["name"].default
+        if not isinstance(values, dict) or values.get("name", name) != name:
+            return values
+        sizes = {"latent_channels": ASSUMED_CHANNELS, "downsample": _ASSUMED_DOWNSAMPLE}
+        return sizes | {key: value for key, value in values.items() if key not in sizes or value is not None}
+
 
 class DataConfig(Section):
     """Labelled images, or latents that were encoded from them."""
@@ -441,9 +450,8 @@ DEFAULTS_BEFORE: dict[str, Any] = {
     "data.rules": 1,
     "training.checkpoint_every": 10_000,
     "training.checkpoint_minutes": None,
-    "vae.downsample": _ASSUMED_DOWNSAMPLE,
-    "vae.latent_channels": ASSUMED_CHANNELS,
 }
+_FOUND = ("vae.latent_channels", "vae.downsample")  # and recorded when a run begins
 
 
 def recorded_values(data: dict[str, Any]) -> dict[str, Any]:
@@ -468,12 +476,12 @@ def load_recorded(path: str | Path) -> Config:
 
 
 def as_recorded(config: Config, data: dict[str, Any]) -> Config:
-    """Return ``config`` with what ``data``, a recorded configuration, has for keys whose default has changed.
+    """Return ``config`` with what ``data``, a recorded configuration, has for keys that are found, or new by default.
 
     A key that the user gave stays as it is.
     """
     recorded, given = recorded_values(data), config.model_dump(exclude_unset=True)
-    for name, key in (dotted.split(".") for dotted in DEFAULTS_BEFORE):
+    for name, key in (dotted.split(".") for dotted in (*DEFAULTS_BEFORE, *_FOUND)):
         if key in type(getattr(config, name)).model_fields:
             given.setdefault(name, {}).setdefault(key, recorded[name][key])
     return validate(Config, given, "recorded configuration")
