@@ -34,8 +34,8 @@ def export_pipeline(
 ) -> None:
     """Write the folder ``output``, whole or not at all: a pipeline, or an autoencoder where the checkpoint is one.
 
-    checkpoint: a file in SiT's published layout, or RUN or RUN/checkpoints/step_XXXXXXXX of the trainer; or a file of an
-    autoencoder in LDM's layout.
+    checkpoint: a file in SiT's published layout, or RUN or RUN/checkpoints/step_XXXXXXXX of the trainer; or a file
+    of an autoencoder in LDM's layout.
     vae: name or folder of the autoencoder, None SiT's or the run's; "none" leaves it out (latents only).
     weights: of a run, ``ema_<decay>`` or ``model``, None its first average.
     num_attention_heads: of a SiT whose width matches no preset.
