@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 
 from vit5gen.cli import exit_on_bad_input
 from vit5gen.config import SamplingConfig, load_recorded
-from vit5gen.data.autoencoders.kl import round_trip_psnr
+from vit5gen.data.autoencoders.codec import round_trip_psnr
 from vit5gen.data.images import ImageSet, make_source, open_images, readable
 from vit5gen.generation.card import TrainingFacts, pipeline_hash
 from vit5gen.generation.find_pipeline import load_pipeline

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from vit5gen.config import Config, DataConfig, ModelConfig, VaeConfig
 from vit5gen.data import encoding
-from vit5gen.data.autoencoders.kl import encode
+from vit5gen.data.autoencoders.codec import encode
 from vit5gen.data.encoding import encode_dataset, encode_images, ensure_latents
 from vit5gen.data.latents import LatentDataset, identity, open_for
 from vit5gen.system.errors import UserError

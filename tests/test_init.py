@@ -166,7 +166,7 @@ def test_a_poor_autoencoder_brings_the_file_of_a_better_one(
 ) -> None:
     flat(Path("p"))
     for limit, there in ((0.0, False), (99.0, True)):
-        monkeypatch.setattr("vit5gen.data.autoencoders.kl.POOR_PSNR", limit)
+        monkeypatch.setattr("vit5gen.data.autoencoders.codec.POOR_PSNR", limit)
         Path("own.yaml").unlink(missing_ok=True)
         assert call("init", "p", "--output", "own.yaml") == 0
         assert Path("own-autoencoder.yaml").exists() == there
@@ -213,7 +213,7 @@ def test_where_too_few_would_be_held_out_none_is_and_both_files_train(
 ) -> None:
     for label, count in enumerate(counts):
         fill(Path("p") / str(label), count)
-    monkeypatch.setattr("vit5gen.data.autoencoders.kl.POOR_PSNR", 99.0)
+    monkeypatch.setattr("vit5gen.data.autoencoders.codec.POOR_PSNR", 99.0)
     assert call("init", "p", "--output", "own.yaml") == 0
     printed, pictures = capsys.readouterr().out, "1 class" if len(counts) == 1 else "2 classes"
     assert f"{sum(counts)} pictures in {pictures} (" in printed

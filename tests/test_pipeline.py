@@ -823,11 +823,11 @@ def test_guidance_needs_a_null_label() -> None:
 
 def test_an_autoencoder_of_other_scaling_is_refused_wherever_it_comes_in(pipe: SiTPipeline) -> None:
     vae = tiny_autoencoder()
-    vae.register_to_config(latents_mean=[0.0] * 4)
-    with pytest.raises(UserError, match="its configuration has latents_mean; expected an AutoencoderKL"):
+    vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0, 1.0, 0.0, 1.0])
+    with pytest.raises(UserError, match=r"scale of the latents has 0\.0; expected finite numbers, one for all"):
         SiTPipeline(pipe.transformer, SiTScheduler(), vae)
     pipe.vae = vae
-    with pytest.raises(UserError, match="its configuration has latents_mean"):
+    with pytest.raises(UserError, match="scale of the latents has 0"):
         pipe(0, num_inference_steps=1)
 
 

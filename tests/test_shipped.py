@@ -17,7 +17,7 @@ from tiny_run import run as train
 import vit5gen
 from vit5gen import SiTPipeline
 from vit5gen.config import load_config
-from vit5gen.data.autoencoders.kl import load_autoencoder, missing
+from vit5gen.data.autoencoders.find_autoencoder import load_autoencoder, missing
 from vit5gen.evaluation.samples import open_image_set
 from vit5gen.generation.card import pipeline_hash
 from vit5gen.generation.find_pipeline import find_pipeline, load_pipeline

@@ -12,7 +12,7 @@ from tiny_run import forget_processes
 from tiny_run import run as tiny_run
 
 from vit5gen.cli import main
-from vit5gen.data.autoencoders.kl import encode
+from vit5gen.data.autoencoders.codec import encode
 from vit5gen.data.images import open_images
 from vit5gen.generation.find_pipeline import load_pipeline
 from vit5gen.lab.study import runner

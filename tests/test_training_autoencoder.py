@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from vit5gen.config import AutoencoderTraining, DataConfig
-from vit5gen.data.autoencoders.kl import encode, load_autoencoder
+from vit5gen.data.autoencoders.codec import encode
+from vit5gen.data.autoencoders.find_autoencoder import load_autoencoder
 from vit5gen.data.images import open_images
 from vit5gen.system.errors import UserError
 from vit5gen.training.process import STOPPED

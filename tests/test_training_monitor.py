@@ -14,7 +14,7 @@ from tiny import tiny_pipeline
 from tiny_run import assert_identical, run, weights
 
 from vit5gen.config import TrainingConfig, load_config
-from vit5gen.data.autoencoders import load_autoencoder
+from vit5gen.data.autoencoders.find_autoencoder import load_autoencoder
 from vit5gen.data.images import ImageSet, open_images
 from vit5gen.flow import Flow
 from vit5gen.generation.find_pipeline import load_pipeline

@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 
 # Public names and the modules that hold them: resolved on first use, so that `import vit5gen` stays fast.
 _EXPORTS = {
+    "PixelAutoencoder": "vit5gen.data.autoencoders.pixels",
     "SiTTransformer2DModel": "vit5gen.models",
     "ViT5": "vit5gen.models",
     "SiTPipeline": "vit5gen.generation.pipeline",

@@ -41,7 +41,7 @@ from vit5gen.section import (
 )
 from vit5gen.system.errors import UserError, nearest, short
 
-ASSUMED_CLASSES = 1000
+ASSUMED_CLASSES, ASSUMED_CHANNELS, _ASSUMED_DOWNSAMPLE = 1000, 4, 8
 _SEED = 0
 _UNSHIFTED = 4096  # values of a latent: of as many `flow.time_shift: auto` is 1
 _HELD_OUT = "test"  # split
@@ -90,10 +90,24 @@ class FlowConfig(Section):
 class VaeConfig(Section):
     """The autoencoder between images and latents."""
 
-    name: str = Field("stabilityai/sd-vae-ft-ema", description="hub name, folder, or one that ships: emoji, emoji-64")
-    latent_channels: Width = Field(4, description="latent channels; checked against the autoencoder")
-    downsample: Side = Field(8, description="image side over latent side; checked against the autoencoder")
+    name: str = Field(
+        "stabilityai/sd-vae-ft-ema", description="hub name, folder, or one that ships: emoji, emoji-64, pixels"
+    )
+    latent_channels: Width | None = Field(None, description="latent channels; default: found in the autoencoder")
+    downsample: Side | None = Field(None, description="image side over latent side; default: found in the autoencoder")
+    normalize: Literal["config", "measured", "none"] = Field(
+        "config", description="latents: as the autoencoder says, to mean 0 and deviation 1 per channel, or not at all"
+    )
     batch_size: BatchSize = Field(16, description="images encoded at once, per process")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_sizes(cls, values: Any) -> Any:
+        name = cls.model_fields["name"].default
+        if not isinstance(values, dict) or values.get("name", name) != name:
+            return values
+        sizes = {"latent_channels": ASSUMED_CHANNELS, "downsample": _ASSUMED_DOWNSAMPLE}
+        return sizes | {key: value for key, value in values.items() if key not in sizes or value is not None}
 
 
 class DataConfig(Section):
@@ -320,14 +334,18 @@ class Config(Section):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the run's latents; raises `UserError` when the resolution does not fit the autoencoder."""
-        side, rest = divmod(self.data.resolution, self.vae.downsample)
+        """(C, h, w) of the run's latents; before a run has found them, as those of Stable Diffusion's autoencoder.
+
+        Raises `UserError` when the resolution does not fit the autoencoder.
+        """
+        factor = self.vae.downsample or _ASSUMED_DOWNSAMPLE
+        side, rest = divmod(self.data.resolution, factor)
         if rest:
             raise UserError(
                 f"data.resolution = {self.data.resolution} is not a multiple of vae.downsample = "
-                f"{self.vae.downsample}; choose e.g. {max(side, 1) * self.vae.downsample}"
+                f"{factor}; choose e.g. {max(side, 1) * factor}"
             )
-        return self.vae.latent_channels, side, side
+        return self.vae.latent_channels or ASSUMED_CHANNELS, side, side
 
     @property
     def time_shift(self) -> float:
@@ -343,7 +361,7 @@ class AutoencoderTraining(Section):
     held_out_split: str = Field(_HELD_OUT, description="split of the data used only for the final score")
     block_out_channels: list[Width] = Field([24, 48, 96], min_length=1, description="width at each resolution")
     layers_per_block: Layers = Field(1, description="residual blocks at each resolution of the encoder")
-    latent_channels: Width = Field(VaeConfig().latent_channels, description="channels of a latent")
+    latent_channels: Width = Field(ASSUMED_CHANNELS, description="channels of a latent")
     norm_num_groups: Width = Field(8, description="groups of a group norm; must divide every width")
     num_steps: Count = Field(6000, description="optimizer steps")
     batch_size: BatchSize = Field(32, description="images per step")
@@ -442,6 +460,7 @@ DEFAULTS_BEFORE: dict[str, Any] = {
     "training.checkpoint_every": 10_000,
     "training.checkpoint_minutes": None,
 }
+_FOUND = ("vae.latent_channels", "vae.downsample")  # and recorded when a run begins
 
 
 def recorded_values(data: dict[str, Any]) -> dict[str, Any]:
@@ -466,12 +485,12 @@ def load_recorded(path: str | Path) -> Config:
 
 
 def as_recorded(config: Config, data: dict[str, Any]) -> Config:
-    """Return ``config`` with what ``data``, a recorded configuration, has for keys whose default has changed.
+    """Return ``config`` with what ``data``, a recorded configuration, has for keys that are found, or new by default.
 
     A key that the user gave stays as it is.
     """
     recorded, given = recorded_values(data), config.model_dump(exclude_unset=True)
-    for name, key in (dotted.split(".") for dotted in DEFAULTS_BEFORE):
+    for name, key in (dotted.split(".") for dotted in (*DEFAULTS_BEFORE, *_FOUND)):
         if key in type(getattr(config, name)).model_fields:
             given.setdefault(name, {}).setdefault(key, recorded[name][key])
     return validate(Config, given, "recorded configuration")

@@ -7,12 +7,12 @@ from vit5gen.section import Width
 
 
 class ConvertOptions(Options):
-    """Turn a published SiT file, or a run's checkpoint, into a pipeline folder."""
+    """Turn a published SiT file, or a run's checkpoint, into a pipeline folder; VA-VAE's file into an autoencoder."""
 
     excludes: ClassVar = {"num_attention_heads": ("weights",)}
 
     checkpoint: str = argument(..., "CHECKPOINT", "e.g. SiT-XL-2-256x256.pt, RUN or a checkpoint in it", option="")
-    output: Utf8Path = argument(..., "FOLDER", "new pipeline folder")
+    output: Utf8Path = argument(..., "FOLDER", "new folder")
     vae: str | None = argument(None, "VAE", "name or folder of the autoencoder, or none; default: SiT's, or the run's")
     weights: str | None = argument(None, "NAME", "weights of a run: ema_<decay> or model; default: its first average")
     num_attention_heads: Width | None = argument(None, "N", "heads of a SiT file whose width matches no preset")

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vit5gen.config import Config
-from vit5gen.data.autoencoders.kl import encode, load_autoencoder
+from vit5gen.data.autoencoders.codec import encode
+from vit5gen.data.autoencoders.find_autoencoder import find_sizes, load_autoencoder
+from vit5gen.data.channel_moments import moments_of_shards, statistics
 from vit5gen.data.images import BrokenImage, ImageSet
 from vit5gen.data.latents import (
     MANIFEST,
@@ -28,6 +30,7 @@ from vit5gen.data.latents import (
     find_shard_damage,
     open_for,
     read_labels,
+    recorded_in,
     settings_of,
 )
 from vit5gen.data.remote import local_path
@@ -36,12 +39,12 @@ from vit5gen.system.errors import UserError, short
 from vit5gen.system.files import atomic, cache_folder, locked_file, read_json, sha256, write_json
 
 SHARD_SIZE = 4096  # images
-MakeShard = Callable[[ImageSet, AutoencoderKL, Config, tqdm], tuple[dict[str, torch.Tensor], list[str]]]
+MakeShard = Callable[[ImageSet, ModelMixin, Config, tqdm], tuple[dict[str, torch.Tensor], list[str]]]
 
 
 def encode_dataset(
     images: ImageSet,
-    vae: AutoencoderKL,
+    vae: ModelMixin,
     folder: str | Path,
     config: Config,
     make_shard: MakeShard | None = None,
@@ -81,12 +84,18 @@ def encode_dataset(
             records[k] = _write_shard(folder / _shard_name(k), tensors, broken)
     every = {k: record for part in gather_objects(records) for k, record in part.items()}
     shards = [every[k] for k in range(len(chunks))]
+
+    # Their statistics, where these are asked for, and the manifest.
+    measured = {}
+    if config.vae.normalize == "measured":
+        found = moments_of_shards([folder / shard["file"] for shard in shards])
+        measured = {"statistics": statistics(found, recorded_in(settings))}
     if state.is_main_process:
-        _finish(folder, settings, shards)
+        _finish(folder, settings, shards, measured)
     state.wait_for_everyone()
 
 
-def ensure_latents(images: ImageSet, vae: AutoencoderKL, config: Config) -> Path:
+def ensure_latents(images: ImageSet, vae: ModelMixin, config: Config) -> Path:
     """Return a folder in the cache that holds the latents of these images of `data`, encoding them if need be."""
     path = None if config.data.path is None else str(local_path(config.data.path).resolve())
     settings = settings_of(images, vae, config)
@@ -114,7 +123,7 @@ def _waiting_lock(file: Path) -> Iterator[None]:
 
 def encode_images(config: Config, output: str | Path) -> None:
     """Encode the images of a configuration into ``output``, and say what to do next."""
-    state, vae = start_processes(), load_autoencoder(config.vae.name)
+    state, vae, config = start_processes(), load_autoencoder(config.vae.name), find_sizes(config)
     encode_dataset(open_for(config, vae), vae, output, config)
     if state.is_main_process:
         print(f"{output}: {len(LatentDataset(output))} images. Next: train with --data.latents {output}")
@@ -146,7 +155,7 @@ def _begun(folder: Path) -> bool:
     return (folder / MANIFEST).exists() and any(folder.glob("shard_*"))
 
 
-def _finish(folder: Path, settings: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+def _finish(folder: Path, settings: dict[str, Any], shards: list[dict[str, Any]], measured: dict[str, Any]) -> None:
     """Write the manifest unless it is there already, remove what interrupted calls left, and report broken images."""
     labels = torch.cat([read_labels(folder / shard["file"]) for shard in shards])
     counts = torch.bincount(labels, minlength=len(settings["id2label"])).tolist()
@@ -157,7 +166,10 @@ def _finish(folder: Path, settings: dict[str, Any], shards: list[dict[str, Any]]
     there = read_json(folder / MANIFEST, "latents")
     # Of which images the shards of an earlier version were made, and how they were read, is not known.
     unknown = {"images_sha256", *READ_BEFORE} - there.keys()
-    manifest = {k: v for k, v in settings.items() if k not in unknown} | {"counts": counts, "shards": shards}
+    if not measured and there.get("shards") == shards:
+        measured = {k: v for k, v in there.items() if k == "statistics"}
+    known = {k: v for k, v in settings.items() if k not in unknown}
+    manifest = known | measured | {"counts": counts, "shards": shards}
     if there != manifest:
         write_json(folder / MANIFEST, manifest)
     for leftover in [*folder.glob("shard_*.json"), *folder.glob(".*.tmp")]:
@@ -203,7 +215,7 @@ def _decode(images: ImageSet, indices: list[int]) -> tuple[dict[int, tuple[torch
 
 
 def encode_shard(
-    images: ImageSet, vae: AutoencoderKL, config: Config, progress: tqdm
+    images: ImageSet, vae: ModelMixin, config: Config, progress: tqdm
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Return the tensors of one shard and what is wrong with the images that it leaves out."""
     data, dtype = config.data, getattr(torch, config.data.shard_dtype)

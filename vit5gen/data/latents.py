@@ -1,6 +1,7 @@
 """Latents on disk: what their manifest says, and memory-mapped reading."""
 
 import hashlib
+import json
 from bisect import bisect_right
 from functools import cached_property
 from itertools import accumulate
@@ -8,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from safetensors import safe_open
 
 from vit5gen.config import DEFAULTS_BEFORE, Config, DataConfig
-from vit5gen.data.autoencoders.kl import downsample, latent_scaling
+from vit5gen.data.autoencoders.codec import Normalization, normalization_of, sizes_of
+from vit5gen.data.channel_moments import moments_of_shards, normalization_from, statistics
 from vit5gen.data.images import ImageSet, make_source, open_images, open_training_images
 from vit5gen.data.remote import RemoteFile, discard, fetch, fetch_folder
 from vit5gen.system.distributed import processes, rank_and_world
@@ -37,8 +39,23 @@ def identity(manifest: dict[str, Any]) -> dict[str, Any]:
         "samples": manifest["images"],
         "classes": [id2label[str(label)] for label in range(len(id2label))],
         "digest": manifest.get("images_sha256"),
-        "autoencoder": " ".join(str(manifest[key]) for key in ("vae_sha256", "scaling_factor", "shift_factor")),
+        "autoencoder": " ".join([manifest["vae_sha256"], *map(_dense, recorded_in(manifest))]),
     }
+
+
+def recorded_in(manifest: dict[str, Any]) -> Normalization:
+    """Return how the latents in shards were normalised."""
+    return Normalization(manifest["scaling_factor"], manifest["shift_factor"])
+
+
+def recorded_normalization(data: dict[str, Any]) -> Normalization | None:
+    """Return how latents were normalised, from an `identity` that a checkpoint recorded, which may lack it."""
+    values = data.get("autoencoder", "").split()[1:]
+    return Normalization(*map(json.loads, values)) if values else None
+
+
+def _dense(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def find_class_names(config: Config) -> list[str]:
@@ -81,20 +98,23 @@ def images_beside(data: DataConfig) -> tuple[ImageSet | None, str]:
         return None, str(error)
 
 
-def open_for(config: Config, vae: AutoencoderKL) -> ImageSet:
+def open_for(config: Config, vae: ModelMixin) -> ImageSet:
     """Open a run's images; raise `UserError` when classes, resolution or autoencoder are not as configured."""
     check_autoencoder(config, vae)
     return open_training_images(config.data)
 
 
-def check_autoencoder(config: Config, vae: AutoencoderKL) -> None:
+def check_autoencoder(config: Config, vae: ModelMixin) -> None:
     """Raise `UserError` unless the autoencoder is as configured and takes images of the configured resolution."""
+    sizes = sizes_of(vae)
     for key, expected, found in [
-        ("latent_channels", config.vae.latent_channels, vae.config.latent_channels),
-        ("downsample", config.vae.downsample, downsample(vae)),
+        ("latent_channels", config.vae.latent_channels, sizes.channels),
+        ("downsample", config.vae.downsample, sizes.downsample),
     ]:
-        if expected != found:
+        if expected not in (None, found):
             raise UserError(f"vae.{key} = {expected}, but {config.vae.name} has {found}; set vae.{key} to {found}")
+    if sizes.side not in (None, side := config.data.resolution):
+        raise UserError(f"data.resolution = {side}, but {config.vae.name} takes {sizes.side}; set it to {sizes.side}")
     _ = config.latent_shape  # raises where the resolution does not fit
 
 
@@ -129,6 +149,7 @@ class LatentDataset:
         if not sum(shard["images"] for shard in shards):
             raise UserError(f"latents {self.folder}: no images; encode again")
         self._open: dict[int, Any] = {}  # shards by number; a process maps one when it first reads there
+        self._change: tuple[torch.Tensor, torch.Tensor] | None = None  # of values that are read: factor and offset
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -140,7 +161,29 @@ class LatentDataset:
         number = bisect_right(self._ends, index)
         shard, row = self._shard(number), index - (self._ends[number - 1] if number else 0)
         mean, std = (shard.get_slice(name)[row, int(flip)].float() for name in ("mean", "std"))
+        if self._change is not None:
+            factor, offset = self._change
+            mean, std = mean * factor + offset, std * factor
         return mean, std, int(shard.get_slice("labels")[row : row + 1])
+
+    def measured(self) -> Normalization:
+        """Return the normalisation to mean 0 and deviation 1 by the manifest's statistics, or those of the shards.
+
+        All processes take part. Raises `UserError` for statistics that are none.
+        """
+        found = self.manifest.get("statistics")
+        if found is None:
+            files = [self.folder / shard["file"] for shard in self.manifest["shards"]]
+            found = statistics(moments_of_shards(files), recorded_in(self.manifest))
+        return normalization_from(found, f"latents {self.folder}")
+
+    def normalize(self, wanted: Normalization) -> None:
+        """Have latents read as ``wanted``, whatever the normalisation of the shards."""
+        there = recorded_in(self.manifest)
+        if wanted != there:
+            both = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (*there, *wanted))
+            scale, shift, new_scale, new_shift = both
+            self._change = (new_scale / scale).float(), ((shift - new_shift) * new_scale).float()
 
     @cached_property
     def labels(self) -> torch.Tensor:
@@ -174,7 +217,7 @@ class LatentDataset:
         if not 0 <= least <= most <= last:
             raise UserError(f"latents {self.folder}: labels from {least} to {most}, expected 0 to {last}; encode again")
 
-    def check(self, config: Config, vae: AutoencoderKL) -> None:
+    def check(self, config: Config, vae: ModelMixin) -> None:
         """Raise `UserError` naming both values unless a run of this configuration can train on these latents."""
         # What the transformer sees: latents of the same autoencoder, classes and views.
         check_autoencoder(config, vae)
@@ -214,13 +257,13 @@ class LatentDataset:
         return self.__dict__ | {"_open": {}}  # maps stay with their process
 
 
-def _latent_settings(vae: AutoencoderKL, config: Config) -> dict[str, Any]:
+def _latent_settings(vae: ModelMixin, config: Config) -> dict[str, Any]:
     """Everything about a run that the numbers in its shards depend on, but the images."""
     digest = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.float().cpu().contiguous().numpy())
-    scale, shift = latent_scaling(vae)
+    scale, shift = normalization_of(vae)
     return {
         "vae": config.vae.name,
         "vae_sha256": digest.hexdigest(),
@@ -238,7 +281,7 @@ def _reading(config: Config) -> dict[str, Any]:
     return config.data.model_dump(include=set(READ_BEFORE)) if make_source(config.data).reads_files else {}
 
 
-def settings_of(images: ImageSet, vae: AutoencoderKL, config: Config) -> dict[str, Any]:
+def settings_of(images: ImageSet, vae: ModelMixin, config: Config) -> dict[str, Any]:
     """Return what a manifest of these images' latents records of how they were made."""
     of_images: dict[str, Any] = {
         "source": config.data.source,

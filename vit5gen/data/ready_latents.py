@@ -9,14 +9,15 @@ from pickle import UnpicklingError
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 from timm.data import ImageNetInfo
 from torch import Tensor
 from tqdm import tqdm
 
 from vit5gen.config import ASSUMED_CLASSES, Config
-from vit5gen.data.autoencoders.kl import load_autoencoder, normalise
+from vit5gen.data.autoencoders.codec import normalise
+from vit5gen.data.autoencoders.find_autoencoder import find_sizes, load_autoencoder
 from vit5gen.data.encoding import encode_dataset, explain_nonfinite
 from vit5gen.data.images import ImageSet, check_classes, check_num_classes
 from vit5gen.data.latents import LatentDataset, all_finite, check_autoencoder, images_beside
@@ -39,7 +40,7 @@ def import_latents(config: Config, folder: str | Path, output: str | Path) -> No
     """
     if config.data.held_out is not None:
         raise UserError("data.held_out: has no effect on latents that are ready; omit it")
-    state, vae = start_processes(), load_autoencoder(config.vae.name)
+    state, vae, config = start_processes(), load_autoencoder(config.vae.name), find_sizes(config)
     check_autoencoder(config, vae)
     encode_dataset(open_ready_latents(Path(folder).expanduser(), config), vae, output, config, _take_shard)
     if state.is_main_process:
@@ -142,7 +143,7 @@ def _check_statistics(file: Path, ready: ImageSet, channels: int) -> None:
 
 
 def _take_shard(
-    ready: ImageSet, vae: AutoencoderKL, config: Config, progress: tqdm
+    ready: ImageSet, vae: ModelMixin, config: Config, progress: tqdm
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors of one shard, normalised; as `encoding.encode_shard` does of images."""
     dtype = getattr(torch, config.data.shard_dtype)

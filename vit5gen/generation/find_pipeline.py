@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from diffusers.utils import logging
 from torch import nn
 
+from vit5gen.data.autoencoders.codec import find_codec
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.models.weights import check_finite
@@ -23,7 +24,8 @@ def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
     Raises `UserError` if it is none of them, does not load, or has weights that are not finite.
     """
     folder = pipeline_folder(checkpoint)
-    for name, entry in read_json(folder / "model_index.json", "pipeline").items():
+    index = read_json(folder / "model_index.json", "pipeline")
+    for name, entry in index.items():
         # diffusers would import any module that stands there
         if isinstance(entry, list) and entry[:1] not in ([None], ["vit5gen"], ["diffusers"]):
             found = f"checkpoint {folder}: {name} = {short(entry)}"
@@ -33,8 +35,10 @@ def load_pipeline(checkpoint: str | Path) -> SiTPipeline:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # of three files read
     try:
+        if (entry := index.get("vae")) and entry[1]:
+            find_codec(entry[1])  # raises where there is none, or a package is absent
         pipe = SiTPipeline.from_pretrained(folder)
-        kinds = {"transformer": SiTTransformer2DModel, "guide": SiTTransformer2DModel, "vae": AutoencoderKL}
+        kinds = {"transformer": SiTTransformer2DModel, "guide": SiTTransformer2DModel, "vae": ModelMixin}
         for name, kind in kinds.items():
             if not isinstance(part := getattr(pipe, name), kind | None):
                 raise UserError(f"{name} is a {type(part).__name__}, expected a {kind.__name__}")

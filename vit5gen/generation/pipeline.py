@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils.torch_utils import randn_tensor
@@ -22,7 +22,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from vit5gen.config import DrawConfig, SamplingConfig
-from vit5gen.data.autoencoders.kl import decode, downsample, latent_scaling, to_uint8
+from vit5gen.data.autoencoders.codec import Normalization, decode, normalization_of, sizes_of, to_uint8
 from vit5gen.flow import Flow, GuidedModel, Steps
 from vit5gen.generation.card import TrainingFacts, model_card
 from vit5gen.generation.labels import Labels, find_class_ids, names_by_id
@@ -31,7 +31,7 @@ from vit5gen.generation.scheduler import Generators, ModelFn, SiTScheduler, fore
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.models.weights import align
 from vit5gen.section import MOST_BATCH, MOST_STEPS
-from vit5gen.system.errors import UserError, check_whole, choose
+from vit5gen.system.errors import UserError, check_whole, choose, short
 from vit5gen.system.files import clear_weights, write_text
 
 # Without this diffusers stores our classes under their module path, and does not find them by a hub name.
@@ -92,6 +92,7 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
     scheduler: `SiTScheduler`, or a flow-match scheduler of diffusers, whose ``step`` is then used.
     vae: decodes latents; without it only ``output_type="latent"`` works.
     guide: the weaker model of autoguidance (arXiv 2406.02507).  id2label: names of the classes by id.
+    latent_normalization: ``scale`` and ``shift`` of the latents trained on, where they are not the autoencoder's own.
     attribution: the line that the licence of the training images wants beside the weights and all that they draw.
     """
 
@@ -103,18 +104,20 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
         self,
         transformer: SiTTransformer2DModel,
         scheduler: SchedulerMixin,
-        vae: AutoencoderKL | None = None,
+        vae: ModelMixin | None = None,
         guide: SiTTransformer2DModel | None = None,
         id2label: dict | None = None,
         attribution: str | None = None,
+        latent_normalization: dict | None = None,
     ) -> None:
         super().__init__()
         for module in filter(None, (transformer, vae, guide)):
             align(module)
-        if vae is not None:
-            latent_scaling(vae)  # raises where it is none that `decode` knows
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, guide=guide)
-        self.register_to_config(id2label=names_by_id(id2label), **({"attribution": attribution} if attribution else {}))
+        told = {"attribution": attribution, "latent_normalization": latent_normalization}
+        told = {name: value for name, value in told.items() if value}
+        self.register_to_config(id2label=names_by_id(id2label), **told)
+        self._check_autoencoder()
         self._flow = scheduler.flow if isinstance(scheduler, SiTScheduler) else Flow()
         self._states = _CallStates([_CallState()])
 
@@ -134,7 +137,7 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
     @property
     def vae_scale_factor(self) -> int:
         """Image pixels along a side of a latent pixel; 1 without an autoencoder."""
-        return 1 if self.vae is None else downsample(self.vae)
+        return 1 if self.vae is None else sizes_of(self.vae).downsample
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -193,8 +196,7 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
         choose("output_type", output_type, OUTPUT_TYPES)
         if output_type != "latent" and self.vae is None:
             raise UserError(f"output_type = {output_type!r} needs an autoencoder; set pipe.vae or use 'latent'")
-        if self.vae is not None:  # it may have been assigned
-            latent_scaling(self.vae)
+        self._check_autoencoder()  # it may have been assigned
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         for name in callback_on_step_end_tensor_inputs:
@@ -234,6 +236,15 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
             images = x if output_type == "latent" else self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_autoencoder(self) -> None:
+        """Raise `UserError` for an autoencoder that `decode` does not know, or would undo another normalisation."""
+        wanted, found = self.config.get("latent_normalization"), self.vae and normalization_of(self.vae)
+        if wanted and found and not found.agrees(trained := Normalization(**wanted)):
+            name = self.vae.config.get("_name_or_path") or type(self.vae).__name__
+            what = f"the autoencoder {name!r} normalises latents by scale and shift {short(tuple(found))}"
+            advice = "give the one that is saved with these weights"
+            raise UserError(f"{what}, the transformer was trained with {short(tuple(trained))}; {advice}")
 
     def _weak_model(self, scale: float) -> nn.Module:
         if self.guide is None:

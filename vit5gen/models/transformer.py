@@ -15,7 +15,7 @@ from einops import rearrange
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from vit5gen.config import ASSUMED_CLASSES, ModelConfig, VaeConfig
+from vit5gen.config import ASSUMED_CHANNELS, ASSUMED_CLASSES, ModelConfig
 from vit5gen.models.backbone import BACKBONES, Backbone
 from vit5gen.models.layers import Float32Linear, check_positive, check_sizes, init_linears, make_norm, modulate
 from vit5gen.models.positions import patch_grid
@@ -91,7 +91,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         backbone: str = _DEFAULTS.backbone,
         sample_size: int | tuple[int, int] = 32,
         patch_size: int = 2,
-        in_channels: int = VaeConfig().latent_channels,
+        in_channels: int = ASSUMED_CHANNELS,
         *,
         num_classes: int = ASSUMED_CLASSES,
         hidden_size: int = 1152,

@@ -8,17 +8,30 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from vit5gen.config import Config, TrainingConfig
-from vit5gen.data.autoencoders.kl import encode, load_autoencoder
+from vit5gen.data.autoencoders.codec import Normalization, check_normalization, codec_of, encode, normalization_of
+from vit5gen.data.autoencoders.find_autoencoder import find_sizes, load_autoencoder
+from vit5gen.data.channel_moments import moments, normalization_from, statistics
 from vit5gen.data.encoding import ensure_latents
 from vit5gen.data.images import ImageSet, check_classes, check_num_classes, drop_broken, open_images
-from vit5gen.data.latents import LatentDataset, check_autoencoder, identity, open_latents, settings_of
-from vit5gen.system.distributed import on_main
+from vit5gen.data.latents import (
+    LatentDataset,
+    check_autoencoder,
+    fetch_data,
+    identity,
+    open_latents,
+    recorded_normalization,
+    settings_of,
+)
+from vit5gen.system.distributed import on_main, rank_and_world, sum_over_processes
 from vit5gen.system.precision import PRECISIONS
+from vit5gen.training.build import check_values
+from vit5gen.training.checkpoint import read_state
 from vit5gen.training.objectives import OBJECTIVES, Batch
 from vit5gen.training.process import batch_sizes, signals_blocked
 from vit5gen.training.random import data_index, sample_draws
@@ -44,9 +57,20 @@ class RandomLatents:
 SampleSource = ImageSet | LatentDataset | RandomLatents
 
 
+def prepare(config: Config) -> Config:
+    """Return the configuration with the sizes of its autoencoder; check its values, and copy data from their URL.
+
+    Processes wait here for a copy without a time limit. Raises `UserError` for wrong values and a copy that fails.
+    """
+    config = on_main(partial(find_sizes, config))
+    check_values(config)
+    fetch_data(config.data)
+    return config
+
+
 def open_training_data(
     config: Config, accelerator: Accelerator, start: Path | None, accept_changes: bool
-) -> tuple[ImageSet | LatentDataset, AutoencoderKL, dict[str, Any]]:
+) -> tuple[ImageSet | LatentDataset, ModelMixin, dict[str, Any]]:
     """Open what a run trains on, encoding latents first where there are none yet, and its autoencoder.
 
     Returned last is what a checkpoint records of the data: their `identity`, and ``broken``, the number of images left
@@ -57,6 +81,10 @@ def open_training_data(
     def check(data: dict[str, Any]) -> None:
         on_main(partial(check_data, start, accept_changes, data))
 
+    def early(settings: dict[str, Any]) -> dict[str, Any]:
+        found = identity(settings)
+        return found if config.vae.normalize == "config" else {k: v for k, v in found.items() if k != "autoencoder"}
+
     # Latents on disk, whose manifest tells at once of what they are.
     vae = load_autoencoder(config.vae.name).to(accelerator.device)
     source: ImageSet | LatentDataset
@@ -64,8 +92,8 @@ def open_training_data(
         source = latents = open_latents(config.data.latents)
         check({"classes": latents.class_names})
         latents.check(config, vae)
-        data = identity(latents.manifest)
-        check(data)
+        settings = latents.manifest
+        check(early(settings))
         latents.verify()
 
     # Images: used as they are, each decoded once to find the broken ones, or encoded into the cache.
@@ -76,8 +104,8 @@ def open_training_data(
         check_num_classes(images, config.data)
         with accelerator.main_process_first():  # the others find in the cache what it has read
             images = replace(images, digest=partial(str, images.digest()))
-        data = identity(settings_of(images, vae, config))
-        check(data)
+        settings = settings_of(images, vae, config)
+        check(early(settings))
         if config.data.from_images:
             if config.data.on_broken_image == "skip":
                 images, faults = drop_broken(images)
@@ -88,14 +116,48 @@ def open_training_data(
         else:
             source = LatentDataset(ensure_latents(images, vae, config))
 
+    # How the transformer sees the latents, which the autoencoder undoes from now on.
+    chosen = _normalization(config, source, vae, start)
+    data = identity(settings | dict(zip(("scaling_factor", "shift_factor"), chosen, strict=True)))
+    if config.vae.normalize != "config":
+        codec_of(vae).record(vae, check_normalization(chosen, f"vae.normalize = {config.vae.normalize}", vae))
+        check(data)
+    if isinstance(source, LatentDataset):
+        source.normalize(chosen)
+
     # How many images were left out is known only now.
     broken = {"broken": data["samples"] - len(source)}
     check(broken)
     return source, vae, data | broken
 
 
+def _normalization(
+    config: Config, source: ImageSet | LatentDataset, vae: ModelMixin, start: Path | None
+) -> Normalization:
+    """Return the normalisation of a run's latents; images are encoded for it once, when the run begins."""
+    if config.vae.normalize == "config":
+        return normalization_of(vae)
+    if config.vae.normalize == "none":
+        return Normalization()
+    recorded = None if start is None else recorded_normalization(read_state(start).get("data", {}))
+    if isinstance(source, LatentDataset):
+        found = source.measured()
+        return found if recorded is None or not recorded.agrees(found) else recorded
+    if recorded is not None:
+        return recorded
+    rank, world = rank_and_world()
+    total = torch.zeros(3, config.latent_shape[0], dtype=torch.float64)
+    chunks = torch.arange(len(source)).split(config.vae.batch_size)[rank::world]
+    for chunk in tqdm(chunks, desc="measure latents", disable=rank > 0, delay=1):
+        pixels = source.stack(chunk).to(vae.device)
+        for view in (pixels, pixels.flip(-1))[: 1 + config.data.horizontal_flip]:
+            total += moments(*encode(vae, view))
+    measured = statistics(sum_over_processes(total), normalization_of(vae))
+    return normalization_from(measured, "the training latents")
+
+
 def nonfinite_fault(
-    config: Config, source: ImageSet | LatentDataset, vae: AutoencoderKL, step: int, in_a_row: int, saved: Path
+    config: Config, source: ImageSet | LatentDataset, vae: ModelMixin, step: int, in_a_row: int, saved: Path
 ) -> str:
     """Say what to do about so many steps up to ``step`` that were not finite, after which the state was ``saved``.
 
@@ -150,7 +212,7 @@ def batch_keys(settings: TrainingConfig, first_step: int, rank: int, world: int)
 
 
 def micro_batches(
-    config: Config, source: SampleSource, vae: AutoencoderKL | None, accelerator: Accelerator, first_step: int = 0
+    config: Config, source: SampleSource, vae: ModelMixin | None, accelerator: Accelerator, first_step: int = 0
 ) -> Generator[Batch]:
     """Yield this process's micro-batches (see `TrainingSet`) from ``first_step`` to the last, images encoded."""
     settings, workers, on_gpu = config.training, config.data.num_workers, accelerator.device.type == "cuda"

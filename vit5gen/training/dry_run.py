@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 
 from vit5gen import registry
 from vit5gen.config import ASSUMED_CLASSES, Config, DataConfig
-from vit5gen.data import autoencoders, encoding
+from vit5gen.data import encoding
+from vit5gen.data.autoencoders import find_autoencoder
 from vit5gen.data.images import Source, make_source, open_training_images
 from vit5gen.data.latents import MANIFEST, check_autoencoder, find_class_names
 from vit5gen.data.remote import COPIED, is_here, is_url, local_path
@@ -49,7 +50,7 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     Raises `UserError` for a value that does not fit, as training would.
     """
     # Every value, and where the run would start: as training does it, but nothing is written.
-    accelerator = make_accelerator(config.training, Path())
+    accelerator, config = make_accelerator(config.training, Path()), find_autoencoder.find_sizes(config, fetch=False)
     check_values(config)
     start = None
     if output is None:
@@ -67,6 +68,9 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     config = settle(config, _classes_here)
     if config.data.num_classes is None:
         accelerator.print(f"classes:  to be found in the data; {config.num_classes} assumed until these are here")
+    if None in (config.vae.latent_channels, config.vae.downsample):
+        shape = "x".join(map(str, config.latent_shape))
+        accelerator.print(f"latents:  of a size to be found in {config.vae.name}; {shape} assumed until it is here")
     if start is None and config.training.init_digest is not None:
         for line in initial.describe(config, initial.origin_of(config), _classes_here(config)):
             accelerator.print(line)
@@ -91,7 +95,7 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
         reason = next(iter(images))
         accelerator.print(f"images:   not found ({reason}): evaluations will draw samples without computing a distance")
     if config.vae.name not in absent:
-        check_autoencoder(config, autoencoders.load_autoencoder(config.vae.name))
+        check_autoencoder(config, find_autoencoder.load_autoencoder(config.vae.name))
     if config.data.path is not None and not images:
         open_training_images(config.data)
 
@@ -104,6 +108,8 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
         trial = "skipped until nothing is missing"
     elif not encoded:
         trial = "skipped until the latents are encoded: run `vit5gen encode`, then add --data.latents FOLDER"
+    elif config.vae.normalize == "measured" and config.data.from_images:
+        trial = "skipped until the latents of all images are measured, which training does first"
     elif preparation := source.preparation():
         trial = f"skipped until {preparation}, which training does first"
     else:
@@ -228,7 +234,7 @@ def missing(config: Config) -> dict[str, str]:
     absent = {} if unneeded else images
     if data.latents is not None and not _has_latents(data.latents):
         absent[data.latents] = COPIED if is_url(data.latents) else f"vit5gen encode CONFIG --output {data.latents}"
-    absent |= autoencoders.missing(config.vae.name) | initial.missing(config)
+    absent |= find_autoencoder.missing(config.vae.name) | initial.missing(config)
     if not (unneeded and images):  # without images there is no distance
         absent |= registry.missing(EXTRACTORS.get(registry.name_and_options(config.evaluation.extractor)[0]))
     for name in config.training.objectives:
@@ -288,7 +294,7 @@ def _trial(config: Config, accelerator: Accelerator, start: Path | None, accept_
     return f"{TRIAL_STEPS} real steps: {_pace(config, trainer, source, vae)}"
 
 
-def seconds_of_step(config: Config, trainer: Trainer, source: SampleSource, vae: AutoencoderKL | None = None) -> float:
+def seconds_of_step(config: Config, trainer: Trainer, source: SampleSource, vae: ModelMixin | None = None) -> float:
     """Train a few steps; return how long the fastest took, on which other jobs on the machine bear least."""
     num_steps = {"num_steps": trainer.step + TRIAL_STEPS}
     short = config.model_copy(update={"training": config.training.model_copy(update=num_steps)})
@@ -299,7 +305,7 @@ def seconds_of_step(config: Config, trainer: Trainer, source: SampleSource, vae:
     return min(end - start for start, end in pairwise(times))
 
 
-def _pace(config: Config, trainer: Trainer, source: SampleSource, vae: AutoencoderKL | None = None) -> str:
+def _pace(config: Config, trainer: Trainer, source: SampleSource, vae: ModelMixin | None = None) -> str:
     seconds, accelerator = seconds_of_step(config, trainer, source, vae), trainer.accelerator
     speed, used, peak = config.training.global_batch_size / seconds, "", _peak_of_process()
     if (device := accelerator.device).type == "cuda":

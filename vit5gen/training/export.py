@@ -1,22 +1,27 @@
-"""A published SiT checkpoint, or one of a training run, becomes a pipeline folder."""
+"""A published SiT checkpoint, or one of a training run, becomes a pipeline; an LDM autoencoder becomes a folder."""
 
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
 from timm.data import ImageNetInfo
 
 from vit5gen.config import VaeConfig, load_recorded
-from vit5gen.data.autoencoders import load_autoencoder
+from vit5gen.data.autoencoders.codec import Normalization, codec_of, normalization_of, sizes_of
+from vit5gen.data.autoencoders.find_autoencoder import load_autoencoder
+from vit5gen.data.autoencoders.ldm import from_ldm, is_ldm
+from vit5gen.data.latents import recorded_normalization
 from vit5gen.data.sources.folder import imagenet_names
 from vit5gen.generation.card import TrainingFacts
 from vit5gen.generation.lora import Adapter
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.models import SiTTransformer2DModel, load_sit
-from vit5gen.models.weights import check_finite, load_exactly
-from vit5gen.system.errors import UserError, choose
+from vit5gen.models.weights import Weights, check_finite, load_exactly, read_checkpoint
+from vit5gen.system.errors import UserError, choose, short
 from vit5gen.system.files import read_json
 from vit5gen.training.build import build_model
 from vit5gen.training.checkpoint import CONFIG, find_damage, load_tensors, newest_valid, read_state
@@ -27,9 +32,10 @@ from vit5gen.training.trainable import adapter_of, fold
 def export_pipeline(
     checkpoint: str | Path, output: str | Path, vae: str | None, weights: str | None, num_attention_heads: int | None
 ) -> None:
-    """Write the pipeline folder ``output``, whole or not at all.
+    """Write the folder ``output``, whole or not at all: a pipeline, or an autoencoder where the checkpoint is one.
 
-    checkpoint: a file in SiT's published layout, or RUN or RUN/checkpoints/step_XXXXXXXX of the trainer.
+    checkpoint: a file in SiT's published layout, or RUN or RUN/checkpoints/step_XXXXXXXX of the trainer; or a file
+    of an autoencoder in LDM's layout.
     vae: name or folder of the autoencoder, None SiT's or the run's; "none" leaves it out (latents only).
     weights: of a run, ``ema_<decay>`` or ``model``, None its first average.
     num_attention_heads: of a SiT whose width matches no preset.
@@ -47,24 +53,37 @@ def export_pipeline(
     else:
         if weights is not None:
             raise UserError(f"--weights {weights} is only for checkpoints of a run; a SiT file has one set of weights")
-        pipe, source_name = pipeline_of_file(source, vae, num_attention_heads), source.name
+        state = read_checkpoint(source)
+        if is_ldm(state):
+            if vae is not None or num_attention_heads is not None:
+                raise UserError(
+                    f"{source} is an autoencoder: --vae and --num-attention-heads have no effect; omit them"
+                )
+            _write_whole(from_ldm(state).save_pretrained, target)
+            advice = f"train with --vae.name {output} --vae.normalize measured: the file tells no scale of its latents"
+            print(f"{output}: an autoencoder; {advice}")
+            return
+        pipe, source_name = pipeline_of_file(state, vae, num_attention_heads), source.name
         began, adapter = None, None
+    facts = TrainingFacts(command=f"converted from {source_name}", origin=began)
+    _write_whole(partial(pipe.save_pretrained, facts=facts, adapter=adapter), target)
+    advice = f"try `vit5gen sample --checkpoint {output} --num-images 8 --seed 0 --output samples.png`"
+    print(f"{output}: {'without an autoencoder it generates latents only' if pipe.vae is None else advice}")
 
-    # Written beside the output and renamed, so that no half of it is ever there.
+
+def _write_whole(save: Callable[[Path], None], target: Path) -> None:
+    """Save beside ``target`` and rename, so that no half of it is ever there; raise `UserError` where that fails."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        facts = TrainingFacts(command=f"converted from {source_name}", origin=began)
-        pipe.save_pretrained(temporary, facts=facts, adapter=adapter)
+        save(temporary)
         os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
         raise UserError(f"output {target}: {error}; nothing was written") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    advice = f"try `vit5gen sample --checkpoint {output} --num-images 8 --seed 0 --output samples.png`"
-    print(f"{output}: {'without an autoencoder it generates latents only' if pipe.vae is None else advice}")
 
 
-def pipeline_of_file(source: Path, vae: str | None, num_attention_heads: int | None) -> SiTPipeline:
+def pipeline_of_file(source: Weights, vae: str | None, num_attention_heads: int | None) -> SiTPipeline:
     """Return the pipeline of a file in SiT's published layout; see `export_pipeline`. 1000 classes are ImageNet's."""
     model = load_sit(source, num_attention_heads)
     names = imagenet_names(ImageNetInfo().label_names()) if model.config.num_classes == 1000 else []
@@ -97,7 +116,10 @@ def pipeline_of_run(
     recorded = dict(enumerate(read_state(folder).get("data", {}).get("classes", [])))
     scheduler = SiTScheduler(config.flow.path, config.flow.prediction)
     names, attribution = told.get("id2label", recorded), told.get("attribution")
-    return _assemble(model, scheduler, vae or config.vae.name, names, attribution), folder, chosen, adapter
+    trained = recorded_normalization(read_state(folder).get("data", {}))
+    own = config.vae.normalize == "config"
+    pipe = _assemble(model, scheduler, vae or config.vae.name, names, attribution, trained, own)
+    return pipe, folder, chosen, adapter
 
 
 def _assemble(
@@ -106,12 +128,22 @@ def _assemble(
     vae: str,
     names: dict[int, str],
     attribution: str | None = None,
+    trained: Normalization | None = None,
+    own: bool = True,
 ) -> SiTPipeline:
+    """Put a pipeline together; trained: how latents were normalised, by the autoencoder's ``own`` numbers or not."""
     autoencoder = None if vae == "none" else load_autoencoder(vae)
     if autoencoder is not None:
-        found, taken = autoencoder.config.latent_channels, model.config.in_channels
-        if found != taken:
+        channels, taken = sizes_of(autoencoder).channels, model.config.in_channels
+        if channels != taken:
             advice = "set --vae to the autoencoder that the model was trained with, or to 'none'"
-            raise UserError(f"vae {vae!r} has {found} latent channels, the model takes {taken}; {advice}")
+            raise UserError(f"vae {vae!r} has {channels} latent channels, the model takes {taken}; {advice}")
         check_finite(f"vae {vae!r}", autoencoder.state_dict())
-    return SiTPipeline(model.eval(), scheduler, autoencoder, id2label=names, attribution=attribution)
+        if trained is not None and not own:
+            codec_of(autoencoder).record(autoencoder, trained)
+        elif trained is not None and not trained.agrees(found := normalization_of(autoencoder)):
+            advice = "set --vae to the autoencoder that the model was trained with"
+            seen = f"the model was trained with {short(tuple(trained))}"
+            raise UserError(f"vae {vae!r} has latents of scale and shift {short(tuple(found))}, {seen}; {advice}")
+    normalization = None if trained is None or own else trained._asdict()
+    return SiTPipeline(model.eval(), scheduler, autoencoder, None, names, attribution, normalization)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from torch import Tensor
 
 from vit5gen.config import Config, TrainingConfig
-from vit5gen.data.autoencoders.kl import POOR_PSNR, encode, round_trip_psnr
+from vit5gen.data.autoencoders.codec import POOR_PSNR, encode, round_trip_psnr
 from vit5gen.data.images import ImageSet, open_held_out, readable
 from vit5gen.flow import Flow, draw_timesteps
 from vit5gen.generation.pipeline import SiTPipeline
@@ -36,9 +36,7 @@ class HeldOut:
 
     @classmethod
     @torch.inference_mode()
-    def of(
-        cls, images: ImageSet, config: Config, flow: Flow, vae: AutoencoderKL, count: int = NUM_HELD_OUT
-    ) -> "HeldOut":
+    def of(cls, images: ImageSet, config: Config, flow: Flow, vae: ModelMixin, count: int = NUM_HELD_OUT) -> "HeldOut":
         """Choose ``count`` of the images and encode them, shared over the processes.
 
         Noise and order come from ``evaluation.seed``; one t lies in each of ``count`` equal parts of the time interval.
@@ -73,7 +71,7 @@ class HeldOut:
         return sum_over_processes(total).item() / len(self.images)
 
 
-def mean_psnr(vae: AutoencoderKL, images: ImageSet) -> float:
+def mean_psnr(vae: ModelMixin, images: ImageSet) -> float:
     """Return the mean PSNR in dB of some of the images against what the autoencoder makes of them."""
     chosen = torch.linspace(0, len(images) - 1, min(len(images), _NUM_DECODED)).long().split(8)
     return torch.cat([round_trip_psnr(vae, images.stack(part)) for part in chosen]).mean().item()
@@ -95,7 +93,7 @@ def affordable_count(settings: TrainingConfig) -> int:
     return min(NUM_HELD_OUT, max(_NUM_DECODED, int(2 * images / 3)))
 
 
-def find_held_out(config: Config, vae: AutoencoderKL, class_names: list[str], count: int) -> HeldOut | None:
+def find_held_out(config: Config, vae: ModelMixin, class_names: list[str], count: int) -> HeldOut | None:
     """Encode ``count`` of a run's held-out images, and say what the autoencoder keeps of them.
 
     Returns None, having said why, where a process has none or one is broken. All processes take part.

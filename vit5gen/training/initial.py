@@ -12,8 +12,10 @@ from timm.layers import to_2tuple
 from torch import Tensor
 
 from vit5gen.config import Config, ModelConfig, VaeConfig, load_recorded
-from vit5gen.data.autoencoders import kl
-from vit5gen.data.latents import find_class_names
+from vit5gen.data.autoencoders.codec import Normalization, normalization_of
+from vit5gen.data.autoencoders.find_autoencoder import load_autoencoder
+from vit5gen.data.autoencoders.find_autoencoder import missing as missing_autoencoder
+from vit5gen.data.latents import find_class_names, recorded_normalization
 from vit5gen.generation.card import pipeline_hash
 from vit5gen.generation.find_pipeline import find_pipeline, load_pipeline
 from vit5gen.generation.labels import ids_called, names_by_id
@@ -24,7 +26,7 @@ from vit5gen.models.transformer import PRESETS
 from vit5gen.models.weights import fit_channels
 from vit5gen.section import validate
 from vit5gen.system.distributed import processes
-from vit5gen.system.errors import UserError, choose, listed
+from vit5gen.system.errors import UserError, choose, listed, short
 from vit5gen.system.files import read_json, sha256
 from vit5gen.system.shipped import shipped_names
 from vit5gen.training.build import build_model, check_values
@@ -41,13 +43,13 @@ _opened: dict[str, "Origin"] = {}  # by hash: what `begin_from` has read, for wh
 class Origin:
     """What a run begins with: a pipeline without its autoencoder, and the SHA-256 of its weights.
 
-    vae: name of the autoencoder.  scaling: scale and shift of its latents, None where nothing tells.
+    vae: name of the autoencoder.  normalization: of its latents, None where nothing tells.
     """
 
     pipe: SiTPipeline
     digest: str
     vae: str
-    scaling: tuple[float, ...] | None = None
+    normalization: Normalization | None = None
 
 
 def open_origin(name: str, weights: str | None = None, num_attention_heads: int | None = None) -> Origin:
@@ -61,11 +63,14 @@ def open_origin(name: str, weights: str | None = None, num_attention_heads: int 
         if steps(path / "checkpoints") or ((path / CONFIG).is_file() and find_pipeline(path) is None):
             pipe, folder, chosen, _ = pipeline_of_run(path, "none", weights)
             config = load_recorded(folder / CONFIG)
-            scaling = tuple(map(float, read_state(folder).get("data", {}).get("autoencoder", "").split()[1:]))
+            known = recorded_normalization(read_state(folder).get("data", {}))
             digest = sha256(folder / f"{chosen}.safetensors")
             if config.training.trainable != "all" and chosen != "model":  # an average holds what is trained
                 digest = hashlib.sha256(f"{sha256(folder / 'model.safetensors')} {digest}".encode()).hexdigest()
-            return Origin(pipe, digest, config.vae.name, scaling or None)
+            vae, there = config.vae.name, find_pipeline(path)
+            if config.vae.normalize != "config" and there is not None:
+                vae = str(there)  # whose autoencoder has the statistics
+            return Origin(pipe, digest, vae, known)
         if weights is not None:
             raise UserError(f"training.init_weights = {weights} is only for a run with checkpoints; leave it out")
         if path.is_file():
@@ -74,7 +79,7 @@ def open_origin(name: str, weights: str | None = None, num_attention_heads: int 
         if (pipe := load_pipeline(folder)).vae is None:
             return Origin(pipe, pipeline_hash(folder), VaeConfig().name)
         vae = name if name in shipped_names() else str(folder / "vae")
-        return Origin(pipe, pipeline_hash(folder), vae, kl.latent_scaling(pipe.vae))
+        return Origin(pipe, pipeline_hash(folder), vae, normalization_of(pipe.vae))
     except UserError as error:
         raise UserError(f"training.init_from {name}: {error}") from error
 
@@ -133,7 +138,7 @@ def begin_from(config: Config) -> Config:
     preset = PRESETS[choose("model.preset", given["preset"], PRESETS)] if "preset" in given else {}
     wanted = preset | given
     pairs = [(f"model.{key}", wanted.get(key, found[key]), found[key]) for key in _SIZES]
-    pairs += [("vae.latent_channels", config.vae.latent_channels, found["in_channels"])]
+    pairs += [("vae.latent_channels", config.latent_shape[0], found["in_channels"])]
     pairs += [(f"flow.{key}", getattr(config.flow, key), getattr(flow, key)) for key in ("path", "prediction")]
     pairs += [("training.init_digest", settings.init_digest or origin.digest, origin.digest)]
     for key, ours, theirs in pairs:
@@ -156,7 +161,7 @@ def begin_from(config: Config) -> Config:
     config = config.model_copy(update=changed)
     _opened[origin.digest] = origin
     check_values(config)
-    if not kl.missing(config.vae.name):
+    if not missing_autoencoder(config.vae.name):
         _check_scaling(config, origin)
     fit(config, origin, [None] * config.num_classes)
     if other := [key for key, value in asked.items() if before[key] != value]:
@@ -276,8 +281,12 @@ def _grids(config: Config, origin: Origin) -> tuple[Grid, Grid]:
 
 def _check_scaling(config: Config, origin: Origin) -> None:
     """Raise `UserError` unless the latents of the run are scaled as those that the weights know."""
-    ours = kl.latent_scaling(kl.load_autoencoder(config.vae.name))
-    if origin.scaling not in (None, ours):
-        found = f"vae.name {config.vae.name} has latents of scale and shift {ours}"
-        other = f"training.init_from {config.training.init_from} {origin.scaling}"
-        raise UserError(f"{found}, but {other}; set vae.name to the autoencoder of these weights")
+    theirs, weights = origin.normalization, config.training.init_from
+    if theirs is not None and config.vae.normalize == "measured":
+        advice = "set vae.name to the autoencoder of these weights, e.g. RUN/pipeline, and vae.normalize to config"
+        raise UserError(f"vae.normalize = measured, but training.init_from {weights} has its own statistics; {advice}")
+    ours = normalization_of(load_autoencoder(config.vae.name)) if config.vae.normalize == "config" else Normalization()
+    if theirs is not None and not ours.agrees(theirs):
+        found = f"latents of scale and shift {short(tuple(ours))}"
+        other = f"{found}, but training.init_from {weights} {short(tuple(theirs))}"
+        raise UserError(f"vae.name {config.vae.name} has {other}; set vae.name to the autoencoder of these weights")

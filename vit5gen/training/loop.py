@@ -11,15 +11,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vit5gen.config import Config
-from vit5gen.data.latents import fetch_data
 from vit5gen.flow import draw_timesteps
 from vit5gen.system.cpu import fast_products
 from vit5gen.system.distributed import on_main
 from vit5gen.system.errors import UserError
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.training import process
-from vit5gen.training.batches import micro_batches, nonfinite_fault, open_training_data
-from vit5gen.training.build import build_flow, build_model_to_train, check_values
+from vit5gen.training.batches import micro_batches, nonfinite_fault, open_training_data, prepare
+from vit5gen.training.build import build_flow, build_model_to_train
 from vit5gen.training.initial import begin_from, initial_weights
 from vit5gen.training.monitor import Monitor
 from vit5gen.training.objectives import Batch, build_objectives
@@ -122,9 +121,7 @@ def train(config: Config, output: str | Path, resume: str, accept_changes: bool)
     """
     # Wrong values end it here, before hours of encoding.
     folder = RunFolder(output)
-    accelerator = process.make_accelerator(config.training, folder.path)
-    check_values(config)
-    fetch_data(config.data)  # here, where processes wait without a time limit
+    accelerator, config = process.make_accelerator(config.training, folder.path), prepare(config)
     with ExitStack() as stack:
         # No other process trains in the folder, which says where to start.
         on_main(lambda: stack.enter_context(folder.locked()))
@@ -150,13 +147,14 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
         trainer.restore(start)
     trainer.data |= origin | {k: v for k, v in data.items() if v is not None}  # old latents know no digest
     on_main(lambda: folder.record(config, trainer.step, data))
-    batches = micro_batches(config, source, vae, accelerator, trainer.step)
     save = partial(trainer.save, config=to_yaml(config), keep_last=settings.keep_last, keep_every=settings.keep_every)
 
     # Step by step, until the last one or a signal.
     stop, nonfinite, clock = False, 0, process.SaveClock(settings.checkpoint_minutes)
-    with process.stop_signals() as stop_asked, closing(batches), ExitStack() as stack:
+    with process.stop_signals() as stop_asked, ExitStack() as stack:
         monitor = Monitor(config, folder, trainer, vae, source.class_names, stop_asked)
+        batches = monitor.describe_first(micro_batches(config, source, vae, accelerator, trainer.step))
+        stack.enter_context(closing(batches))
         stack.enter_context(monitor.bar)
         while True:
             # Evaluate the averages, at the first and the last step too; a signal ends it.

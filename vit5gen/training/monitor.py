@@ -7,7 +7,8 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from vit5gen.config import Config
+from vit5gen.data.autoencoders.codec import normalization_of
 from vit5gen.data.images import make_source
 from vit5gen.data.latents import images_beside
 from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
@@ -31,17 +33,20 @@ from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.models import SiTTransformer2DModel
-from vit5gen.system.distributed import gather_objects, on_main
+from vit5gen.system.distributed import gather_objects, on_main, sum_over_processes
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.checkpoint import gather_shards
 from vit5gen.training.curves import gap_note, save_curves
 from vit5gen.training.held_out import NUM_HELD_OUT, HeldOut, affordable, affordable_count, find_held_out
+from vit5gen.training.objectives import Batch
 from vit5gen.training.optimizers import learning_rate
 from vit5gen.training.previews import SampleGrid, preview_steps
 from vit5gen.training.reference_moments import TrainingReference, build_reference
 from vit5gen.training.run_folder import RunFolder
 from vit5gen.training.trainable import adapter_of, fold
 from vit5gen.training.trainer import Outcome, Trainer
+
+_FAR = 3.0  # times what latents should be
 
 
 class Interrupted(Exception):
@@ -59,7 +64,7 @@ class Monitor:
         config: Config,
         folder: RunFolder,
         trainer: Trainer,
-        vae: AutoencoderKL,
+        vae: ModelMixin,
         class_names: list[str],
         stop_asked: Callable[[], bool],
     ) -> None:
@@ -83,6 +88,26 @@ class Monitor:
         self._attribution = "; ".join(dict.fromkeys(filter(None, lines))) or None
         self._samples = SampleGrid(config, folder.samples, class_names, self._attribution)
         self._adapter: Adapter | None = None  # of the newest pipeline
+
+    def describe_first(self, batches: Generator[Batch]) -> Generator[Batch]:
+        """Pass batches on; tell mean and deviation of the first one's latents, and warn where they are not noise's."""
+        with closing(batches):
+            first = next(batches)
+            self._describe(first.x1)
+            yield first
+            yield from batches
+
+    def _describe(self, latents: Tensor) -> None:
+        values = latents.double()
+        sums = torch.stack([torch.full_like(values, 1).sum(), values.sum(), values.square().sum()])
+        count, total, squares = sum_over_processes(sums.cpu()).tolist()
+        mean, power = total / count, squares / count
+        std = math.sqrt(max(power - mean**2, 0))
+        self._events |= {"latents_mean": mean, "latents_std": std} if math.isfinite(power) else {}
+        self.accelerator.print(f"latents of the first batch: mean {mean:.3g}, standard deviation {std:.3g}")
+        if not 1 / _FAR**2 <= power <= _FAR**2:
+            advice = "check vae.name, or set vae.normalize to measured"
+            self.accelerator.print(f"warning: latents should have mean 0 and standard deviation 1: {advice}")
 
     def write(self, outcome: Outcome) -> None:
         """Add a line on the steps since the last one to the log and the trackers, and show it in the bar."""
@@ -235,7 +260,8 @@ class Monitor:
             transformer.compile_repeated_blocks()
         scheduler = SiTScheduler(self.config.flow.path, self.config.flow.prediction)
         names = dict(enumerate(self.class_names))
-        return SiTPipeline(transformer, scheduler, self.vae, id2label=names, attribution=self._attribution)
+        seen = None if self.config.vae.normalize == "config" else normalization_of(self.vae)._asdict()
+        return SiTPipeline(transformer, scheduler, self.vae, None, names, self._attribution, seen)
 
     def _generate(self, labels: list[int]) -> Iterator[tuple[range, Tensor]]:
         evaluation = self.config.evaluation

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from PIL import Image
 from timm.layers import to_2tuple
 
 from vit5gen.config import Config, DataConfig, VaeConfig, read_yaml, shipped_configs
-from vit5gen.data.autoencoders import kl
+from vit5gen.data.autoencoders import codec, find_autoencoder
 from vit5gen.data.images import BrokenImage, ImageSet, centre_crop, decoding, open_held_out, open_images
 from vit5gen.data.pictures import find_classes, folder_names
 from vit5gen.data.sources.folder import HELD_OUT, TRAINING, FolderSource
@@ -110,22 +110,21 @@ def _count(number: int, thing: str, things: str | None = None) -> str:
     return f"{number:,} {thing if number == 1 else things or f'{thing}s'}"
 
 
-def choose_autoencoder(
-    resolution: int, images: ImageSet, needed: str | None = None
-) -> tuple[str, AutoencoderKL, float]:
+def choose_autoencoder(resolution: int, images: ImageSet, needed: str | None = None) -> tuple[str, ModelMixin, float]:
     """Return the name of an autoencoder that is at hand, itself, and the dB of a round trip of some images.
 
     It is the one ``needed``, else the default one where it has been fetched, else the shipped one that was trained
     nearest in size.
     """
     if needed is not None:
-        vae = kl.load_autoencoder(needed)
+        vae = find_autoencoder.load_autoencoder(needed)
         return needed, vae, mean_psnr(vae, images)
     name, vae = VaeConfig().name, None
     with suppress(UserError):  # fetched in part
-        vae = None if kl.missing(name) else kl.load_autoencoder(name)
+        vae = None if find_autoencoder.missing(name) else find_autoencoder.load_autoencoder(name)
     if vae is None:
-        shipped = {name: kl.load_autoencoder(name) for name in kl.shipped_autoencoders()}
+        names = [name for name in find_autoencoder.shipped_autoencoders() if name != find_autoencoder.PIXELS]
+        shipped = {name: find_autoencoder.load_autoencoder(name) for name in names}
         name = min(shipped, key=lambda name: abs(math.log2(shipped[name].config.sample_size / resolution)))
         vae = shipped[name]
     return name, vae, mean_psnr(vae, images)
@@ -169,7 +168,7 @@ def propose(folder: str, output: str, weights: str | None = None, num_attention_
 
     # The data, as the run will open them.
     if origin is not None:
-        pixels = kl.downsample(kl.load_autoencoder(origin.vae))
+        pixels = codec.sizes_of(find_autoencoder.load_autoencoder(origin.vae)).downsample
         section["resolution"] = max(to_2tuple(origin.pipe.transformer.config.sample_size)) * pixels
     data = validate(DataConfig, section, folder)
     training, fault = open_images(data), ""
@@ -194,7 +193,7 @@ def propose(folder: str, output: str, weights: str | None = None, num_attention_
     name, vae, quality = choose_autoencoder(section["resolution"], pictures, needed)
     print(f"autoencoder: {name} reconstructs these pictures at {quality:.1f} dB")
     resolution, on_gpu = section["resolution"], torch.cuda.is_available()
-    channels, factor, count = vae.config.latent_channels, kl.downsample(vae), len(training)
+    (channels, factor, _), count = codec.sizes_of(vae), len(training)
     batch = 2 ** (min(64 if on_gpu else 32, count).bit_length() - 1)
     content = read_yaml(shipped_configs()["quickstart"]) | {"data": section}
     content["vae"] = {"name": name, "latent_channels": channels, "downsample": factor}
@@ -234,9 +233,9 @@ def propose(folder: str, output: str, weights: str | None = None, num_attention_
     _write(file, header, content, comments if origin is None else comments | {"resolution": "that of the weights"})
     print(f"{file}: {took}\nNext:\n{next_command}")
     poor = f"{quality:.1f} dB is low: the autoencoder {name} was not trained on pictures like these"
-    if quality < kl.POOR_PSNR and origin is not None:
+    if quality < codec.POOR_PSNR and origin is not None:
         print(f"{poor}; without --from, another can be trained")
-    elif quality < kl.POOR_PSNR:
+    elif quality < codec.POOR_PSNR:
         small, vae_run = min(batch, 32 if resolution == 32 else 16), shlex.quote(f"runs/{file.stem}-vae")
         train_vae = f"vit5gen autoencoder {shlex.quote(str(other))} --output {vae_run}"
         own = {"data": section, "held_out_split": section["split"] if fault else split}

@@ -13,7 +13,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from vit5gen.config import AutoencoderTraining, TrainingConfig, recorded_values
-from vit5gen.data.autoencoders.kl import decode, encode, load_autoencoder, psnr, to_uint8
+from vit5gen.data.autoencoders.codec import decode, encode, psnr, to_uint8
+from vit5gen.data.autoencoders.find_autoencoder import load_autoencoder
 from vit5gen.data.images import ImageSet, make_source, open_images, readable
 from vit5gen.generation.grid import save_pairs, with_attribution
 from vit5gen.system.errors import UserError

@@ -1,3 +1,5 @@
-"""The autoencoders between images and latents, one file each; loaded by name, whatever their kind."""
+"""The autoencoders between images and latents: each module of this folder registers the calls of one class."""
 
-from vit5gen.data.autoencoders.kl import AUTOENCODERS, load_autoencoder, missing
+from vit5gen.registry import import_modules
+
+import_modules(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vit5gen.config import Config, load_recorded, read_yaml
-from vit5gen.data.autoencoders import load_autoencoder
+from vit5gen.data.autoencoders.find_autoencoder import load_autoencoder
 from vit5gen.data.images import open_held_out
 from vit5gen.data.latents import open_for
 from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
