@@ -159,6 +159,7 @@ def test_normalisations_are_those_of_diffusers_pipelines() -> None:
     torch.testing.assert_close(spread, posterior.std * 0.13 / std)
     latents = torch.randn(2, 4, 8, 8)
     torch.testing.assert_close(decode(xl, latents), xl.decode(latents * std / 0.13 + mean).sample.clamp(-1, 1))
+    assert repr(tuple(normalization_of(tiny_autoencoder_of("AutoencoderKL", scaling_factor=1)))) == "(1.0, 0.25)"
     sd3 = tiny_autoencoder_of("AutoencoderKL", scaling_factor=1.5305, shift_factor=0.0609)
     torch.testing.assert_close(decode(sd3, latents), sd3.decode((latents / 1.5305) + 0.0609).sample.clamp(-1, 1))
     dc = tiny_autoencoder_of("AutoencoderDC", scaling_factor=0.41407)

@@ -95,7 +95,9 @@ class Monitor:
         self._events |= {"latents_mean": mean, "latents_std": std} if math.isfinite(power) else {}
         far = "; warning: far from 0 and 1: check vae.name, or set vae.normalize to measured"
         far = "" if 1 / _FAR**2 <= power <= _FAR**2 else far
-        self.accelerator.print(f"latents of the first batch: mean {mean:.3g}, standard deviation {std:.3g}{far}")
+        self.accelerator.print(
+            f"\nnote: latents of the first batch: mean {mean:.3g}, standard deviation {std:.3g}{far}"
+        )
 
     def write(self, outcome: Outcome) -> None:
         """Add a line on the steps since the last one to the log and the trackers, and show it in the bar."""
