@@ -19,7 +19,7 @@ def test_our_step_is_that_of_the_loop(tmp_path: Path) -> None:
     file, overrides = make_inputs(tmp_path), {"training.num_steps": 3, "training.warmup_steps": 2}
     run(file, tmp_path / "run", training__num_steps=3, training__warmup_steps=2)
     config = load_config(file, overrides)
-    source, *_ = open_training_data(config, make_accelerator(config.training, tmp_path))
+    source, *_ = open_training_data(config, make_accelerator(config.training, tmp_path), None, False)
     step = OurStep(config, source)
     for _ in range(3):
         step()

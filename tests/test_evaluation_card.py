@@ -9,7 +9,6 @@ import torch
 import torch_fidelity
 from called import call_evaluate
 from PIL import Image
-from random_inception import write_random_inception
 from tiny import tiny_pipeline
 from torch import nn
 from torch.nn import functional
@@ -25,6 +24,7 @@ from vit5gen.evaluation.features import Extractor, Features
 from vit5gen.evaluation.reference import open_reference
 from vit5gen.evaluation.samples import Samples, open_folder, open_image_set
 from vit5gen.generation.many import SamplingJob, draw_labels, generate
+from vit5gen.lab.benchmark.evaluators import write_random_inception
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256
 

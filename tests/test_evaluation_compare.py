@@ -42,9 +42,11 @@ def gaussian_side(features: torch.Tensor, extractor: Extractor, fid: dict[str, M
     """Score rows of features against a standard Gaussian, and without each group of them."""
     grouped = Grouped(DIM)
     grouped.update(features, torch.arange(len(features)))
-    whole = Scan(len(features), [8, 8], grouped, None, None, torch.empty(0, DIM))
-    reference = Reference(FrechetReference(torch.zeros(DIM), torch.eye(DIM)), None, None, None, {})
-    alone = replace(whole, pooled=Grouped.of([grouped.total()]))  # of one group, without an error bar of its own
+    whole = Scan(len(features), [8, 8], {"pooled": grouped}, None, torch.empty(0, DIM))
+    reference = Reference({"pooled": FrechetReference(torch.zeros(DIM), torch.eye(DIM))}, None, None, {})
+    alone = replace(
+        whole, moments={"pooled": Grouped.of([grouped.total()])}
+    )  # of one group, without an error bar of its own
     found = [scores(part, reference, extractor, fid) for part in (alone, *whole.leave_one_out())]
     return Side({"count": len(features)}, found, grouped.total().mean, {}, [])
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from random_inception import write_random_inception
 from safetensors import safe_open
 from test_evaluation_card import pictures, write_npz
 from tiny import tiny_autoencoder
 
 from vit5gen import cli
+from vit5gen.lab.benchmark.evaluators import write_random_inception
 from vit5gen.system.files import sha256
 
 ROOT = Path(__file__).parent.parent

@@ -182,7 +182,7 @@ def test_a_module_in_the_folder_is_a_plug_and_no_other_file_names_it(
     (tmp_path / "a_mean_shift.py").write_text(code)
     monkeypatch.setattr(metrics, "__path__", [*metrics.__path__, str(tmp_path)])
     import_modules(metrics.__name__)
-    added = ["class-fd", "cmmd", "dc", "fd-infinity", "recognised", "mean-shift"]
+    added = ["class-fd", "cmmd", "dc", "fd-infinity", "fdr6", "recognised", "mean-shift"]
     assert METRICS.registered() == ["fid", "sfid", "is", "pr", "kid", *added]  # the order of a card, then its own
     for kind in ("data.sources", "evaluation.extractors", "evaluation.metrics", "training.objectives", "models"):
         folder = ROOT / "vit5gen" / kind.replace(".", "/")

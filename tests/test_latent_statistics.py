@@ -78,7 +78,7 @@ def opened(file: Path, start: Path | None = None, **overrides: Any) -> tuple[Con
     """Return configuration, samples, autoencoder and what is recorded of a run's data, as it begins or resumes."""
     forget_processes()
     config = find_sizes(load_config(file, {key.replace("__", "."): value for key, value in overrides.items()}))
-    return config, *open_training_data(config, Accelerator(cpu=True), start)
+    return config, *open_training_data(config, Accelerator(cpu=True), start, False)
 
 
 def seen(config: Config, source: Any, vae: ModelMixin) -> torch.Tensor:

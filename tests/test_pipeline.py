@@ -6,6 +6,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,9 +23,9 @@ from diffusers.callbacks import PipelineCallback
 from tiny import NAMES, tiny_autoencoder, tiny_pipeline, tiny_transformer
 
 from vit5gen import SiTPipeline, SiTScheduler, SiTTransformer2DModel
-from vit5gen.config import DrawConfig
+from vit5gen.config import DrawConfig, SamplingConfig
 from vit5gen.evaluation.evaluation_card import open_samples
-from vit5gen.flow import Flow, sample_ode, sample_sde
+from vit5gen.flow import Flow, GuidedModel, sample_ode, sample_sde
 from vit5gen.generation.card import TrainingFacts, pipeline_hash
 from vit5gen.generation.find_pipeline import load_pipeline
 from vit5gen.generation.scheduler import SAMPLERS
@@ -769,6 +770,30 @@ def test_bad_values(pipe: SiTPipeline, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         pipe([0, 1], **options)
     assert "\n" not in str(caught.value)
+
+
+def test_an_option_of_guidance_passes_from_its_section_through_the_pipeline(
+    pipe: SiTPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Boosted(GuidedModel):
+        def __init__(self, *args: Any, boost: float = 1.0, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.boost = boost
+
+        def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.boost * super().__call__(x, t)
+
+    def drawn(**options: Any) -> torch.Tensor:
+        return pipe(0, generator=seed(), **EULER, **options).images
+
+    for name in ("boost", "guidance_boost", "weak_scale"):
+        with pytest.raises(TypeError, match=f"__call__.. got an unexpected keyword argument '{name}'"):
+            drawn(**{name: 2.0})
+    plain = drawn()
+    monkeypatch.setattr("vit5gen.generation.pipeline.GuidedModel", Boosted)
+    monkeypatch.setitem(SamplingConfig.model_fields, "guidance_boost", SamplingConfig.model_fields["guidance_scale"])
+    assert torch.equal(drawn(), plain)
+    assert not torch.equal(drawn(guidance_boost=2.0), plain)
 
 
 def test_bad_schedulers(pipe: SiTPipeline) -> None:

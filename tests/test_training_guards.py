@@ -153,7 +153,7 @@ def test_the_main_process_alone_decides_on_a_save(config_file: Path, monkeypatch
     forget_processes()
     config = load_config(config_file)
     accelerator = process.make_accelerator(config.training, Path())
-    source, vae, _ = open_training_data(config, accelerator)
+    source, vae, _ = open_training_data(config, accelerator, None, False)
     trainer = build_trainer(config, accelerator)
     batches = micro_batches(config, source, vae, accelerator)
     assert train_step(trainer, config, batches, save_due=lambda: True).save

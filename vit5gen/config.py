@@ -6,14 +6,10 @@ A configuration is a YAML file of the sections below. Each key is also an option
 
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import (
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from vit5gen.section import (
     BatchSize,
@@ -45,6 +41,7 @@ from vit5gen.section import (
 from vit5gen.system.errors import UserError, nearest, short
 
 ASSUMED_CLASSES, ASSUMED_CHANNELS, _ASSUMED_DOWNSAMPLE = 1000, 4, 8
+_SEED = 0
 _HELD_OUT = "test"  # split
 _MOST_VALUES = 10**5  # of one file
 
@@ -66,9 +63,8 @@ class ModelConfig(Section):
     @property
     def sized(self) -> bool:
         """Whether all sizes are given, by their preset or one by one."""
-        return self.preset is not None or None not in (
-            *(self.hidden_size, self.num_layers, self.num_attention_heads, self.patch_size),
-        )
+        sizes = (self.hidden_size, self.num_layers, self.num_attention_heads, self.patch_size)
+        return self.preset is not None or None not in sizes
 
 
 class FlowConfig(Section):
@@ -142,7 +138,7 @@ class LoraConfig(Section):
 
     rank: Width = Field(8, description="rank of what is added to each weight")
     alpha: Positive | None = Field(None, description="what is added is scaled by alpha / rank; default: rank")
-    dropout: Annotated[Float, Field(ge=0, lt=1)] = Field(0.0, description="dropout of what enters an adapter")
+    dropout: Decay = Field(0.0, description="dropout of what enters an adapter")
     targets: list[str] = Field(["backbone"], min_length=1, description="linear layers that get an adapter")
     full: list[str] = Field(["label_embed"], description="parameters that are trained in full beside the adapters")
 
@@ -161,7 +157,7 @@ class TrainingConfig(Section):
     num_steps: Natural = Field(400_000, description="total number of optimizer steps")
     global_batch_size: BatchSize = Field(256, description="samples per step, over all processes")
     micro_batch_size: BatchSize | None = Field(None, description="samples per forward pass, per process; default: all")
-    seed: Natural = Field(0, description="seed of initialisation, data order and all random draws")
+    seed: Natural = Field(_SEED, description="seed of initialisation, data order and all random draws")
     precision: Literal["auto", "fp64", "fp32", "tf32", "bf16"] = Field(
         "tf32", description="precision of matrix products; auto: bf16 where the machine is fast at it"
     )
@@ -300,7 +296,7 @@ class EvaluationConfig(Section):
     held_out_split: str = Field(_HELD_OUT, description="split of real images whose distance is the floor")
     batch_size: BatchSize = Field(100, description="images generated at once, per process")
     extractor: Plug = Field("effnet-lite0", description="feature network, or with options {NAME: {option: value}}")
-    seed: Natural = Field(0, description="seed of the generated images")
+    seed: Natural = Field(_SEED, description="seed of the generated images")
     images_per_class: Tiles = Field(8, description="columns of samples.png")
     grid_classes: Tiles = Field(10, description="rows of samples.png, one for each of the first classes")
 
@@ -360,7 +356,7 @@ class AutoencoderTraining(Section):
     kl_weight: NonNegative = Field(1e-3, description="weight of the KL divergence from the unit normal")
     max_shift: Small = Field(2, description="shift training images at random by up to this many pixels")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="precision of convolutions")
-    seed: Natural = Field(0, description="seed of initialisation, order, augmentation and latent noise")
+    seed: Natural = Field(_SEED, description="seed of initialisation, order, augmentation and latent noise")
 
 
 class _Loader(yaml.SafeLoader):
@@ -418,9 +414,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         detail = " ".join(str(error).split())
         raise UserError(f"configuration {path} is not valid YAML: {detail}; fix the file") from error
     if not isinstance(data, dict):
-        raise UserError(
-            f"configuration {path}: expected sections such as 'model:' at the top, found {type(data).__name__}"
-        )
+        found = type(data).__name__
+        raise UserError(f"configuration {path}: expected sections such as 'model:' at the top, found {found}")
     return data
 
 

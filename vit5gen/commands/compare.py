@@ -6,7 +6,7 @@ from typing import Any
 
 from vit5gen.commands.evaluate import ScoreOptions
 from vit5gen.commands.options import argument
-from vit5gen.config import DrawConfig, ReadConfig
+from vit5gen.config import DrawConfig, EvaluationConfig, ReadConfig
 from vit5gen.section import Natural
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import check_writable, write_json
@@ -23,7 +23,9 @@ class CompareOptions(ScoreOptions):
     b: str = argument(..., "B", "what is compared with A", option="")
     reference: str = argument(..., "REF", "real images, as for `evaluate`")
     output: str = argument(..., "CARD.json", "write all numbers to this card; a picture of pairs lies beside it")
-    seed: Natural = argument(0, "N", "seed of labels and noise, the same for both, for drawing from runs")
+    seed: Natural = argument(
+        EvaluationConfig().seed, "N", "seed of labels and noise, the same for both, for drawing from runs"
+    )
 
 
 def run(options: CompareOptions) -> None:
@@ -31,6 +33,7 @@ def run(options: CompareOptions) -> None:
     from vit5gen.evaluation import comparison, load_extractor
     from vit5gen.evaluation.evaluation_card import doubts, open_samples
     from vit5gen.evaluation.groups import read_groups
+    from vit5gen.evaluation.metrics.frechet_ratio import with_denominators
     from vit5gen.evaluation.reference import open_reference
     from vit5gen.evaluation.samples import Samples, check_used
     from vit5gen.generation.card import commit, versions
@@ -50,6 +53,8 @@ def run(options: CompareOptions) -> None:
     read = options.part(ReadConfig)
     network = load_extractor(options.extractor, state.device, options.weights, options.weights_sha256)
     real = open_reference(options.reference, network, batch_size, read=read)
+    if options.denominators is not None:
+        real = with_denominators(real, open_reference(options.denominators, network, batch_size, read=read), network)
     is_card = {path: Path(path).suffix == ".json" for path in given}
     metrics, skipped = comparison.metrics_to_compare(options.metrics, real, network, any(is_card.values()))
     sides: list[list[comparison.Side]] = [[], []]
@@ -58,7 +63,8 @@ def run(options: CompareOptions) -> None:
         for path in pair:
             kept = is_card.get(path) and read_groups(path, real, network)
             sets += [kept or open_samples(path, draw, options.num_images, [options.seed], batch_size, read=read)[0]]
-        check_used(read, [real.identity, *(one.identity for one in sets if isinstance(one, Samples))])
+        references = real.identity, real.identity.get("denominators", {})
+        check_used(read, [*references, *(one.identity for one in sets if isinstance(one, Samples))])
         comparison.check_alike(pair, sets)
         for side, images in zip(sides, sets, strict=True):
             scored = comparison.score_side(images, real, network, metrics, groups=not runs)
@@ -76,7 +82,7 @@ def run(options: CompareOptions) -> None:
         "extractor": network.identity,
         "pairing": {"paired": paired, "reason": reason, "training_seeds": list(runs)},
         "skipped": skipped,
-        "warnings": doubts([side.entry for own in sides for side in own], real, network),
+        "warnings": doubts([side.entry for own in sides for side in own], real, network, metrics),
         "picture": picture.name if has_picture else None,
         "options": options.model_dump(mode="json"),
         "processes": state.num_processes,

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from vit5gen.commands.options import Images, Options, argument
-from vit5gen.config import DrawConfig, ReadConfig
+from vit5gen.config import DrawConfig, EvaluationConfig, ReadConfig
 from vit5gen.registry import name_and_options
 from vit5gen.section import BatchSize, Natural, Plug
 from vit5gen.system.errors import UserError, choose
@@ -21,9 +21,9 @@ class ExtractorOptions(Options):
     """What turns images into features."""
 
     extractor: Plug = argument(
-        "inception", "NAME", "features: inception, effnet-lite0, dinov2, clip or your own, e.g. 'NAME: {option: value}'"
+        "inception", "NAME", "inception, effnet-lite0, dinov2, clip, fdr6 or your own, e.g. 'NAME: {option: value}'"
     )
-    weights: str | None = argument(None, "FILE", "weights of the extractor; default: its cache, or a download")
+    weights: str | None = argument(None, "FILE", "its weights (fdr6: a folder); default: its cache, or a download")
     weights_sha256: str | None = argument(None, "HASH", "expected hash of --weights, if not the published file")
     batch_size: BatchSize = argument(50, "N", "images per batch, per process")
 
@@ -34,6 +34,7 @@ class ScoreOptions(DrawConfig, ReadConfig, ExtractorOptions):
     metrics: list[Plug] | None = argument(
         None, "NAME", "metrics to compute, e.g. fid 'pr: {k: 5}'; default: what the inputs allow, less the slow"
     )
+    denominators: str | None = argument(None, "REF", "validation images, for FDr^6; default: published figures")
     num_images: Images = argument(50_000, "N", "images to draw from a run or pipeline folder")
 
     def check(self, paths: list[str]) -> None:
@@ -43,6 +44,10 @@ class ScoreOptions(DrawConfig, ReadConfig, ExtractorOptions):
 
         for name, given in map(name_and_options, self.metrics or ()):
             METRICS.check(choose("--metrics", name, METRICS.names()), given, f"--metrics {name}")
+        is_wanted = "fdr6" in (name_and_options(plug)[0] for plug in self.metrics or ["fdr6"])
+        if self.denominators is not None and not (is_wanted and name_and_options(self.extractor)[0] == "fdr6"):
+            advice = "give --extractor fdr6, and fdr6 among --metrics, or omit it"
+            raise UserError(f"--denominators has no effect without FDr^6; {advice}")
         idle = sorted(set(_OF_PIPELINES) & self.model_fields_set)
         if idle and not any(map(find_pipeline, paths)):
             advice = "the option is only for runs and pipeline folders; omit it"
@@ -55,7 +60,10 @@ class EvaluateOptions(ScoreOptions):
     Sampling options apply to runs and pipeline folders, whose images are drawn while they are scored.
     """
 
-    excludes: ClassVar = {"save_statistics": ("reference", "output", "metrics", "keep_groups", *_OF_SAMPLES)}
+    excludes: ClassVar = {
+        "save_statistics": ("reference", "output", "metrics", "keep_groups", "denominators", *_OF_SAMPLES),
+        "protocol": ("denominators",),
+    }
 
     samples: Annotated[list[str], Field(min_length=1)] = argument(
         ..., "SAMPLES", "npz, folder, zip or tar of images, run or pipeline; several give mean and std", option=""
@@ -66,7 +74,9 @@ class EvaluateOptions(ScoreOptions):
     protocol: Literal["adm"] | None = argument(
         None, "adm", "ADM's metrics and settings; prints FID-50K only if all conditions are met"
     )
-    seed: list[Natural] = argument([0], "N", "seeds for drawing from a run; several give mean and std")
+    seed: list[Natural] = argument(
+        [EvaluationConfig().seed], "N", "seeds for drawing from a run; several give mean and std"
+    )
     keep_groups: bool = argument(False, "", "keep moments beside the card, so that `compare` needs no images")
 
 
@@ -76,6 +86,7 @@ def run(options: EvaluateOptions) -> int:
         raise UserError("evaluate: give either --reference REF or --save-statistics FILE")
     from vit5gen.evaluation import load_extractor
     from vit5gen.evaluation.evaluation_card import evaluation_card, markdown, open_samples
+    from vit5gen.evaluation.metrics.frechet_ratio import with_denominators
     from vit5gen.evaluation.reference import open_reference, reference_of, save_statistics
     from vit5gen.evaluation.samples import check_used, open_image_set
     from vit5gen.system.distributed import start_processes
@@ -108,7 +119,9 @@ def run(options: EvaluateOptions) -> int:
         opened += open_samples(path, draw, options.num_images, options.seed, batch_size, protocol, read)
     assert options.reference is not None
     real = open_reference(options.reference, network, batch_size, protocol, read)
-    check_used(read, [real.identity, *(images.identity for images in opened)])
+    if options.denominators is not None:
+        real = with_denominators(real, open_reference(options.denominators, network, batch_size, read=read), network)
+    check_used(read, [real.identity, real.identity.get("denominators", {}), *(images.identity for images in opened)])
     kept = options.output if options.keep_groups else None
     card = evaluation_card(opened, real, network, options.metrics, protocol, kept)
     if state.is_main_process:

@@ -1,13 +1,13 @@
 """Distances between sets of features as ADM defines them, each a pure function of features or of their moments."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import t as student_t
+from scipy.special import stdtrit  # scipy.stats would take 65 MB more
 from torch import Tensor
 
 from vit5gen.evaluation.statistics import FeatureStatistics, Grouped
@@ -55,19 +55,27 @@ class FrechetReference:
     def distance(self, mean: Any, covariance: Any) -> float:
         """Return the squared Frechet distance to the Gaussian with ``mean (D,)`` and ``covariance (D, D)``."""
         mean, covariance = _moments(mean, covariance)
+        return self._distance(mean, covariance, None)
+
+    def distance_of(self, statistics: FeatureStatistics) -> float:
+        """Return the distance to the Gaussian of these statistics, in less memory."""
+        covariance, kept = statistics.covariance, self._root.shape[1]
+        return self._distance(statistics.mean, covariance, covariance.view(-1)[: kept**2].view(kept, kept))
+
+    def _distance(self, mean: Tensor, covariance: Tensor, product: Tensor | None) -> float:
+        """Write the matrix of which the eigenvalues are asked for to ``product``, which may lie in ``covariance``."""
         if (dim := len(mean)) != (own := len(self.mean)):
             raise UserError(f"Frechet distance: {dim} dimensions against {own}; use the same extractor for both")
-        values = torch.linalg.eigvalsh(self._root.T @ covariance @ self._root)
+        spread = covariance.trace() + self.covariance.trace()
+        values = torch.linalg.eigvalsh(torch.matmul(self._root.T @ covariance, self._root, out=product))
         # Rounding leaves eigenvalues near 1e-16 where there are zeros; their roots near 1e-8 would add up.
         cross = values[values > _rounding(values)].sqrt().sum()
-        spread = covariance.trace() + self.covariance.trace()
         return float((mean - self.mean).square().sum() + spread - 2 * cross)
 
 
 def frechet_report(generated: FeatureStatistics, reference: FrechetReference, floor: float | None) -> dict[str, Any]:
     """Return a Frechet distance with its count and its floor, the distance of as many real images, as one entry."""
-    distance = reference.distance(generated.mean, generated.covariance)
-    return {"value": distance, "n": generated.count, "floor": floor}
+    return {"value": reference.distance_of(generated), "n": generated.count, "floor": floor}
 
 
 def frechet_with_error(samples: Grouped, reference: FrechetReference) -> dict[str, Any]:
@@ -76,15 +84,25 @@ def frechet_with_error(samples: Grouped, reference: FrechetReference) -> dict[st
     The error is that of the finite sample around the mean distance of samples of this size. It does not hold the bias
     that a finite sample has: compare distances at the same count only.
     """
-    total = samples.total()
-    score: dict[str, Any] = {"value": reference.distance(total.mean, total.covariance), "n": total.count}
-    counts = [group.count for group in samples.groups if group.count]
-    if len(counts) < 2 or total.count - max(counts) < 2:
+    return with_error(leave_one_out_distances(samples, reference), sum(group.count for group in samples.groups))
+
+
+def leave_one_out_distances(samples: Grouped, reference: FrechetReference) -> list[float]:
+    """Return the distance of all samples and, where an error can be told, those without each group."""
+    total, counts = samples.total(), [group.count for group in samples.groups if group.count]
+    told = len(counts) > 1 and total.count - max(counts) > 1
+    return [reference.distance_of(total), *map(reference.distance_of, samples.leave_one_out(total) if told else ())]
+
+
+def with_error(values: Sequence[float], count: int) -> dict[str, Any]:
+    """Return the first value as that of ``count`` samples, with the jackknife error that the others give, if any."""
+    value, *rest = values
+    score = {"value": value, "n": count}
+    if not rest:
         return score | {"standard_error": None, "interval": None}
-    rest = samples.leave_one_out(total)
-    error = jackknife_error(reference.distance(part.mean, part.covariance) for part in rest)
-    margin = error * float(student_t.ppf((1 + CONFIDENCE) / 2, len(counts) - 1))
-    return score | {"standard_error": error, "interval": [score["value"] - margin, score["value"] + margin]}
+    error = jackknife_error(rest)
+    margin = error * float(stdtrit(len(rest) - 1, (1 + CONFIDENCE) / 2))
+    return score | {"standard_error": error, "interval": [value - margin, value + margin]}
 
 
 def frechet_of_rows(x: Any, y: Any) -> float:
@@ -112,7 +130,7 @@ def frechet_at_infinity(reference: FrechetReference, rows: Tensor, smallest: int
     statistics, distances = FeatureStatistics(rows.shape[1]), []
     for first, last in zip([0, *counts], counts, strict=False):
         statistics.update(rows[order[first:last]])
-        distances.append(reference.distance(statistics.mean, statistics.covariance))
+        distances.append(reference.distance_of(statistics))
     return float(np.polyfit(1 / counts, distances, 1)[1]), distances
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -17,7 +17,7 @@ from vit5gen.config import DrawConfig, ReadConfig
 from vit5gen.evaluation.extractors.inception import INCEPTION_SHA256
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.groups import save_groups
-from vit5gen.evaluation.metric import RELIABLE_COUNT, Score, available, scores
+from vit5gen.evaluation.metric import RELIABLE_COUNT, Metric, Score, available, scores
 from vit5gen.evaluation.reference import REFERENCE_ROWS, Reference, Scan, scan
 from vit5gen.evaluation.samples import Samples, open_image_set
 from vit5gen.generation.card import pipeline_hash, versions
@@ -34,7 +34,7 @@ from vit5gen.system.files import read_json
 ADM_METRICS: dict[str, dict[str, Any]] = {"fid": {}, "sfid": {}, "is": {}, "pr": {"adm_fp16": True}}
 _LOSSY = {"JPEG", "JPEG2000", "MPO", "WEBP", "AVIF"}
 _SHOWN = {"fid": "FID", "sfid": "sFID", "is": "IS", "pr": "precision and recall", "kid": "KID"}
-_SHOWN |= {"dc": "density and coverage"}
+_SHOWN |= {"dc": "density and coverage", "fdr6": "FDr^6"}
 _OF_A_SEED = ("seed", "labels_sha256", "batch_size", "network_evaluations")  # differ between sets of one model
 
 
@@ -116,7 +116,7 @@ def evaluation_card(
         "skipped": skipped,
         "protocol": {"name": protocol, "differences": differences, "label": label},
         "warnings": _warnings(samples, len(models), extractor, skipped, differences)
-        + doubts(described, reference, extractor),
+        + doubts(described, reference, extractor, wanted),
         "processes": rank_and_world()[1],
         "versions": versions() | {"torch-fidelity": version("torch-fidelity"), "scipy": version("scipy")},
     }
@@ -136,12 +136,17 @@ def describe(images: Samples, found: Scan, reference: Reference) -> dict[str, An
     return entry
 
 
-def doubts(entries: Sequence[dict[str, Any]], reference: Reference, extractor: Extractor) -> list[str]:
-    """Return in what the images of `describe` differ from the reference's, and where there are too few of either."""
+def doubts(
+    entries: Sequence[dict[str, Any]], reference: Reference, extractor: Extractor, metrics: Mapping[str, Metric]
+) -> list[str]:
+    """Return in what the images of `describe` differ from the reference's, where there are too few, and what else.
+
+    That is what the metrics note themselves.
+    """
     real = reference.identity
     real = real["source"] if real["kind"] == "statistics" else real
     whole = {"path": f"reference {reference.identity['path']}", "count": reference.count or math.inf}
-    found = []
+    found = [f"{_SHOWN.get(name, name)}: {note}" for name, one in metrics.items() for note in one.notes(reference)]
     for one in (*entries, whole):
         if one["count"] <= extractor.dim:
             why = f"their covariance has no full rank, and {extractor.metric} is mostly bias"

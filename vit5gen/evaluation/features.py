@@ -20,21 +20,31 @@ from vit5gen.system.precision import exact_float32
 
 @dataclass(frozen=True)
 class Features:
-    """What an extractor says of ``B`` images: ``pooled (B, D)``, ``spatial (B, S)`` and ``logits (B, K)`` or None."""
+    """What an extractor says of ``B`` images: ``pooled (B, D)``, ``spatial (B, S)`` and ``logits (B, K)`` or None.
+
+    ``others``: features in further spaces, each ``(B, its dimensions)``, by the names of the spaces.
+    """
 
     pooled: Tensor
     spatial: Tensor | None = None
     logits: Tensor | None = None
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def spaces(self) -> dict[str, Tensor]:
+        """All features that have moments, by the names of `Extractor.dims`."""
+        return {"pooled": self.pooled} | ({} if self.spatial is None else {"spatial": self.spatial}) | {**self.others}
 
 
 @dataclass(frozen=True)
 class Extractor:
     """A feature network, the name of the Frechet distance it gives, and what fixes its numbers.
 
-    Called with uint8 images ``(B, 3, H, W)`` it returns `Features` in float32, computed without autocast and TF32.
-    ``spatial_dim`` and ``num_classes`` are 0 where `Features` lacks spatial features or logits. ``classes`` are the
-    names of the logits, each with the share of held-out real images that they recognise. ``licences``: of the weights,
-    by network, for the card.
+    Called with uint8 images ``(B, 3, H, W)`` it returns `Features` in float32, computed without TF32, and without
+    autocast but for what the extractor itself sets. ``spatial_dim`` and ``num_classes`` are 0 where `Features` lacks
+    spatial features or logits. ``classes`` are the names of the logits, each with the share of held-out real images
+    that they recognise. ``licences``: of the weights, by network, for the card. ``others``: dimensions of further
+    spaces by name.
     """
 
     name: str
@@ -49,6 +59,12 @@ class Extractor:
     num_classes: int = 0
     classes: Mapping[str, float] = field(default_factory=dict)
     licences: dict[str, str] = field(default_factory=dict)
+    others: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Dimensions of each space that has moments, by name: "pooled", perhaps "spatial", the others."""
+        return {"pooled": self.dim} | ({"spatial": self.spatial_dim} if self.spatial_dim else {}) | {**self.others}
 
     @property
     def identity(self) -> dict[str, Any]:

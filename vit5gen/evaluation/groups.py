@@ -20,8 +20,7 @@ _ROUNDING = 1e-3  # of a score, more than another machine or batch size changes
 
 def save_groups(scan: Scan, card: str | Path) -> dict[str, str]:
     """Write moments and score sums of a scan's groups beside its card; return what the card records of the file."""
-    kinds = {"pooled": scan.pooled, "spatial": scan.spatial}
-    tensors = {kind: torch.stack([one.state for one in found.groups]) for kind, found in kinds.items() if found}
+    tensors = {name: torch.stack([one.state for one in found.groups]) for name, found in scan.moments.items()}
     if scan.score is not None:
         tensors["score"] = scan.score.sums
     with atomic(file := Path(card).with_suffix(".groups.safetensors")) as temporary:
@@ -50,12 +49,11 @@ def read_groups(path: str, reference: Reference, extractor: Extractor) -> tuple[
         raise UserError(f"card {path}: {file} cannot be read ({error}); {again}") from error
 
     # The scan that was kept.
-    grouped = {
-        kind: Grouped.of([FeatureStatistics.from_state(dim, state) for state in tensors[kind]])
-        for kind, dim in (("pooled", extractor.dim), ("spatial", extractor.spatial_dim))
-        if dim
+    moments = {
+        name: Grouped.of([FeatureStatistics.from_state(dim, state) for state in tensors[name]])
+        for name, dim in extractor.dims.items()
     }
-    (samples,), total, score = card["samples"], grouped["pooled"].total(), None
+    (samples,), total, score = card["samples"], moments["pooled"].total(), None
     if extractor.num_classes:
         score = ScoreSums(total.count, extractor.num_classes, SPLIT_SIZE)
         score.sums = tensors["score"]
@@ -68,4 +66,4 @@ def read_groups(path: str, reference: Reference, extractor: Extractor) -> tuple[
     if made_with["count"] != reference.count or not math.isclose(there, here, rel_tol=_ROUNDING, abs_tol=1e-9):
         found = f"{made_with['path']}, {name} {there:.6g}; here it is {here:.6g}"
         raise UserError(f"card {path} was made with another reference ({found}); give that one")
-    return card, Scan(total.count, samples["size"], grouped["pooled"], grouped.get("spatial"), score, no_rows)
+    return card, Scan(total.count, samples["size"], moments, score, no_rows)

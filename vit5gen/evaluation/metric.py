@@ -18,9 +18,9 @@ class Metric:
     """Scores of samples against a reference, known by a name; its options are keyword-only arguments.
 
     needs: what it uses besides the moments, of "rows" (pooled features of both sets), "samples' rows" (of the samples
-    alone), "row_labels" (classes of the rows of both sets), "spatial" features, "logits" and "classes" (of the samples,
-    all among the extractor's).  least: how few samples it takes, and where it needs rows also how few images of the
-    reference.
+    alone), "row_labels" (classes of the rows of both sets), "spatial" features, "others" (all further spaces of the
+    extractor), "logits" and "classes" (of the samples, all among the extractor's).  least: how few samples it takes,
+    and where it needs rows also how few images of the reference.
     better: "lower" or "higher", for `vit5gen compare`, which leaves out a metric that does not tell.
     by_default: whether it is computed where no metric is named.  only_with: the extractor whose features define it.
     A method ``missing()`` may return what this machine lacks for it, each with how to get it.
@@ -42,6 +42,10 @@ class Metric:
         """Return what it keeps of features (N, dim) and (M, dim), beside sums whose size does not grow with N and M."""
         both = "rows" in cls.needs
         return 4 * dim * (num_samples * (both or "samples' rows" in cls.needs) + num_references * both)
+
+    def notes(self, reference: Reference) -> list[str]:
+        """Return what a reader of its scores has to know, for the warnings of a card."""
+        return []
 
     def compute(self, scan: Scan, reference: Reference, extractor: Extractor) -> dict[str, Score]:
         """Return the scores by their names in a card, each with its ``value`` and the count ``n``."""
@@ -68,8 +72,8 @@ def available(
     """Return the metrics that reference and extractor allow, and the reasons against the others; before a long scan.
 
     ``wanted``: each ``NAME`` or ``{NAME: {option: value}}``, `UserError` when one is not available; by default all of
-    this package that are, but for those that one has to name, of which there must be one, none of classes where the
-    extractor names none.
+    this package that are, but for those that one has to name, of which there must be one, none of another extractor,
+    and none of classes where the extractor names none.
     ``count``: of the samples, where it is known.  ``labelled``: their classes are known.
     """
     chosen: dict[str, Mapping[str, Any]] = {}
@@ -79,6 +83,8 @@ def available(
     metrics: dict[str, Metric] = {
         name: METRICS.build(name, options, f"metric {name}") for name, options in chosen.items()
     }
+    if not wanted:
+        metrics = {name: metric for name, metric in metrics.items() if metric.only_with in (None, extractor.name)}
     if not wanted and not extractor.classes:
         metrics = {name: metric for name, metric in metrics.items() if "classes" not in metric.needs}
     obstacles = {
@@ -126,8 +132,11 @@ def _obstacle(metric: Metric, reference: Reference, extractor: Extractor, labell
         return f"it is defined for features of {metric.only_with} alone, not of {extractor.name}; change --extractor"
     if "spatial" in needs and not extractor.spatial_dim:
         return f"extractor {extractor.name} has no spatial features; use inception"
-    if "spatial" in needs and reference.spatial is None:
+    if "spatial" in needs and "spatial" not in reference.moments:
         return "the reference has no mu_s and sigma_s; use ADM's full reference file or images"
+    if "others" in needs and (absent := extractor.others.keys() - reference.moments.keys()):
+        advice = "give images, or what --save-statistics made of them with this extractor"
+        return f"reference {reference.identity['path']} has no features of {listed(sorted(absent))}; {advice}"
     if "logits" in needs and not extractor.num_classes:
         return f"extractor {extractor.name} has no class scores; use inception"
     if "classes" in needs and not extractor.classes:

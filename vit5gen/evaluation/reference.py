@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ REFERENCE_ROWS = 10_000
 
 @dataclass(frozen=True)
 class Scan:
-    """What a pass over ``count`` images of ``size`` (H, W) leaves: moments, score sums, pooled ``rows (K, D)``.
+    """What a pass over ``count`` images of ``size`` (H, W) leaves: score sums, pooled ``rows (K, D)``, and moments.
 
+    ``moments``: of each space of the extractor, by the names of `Extractor.dims`.
     ``named`` (C, C) counts images by their class and the one that the extractor names; None when classes are unknown.
     The same on every process, but for ``rows``, which only the main process has whole. ``row_labels``: the classes of
     the rows, where they are known.
@@ -40,27 +41,29 @@ class Scan:
 
     count: int
     size: list[int]
-    pooled: Grouped
-    spatial: Grouped | None
+    moments: Mapping[str, Grouped]
     score: ScoreSums | None
     rows: Tensor
     named: Tensor | None = None
     row_labels: Sequence[str] = ()
+
+    @property
+    def pooled(self) -> Grouped:
+        """Moments of the pooled features."""
+        return self.moments["pooled"]
 
     def leave_one_out(self) -> Iterator["Scan"]:
         """Yield the scan without the images of each group, with one group, so that metrics need not know; not empty.
 
         ``rows`` must be those of all images, or none.
         """
-        parts = [self.pooled.leave_one_out(self.pooled.total())]
-        parts += [self.spatial.leave_one_out(self.spatial.total())] if self.spatial is not None else []
+        parts = (found.leave_one_out(found.total()) for found in self.moments.values())
         groups, index = len(self.pooled.groups), torch.arange(len(self.rows))
-        for group, (pooled, *spatial) in enumerate(zip(*parts, strict=True)):
+        for group, rest in enumerate(zip(*parts, strict=True)):
             yield Scan(
-                pooled.count,
+                rest[0].count,
                 self.size,
-                Grouped.of([pooled]),
-                Grouped.of(spatial) if spatial else None,
+                {name: Grouped.of([part]) for name, part in zip(self.moments, rest, strict=True)},
                 self.score.without(group) if self.score is not None else None,
                 self.rows[index % groups != group],
                 row_labels=[label for i, label in enumerate(self.row_labels) if i % groups != group],
@@ -83,8 +86,7 @@ def scan(
     Raises `UserError` when an image has features that are not finite, or when images are missing.
     """
     # What an image adds to: sums whose size does not grow with the number of images, and the rows that are kept.
-    pooled = Grouped(extractor.dim, groups)
-    spatial = Grouped(extractor.spatial_dim, groups) if extractor.spatial_dim else None
+    moments = {name: Grouped(dim, groups) for name, dim in extractor.dims.items()}
     score = ScoreSums(total, extractor.num_classes, SPLIT_SIZE, groups) if extractor.num_classes else None
     # Filled in place: a list of batches would take twice the memory when it is joined.
     kept, seen = torch.empty(rows, extractor.dim), torch.zeros(rows, dtype=torch.bool)
@@ -95,14 +97,13 @@ def scan(
     for first, images in chunks:
         size = list(images.shape[2:])
         features = extractor(images)
-        values = features.pooled.cpu()
-        indices = indices_of(first, len(values))
-        broken = ~values.isfinite().all(dim=1)
-        if broken.any():
-            raise UserError(f"image {int(indices[broken][0])}: NaN or infinity in its features; check that image")
-        pooled.update(values, indices)
-        if spatial is not None and features.spatial is not None:
-            spatial.update(features.spatial.cpu(), indices)
+        indices = indices_of(first, len(images))
+        found = {name: values.cpu() for name, values in features.spaces.items() if name in moments}
+        for name, values in found.items():
+            broken = ~values.isfinite().all(dim=1)
+            if broken.any():
+                raise UserError(f"image {int(indices[broken][0])}: NaN or infinity in its features; check that image")
+            moments[name].update(values, indices)
         if score is not None and features.logits is not None:
             score.update(features.logits.double().softmax(dim=1), indices)
         if named is not None and labels is not None and features.logits is not None:
@@ -110,36 +111,43 @@ def scan(
             named += torch.bincount(pairs, minlength=len(named))
         slots = indices * rows // total
         chosen = slots != (indices + 1) * rows // total
-        kept[slots[chosen]] = values[chosen].float()
+        kept[slots[chosen]] = found["pooled"][chosen].float()
         seen[slots[chosen]] = True
 
     # Join the processes, of which each has read a part.
-    for sums in (pooled, spatial, score):
+    for sums in (*moments.values(), score):
         if sums is not None:
             sums.all_reduce()
-    count = sum(group.count for group in pooled.groups)
+    count = sum(group.count for group in moments["pooled"].groups)
     if count != total:
         raise UserError(f"images: {count} of {total} were read; pass all of them")
     kept = gather_rows(kept if seen.all() else kept[seen], seen.nonzero()[:, 0])
     named = None if named is None else sum_over_processes(named).view(extractor.num_classes, -1)
     classes = [row_labels[((i + 1) * total - 1) // rows] for i in range(rows)] if row_labels else []
-    return Scan(count, size, pooled, spatial, score, kept, named, classes)
+    return Scan(count, size, moments, score, kept, named, classes)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with: moments of ``count`` images (None: unknown), and ``rows`` of their features.
+    """What samples are compared with: ``moments`` of ``count`` images (None: unknown), ``rows`` of pooled features.
 
-    ``hashes``: those of the images, see `Samples`, and ``row_labels``: the classes of the rows, where they are known.
+    Moments are those of a `Scan`, where they are known.  ``hashes``: those of the images, see `Samples`, and
+    ``row_labels``: the classes of the rows, where they are known.  ``denominators``: distances of validation images to
+    it by space, where FDr^6 is to be in proportion to these.
     """
 
-    pooled: FrechetReference
-    spatial: FrechetReference | None
+    moments: Mapping[str, FrechetReference]
     count: int | None
     rows: Tensor | None
     identity: dict[str, Any]
     hashes: Tensor | None = None
     row_labels: Sequence[str] = ()
+    denominators: Mapping[str, float] | None = None
+
+    @property
+    def pooled(self) -> FrechetReference:
+        """Moments of the pooled features."""
+        return self.moments["pooled"]
 
     def floor(self, count: int) -> float | None:
         """Return the Frechet distance of ``count`` of the reference's own images to the rest of it.
@@ -176,10 +184,9 @@ def reference_of(images: Samples, extractor: Extractor) -> Reference:
     """Extract a reference from images."""
     kept = min(images.count, REFERENCE_ROWS)
     found = scan(images.watch(), images.count, extractor, kept, groups=1, row_labels=images.class_names)
-    spatial = FrechetReference.of(found.spatial.total()) if found.spatial is not None else None
-    identity, (hashes,), pooled = images.identity | {"size": found.size}, images.hashes, found.pooled.total()
-    of_rows = found.rows, identity, hashes, found.row_labels
-    return Reference(FrechetReference.of(pooled), spatial, found.count, *of_rows)
+    moments = {name: FrechetReference.of(one.total()) for name, one in found.moments.items()}
+    identity, (hashes,) = images.identity | {"size": found.size}, images.hashes
+    return Reference(moments, found.count, found.rows, identity, hashes, found.row_labels)
 
 
 def read_adm_reference(path: Path, extractor: Extractor, batch_size: int) -> Reference | None:
@@ -200,21 +207,22 @@ def read_adm_reference(path: Path, extractor: Extractor, batch_size: int) -> Ref
             raise UserError(f"reference {path}: {name} is {tuple(arrays[name].shape)}; expected {shape}, all finite")
     if "sigma" not in arrays:
         raise UserError(f"reference {path}: has mu but no sigma; download it again")
-    spatial = FrechetReference(arrays["mu_s"], arrays["sigma_s"]) if {"mu_s", "sigma_s"} <= arrays.keys() else None
     batch = reference_of(open_npz(path, batch_size), extractor) if "arr_0" in names else None
     identity: dict[str, Any] = {"kind": "adm", "path": str(path), "sha256": sha256(path), "images": 0}
-    moments = FrechetReference(arrays["mu"], arrays["sigma"])
+    moments = {"pooled": FrechetReference(arrays["mu"], arrays["sigma"])}
+    if {"mu_s", "sigma_s"} <= arrays.keys():
+        moments["spatial"] = FrechetReference(arrays["mu_s"], arrays["sigma_s"])
     if batch is None:
-        return Reference(moments, spatial, None, None, identity)
+        return Reference(moments, None, None, identity)
     identity |= {"images": batch.count, "size": batch.identity["size"]}
-    return Reference(moments, spatial, None, batch.rows, identity, batch.hashes, batch.row_labels)
+    return Reference(moments, None, batch.rows, identity, batch.hashes, batch.row_labels)
 
 
 def save_statistics(reference: Reference, extractor: Extractor, path: Path) -> None:
     """Write a reference as safetensors, with the extractor that it belongs to."""
-    tensors = {"mean": reference.pooled.mean, "covariance": reference.pooled.covariance}
-    if reference.spatial is not None:
-        tensors |= {"spatial_mean": reference.spatial.mean, "spatial_covariance": reference.spatial.covariance}
+    tensors: dict[str, Tensor] = {}
+    for space, found in reference.moments.items():
+        tensors |= {f"{_prefix(space)}mean": found.mean, f"{_prefix(space)}covariance": found.covariance}
     if reference.rows is not None:
         tensors["rows"] = reference.rows
     if reference.hashes is not None:
@@ -224,6 +232,11 @@ def save_statistics(reference: Reference, extractor: Extractor, path: Path) -> N
     metadata = {"format": FORMAT, "extractor": json.dumps(extractor.identity), "content": json.dumps(content)}
     with atomic(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def _prefix(space: str) -> str:
+    """Return what stands before "mean" and "covariance" of a space in a statistics file."""
+    return "" if space == "pooled" else f"{space}_"
 
 
 def _is_statistics(path: Path) -> bool:
@@ -257,9 +270,11 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
 
     # and what it holds of them.
     content = json.loads(metadata["content"])
-    pooled = FrechetReference(tensors["mean"], tensors["covariance"])
-    has_spatial = "spatial_mean" in tensors
-    spatial = FrechetReference(tensors["spatial_mean"], tensors["spatial_covariance"]) if has_spatial else None
+    moments = {
+        space: FrechetReference(tensors[f"{_prefix(space)}mean"], tensors[f"{_prefix(space)}covariance"])
+        for space in extractor.dims
+        if f"{_prefix(space)}mean" in tensors
+    }
     identity = {"kind": "statistics", "path": str(path), "sha256": sha256(path), "source": content["source"]}
     hashes, labels = tensors.get("hashes"), content.get("row_labels", ())
-    return Reference(pooled, spatial, content["count"], tensors.get("rows"), identity, hashes, labels)
+    return Reference(moments, content["count"], tensors.get("rows"), identity, hashes, labels)

@@ -5,14 +5,15 @@ import math
 import tarfile
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache
 from hashlib import blake2b, sha256
 from itertools import groupby
 from pathlib import Path, PurePath, PurePosixPath
+from threading import Lock
 from typing import IO, Any
 
 import numpy as np
@@ -26,12 +27,14 @@ from vit5gen.data.images import centre_crop, decoding, make_source, open_images,
 from vit5gen.data.pictures import SUFFIXES, find_images, listing_digest, print_once, tell_left_out, upright
 from vit5gen.evaluation.conversion import find_conversion, quantised
 from vit5gen.section import Exif
+from vit5gen.system.cpu import cores
 from vit5gen.system.distributed import gather_objects, is_main, rank_and_world
 from vit5gen.system.errors import UserError, listed
 
 _DATA, _AS_STORED = DataConfig(), ReadConfig()
 _PACKED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _LARGEST_FILE = 2**28  # bytes, of a picture in an archive
+_AHEAD = 2  # chunks that are read before they are asked for
 _FILTERS = {"resize": "bicubic, antialiased (Pillow)", "crop": "halved by a box filter, then bicubic; centre square"}
 _DECIDING = {"source", "split", "resolution", "exif", "rules"}  # keys of the data section
 
@@ -270,9 +273,11 @@ def _opened(path: Path, kind: str) -> Iterator[tuple[Iterable[tuple[str, int, An
             entries = ((one.name, one.size, one) for one in archive if one.isreg())
             open_entry = archive.extractfile
 
-        # Whatever size the archive gives, or hides.
+        # Whatever size the archive gives, or hides; one thread at a time, because all entries share a file's position.
+        lock = Lock()
+
         def read_entry(entry: Any) -> IO[bytes]:
-            with open_entry(entry) as file:
+            with lock, open_entry(entry) as file:
                 content = file.read(_LARGEST_FILE + 1)
             if len(content) > _LARGEST_FILE:
                 raise UserError(f"{kind} {path}: a picture has over {_LARGEST_FILE} bytes; remove it")
@@ -297,12 +302,12 @@ def _open_pictures(
 
     def chunks() -> Iterator[tuple[int, Tensor]]:
         with opened() as (_, file_of):
-            first_shape = cache(lambda: _read_image(file_of(files[0][1]), names[0], exif, read).shape)
+            first_shape = _read_image(file_of(files[0][1]), names[0], exif, read).shape
 
             def read_one(index: int) -> Tensor:
                 image = _read_image(file_of(files[index][1]), names[index], exif, read)
-                if image.shape != first_shape():
-                    sides = [f"{width}x{height}" for _, height, width in (image.shape, first_shape())]
+                if image.shape != first_shape:
+                    sides = [f"{width}x{height}" for _, height, width in (image.shape, first_shape)]
                     advice = "give --crop SIDE, or resize them to one size"
                     raise UserError(f"image {names[index]} is {sides[0]}, the first one {sides[1]}; {advice}")
                 return image
@@ -342,7 +347,23 @@ def _own_parts(count: int, batch_size: int) -> Iterator[range]:
 
 
 def _stacked(read: Callable[[int], Tensor], count: int, batch_size: int) -> Iterator[tuple[int, Tensor]]:
-    return ((part.start, torch.stack(list(map(read, part)))) for part in _own_parts(count, batch_size))
+    """Yield this process's chunks in order; while one is used, threads read the next ones."""
+    ahead: deque[tuple[int, list[Future[Tensor]]]] = deque()
+    with ThreadPoolExecutor(cores()) as threads:
+        try:
+            for part in _own_parts(count, batch_size):
+                ahead.append((part.start, [threads.submit(read, index) for index in part]))
+                if len(ahead) > _AHEAD:
+                    yield _first_of(ahead)
+            while ahead:
+                yield _first_of(ahead)
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+def _first_of(ahead: deque[tuple[int, list[Future[Tensor]]]]) -> tuple[int, Tensor]:
+    first, images = ahead.popleft()
+    return first, torch.stack([image.result() for image in images])
 
 
 @contextmanager

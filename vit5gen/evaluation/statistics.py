@@ -59,13 +59,15 @@ class FeatureStatistics:
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise UserError(f"features: shape {tuple(features.shape)}; expected (B, {self.dim}); check the extractor")
         for part in features.split(_ROWS):  # in float64 all of 50,000 rows take 0.8 GB
-            rows = part.to("cpu", torch.float64)
-            if not rows.isfinite().all():
-                bad = int((~rows.isfinite()).any(dim=1).nonzero()[0])
-                raise UserError(f"features: NaN or infinity in row {self.count + bad}; check that image")
+            added = torch.empty(len(part) + 1, self.dim, dtype=torch.float64)
+            rows = added[:-1].copy_(part)
             if len(rows):
                 mean = rows.mean(dim=0)
-                self._add(len(rows), mean, rows - mean)
+                if not mean.isfinite().all() and (broken := ~rows.isfinite().all(dim=1)).any():
+                    row = self.count + int(broken.nonzero()[0])
+                    raise UserError(f"features: NaN or infinity in row {row}; check that image")
+                rows -= mean
+                self._add(len(rows), mean, added)
         return self
 
     def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
@@ -73,7 +75,7 @@ class FeatureStatistics:
         self._check(other)
         if other.count:
             self._scatter += other._scatter
-            self._add(other.count, other._mean, torch.zeros(0, self.dim, dtype=torch.float64))
+            self._add(other.count, other._mean, torch.empty(1, self.dim, dtype=torch.float64))
         return self
 
     def without(self, other: "FeatureStatistics") -> "FeatureStatistics":
@@ -132,11 +134,11 @@ class FeatureStatistics:
         for first, strip in self._strips():
             strip.addmm_(rows[:, first : first + len(strip)].T, rows[:, first:], alpha=weight)
 
-    def _add(self, count: int, mean: Tensor, centred: Tensor) -> None:
+    def _add(self, count: int, mean: Tensor, rows: Tensor) -> None:
+        """Add centred rows and the spread between the means, in one product: it is written into the last row."""
         total = self.count + count
         shift = mean - self._mean
-        between = shift * (self.count * count / total) ** 0.5
-        rows = torch.cat([centred, between[None]])  # one product adds the spread within the batch and between the means
+        rows[-1] = shift * (self.count * count / total) ** 0.5
         self._add_products(rows)
         self._mean = self._mean + shift * (count / total)
         self.count = total

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from vit5gen.flow.flow import NonFiniteError, rows
 
-# Nodes and stages, the last of which is the solution of order 5 (J. Comput. Appl. Math. 6, 1980, table 2), and its
-# difference from Shampine's solution of order 4 (Math. Comp. 46, 1986), which estimates the error.
+# Nodes and stages, the last of which is the solution of order 5 (J. Comput. Appl. Math. 6, 1980, table 2), and
+# Shampine's solution of order 4 (Math. Comp. 46, 1986): the difference of the two estimates the error.
 _NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 _STAGES = (
     (),
@@ -20,15 +20,8 @@ _STAGES = (
     (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
     (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
-_ERROR = (
-    35 / 384 - 1951 / 21600,
-    0.0,
-    500 / 1113 - 22642 / 50085,
-    125 / 192 - 451 / 720,
-    12231 / 42400 - 2187 / 6784,
-    11 / 84 - 649 / 6300,
-    -1 / 60,
-)
+_FOURTH = (1951 / 21600, 0.0, 22642 / 50085, 451 / 720, -12231 / 42400, 649 / 6300, 1 / 60)
+_ERROR = tuple(fifth - fourth for fifth, fourth in zip((*_STAGES[-1], 0.0), _FOURTH, strict=True))
 
 
 def _weighted(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
@@ -47,16 +40,13 @@ def _column(values: list[float], x: Tensor) -> Tensor:
 
 
 def _first_step(
-    field: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    slope: Tensor,
-    start: float,
-    end: float,
-    rtol: float,
-    atol: float,
+    field: Callable[[Tensor, Tensor], Tensor], x: Tensor, slope: Tensor, scale: Tensor, start: float, end: float
 ) -> list[float]:
-    """Guess a step for each sample from two slopes (Hairer, Norsett and Wanner, Solving ODEs I, section II.4)."""
-    scale, span = atol + rtol * x.abs(), abs(end - start)
+    """Guess a step for each sample from two slopes (Hairer, Norsett and Wanner, Solving ODEs I, section II.4).
+
+    scale: the error to bear, in the shape of x (B, ...).
+    """
+    span = abs(end - start)
     sizes, slopes = _norms(x, scale), _norms(slope, scale)
     trial = [0.01 * a / b if min(a, b) > 1e-5 else 1e-6 for a, b in zip(sizes, slopes, strict=True)]
     trial = [min(h, span) for h in trial]
@@ -82,7 +72,7 @@ def dopri5_steps(
     sign = math.copysign(1.0, end - start)
     times = [start] * len(x)
     slope = field(x, torch.tensor(times, dtype=torch.float64))
-    steps = _first_step(field, x, slope, start, end, rtol, atol)
+    steps = _first_step(field, x, slope, atol + rtol * x.abs(), start, end)
     i = 0
     while any(t != end for t in times):
         # The steps of this round end where the way does.

@@ -33,10 +33,8 @@ def _vp(t: Any, m: ModuleType) -> tuple[Any, Any, Any, Any]:
     low, high, u = 0.1, 20.0, 1.0 - t
     log_alpha = -0.25 * u**2 * (high - low) - 0.5 * u * low
     half_beta = 0.5 * (low + u * (high - low))
-    alpha = m.exp(log_alpha)
-    sigma = m.sqrt(
-        abs(m.expm1(2 * log_alpha)) + 1e-300
-    )  # the offset keeps 1/sigma defined at t=1, and shows nowhere else
+    # The offset keeps 1/sigma defined at t=1, and shows nowhere else.
+    alpha, sigma = m.exp(log_alpha), m.sqrt(abs(m.expm1(2 * log_alpha)) + 1e-300)
     return alpha, alpha * half_beta, sigma, -(alpha**2) * half_beta / sigma
 
 

@@ -26,6 +26,7 @@ Steps = Generator[Step, Tensor | None, None]
 Noise = Iterable[Tensor] | torch.Generator | Sequence[torch.Generator] | None
 Past = list[tuple[float, Tensor]]
 
+METHOD = "euler"  # where none is chosen
 RTOL, ATOL = 1e-3, 1e-6  # of dopri5
 LAST_STEPS = ("none", "mean", "tweedie", "euler")
 SDE_METHODS = ("euler", "heun")
@@ -142,7 +143,7 @@ def ode_steps(
     model_fn: ModelFn,
     x0: Tensor,
     num_steps: int,
-    method: str = "euler",
+    method: str = METHOD,
     t_span: tuple[float, float] | None = None,
     reverse: bool = False,
     rtol: float = RTOL,
@@ -203,7 +204,7 @@ def sde_steps(
     model_fn: ModelFn,
     x0: Tensor,
     num_steps: int,
-    method: str = "euler",
+    method: str = METHOD,
     diffusion: str = "sigma",
     diffusion_norm: float = 1.0,
     last_step: str | None = "mean",

@@ -64,11 +64,7 @@ def pipeline_hash(folder: Path) -> str:
 
 
 def model_card(
-    transformer: dict[str, Any],
-    scheduler: dict[str, Any],
-    vae: str,
-    facts: TrainingFacts,
-    attribution: str | None,
+    transformer: dict[str, Any], scheduler: dict[str, Any], vae: str, facts: TrainingFacts, attribution: str | None
 ) -> str:
     """Return the README of a pipeline folder: front matter for the hub, use, metrics, training, attribution, sizes."""
     licence = f"license: {facts.licence}\n" if facts.licence else ""

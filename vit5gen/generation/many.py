@@ -1,7 +1,6 @@
 """Many images: their labels, their noise, and their division over processes."""
 
 import copy
-import inspect
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -65,7 +64,7 @@ def generate(pipe: SiTPipeline, job: SamplingJob, done: np.ndarray | None = None
     state, count = processes(), len(job.labels)
     chunks = [range(count)[i : i + job.batch_size] for i in range(0, count, job.batch_size)]
     pending = [chunk for chunk in chunks if done is None or not done[chunk.start : chunk.stop].all()]
-    settings = job.settings.model_dump(include=set(inspect.signature(SiTPipeline.__call__).parameters))
+    settings = job.settings.model_dump(include={*SamplingConfig.model_fields, "autoguidance_scale"})
     if not isinstance(pipe.scheduler, SiTScheduler) and "sampler" not in job.settings.model_fields_set:
         del settings["sampler"]  # a scheduler of diffusers steps by itself; the pipeline refuses one that was asked for
     silent = copy.copy(pipe)  # of the same components; the bar of the pipeline that was given stays as it is

@@ -21,7 +21,7 @@ from PIL import Image
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from vit5gen.config import DrawConfig
+from vit5gen.config import DrawConfig, SamplingConfig
 from vit5gen.data.autoencoders.codec import Normalization, decode, normalization_of, sizes_of, to_uint8
 from vit5gen.flow import Flow, GuidedModel, Steps
 from vit5gen.generation.card import TrainingFacts, model_card
@@ -162,8 +162,6 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
         num_inference_steps: int = _SAMPLING.num_inference_steps,
         sampler: str | None = None,
         *,
-        guidance_interval: Sequence[float] = tuple(_SAMPLING.guidance_interval),
-        guidance_channels: int | None = _SAMPLING.guidance_channels,
         autoguidance_scale: float = _SAMPLING.autoguidance_scale,
         num_images_per_label: int = 1,
         height: int | None = None,
@@ -174,18 +172,22 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **guidance: Any,
     ) -> ImagePipelineOutput | tuple:
         """Draw ``num_images_per_label`` images of each label, those of a label next to each other.
 
-        guidance_scale, autoguidance_scale: 1 is off; both act at times in guidance_interval (0 noise, 1 data) and on
-        the first guidance_channels channels.  sampler: ``ode-<method>`` or ``sde-<method>`` of `vit5gen.flow`, for
+        guidance_scale, autoguidance_scale: 1 is off; both act at times in ``guidance_interval=(start, end)`` (0 noise,
+        1 data) and on the first ``guidance_channels``: these, and every other guidance option of `SamplingConfig`, go
+        to `GuidedModel` without their prefix.  sampler: ``ode-<method>`` or ``sde-<method>`` of `vit5gen.flow`, for
         num_inference_steps steps; a foreign scheduler takes none.  height, width: pixels, by default those trained on.
         generator: one, or one per image, so none depends on others.  latents (B, C, h, w): the noise to start from.
         ``callback_on_step_end(pipe, i, t, {"latents": x})`` returns a dictionary; latents in it replace the state.
         output_type: pil | np (B, H, W, 3) and pt (B, 3, H, W) in [0, 1] | uint8 (B, 3, H, W) | latent (B, C, h, w).
-        Raises `UserError` for bad values.
+        Raises `UserError` for bad values, `TypeError` for a keyword that does not exist.
         """
         # Refuse what cannot be drawn before any work.
+        if unknown := guidance.keys() - SamplingConfig.model_fields:
+            raise TypeError(f"SiTPipeline.__call__() got an unexpected keyword argument {min(unknown)!r}")
         of_each = check_whole("num_images_per_label =", num_images_per_label, 1, MOST_BATCH)
         ids = [i for i in self.class_ids(class_labels) for _ in range(of_each)]
         if not ids:
@@ -207,9 +209,10 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
         with self._states.enter() as state:
             # The guided network, which asks for the scale at every step: a callback may change it.
             state.guidance_scale = guidance_scale
-            labels, settings = torch.tensor(ids, device=x.device), (guidance_interval, guidance_channels)
-            ask_scale = partial(getattr, state, "guidance_scale")
-            model_fn = GuidedModel(self.transformer, labels, ask_scale, None, *settings, weak, autoguidance_scale)
+            labels, ask_scale = torch.tensor(ids, device=x.device), partial(getattr, state, "guidance_scale")
+            options = {name.removeprefix("guidance_"): value for name, value in guidance.items()}
+            options |= {"weak_model": weak, "weak_scale": autoguidance_scale}
+            model_fn = GuidedModel(self.transformer, labels, ask_scale, **options)
 
             # Step by step from noise to data; what a callback returns takes the place of the state.
             state.num_timesteps, steps = self._steps(sampler, model_fn, x, num_inference_steps, generator)

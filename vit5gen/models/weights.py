@@ -44,10 +44,8 @@ def read_tensors(path: Path, what: str) -> Any:
         if unsafe := re.search(r"(?:Unsupported global:|unsupported) GLOBAL (\S+)", str(error)):
             reason, advice = f"it contains {unsafe[1]}", "save only its state dict"
         elif "weights_only" in str(error):  # torch advises to read it unsafely
-            reason, advice = (
-                "it is damaged, or holds something else",
-                "give a file of tensors: .pt, .pth or .safetensors",
-            )
+            reason = "it is damaged, or holds something else"
+            advice = "give a file of tensors: .pt, .pth or .safetensors"
         else:
             reason, advice = (str(error).strip() or repr(error)).split("\n")[0][:200], "download it again"
         raise UserError(f"{what}: {str(path)!r} cannot be read safely as tensors ({reason}); {advice}.") from error

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import os
 import platform
 import threading
 from collections.abc import Callable, Iterator
@@ -130,6 +131,12 @@ def _keeps_the_last_bit() -> bool:
     one = torch.eye(512, dtype=torch.float32, device="cpu")
     x = (1 + torch.finfo(torch.float32).eps) * torch.ones_like(one)
     return torch.equal(x @ one, x)
+
+
+def cores() -> int:
+    """Return how many cores there are for this process: those that it may run on, shared with others of its launch."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def has_bf16() -> bool:

@@ -49,7 +49,7 @@ SampleSource = ImageSet | LatentDataset | RandomLatents
 
 
 def open_training_data(
-    config: Config, accelerator: Accelerator, start: Path | None = None, accept_changes: bool = False
+    config: Config, accelerator: Accelerator, start: Path | None, accept_changes: bool
 ) -> tuple[ImageSet | LatentDataset, ModelMixin, dict[str, Any]]:
     """Open what a run trains on, encoding latents first where there are none yet, and its autoencoder.
 

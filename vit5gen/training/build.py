@@ -87,9 +87,8 @@ def _check_learning(config: Config) -> None:
         choose_trainable(model, config.training)
     if not any(weight.requires_grad and weight.ndim > 1 for weight in model.head.linear.parameters()):
         found = f"training.trainable = {short(config.training.trainable)}: head.linear is zero in a new model"
-        raise UserError(
-            f"{found} and would stay so: nothing is learned; set training.init_from to weights to begin with"
-        )
+        advice = "set training.init_from to weights to begin with"
+        raise UserError(f"{found} and would stay so: nothing is learned; {advice}")
 
 
 def build_model(config: Config) -> SiTTransformer2DModel:

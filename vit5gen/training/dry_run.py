@@ -277,7 +277,7 @@ def _synthetic(config: Config, accelerator: Accelerator) -> str:
     """Train a few steps on latents that are drawn, and say what `_trial` does."""
     config = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
     source = RandomLatents(config.latent_shape, config.num_classes)
-    return f"{TRIAL_STEPS} synthetic steps: {_pace(config, accelerator, build_trainer(config, accelerator), source)}"
+    return f"{TRIAL_STEPS} synthetic steps: {_pace(config, build_trainer(config, accelerator), source)}"
 
 
 def _trial(config: Config, accelerator: Accelerator, start: Path | None, accept_changes: bool) -> str:
@@ -286,28 +286,24 @@ def _trial(config: Config, accelerator: Accelerator, start: Path | None, accept_
     trainer = build_trainer(config, accelerator)
     if start is not None:
         trainer.restore(start)
-    return f"{TRIAL_STEPS} real steps: {_pace(config, accelerator, trainer, source, vae)}"
+    return f"{TRIAL_STEPS} real steps: {_pace(config, trainer, source, vae)}"
 
 
-def seconds_of_step(
-    config: Config, accelerator: Accelerator, trainer: Trainer, source: SampleSource, vae: ModelMixin | None = None
-) -> float:
+def seconds_of_step(config: Config, trainer: Trainer, source: SampleSource, vae: ModelMixin | None = None) -> float:
     """Train a few steps; return how long the fastest took, on which other jobs on the machine bear least."""
     num_steps = {"num_steps": trainer.step + TRIAL_STEPS}
     short = config.model_copy(update={"training": config.training.model_copy(update=num_steps)})
-    batches, times = micro_batches(short, source, vae, accelerator, trainer.step), [time.perf_counter()]
+    batches, times = micro_batches(short, source, vae, trainer.accelerator, trainer.step), [time.perf_counter()]
     for _ in range(TRIAL_STEPS):
         train_step(trainer, short, batches)
         times.append(time.perf_counter())
     return min(end - start for start, end in pairwise(times))
 
 
-def _pace(
-    config: Config, accelerator: Accelerator, trainer: Trainer, source: SampleSource, vae: ModelMixin | None = None
-) -> str:
-    seconds, device = seconds_of_step(config, accelerator, trainer, source, vae), accelerator.device
+def _pace(config: Config, trainer: Trainer, source: SampleSource, vae: ModelMixin | None = None) -> str:
+    seconds, accelerator = seconds_of_step(config, trainer, source, vae), trainer.accelerator
     speed, used, peak = config.training.global_batch_size / seconds, "", _peak_of_process()
-    if device.type == "cuda":
+    if (device := accelerator.device).type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         used = utilisation(config, speed / accelerator.num_processes, torch.cuda.get_device_name(device))
     steps = config.training.num_steps

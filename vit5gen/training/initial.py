@@ -20,7 +20,6 @@ from vit5gen.generation.card import pipeline_hash
 from vit5gen.generation.find_pipeline import find_pipeline, load_pipeline
 from vit5gen.generation.labels import ids_called, names_by_id
 from vit5gen.generation.pipeline import SiTPipeline
-from vit5gen.models import SiTTransformer2DModel
 from vit5gen.models.backbone import BACKBONES
 from vit5gen.models.positions import Grid, patch_grid, resample_positions
 from vit5gen.models.transformer import PRESETS
@@ -229,7 +228,10 @@ def fit(config: Config, origin: Origin, rows: list[int | None]) -> dict[str, Ten
     fixed, fixed_there = ({name for name, _ in one.named_buffers()} for one in (model, old))
 
     # The label table, the head without the half that learn_sigma discards, and positions that are learned.
-    theirs[_LABELS] = _label_table(old, rows, model.has_null_label)
+    table = theirs[_LABELS]
+    start = table[old.null_label] if old.has_null_label else table.mean(0)
+    known = [start if row is None else table[row] for row in rows]
+    theirs[_LABELS] = torch.stack(known + [start] * model.has_null_label)
     for name in _HEAD:
         theirs[name] = fit_channels(theirs[name], theirs[name].new_zeros(ours[name].shape), old.config.patch_size**2)
     for name in ours.keys() & theirs.keys() - fixed - fixed_there:
@@ -255,12 +257,6 @@ def fit(config: Config, origin: Origin, rows: list[int | None]) -> dict[str, Ten
         switches = f"with other model.backbone_kwargs than those of training.init_from {config.training.init_from}"
         raise UserError(f"{switches}, {' and '.join(parts)}; {advice}")
     return taken
-
-
-def _label_table(old: SiTTransformer2DModel, rows: list[int | None], null_row: bool) -> Tensor:
-    table = old.label_embed.weight.detach()
-    start = table[old.null_label] if old.has_null_label else table.mean(0)
-    return torch.stack([*(start if row is None else table[row] for row in rows), *[start] * null_row])
 
 
 def origin_of(config: Config) -> Origin:

@@ -75,7 +75,9 @@ class Monitor:
         self.bar = tqdm(total=total, initial=trainer.step, unit="step", disable=hidden)
         self._since = time.perf_counter(), trainer.step
         self._start, self._previews = trainer.step, preview_steps(total, config.training.log_every)
-        self._seconds = dict.fromkeys(("training", "held-out encoding", "held-out loss", "previews"), 0.0)
+        self._seconds = dict.fromkeys(
+            ("training", "held-out encoding", "held-out loss", "previews", "evaluations"), 0.0
+        )
         self._saved = trainer.step  # the newest checkpoint that the log tells of
         self._events: dict[str, Any] = {"resumed": trainer.step} if trainer.step else {}
         self._events |= {"changed": folder.changes} if folder.changes else {}
@@ -152,7 +154,9 @@ class Monitor:
                     self._evaluate(grid, {"step": step, **self._held_out_loss})
                 else:
                     on_main(lambda: self._show(grid, self.folder.evaluations()))
-                    self._seconds["previews"] += time.perf_counter() - begun
+            self._seconds["evaluations" if evaluation else "previews"] += time.perf_counter() - begun
+            if evaluation and step == self.config.training.num_steps:
+                self._tell_seconds()
         except Interrupted:
             return False
         except NonFiniteError as error:  # the steps to come may be finite again
@@ -181,20 +185,21 @@ class Monitor:
         if self.accelerator.is_main_process:
             earlier = self.folder.evaluations()
             self._show(grid, [*earlier, entry])
-            command, settings = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), self.config.training
+            command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+            facts = TrainingFacts(command, entry, self.folder.samples, self.config.training.origin)
             with self.folder.new_pipeline() as new:
-                facts = TrainingFacts(
-                    command=command, metrics=entry, picture=self.folder.samples, origin=settings.origin
-                )
                 self._pipeline.save_pretrained(new, facts=facts, adapter=self._adapter)
             if note := floor_note(earlier, entry):
                 print(f"\nnote: {note}", flush=True)
-            if entry["step"] == self.config.training.num_steps and (steps := self._seconds.pop("training")):
-                parts = [f"{what}: {seconds:.1f} s ({seconds / steps:.1%})" for what, seconds in self._seconds.items()]
-                print(f"\ntraining steps: {steps:.1f} s; besides {', '.join(parts)}", flush=True)
             # Last of all: an evaluation that stands in metrics.json has left everything else behind.
             self.folder.add_evaluation(entry)
         self.accelerator.wait_for_everyone()
+
+    def _tell_seconds(self) -> None:
+        """Print what the steps and all else cost in time; nothing where there was no step."""
+        if steps := self._seconds.pop("training"):
+            parts = [f"{what}: {seconds:.1f} s ({seconds / steps:.1%})" for what, seconds in self._seconds.items()]
+            self.accelerator.print(f"\ntraining steps: {steps:.1f} s; besides {', '.join(parts)}", flush=True)
 
     def _show(self, grid: Tensor, evaluations: list[dict[str, Any]]) -> None:
         """Write ``samples.png`` and ``loss.png``, and say where training pictures alone gain; the main process does."""

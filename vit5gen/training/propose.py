@@ -216,7 +216,7 @@ def propose(folder: str, output: str, weights: str | None = None, num_attention_
     source = RandomLatents(config.latent_shape, len(training.class_names))
     seconds = 0.0 if on_gpu else guess_seconds(config, run_cost(config))
     if seconds < LONGEST_STEP:
-        seconds = seconds_of_step(config, accelerator, build_trainer(config, accelerator), source)
+        seconds = seconds_of_step(config, build_trainer(config, accelerator), source)
     wanted = min(_SECONDS / seconds, max(_FEW_STEPS, _EPOCHS * count // batch))
     steps = settings["num_steps"] = max(_FEWEST_STEPS, round(int(wanted), -2))
     settings["ema_decays"] = [0.99 if steps < 5000 else 0.999]

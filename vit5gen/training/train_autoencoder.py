@@ -104,9 +104,8 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
     accelerator = process.make_accelerator(settings, folder.path)
     PRECISIONS[config.precision].set_products()
     PRECISIONS[config.precision].warn_if_slow(accelerator.device, accelerator.print)
-    images, held_out = (
-        readable(open_images(config.data, split), config.data) for split in (None, config.held_out_split)
-    )
+    images = readable(open_images(config.data), config.data)
+    held_out = readable(open_images(config.data, config.held_out_split), config.data)
     with folder.locked(("checkpoints", "config.json")):
         check_writable(folder.path / "config.json")
         if (folder.path / "config.json").exists() and not checkpoint.steps(folder.checkpoints):
@@ -123,9 +122,10 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
             clock, bar = process.SaveClock(settings.checkpoint_minutes), partial(tqdm, desc="autoencoder", unit="step")
             with process.stop_signals() as stop_asked, bar(total=config.num_steps, initial=trainer.step) as progress:
                 while trainer.step < config.num_steps:
-                    # One step.
+                    # One step, at a rate that warms up and decays as a cosine.
+                    cosine = 1 + math.cos(math.pi * trainer.step / config.num_steps)
                     for group in trainer.optimizer.param_groups:
-                        group["lr"] = config.learning_rate * _warmup_cosine(trainer.step, config.num_steps)
+                        group["lr"] = config.learning_rate * (min(1.0, (trainer.step + 1) / _WARMUP) * cosine / 2)
                     target = shuffle.batch(trainer.step).to(accelerator.device) / 127.5 - 1
                     loss, divergence = trainer.network(target, shuffle.generator)
                     loss.backward()
@@ -173,10 +173,6 @@ def _resume(trainer: Trainer, shuffle: Shuffle, start: Path, config: Autoencoder
     shuffle.generator.set_state(shuffle.state.cpu())
 
 
-def _warmup_cosine(step: int, num_steps: int) -> float:
-    return min(1.0, (step + 1) / _WARMUP) * (1 + math.cos(math.pi * step / num_steps)) / 2
-
-
 def _finish(
     vae: AutoencoderKL, images: ImageSet, held_out: ImageSet, folder: RunFolder, attribution: str | None
 ) -> float:
@@ -210,10 +206,8 @@ def _evaluate(vae: AutoencoderKL, images: ImageSet, output: Path, attribution: s
     for label, name in enumerate(images.class_names):
         print(f"{name:>12}: {scores[images.labels == label].mean():.2f} dB")
     shown = torch.linspace(0, len(images) - 1, min(len(images), _SHOWN)).long().tolist()
-    classes = [int(label) for label in images.labels[shown]]
-    titles = [
-        (images.class_names[label], label, f"{scores[i]:.1f} dB") for i, label in zip(shown, classes, strict=True)
-    ]
+    classes = images.labels.tolist()
+    titles = [(images.class_names[classes[i]], classes[i], f"{scores[i]:.1f} dB") for i in shown]
     fact = f"held-out pictures, each with what the autoencoder makes of it; all {len(images)}: {scores.mean():.2f} dB"
     pairs = [(originals[i], decoded[i]) for i in shown]
     settings = with_attribution({"psnr": scores.mean().item()}, attribution)

@@ -33,9 +33,8 @@ def choose_trainable(model: SiTTransformer2DModel, settings: TrainingConfig) -> 
 
         trained, options = _match("training.lora.full", settings.lora.full, names), settings.lora
         # An output layer of torch's own attention is not called: its weight is used.
-        linear = [
-            name for name, one in model.named_modules() if isinstance(one, nn.Linear) and type(one) is not Uncalled
-        ]
+        layers = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear)}
+        linear = [name for name, layer in layers.items() if type(layer) is not Uncalled]
         chosen = _match("training.lora.targets", options.targets, linear)
         if not (targets := [name for name in chosen if f"{name}.weight" not in trained]):
             raise UserError("training.lora.targets: all are trained in full; name fewer in training.lora.full")

@@ -38,8 +38,29 @@ class FolderSource(Source):
         return ImageSet(names, labels, read, partial(digest, root, files), partial(_file_name, files), instead, hashes)
 
     def folder(self, split: str) -> Path:
-        """Return the folder of class folders of a split; raise `UserError` when there is none."""
-        return _split_folder(self.need_folder(), self.data, split)
+        """Return the folder of a split, or the data set's where its folders are the classes of its only split.
+
+        A folder with the name of a split is one when all folders next to it are, else a class; under a name of the
+        user's own it is one in any case. Raises `UserError` where the split is absent, or contains folders as splits do
+        while the folders next to it are not splits.
+        """
+        root, data = self.need_folder(), self.data
+        inside, asked = root / split, data.rules == 1 or split not in _SPLITS
+        folders, _ = folder_names(root)
+        others = [name for name in folders if name.lower() not in _SPLITS and name not in (data.split, split)]
+        if inside.is_dir() and (asked or not others):
+            return inside
+        if split in folders:
+            classes, images_beside = folder_names(inside)
+            if classes and not images_beside:
+                found = f"{split!r} contains folders as a split does, next to folders that are not splits"
+                advice = "move these away, or move the classes out of the splits"
+                raise UserError(f"data.path {root}: {found}: {listed(others)}; {advice}")
+        # Images of the whole folder are no second split.
+        if split != data.split or (not asked and folders and not others):
+            found = f"no folder {split!r} (it has {listed(folders) or 'none'})"
+            raise UserError(f"data.path {root}: {found}; expected the images of that split there")
+        return root
 
     def missing(self) -> dict[str, str]:
         return self.missing_folder("a folder with one folder of images per class, optionally inside train/ and val/")
@@ -59,30 +80,6 @@ def imagenet_names(wnids: list[str]) -> list[str]:
     names = [info.index_to_description(index).split(",")[0] for index in range(len(known))]
     # Two names stand for two classes each (crane, maillot): the later one gets its number, so that names identify.
     return [name if names.index(name) == index else f"{name} ({index})" for index, name in enumerate(names)]
-
-
-def _split_folder(root: Path, data: DataConfig, split: str) -> Path:
-    """Return the folder of a split, or ``root`` where its folders are the classes of the one split that there is.
-
-    A folder with the name of a split is one when all folders next to it are, else a class; under a name of the user's
-    own it is one in any case. Raises `UserError` where the split is absent, or contains folders as splits do while
-    the folders next to it are not splits.
-    """
-    inside, asked = root / split, data.rules == 1 or split not in _SPLITS
-    folders, _ = folder_names(root)
-    others = [name for name in folders if name.lower() not in _SPLITS and name not in (data.split, split)]
-    if inside.is_dir() and (asked or not others):
-        return inside
-    if split in folders:
-        classes, images_beside = folder_names(inside)
-        if classes and not images_beside:
-            found = f"{split!r} contains folders as a split does, next to folders that are not splits: {listed(others)}"
-            raise UserError(f"data.path {root}: {found}; move these away, or move the classes out of the splits")
-    # Images of the whole folder are no second split.
-    if split != data.split or (not asked and folders and not others):
-        found = f"no folder {split!r} (it has {listed(folders) or 'none'})"
-        raise UserError(f"data.path {root}: {found}; expected the images of that split there")
-    return root
 
 
 def _file_name(files: list[Path], index: int) -> str:

@@ -17,6 +17,7 @@ from vit5gen.evaluation.features import Extractor, Features, load_weights, regis
 from vit5gen.models.weights import read_tensors
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256
+from vit5gen.system.precision import PRECISIONS
 
 _FILE = "model.safetensors"  # in the repository of a timm model on the hub
 
@@ -27,18 +28,20 @@ class Space:
 
     name: in cards; its distance is ``metric``, else FD-``name``.  side: of the square that images are resized to.
     resize: "pillow" (bicubic, to uint8) or "float" (antialiased bicubic in 0..1, not clamped).  pool: "cls" (after the
-    final norm), or "head": what the network returns, projected and normalised to length 1.  as_dinov2: resample the
-    positions as DINOv2's own code does, see `_positions`.  options: of ``timm.create_model``.
+    final norm), "mean" (of a map, over its places), "attention" (the network's own pool of tokens), or "head": what the
+    network returns, projected and normalised to length 1.  as_dinov2: resample the positions as DINOv2's own code does,
+    see `_positions`.  options: of ``timm.create_model``.  precision: "bf16" computes the network under autocast.
     """
 
     name: str
     model: str
     side: int
     resize: Literal["pillow", "float"]
-    pool: Literal["cls", "head"]
+    pool: Literal["cls", "mean", "attention", "head"]
     metric: str | None = None
     as_dinov2: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def missing(self) -> dict[str, str]:
         """Return where the weights come from, unless they are in the cache."""
@@ -60,12 +63,13 @@ class Space:
             advice = f"give the weights of timm's {self.model}"
             raise UserError(f"extractor weights {path}: do not fit ({reason}); {advice}") from error
         network.pretrained_cfg.pop("state_dict")  # a second copy
+        settings = {"model": self.model, "side": self.side, "resize": self.resize, "pool": self.pool}
         return Extractor(
             name=self.name,
             metric=self.metric or f"FD-{self.name}",
             dim=network.num_classes if self.pool == "head" else network.num_features,
             weights_sha256=digest,
-            settings={"model": self.model, "side": self.side, "resize": self.resize, "pool": self.pool},
+            settings=settings | ({} if self.precision == "fp32" else {"precision": self.precision}),
             network=network.to(device).eval().requires_grad_(False),
             features=self.features,
             device=device,
@@ -87,9 +91,14 @@ class Space:
         published = network.pretrained_cfg
         mean, std = (torch.tensor(published[key], device=images.device)[:, None, None] for key in ("mean", "std"))
         inputs = (self.pixels(images) - mean) / std
-        if self.pool == "head":
-            return Features(F.normalize(network(inputs), dim=1))
-        return Features(network.forward_features(inputs)[:, 0])
+        device = torch.device("cpu") if images.is_meta else images.device  # the meta device knows no autocast
+        with PRECISIONS[self.precision].autocast(device):
+            if self.pool == "head":
+                return Features(F.normalize(network(inputs), dim=1))
+            found = network.forward_features(inputs)
+            if self.pool == "mean":
+                return Features(found.mean(dim=(2, 3)).float())
+            return Features((network.attn_pool(found) if self.pool == "attention" else found[:, 0]).float())
 
     @property
     def _repository(self) -> str:
@@ -104,7 +113,8 @@ class Space:
         except Exception as error:  # file, hub and http errors are those of many libraries
             reason = " ".join(str(error).split())[:120]
             problem = f"{self.name} weights: not in the cache and not downloadable ({reason})"
-            raise UserError(f"{problem}; pass {_FILE} of the hub's {self._repository} as --weights") from error
+            advice = f"pass {_FILE} of the hub's {self._repository} as --weights"
+            raise UserError(f"{problem}; {advice} (for fdr6 in a folder, as {self.model}.safetensors)") from error
 
 
 def _positions(state: Mapping[str, Tensor], side: int) -> dict[str, Tensor]:

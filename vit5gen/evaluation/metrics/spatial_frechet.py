@@ -12,7 +12,5 @@ class SpatialFrechet(Metric):
     better = "lower"
 
     def compute(self, scan: Scan, reference: Reference, extractor: Extractor) -> dict[str, Score]:
-        assert scan.spatial is not None
-        assert reference.spatial is not None
         name = "sFID" if extractor.metric == "FID" else f"sFID-{extractor.name}"
-        return {name: frechet_with_error(scan.spatial, reference.spatial)}
+        return {name: frechet_with_error(scan.moments["spatial"], reference.moments["spatial"])}

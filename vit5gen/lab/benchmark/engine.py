@@ -37,6 +37,8 @@ class Sizes:
     batch: int = 16
     classified: tuple[int, int] = (8, 224)  # images, and their side
     scored: tuple[int, int] = (50, 256)
+    raced: tuple[int, int] = (1000, 256)  # pictures that whole evaluators read, half of them the reference
+    race_repetitions: int = 2
     published_steps: int = 250
     drawn_images: int | None = None  # None: as many as the run evaluates
     sides: tuple[int, ...] = (16, 32, 64)  # 64, 256 and 1024 tokens
@@ -53,6 +55,8 @@ QUICK = Sizes(
     batch=2,
     classified=(1, 32),
     scored=(2, 32),
+    raced=(8, 32),
+    race_repetitions=1,
     published_steps=3,
     drawn_images=6,
     sides=(4, 8),

@@ -2,24 +2,22 @@
 
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
-from unittest.mock import patch
 
 import timm
 import torch
 from torch import Tensor, nn
 
-from vit5gen.evaluation import Extractor, FeatureStatistics, frechet_distance, load_extractor
+from vit5gen.evaluation import FeatureStatistics, frechet_distance, load_extractor
 from vit5gen.evaluation.statistics import Grouped
 from vit5gen.lab.benchmark.engine import Row, Setting, race, row
+from vit5gen.lab.benchmark.evaluators import race_evaluators, random_inception
 from vit5gen.lab.benchmark.peers import VIT5, check_equal, load, running, without_cuda
 from vit5gen.models.classifier import ViT5, vit5_small
 from vit5gen.models.weights import load_exactly
-from vit5gen.system.files import sha256
 
 TOLERANCE = 1e-3  # of logits of order one, in fp32
 PRETRAINED = "effnet-lite0"  # weights that come as a package
@@ -62,7 +60,7 @@ def classifier(setting: Setting) -> Iterator[Row]:
 def evaluation(setting: Setting) -> Iterator[Row]:
     """Compare, for a batch of images, the extraction of their features with what is made of them.
 
-    That is moments alone, moments in the groups of a standard error, and one final distance.
+    That is moments alone, moments in the groups of a standard error, and one final distance. Then whole evaluators.
     """
     sizes, (count, side), generator = setting.sizes, setting.sizes.scored, torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
@@ -79,6 +77,7 @@ def evaluation(setting: Setting) -> Iterator[Row]:
             pairs = [(mine / times, theirs) for mine, theirs in race(task, partial(extractor, images), sizes)]
             shares = [mine / (mine + extraction) for mine, extraction in pairs]
             yield row(mode, "statistics", name, pairs, {"share of time": median(shares)})
+    yield from race_evaluators(setting)
 
 
 def _add(groups: Grouped, features: Tensor, count: int) -> tuple[FeatureStatistics, ...]:
@@ -86,16 +85,6 @@ def _add(groups: Grouped, features: Tensor, count: int) -> tuple[FeatureStatisti
     for batch in features[: BATCHES * count].split(count):
         groups.update(batch, torch.arange(len(batch)))
     return groups.groups
-
-
-def random_inception() -> Extractor:
-    """Return Inception with random weights, which take as long as the published ones and need no download."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    with tempfile.TemporaryDirectory() as folder, patch.object(FeatureExtractorInceptionV3, "load_state_dict"):
-        file = Path(folder) / "inception.pth"
-        torch.save({}, file)
-        return load_extractor("inception", weights=file, weights_sha256=sha256(file))
 
 
 def start_up(setting: Setting) -> Iterator[Row]:

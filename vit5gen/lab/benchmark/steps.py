@@ -3,7 +3,6 @@
 Compared are their time on CPU and GPU, its growth with size, and their memory.
 """
 
-import ctypes
 import math
 import operator
 import os
@@ -25,6 +24,7 @@ from vit5gen.config import Config
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.lab.benchmark.engine import FULL, QUICK, Pairs, Row, Setting, Sizes, fresh, race, ratio, row, seconds
+from vit5gen.lab.benchmark.peak_memory import peak_of
 from vit5gen.lab.benchmark.peers import SIT, check_equal, load, running
 from vit5gen.models import load_sit
 from vit5gen.models.transformer import SIZES
@@ -238,18 +238,13 @@ def peak(build: Callable[[], Callable[[], None]], sit: Path | None = None) -> Pe
     """
     if sit is not None:
         load(SIT, sit)
-    ctypes.CDLL(None).malloc_trim(0)  # what imports freed would hide a part of the growth
-    Path("/proc/self/clear_refs").write_text("5")  # start the peak again
-    before = _status("VmRSS")
-    step = build()
-    for _ in range(STEPS):
-        step()
-    highest = _status("VmHWM")  # not getrusage's maximum, which a process inherits from the one that started it
-    return highest - before, highest
 
+    def steps() -> None:
+        step = build()
+        for _ in range(STEPS):
+            step()
 
-def _status(key: str) -> float:
-    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024 / 1e6
+    return peak_of(steps)[1:]
 
 
 def scaling(setting: Setting) -> Iterator[Row]:
