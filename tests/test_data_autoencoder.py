@@ -159,6 +159,7 @@ def test_normalisations_are_those_of_diffusers_pipelines() -> None:
     torch.testing.assert_close(spread, posterior.std * 0.13 / std)
     latents = torch.randn(2, 4, 8, 8)
     torch.testing.assert_close(decode(xl, latents), xl.decode(latents * std / 0.13 + mean).sample.clamp(-1, 1))
+    assert repr(tuple(normalization_of(tiny_autoencoder_of("AutoencoderKL", scaling_factor=1)))) == "(1.0, 0.25)"
     sd3 = tiny_autoencoder_of("AutoencoderKL", scaling_factor=1.5305, shift_factor=0.0609)
     torch.testing.assert_close(decode(sd3, latents), sd3.decode((latents / 1.5305) + 0.0609).sample.clamp(-1, 1))
     dc = tiny_autoencoder_of("AutoencoderDC", scaling_factor=0.41407)
@@ -178,6 +179,7 @@ def test_a_representation_autoencoder_draws_one_size_without_noise(tmp_path: Pat
     vae = tiny_autoencoder_of("AutoencoderRAE").train()
     images = random_images(2)
     assert encode(vae, images)[0].equal(encode(vae.train(), images)[0])
+    torch.testing.assert_close(encode(vae, images)[0], vae.encode(images / 255).latent, rtol=1e-4, atol=1e-3)  # once
     with pytest.raises(UserError, match="latents of 3x3; expected 2x2: it draws images of one size"):
         decode(vae, torch.zeros(1, 64, 3, 3))
     config = Config(model=ModelConfig(preset="S/2"), data=DataConfig(resolution=32), vae=VaeConfig(name="rae"))

@@ -104,10 +104,11 @@ class Monitor:
         mean, power = total / count, squares / count
         std = math.sqrt(max(power - mean**2, 0))
         self._events |= {"latents_mean": mean, "latents_std": std} if math.isfinite(power) else {}
-        self.accelerator.print(f"latents of the first batch: mean {mean:.3g}, standard deviation {std:.3g}")
-        if not 1 / _FAR**2 <= power <= _FAR**2:
-            advice = "check vae.name, or set vae.normalize to measured"
-            self.accelerator.print(f"warning: latents should have mean 0 and standard deviation 1: {advice}")
+        far = "; warning: far from 0 and 1: check vae.name, or set vae.normalize to measured"
+        far = "" if 1 / _FAR**2 <= power <= _FAR**2 else far
+        self.accelerator.print(
+            f"\nnote: latents of the first batch: mean {mean:.3g}, standard deviation {std:.3g}{far}"
+        )
 
     def write(self, outcome: Outcome) -> None:
         """Add a line on the steps since the last one to the log and the trackers, and show it in the bar."""

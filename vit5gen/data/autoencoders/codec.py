@@ -148,7 +148,7 @@ def check_normalization(found: Normalization, what: str, vae: ModelMixin) -> Nor
         if fault:
             wanted = f"finite numbers, one for all or each of {channels} channels, the scale not 0"
             raise UserError(f"{what}: {name} of the latents has {fault}; expected {wanted}; choose another one")
-    return found
+    return Normalization(*(list(map(float, v)) if isinstance(v, list) else float(v) for v in found))
 
 
 def _columns(vae: ModelMixin, device: torch.device) -> Any:
