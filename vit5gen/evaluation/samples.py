@@ -198,7 +198,7 @@ def open_npz(path: Path, batch_size: int, read: ReadConfig = _AS_STORED) -> Samp
                     yield part.start, torch.stack(fitted)
                 else:
                     yield part.start, torch.from_numpy(rows.transpose(0, 3, 1, 2).copy())
-        if options.get("range") == [-1, 1] and lowest >= 0:
+        if options.get("range") == [-1, 1] and min(gather_objects(lowest)) >= 0:
             raise UserError(f"npz {path}: {key} has no values below 0, which do not fit --range -1 1; give --range 0 1")
 
     return Samples(shape[0], chunks, identity, labels if len(labels) == shape[0] else [])
