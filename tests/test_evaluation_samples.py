@@ -118,6 +118,8 @@ def test_channels_first_is_told_apart_and_said(tmp_path, capsys) -> None:
     assert "images is (7, 3, 32, 32), read as (N, 3, H, W)" in capsys.readouterr().err
     with pytest.raises(UserError, match="no arr_0, only images, labels; name the images with --key NAME"):
         read(tmp_path / "a.NPZ")
+    np.savez(tmp_path / "b.npz", arr_0=np.zeros(7), arr_1=images.numpy(), y=np.arange(7))
+    assert read(tmp_path / "b.npz", key="arr_1").labels == list(range(7))
     np.savez(tmp_path / "thin.npz", arr_0=np.zeros((2, 3, 5, 3), np.uint8))  # three rows
     assert pixels(read(tmp_path / "thin.npz")).shape == (2, 3, 3, 5)
 
