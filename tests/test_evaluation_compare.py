@@ -202,7 +202,7 @@ def test_runs_are_drawn_from_equal_noise_and_told_apart(folder, capsys) -> None:
     assert card["summary"].startswith("these two checkpoints: ")
     assert card["summary"].endswith("; other training seeds are not covered")
     assert card["options"]["num_images"] == card["count"] == 24
-    assert {"commit", "versions", "reference", "extractor", "skipped", "processes"} <= card.keys()
+    assert {"commit", "versions", "reference", "extractor", "licences", "skipped", "processes"} <= card.keys()
     with Image.open(folder / "out" / card["picture"]) as picture:
         assert picture.width > 12 * 96
         assert picture.height > 2 * 96
@@ -325,6 +325,9 @@ def test_what_cannot_be_compared_is_refused_in_one_line(folder, tmp_path, capsys
     refuses(card, folder / "b.json", "--extractor", "colours: {side: 3}", part="was made with extractor Colours")
     refuses(folder / "a", tmp_path / "no", *DRAW, part="expected an npz, a folder of images")
     refuses(a, tmp_path / "black.npz", "--extractor", "logarithms", part=f"{tmp_path}/black.npz: image 7: NaN or inf")
+    refuses(card, folder / "b.json", "--output", card, part=f"--output {card}: is one of the two that are compared")
+    picture = folder / "out" / "card.png"
+    refuses(card, folder / "b.json", "--output", picture, part="a picture of pairs is written there; name the card card.js")
     changed, file = json.loads(card.read_text()), folder / "changed.json"
     file.write_text(json.dumps(changed | {"protocol": {"name": "adm"}}))
     refuses(file, folder / "b.json", part=f"{file} has adm as protocol, {folder}/b.json has None")
