@@ -110,6 +110,14 @@ def test_estimates_are_those_of_scipy() -> None:
     assert holm([0.01, None, 0.04, 0.03]) == pytest.approx([0.03, None, 0.06, 0.06])
 
 
+def test_a_difference_without_an_error_is_not_called_none() -> None:
+    sides = [Side({"count": 40}, [{"recall": {"value": one, "better": "higher"}}] * 11, None, {}, []) for one in (1, 0)]
+    entry = differences(sides[:1], sides[1:], paired=False)["differences"]["recall"]
+    assert (entry["difference"], entry["p"], entry["images_to_decide"]) == (-1, None, None)
+    assert "its error is not known" in entry["reason"]
+    assert differences(sides[:1], sides[:1], True)["differences"]["recall"]["reason"] == "there is no difference"
+
+
 def test_as_many_images_as_would_decide_it_put_p_on_the_line() -> None:
     few = Estimate(2.0, 1.5, 9)
     count = few.count_to_decide(1000, 0.05)
@@ -195,7 +203,9 @@ def test_runs_are_drawn_from_equal_noise_and_told_apart(folder, capsys) -> None:
         if (count := entry["images_to_decide"]) is not None:
             assert (count <= card["count"]) == decided
         else:
-            assert entry["reason"] == "there is no difference beyond rounding"
+            assert entry["reason"].startswith(
+                "there is no difference" if entry["difference"] == 0 else "the difference is"
+            )
         assert f"| {name} |" in printed
     assert {card["differences"][name]["better"] for name in ("IS-Colours", "precision-Colours")} == {"higher"}
     assert printed.endswith(f"{card['summary']}\n")
