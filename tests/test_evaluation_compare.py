@@ -332,6 +332,10 @@ def test_what_cannot_be_compared_is_refused_in_one_line(folder, tmp_path, capsys
     refuses(tmp_path / "few.npz", tmp_path / "ten.npz", part="12 images in")
     refuses(a, tmp_path / "large.npz", part="compare images of one size")
     refuses(card, folder / "b.json", "--reference", folder / "other.npz", part="was made with another reference")
+    options = {"reference": folder / "other.npz", "extractor": "colours", "metrics": ["is"], "keep_groups": True}
+    call_evaluate(a, output=tmp_path / "a.json", **options)
+    capsys.readouterr()
+    refuses(tmp_path / "a.json", folder / "b.json", part="a.json was made with another reference")
     refuses(card, folder / "b.json", "--extractor", "colours: {side: 3}", part="was made with extractor Colours")
     refuses(folder / "a", tmp_path / "no", *DRAW, part="expected an npz, a folder of images")
     refuses(a, tmp_path / "black.npz", "--extractor", "logarithms", part=f"{tmp_path}/black.npz: image 7: NaN or inf")

@@ -121,7 +121,7 @@ def evaluation_card(
         "versions": versions() | {"torch-fidelity": version("torch-fidelity"), "scipy": version("scipy")},
     }
     if keep_groups is not None:
-        card["groups"] = save_groups(found, keep_groups)
+        card["groups"] = save_groups(found, reference, keep_groups)
     if given := {name: options for name, options in map(name_and_options, metrics or ()) if options}:
         card["metric_options"] = given
     card["markdown"] = "\n".join(markdown(card)[2:])
