@@ -233,6 +233,19 @@ def test_cards_with_groups_say_what_their_images_said(folder, capsys) -> None:
     assert "metric pr: a card keeps no features of single images" in error
 
 
+def test_groups_of_earlier_versions_tell_their_reference_by_the_card(folder, tmp_path, capsys) -> None:
+    words = {"folder": folder, "capsys": capsys}
+    for name in ("a.json", "a.groups.safetensors"):
+        shutil.copy(folder / name, tmp_path)
+    content = json.loads((tmp_path / "a.json").read_text())
+    del content["groups"]["distance"]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    now, _ = compare(folder / "a.json", folder / "b.json", **words)
+    assert compare(tmp_path / "a.json", folder / "b.json", **words)[0]["differences"] == now["differences"]
+    _, error = compare(tmp_path / "a.json", folder / "b.json", "--reference", folder / "other.npz", **words, code=2)
+    assert "a.json was made with another reference" in error
+
+
 def test_images_are_paired_if_their_cards_tell_of_equal_noise(folder, tmp_path, capsys) -> None:
     for name, shift in (("a", 0), ("b", 6), ("no_card", 9)):
         images = (pictures(30, seed=1, side=16) // 2 + shift + pictures(30, seed=shift, side=16) // 8).to(torch.uint8)

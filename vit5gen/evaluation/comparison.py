@@ -191,7 +191,7 @@ def differences(a: Sequence[Side], b: Sequence[Side], paired: bool) -> dict[str,
             # At the level that Holm's correction left for this score: p_holm is 0.05 there.
             rivals = sum(one.p is not None and one.p >= found.p for one in estimates)
             level = (1 - CONFIDENCE) * min(found.p / p, 1 / rivals)
-            entry["images_to_decide"] = found.count_to_decide(a[0].entry["count"], level)
+            entry["images_to_decide"] = max(2 * GROUPS, found.count_to_decide(a[0].entry["count"], level))
         entries[name] = entry
     return {"differences": entries, "verdicts": verdicts}
 

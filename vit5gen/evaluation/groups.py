@@ -65,8 +65,9 @@ def read_groups(path: str, reference: Reference, extractor: Extractor) -> tuple[
         score.sums = tensors["score"]
     found = Scan(total.count, samples["size"], moments, score, torch.empty(0, extractor.dim))
 
-    # The reference is the same if it gives the same distance.
-    made_with, here, there = card["reference"], _distance(found, reference), card["groups"]["distance"]
+    # The reference is the same if it gives the same distance; cards of earlier versions have it among the metrics.
+    made_with, here = card["reference"], _distance(found, reference)
+    there = card["groups"].get("distance", card["metrics"].get(extractor.metric, {}).get("value", here))
     if made_with["count"] != reference.count or not math.isclose(there, here, rel_tol=_ROUNDING, abs_tol=1e-9):
         problem = f"{made_with['path']}, {extractor.metric} {there:.6g}; here it is {here:.6g}"
         raise UserError(f"card {path} was made with another reference ({problem}); give that one")
