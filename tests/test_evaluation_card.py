@@ -414,7 +414,9 @@ def test_card_names_everything_and_warns(tmp_path, colour_extractor) -> None:
     reference = write_npz(tmp_path / "real.npz", pictures(40, seed=1))
     card = card_of(samples, reference, colour_extractor)
     assert card["samples"][0]["sampling"] == {"sampler": "ode-heun"}
-    assert any("sorted by class: its Inception Score would be wrong" in warning for warning in card["warnings"])
+    assert any("sorted by class: its Inception Score is wrong" in warning for warning in card["warnings"])
+    alone = card_of(samples, reference, colour_extractor, metrics=["fid"])
+    assert not any("Inception Score" in warning for warning in alone["warnings"])
     assert any("20 samples: below 50000" in warning for warning in card["warnings"])
     assert {"torch", "torch-fidelity", "vit5gen"} <= set(card["versions"])
     assert card["metrics"]["FD-Colours"]["standard_error"] > 0

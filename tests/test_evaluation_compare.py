@@ -110,6 +110,14 @@ def test_estimates_are_those_of_scipy() -> None:
     assert holm([0.01, None, 0.04, 0.03]) == pytest.approx([0.03, None, 0.06, 0.06])
 
 
+def test_a_difference_without_an_error_is_not_called_none() -> None:
+    sides = [Side({"count": 40}, [{"recall": {"value": one, "better": "higher"}}] * 11, None, {}, []) for one in (1, 0)]
+    entry = differences(sides[:1], sides[1:], paired=False)["differences"]["recall"]
+    assert (entry["difference"], entry["p"], entry["images_to_decide"]) == (-1, None, None)
+    assert "its error is not known" in entry["reason"]
+    assert differences(sides[:1], sides[:1], True)["differences"]["recall"]["reason"] == "there is no difference"
+
+
 def test_as_many_images_as_would_decide_it_put_p_on_the_line() -> None:
     few = Estimate(2.0, 1.5, 9)
     count = few.count_to_decide(1000, 0.05)
@@ -195,14 +203,16 @@ def test_runs_are_drawn_from_equal_noise_and_told_apart(folder, capsys) -> None:
         if (count := entry["images_to_decide"]) is not None:
             assert (count <= card["count"]) == decided
         else:
-            assert entry["reason"] == "there is no difference beyond rounding"
+            assert entry["reason"].startswith(
+                "there is no difference" if entry["difference"] == 0 else "the difference is"
+            )
         assert f"| {name} |" in printed
     assert {card["differences"][name]["better"] for name in ("IS-Colours", "precision-Colours")} == {"higher"}
     assert printed.endswith(f"{card['summary']}\n")
     assert card["summary"].startswith("these two checkpoints: ")
     assert card["summary"].endswith("; other training seeds are not covered")
     assert card["options"]["num_images"] == card["count"] == 24
-    assert {"commit", "versions", "reference", "extractor", "skipped", "processes"} <= card.keys()
+    assert {"commit", "versions", "reference", "extractor", "licences", "skipped", "processes"} <= card.keys()
     with Image.open(folder / "out" / card["picture"]) as picture:
         assert picture.width > 12 * 96
         assert picture.height > 2 * 96
@@ -221,6 +231,19 @@ def test_cards_with_groups_say_what_their_images_said(folder, capsys) -> None:
         assert "a card keeps no features" in card["skipped"]["pr"]
     error = compare(*words[:2], *DRAW, "--metrics", "pr", folder=folder, capsys=capsys, code=2)[1]
     assert "metric pr: a card keeps no features of single images" in error
+
+
+def test_groups_of_earlier_versions_tell_their_reference_by_the_card(folder, tmp_path, capsys) -> None:
+    words = {"folder": folder, "capsys": capsys}
+    for name in ("a.json", "a.groups.safetensors"):
+        shutil.copy(folder / name, tmp_path)
+    content = json.loads((tmp_path / "a.json").read_text())
+    del content["groups"]["distance"]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    now, _ = compare(folder / "a.json", folder / "b.json", **words)
+    assert compare(tmp_path / "a.json", folder / "b.json", **words)[0]["differences"] == now["differences"]
+    _, error = compare(tmp_path / "a.json", folder / "b.json", "--reference", folder / "other.npz", **words, code=2)
+    assert "a.json was made with another reference" in error
 
 
 def test_images_are_paired_if_their_cards_tell_of_equal_noise(folder, tmp_path, capsys) -> None:
@@ -322,9 +345,18 @@ def test_what_cannot_be_compared_is_refused_in_one_line(folder, tmp_path, capsys
     refuses(tmp_path / "few.npz", tmp_path / "ten.npz", part="12 images in")
     refuses(a, tmp_path / "large.npz", part="compare images of one size")
     refuses(card, folder / "b.json", "--reference", folder / "other.npz", part="was made with another reference")
+    options = {"reference": folder / "other.npz", "extractor": "colours", "metrics": ["is"], "keep_groups": True}
+    call_evaluate(a, output=tmp_path / "a.json", **options)
+    capsys.readouterr()
+    refuses(tmp_path / "a.json", folder / "b.json", part="a.json was made with another reference")
     refuses(card, folder / "b.json", "--extractor", "colours: {side: 3}", part="was made with extractor Colours")
     refuses(folder / "a", tmp_path / "no", *DRAW, part="expected an npz, a folder of images")
     refuses(a, tmp_path / "black.npz", "--extractor", "logarithms", part=f"{tmp_path}/black.npz: image 7: NaN or inf")
+    refuses(card, folder / "b.json", "--output", card, part=f"--output {card}: is one of the two that are compared")
+    picture = folder / "out" / "card.png"
+    refuses(
+        card, folder / "b.json", "--output", picture, part="a picture of pairs is written there; name the card card.js"
+    )
     changed, file = json.loads(card.read_text()), folder / "changed.json"
     file.write_text(json.dumps(changed | {"protocol": {"name": "adm"}}))
     refuses(file, folder / "b.json", part=f"{file} has adm as protocol, {folder}/b.json has None")

@@ -105,6 +105,7 @@ def test_the_command_writes_a_card_and_a_picture(tmp_path: Path, capsys: pytest.
     assert "proves neither" in out
     assert (found["samples"]["count"], found["training"]["count"], found["held_out"]["count"]) == (30, 50, 20)
     assert found["extractor"] == load_extractor("colours").identity
+    assert run(*words, "--output", tmp_path / "copies.png") == 2
     with Image.open(tmp_path / found["picture"]) as picture:
         assert json.loads(picture.info["settings"])["closest"] == found["closest"]
         assert picture.width > 6 * 2 * 96

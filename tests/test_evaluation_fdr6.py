@@ -68,7 +68,7 @@ def weights(tmp_path_factory) -> Path:
 
 
 def colours_for_inception(device: torch.device, weights: object, weights_sha256: object) -> Extractor:
-    return replace(colours(device, None, None), name="Inception-v3-2015", metric="FID")
+    return replace(colours(device, None, None), name="Inception-v3-2015", metric="FID", licences={"Colours": "none"})
 
 
 @pytest.fixture
@@ -250,6 +250,7 @@ def test_command_measures_denominators_from_statistics_or_images(
     assert record["sha256"] == sha256(validation.with_suffix(".safetensors"))
     assert record["distances"]["MAE"] == cards[0]["metrics"]["FDr-MAE"]["denominator"]
     assert cards[0]["licences"]["MAE"] == "cc-by-nc-4.0"
+    assert cards[0]["licences"]["Colours"] == "none"
     settings = cards[0]["extractor"]["settings"]
     for space in SMALL:
         digest = sha256(weights / f"{space.model}.safetensors")

@@ -17,6 +17,7 @@ def effnet():
 
 def test_effnet_is_a_working_classifier_backbone(effnet) -> None:
     assert (effnet.name, effnet.metric, effnet.dim) == ("EffNetLite0@96", "FD-EffNetLite0@96", 1280)
+    assert effnet.licences == {"EffNetLite0@96": "Apache-2.0"}
     features = effnet(pictures(4)).pooled
     assert features.shape == (4, 1280)
     assert features.dtype == torch.float32

@@ -94,6 +94,18 @@ def test_a_range_that_does_not_fit_the_values_is_an_error(tmp_path) -> None:
         ReadConfig(range=[0, 255])
 
 
+def test_a_range_is_that_of_the_images_of_all_processes(tmp_path, monkeypatch) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=np.linspace(-1, 1, 5)[:, None, None, None] * np.ones((8, 8, 3)))
+    for rank, first in ((1, [3]), (2, [])):  # bright images alone, and none at all
+        monkeypatch.setattr(sets, "rank_and_world", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr(sets, "gather_objects", lambda own: [-1.0, own, own])
+        found = read(tmp_path / "a.npz", range=[-1, 1])
+        assert [start for start, _ in found.chunks()] == first
+        monkeypatch.setattr(sets, "gather_objects", lambda own: [0.0, own, own])
+        with pytest.raises(UserError, match="no values below 0"):
+            list(found.chunks())
+
+
 def test_channels_first_is_told_apart_and_said(tmp_path, capsys) -> None:
     images = pictures(7)
     np.savez(tmp_path / "a.NPZ", images=images.numpy(), labels=np.arange(7) // 4)
@@ -106,6 +118,8 @@ def test_channels_first_is_told_apart_and_said(tmp_path, capsys) -> None:
     assert "images is (7, 3, 32, 32), read as (N, 3, H, W)" in capsys.readouterr().err
     with pytest.raises(UserError, match="no arr_0, only images, labels; name the images with --key NAME"):
         read(tmp_path / "a.NPZ")
+    np.savez(tmp_path / "b.npz", arr_0=np.zeros(7), arr_1=images.numpy(), y=np.arange(7))
+    assert read(tmp_path / "b.npz", key="arr_1").labels == list(range(7))
     np.savez(tmp_path / "thin.npz", arr_0=np.zeros((2, 3, 5, 3), np.uint8))  # three rows
     assert pixels(read(tmp_path / "thin.npz")).shape == (2, 3, 3, 5)
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from vit5gen.commands.evaluate import ScoreOptions
-from vit5gen.commands.options import argument
+from vit5gen.commands.options import argument, with_picture
 from vit5gen.config import DrawConfig, EvaluationConfig, ReadConfig
 from vit5gen.section import Natural
 from vit5gen.system.errors import UserError
-from vit5gen.system.files import check_writable, write_json
+from vit5gen.system.files import write_json
 
 
 class CompareOptions(ScoreOptions):
@@ -40,13 +40,14 @@ def run(options: CompareOptions) -> None:
     from vit5gen.system.distributed import start_processes
 
     # What can be told to be wrong before anything is loaded.
-    given, picture = (options.a, options.b), Path(options.output).with_suffix(".png")
+    given = options.a, options.b
     if len({Path(path).resolve() for path in given}) == 1:
         raise UserError(f"{options.a} is given twice: there is nothing to compare; give two sets")
+    if Path(options.output).resolve() in (Path(path).resolve() for path in given):
+        raise UserError(f"--output {options.output}: is one of the two that are compared; choose another path")
     runs = comparison.pairs_of_runs(*given)
     options.check([path for pair in runs.values() or [given] for path in pair])
-    for file in (options.output, picture):
-        check_writable(file)
+    picture = with_picture(options.output)
 
     # The sets, pair by pair, scored against the reference.
     state, draw, batch_size = start_processes(), options.part(DrawConfig), options.batch_size
@@ -80,6 +81,7 @@ def run(options: CompareOptions) -> None:
         "count": sides[0][0].entry["count"],
         "reference": real.identity | {"count": real.count},
         "extractor": network.identity,
+        "licences": network.licences,
         "pairing": {"paired": paired, "reason": reason, "training_seeds": list(runs)},
         "skipped": skipped,
         "warnings": doubts([side.entry for own in sides for side in own], real, network, metrics),

@@ -1,12 +1,10 @@
 """`vit5gen copies`."""
 
-from pathlib import Path
-
 from vit5gen.commands.evaluate import ExtractorOptions
-from vit5gen.commands.options import argument
+from vit5gen.commands.options import argument, with_picture
 from vit5gen.config import ReadConfig
 from vit5gen.section import Plug
-from vit5gen.system.files import check_writable, write_json
+from vit5gen.system.files import write_json
 
 
 class CopiesOptions(ReadConfig, ExtractorOptions):
@@ -32,9 +30,7 @@ def run(options: CopiesOptions) -> None:
     from vit5gen.system.distributed import start_processes
 
     # The images, apart from each other.
-    picture = Path(options.output).with_suffix(".png")
-    for file in (options.output, picture):
-        check_writable(file)
+    picture = with_picture(options.output)
     state, size, read = start_processes(), options.batch_size, options.part(ReadConfig)
     given = [path for path in (options.samples, options.training, options.held_out) if path]
     opened = [open_image_set(path, size, read=read) for path in given]

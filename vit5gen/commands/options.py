@@ -1,11 +1,14 @@
 """What the sections of commands share: how a field becomes an option, and which options cannot be combined."""
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
 from vit5gen.config import Config, load_config
 from vit5gen.section import MOST_IMAGES, Section
+from vit5gen.system.errors import UserError
+from vit5gen.system.files import check_writable
 
 S = TypeVar("S", bound=Section)
 Images = Annotated[int, Field(ge=1, le=MOST_IMAGES)]
@@ -58,6 +61,15 @@ class Options(Section):
     def part(self, section: type[S]) -> S:
         """Return the options that are those of ``section``."""
         return section.model_validate(self.model_dump(include=set(section.model_fields), exclude_unset=True))
+
+
+def with_picture(output: str) -> Path:
+    """Return where the picture beside a card belongs; raise `UserError` unless both can be written."""
+    if (picture := Path(output).with_suffix(".png")) == Path(output):
+        raise UserError(f"--output {output}: a picture of pairs is written there; name the card {picture.stem}.json")
+    for file in (output, picture):
+        check_writable(file)
+    return picture
 
 
 class ConfigOptions(Options):

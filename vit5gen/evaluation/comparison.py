@@ -183,13 +183,15 @@ def differences(a: Sequence[Side], b: Sequence[Side], paired: bool) -> dict[str,
         entry["detectable"], entry["images_to_decide"] = found.detectable, None
         if several:
             entry["reason"] = "the error is that of training seeds, which more images do not make smaller"
-        elif p is None or found.p is None or not found.difference:
-            entry["reason"] = "there is no difference beyond rounding"
+        elif not found.difference:
+            entry["reason"] = "there is no difference"
+        elif p is None or found.p is None:
+            entry["reason"] = "the difference is the same without any group of images, so that its error is not known"
         else:
             # At the level that Holm's correction left for this score: p_holm is 0.05 there.
             rivals = sum(one.p is not None and one.p >= found.p for one in estimates)
             level = (1 - CONFIDENCE) * min(found.p / p, 1 / rivals)
-            entry["images_to_decide"] = found.count_to_decide(a[0].entry["count"], level)
+            entry["images_to_decide"] = max(2 * GROUPS, found.count_to_decide(a[0].entry["count"], level))
         entries[name] = entry
     return {"differences": entries, "verdicts": verdicts}
 

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -115,13 +115,13 @@ def evaluation_card(
         "models": models,
         "skipped": skipped,
         "protocol": {"name": protocol, "differences": differences, "label": label},
-        "warnings": _warnings(samples, len(models), extractor, skipped, differences)
+        "warnings": _warnings(samples, len(models), extractor, wanted, skipped, differences)
         + doubts(described, reference, extractor, wanted),
         "processes": rank_and_world()[1],
         "versions": versions() | {"torch-fidelity": version("torch-fidelity"), "scipy": version("scipy")},
     }
     if keep_groups is not None:
-        card["groups"] = save_groups(found, keep_groups)
+        card["groups"] = save_groups(found, reference, keep_groups)
     if given := {name: options for name, options in map(name_and_options, metrics or ()) if options}:
         card["metric_options"] = given
     card["markdown"] = "\n".join(markdown(card)[2:])
@@ -265,7 +265,12 @@ def _differences_from_adm(samples: Sequence[Samples], reference: Reference, extr
 
 
 def _warnings(
-    samples: Sequence[Samples], models: int, extractor: Extractor, skipped: dict[str, str], differences: Sequence[str]
+    samples: Sequence[Samples],
+    models: int,
+    extractor: Extractor,
+    wanted: Collection[str],
+    skipped: dict[str, str],
+    differences: Sequence[str],
 ) -> list[str]:
     # What an extractor does not have is known to who chose it; the card lists it under `skipped`.
     surprising = {metric: reason for metric, reason in skipped.items() if not reason.startswith("extractor ")}
@@ -277,5 +282,5 @@ def _warnings(
     if extractor.dim < fewest < RELIABLE_COUNT:
         bias = f"below {RELIABLE_COUNT} {extractor.metric} is biased upwards; compare it only at equal n"
         found.append(f"{fewest} samples: {bias}")
-    advice = "its Inception Score would be wrong; give --shuffle"
-    return found + [f"{one.identity['path']} is sorted by class: {advice}" for one in samples if one.sorted_by_class]
+    in_blocks = [one.identity["path"] for one in samples if one.sorted_by_class and "is" in wanted]
+    return found + [f"{path} is sorted by class: its Inception Score is wrong; give --shuffle" for path in in_blocks]

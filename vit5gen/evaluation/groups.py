@@ -18,14 +18,20 @@ from vit5gen.system.files import atomic, read_json, sha256
 _ROUNDING = 1e-3  # of a score, more than another machine or batch size changes
 
 
-def save_groups(scan: Scan, card: str | Path) -> dict[str, str]:
+def save_groups(scan: Scan, reference: Reference, card: str | Path) -> dict[str, Any]:
     """Write moments and score sums of a scan's groups beside its card; return what the card records of the file."""
     tensors = {name: torch.stack([one.state for one in found.groups]) for name, found in scan.moments.items()}
     if scan.score is not None:
         tensors["score"] = scan.score.sums
     with atomic(file := Path(card).with_suffix(".groups.safetensors")) as temporary:
         save_file(tensors, temporary)
-    return {"file": file.name, "sha256": sha256(file)}
+    return {"file": file.name, "sha256": sha256(file), "distance": _distance(scan, reference)}
+
+
+def _distance(scan: Scan, reference: Reference) -> float:
+    """Return what tells a reference from others; paths and kinds of files need not be the same."""
+    total = scan.pooled.total()
+    return reference.pooled.distance(total.mean, total.covariance)
 
 
 def read_groups(path: str, reference: Reference, extractor: Extractor) -> tuple[dict[str, Any], Scan]:
@@ -35,7 +41,7 @@ def read_groups(path: str, reference: Reference, extractor: Extractor) -> tuple[
     """
     # The card, whose extractor decides what the file holds.
     card, again = read_json(path, "card"), "evaluate again with --keep-groups"
-    if not {"groups", "samples", "metrics"} <= card.keys():
+    if not {"groups", "samples", "extractor", "reference", "protocol"} <= card.keys():
         raise UserError(f"card {path} has no groups to compare; {again}, or give the samples themselves")
     if card["extractor"] != extractor.identity:
         names = f"extractor {card['extractor']['name']}, not this {extractor.name}"
@@ -57,13 +63,12 @@ def read_groups(path: str, reference: Reference, extractor: Extractor) -> tuple[
     if extractor.num_classes:
         score = ScoreSums(total.count, extractor.num_classes, SPLIT_SIZE)
         score.sums = tensors["score"]
-    no_rows = torch.empty(0, extractor.dim)
+    found = Scan(total.count, samples["size"], moments, score, torch.empty(0, extractor.dim))
 
-    # The reference is the same if it gives the same score: paths and kinds of files need not be.
-    made_with, name = card["reference"], extractor.metric
-    here = reference.pooled.distance(total.mean, total.covariance)
-    there = card["metrics"].get(name, {"value": here})["value"]
+    # The reference is the same if it gives the same distance; cards of earlier versions have it among the metrics.
+    made_with, here = card["reference"], _distance(found, reference)
+    there = card["groups"].get("distance", card["metrics"].get(extractor.metric, {}).get("value", here))
     if made_with["count"] != reference.count or not math.isclose(there, here, rel_tol=_ROUNDING, abs_tol=1e-9):
-        found = f"{made_with['path']}, {name} {there:.6g}; here it is {here:.6g}"
-        raise UserError(f"card {path} was made with another reference ({found}); give that one")
-    return card, Scan(total.count, samples["size"], moments, score, no_rows)
+        problem = f"{made_with['path']}, {extractor.metric} {there:.6g}; here it is {here:.6g}"
+        raise UserError(f"card {path} was made with another reference ({problem}); give that one")
+    return card, found

@@ -155,9 +155,10 @@ def open_npz(path: Path, batch_size: int, read: ReadConfig = _AS_STORED) -> Samp
             if dtype.kind == "f" and (image := np.frombuffer(member.read(row), dtype)).size:
                 bounds = float(image.min()), float(image.max())
         labels: list[Any] = []
-        if label := next((name for name in ("arr_1", "labels", "label", "y") if name in names), None):
+        if label := next((name for name in ("arr_1", "labels", "label", "y") if name in names and name != key), None):
             with archive.open(f"{label}.npy") as member:
-                labels = np.lib.format.read_array(member, allow_pickle=False).ravel().tolist()
+                found = np.lib.format.read_array(member, allow_pickle=False)
+                labels = found.ravel().tolist() if found.size == shape[0] else []
 
     # What cannot be read as it is comes with the line that converts it.
     options: dict[str, Any] = {"key": key} if key == read.key else {}
@@ -198,10 +199,10 @@ def open_npz(path: Path, batch_size: int, read: ReadConfig = _AS_STORED) -> Samp
                     yield part.start, torch.stack(fitted)
                 else:
                     yield part.start, torch.from_numpy(rows.transpose(0, 3, 1, 2).copy())
-        if options.get("range") == [-1, 1] and lowest >= 0:
+        if options.get("range") == [-1, 1] and min(gather_objects(lowest)) >= 0:
             raise UserError(f"npz {path}: {key} has no values below 0, which do not fit --range -1 1; give --range 0 1")
 
-    return Samples(shape[0], chunks, identity, labels if len(labels) == shape[0] else [])
+    return Samples(shape[0], chunks, identity, labels)
 
 
 def _fitting(read: ReadConfig, sides: Sequence[int] | None, what: str) -> dict[str, Any]:

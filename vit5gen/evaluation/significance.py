@@ -50,7 +50,7 @@ class Estimate:
 
     @cached_property
     def p(self) -> float | None:
-        """Two-sided, None where the difference is of rounding alone."""
+        """Two-sided, None where the error is of rounding alone, so that no test can be made."""
         if self.margin() <= 1e-9 * abs(self.difference):
             return None
         return float(2 * stats.t.sf(abs(self.difference) / self.error, self.freedom))

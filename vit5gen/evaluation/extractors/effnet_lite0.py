@@ -41,6 +41,7 @@ def effnet_lite0(device: torch.device, weights: Path | None, weights_sha256: str
         network=network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False),
         features=_effnet_features,
         device=device,
+        licences={"EffNetLite0@96": "Apache-2.0"} if digest == EFFNET_SHA256 else {},
     )
 
 

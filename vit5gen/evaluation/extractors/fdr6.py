@@ -54,6 +54,6 @@ def fdr6(device: torch.device, weights: Path | None, weights_sha256: str | None)
         settings=whole.settings | settings,
         network=nn.ModuleDict({"Inception": whole.network} | {name: part.network for name, part in parts.items()}),
         features=features,
-        licences={name: part.licences[name] for name, part in parts.items()},
+        licences={**whole.licences, **{name: part.licences[name] for name, part in parts.items()}},
         others={name: part.dim for name, part in parts.items()},
     )

@@ -61,6 +61,7 @@ def inception(device: torch.device, weights: Path | None, weights_sha256: str | 
         device=device,
         spatial_dim=2023,
         num_classes=1008,
+        licences={"Inception-v3-2015": "Apache-2.0 (torch-fidelity)"} if digest == INCEPTION_SHA256 else {},
     )
 
 
