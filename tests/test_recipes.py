@@ -18,7 +18,9 @@ from vit5gen.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(ROOT.glob("configs/imagenet*/*.yaml"))
-SIT = [path for path in RECIPES if path.stem.startswith("sit-")]
+OTHER_LATENTS = {"xl-1-rae": "nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08", "xl-1-vavae": "data/vavae-f16d32"}
+OTHER_LATENTS |= {"xl-1-dcae": "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", "b-16-pixels": "pixels"}
+SIT = [path for path in RECIPES if path.stem.startswith("sit-") and path.stem[4:] not in OTHER_LATENTS]
 VIT5 = [path for path in RECIPES if path.stem.startswith("vit5-")]
 
 
@@ -54,14 +56,16 @@ def tree(folder: Path) -> dict[Path, int]:
 
 def test_every_recipe_is_there() -> None:
     expected = {f"imagenet256-{kind}-{size}-2" for kind in ("sit", "vit5") for size in ("s", "b", "l", "xl")}
-    expected |= {"imagenet512-sit-xl-2", "imagenet512-vit5-xl-2"}
+    expected |= {f"imagenet512-{kind}-xl-{which}" for kind in ("sit", "vit5") for which in ("2", "1-dcae")}
+    which = ("xl-1-rae", "xl-1-vavae", "b-16-pixels")
+    expected |= {f"imagenet256-{kind}-{one}" for kind in ("sit", "vit5") for one in which}
     expected |= {"imagenet256-vit5-b-2-gamma1", "imagenet256-vit5-b-2-gate"}
     assert {name(path) for path in RECIPES} == expected
 
 
 @pytest.mark.parametrize("path", VIT5, ids=name)
 def test_a_pair_differs_in_the_backbone_alone(path: Path) -> None:
-    partner = path.with_name(re.sub(r"^vit5-(\w+)-2.*", r"sit-\1-2.yaml", path.name))
+    partner = path.with_name(re.sub(r"^vit5-", "sit-", re.sub(r"-2-.*", "-2.yaml", path.name)))
     assert without_backbone(load_config(path)) == without_backbone(load_config(partner))
 
 
@@ -91,6 +95,18 @@ def test_settings_are_those_of_sit(path: Path) -> None:
     assert data.resolution == int(path.parent.name.removeprefix("imagenet"))
 
 
+@pytest.mark.parametrize("stem", OTHER_LATENTS)
+def test_other_latents_change_what_is_seen_and_nothing_else(stem: str) -> None:
+    (path,) = (path for path in RECIPES if path.stem == f"vit5-{stem}")
+    config, plain = load_config(path), load_config(ROOT / "configs/imagenet256/vit5-xl-2.yaml")
+    assert config.vae.name == OTHER_LATENTS[stem]
+    assert config.latent_shape == {"b-16-pixels": (3, 256, 256), "xl-1-rae": (768, 16, 16)}.get(stem, (32, 16, 16))
+    assert config.time_shift == (pytest.approx(6.928, abs=1e-3) if stem == "xl-1-rae" else 1)
+    assert config.vae.normalize == ("measured" if stem == "xl-1-vavae" else "config")
+    assert config.flow.prediction == ("data" if stem == "b-16-pixels" else "velocity")
+    assert (config.training, config.evaluation, config.sampling) == (plain.training, plain.evaluation, plain.sampling)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_dry_run_is_green_and_prints_what_the_head_says(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -106,8 +122,10 @@ def test_dry_run_is_green_and_prints_what_the_head_says(
         assert len(facts) == 6
         assert set(facts) <= set(head)
         assert sum(f"{steps:,} steps" in line for line in facts) == 2
-        latents = f"data/{path.parent.name}-latents"
-        assert f"missing: {latents} (vit5gen encode CONFIG --output {latents})" in printed
+        latents = load_config(path).data.latents
+        assert (latents is None) == (path.stem[-3:] == "rae" or path.stem.endswith("pixels"))
+        if latents is not None:
+            assert f"missing: {latents} (vit5gen encode CONFIG --output {latents})" in printed
         assert any(line.startswith("missing: data/imagenet (") for line in printed)
     assert not list(tmp_path.iterdir())
 
@@ -117,7 +135,7 @@ def test_heads_and_page_give_the_same_published_figures() -> None:
     for path in RECIPES:
         figures = re.search(r"([\d.]+) at 200K steps, ([\d.]+) at 400K", path.read_text())
         if figures is None:
-            assert "gamma1" in path.stem or "gate" in path.stem or "512" in str(path)
+            assert "gamma1" in path.stem or "gate" in path.stem or "512" in str(path) or "-2" not in path.stem
             continue
         row = next(line for line in page.splitlines() if line.startswith(f"| `{path.stem}`"))
         assert [cell.strip() for cell in row.split("|")[2:5:2]] == list(figures.groups()), path

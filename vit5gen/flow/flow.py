@@ -80,7 +80,7 @@ class Flow:
         of a vector, and then a sample would depend on its place in the batch.
         """
         path = PATHS[self.path]
-        if isinstance(t, Tensor) and t.is_cuda:
+        if isinstance(t, Tensor) and (t.is_cuda or t.is_meta):
             t = t.double()
             return Coefficients(*(c if isinstance(c, Tensor) else torch.full_like(t, c) for c in path(t, torch)))
         t = t.cpu().double() if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)

@@ -31,7 +31,7 @@ SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152
 PRESETS = {
     f"{size}/{patch}": {"hidden_size": d, "num_layers": n, "num_attention_heads": h, "patch_size": patch}
     for size, (d, n, h) in SIZES.items()
-    for patch in (2, 4, 8)
+    for patch in (1, 2, 4, 8, 16)
 }
 
 

@@ -186,14 +186,15 @@ def time_line(config: Config, found: cost.Cost) -> str:
 
 
 def disk_line(config: Config, found: cost.Cost) -> str:
-    """Describe what latents and run take on disk."""
+    """Describe what a run takes on disk, and its latents unless images are encoded on the way."""
     data = config.data
     count = cost.IMAGENET_IMAGES if config.num_classes == ASSUMED_CLASSES else 1000
     shard = {"dtype": data.shard_dtype, "horizontal_flip": data.horizontal_flip, "latent_shape": config.latent_shape}
     sizes = (encoding.shard_bytes(count, shard), cost.checkpoint_bytes(found, config), cost.run_bytes(found, config))
     first, each, run = (_short(size / 1e9) for size in sizes)
     steps = f"{config.training.num_steps:,} steps"
-    return f"disk:     {first} GB latents of {count:,} images, {each} GB per checkpoint, {run} GB for {steps}"
+    latents = "" if data.from_images else f"{first} GB latents of {count:,} images, "
+    return f"disk:     {latents}{each} GB per checkpoint, {run} GB for {steps}"
 
 
 def describe_plugs(config: Config, source: Source) -> list[str]:
