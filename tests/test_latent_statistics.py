@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from launch import environment
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_autoencoders import SIZES, random_images, save_autoencoder
 from tiny_run import forget_processes, run
 
@@ -29,7 +30,7 @@ from vit5gen.config import Config, load_config
 from vit5gen.data import encoding
 from vit5gen.data.autoencoders.codec import Normalization, codec_of, encode, normalization_of
 from vit5gen.data.autoencoders.find_autoencoder import find_sizes, load_autoencoder
-from vit5gen.data.channel_moments import moments, normalization_from, statistics
+from vit5gen.data.channel_moments import moments, moments_of_shards, normalization_from, statistics
 from vit5gen.data.encoding import encode_images
 from vit5gen.data.latents import LatentDataset
 from vit5gen.generation.find_pipeline import load_pipeline
@@ -110,6 +111,22 @@ def test_moments_are_those_of_draws() -> None:
     again = statistics(moments((mean - shift) * scale, std * scale), other)
     assert again["mean"] == pytest.approx(found["mean"], rel=1e-6)
     assert again["std"] == pytest.approx(found["std"], rel=1e-6)
+
+
+def test_moments_of_shards_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The latents of one shard may be larger than the memory."""
+    generator, files, largest = torch.Generator().manual_seed(0), [], []
+    monkeypatch.setattr("vit5gen.data.channel_moments._AT_ONCE", 3)
+    monkeypatch.setattr(
+        "vit5gen.data.channel_moments.moments", lambda mean, std: largest.append(len(mean)) or moments(mean, std)
+    )
+    shards = [torch.randn(2, count, 2, 4, 3, 3, generator=generator) for count in (7, 1)]
+    for number, (mean, std) in enumerate(shards):
+        files.append(tmp_path / f"{number}.safetensors")
+        save_file({"mean": mean.clone(), "std": std.abs()}, files[-1])
+    expected = moments(torch.cat([mean for mean, _ in shards]), torch.cat([std for _, std in shards]))
+    torch.testing.assert_close(moments_of_shards(files), expected, rtol=1e-12, atol=1e-12)
+    assert largest == [3, 3, 1, 1]
 
 
 def test_statistics_that_are_none() -> None:
