@@ -25,7 +25,7 @@ from vit5gen.config import Config, DataConfig, ModelConfig, load_config
 from vit5gen.data.encoding import encode_images
 from vit5gen.data.images import make_source, open_images
 from vit5gen.data.latents import LatentDataset, find_class_names, open_latents
-from vit5gen.data.remote import is_here, local_path
+from vit5gen.data.remote import _list_folder, is_here, local_path
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256
 from vit5gen.training.dry_run import missing
@@ -196,6 +196,28 @@ def test_a_listing_that_fails_is_not_taken_for_an_empty_folder(server: Server, t
         open_images(data)
     server.fails = ""
     assert len(open_images(data)) == 6
+
+
+class Pages:
+    """What fsspec makes of pages of links: to themselves, sorted, to a folder above, and to files."""
+
+    def __init__(self, **pages: list[str]) -> None:
+        self.pages = pages
+
+    def ls(self, path: str, detail: bool) -> list[dict[str, Any]]:
+        links = self.pages[path.rstrip("./").rsplit("/", 1)[-1]]
+        kinds = {True: "directory", False: "file"}
+        return [{"name": f"{path}/{link}", "size": None, "type": kinds[link.endswith("/")]} for link in links]
+
+
+def test_links_of_a_page_that_are_no_files_of_the_folder(tmp_path: Path) -> None:
+    """As Apache and others write them; those that lead out of the folder are refused before anything is copied."""
+    pages = Pages(data=["?C=N;O=D", "./", "./cat/", "%61.png"], cat=["../", "?C=M;O=A", "./b.png"])
+    files = _list_folder(pages, "http://host/data", tmp_path)
+    assert [file.name for file in files] == ["a.png", "cat/b.png"]
+    for link in ("../../", "%2e%2e/", "../x.png", "%2e%2e%2fx.png"):
+        with pytest.raises(UserError, match="is no path inside the folder"):
+            _list_folder(Pages(data=[link]), "http://host/data", tmp_path)
 
 
 def test_two_that_want_the_same_at_once(server: Server, latents: Path) -> None:
