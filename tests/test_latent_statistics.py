@@ -319,6 +319,16 @@ def test_a_run_that_begins_from_measured_weights_sees_latents_as_they_did(measur
     assert begun.training.init_digest
 
 
+def test_weights_without_an_autoencoder_keep_their_statistics(measured: Path, tmp_path: Path) -> None:
+    convert(ConvertOptions(checkpoint=str(measured / "run"), output=str(tmp_path / "bare"), vae="none"))
+    begins = {"training.init_from": str(tmp_path / "bare"), "data.from_images": True}
+    for ways in ("config", "measured", "none"):
+        with pytest.raises(UserError, match=r"set vae\.name to the autoencoder of these weights"):
+            begin_from(find_sizes(load_config(measured / "run.yaml", begins | {"vae.normalize": ways})))
+    own = {"vae.name": str(measured / "run" / "pipeline"), "vae.normalize": "config"}
+    begin_from(find_sizes(load_config(measured / "run.yaml", begins | own)))
+
+
 def test_a_resumed_run_does_not_measure_again(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vit5gen.training.batches.statistics", None)
     *_, data = opened(measured / "run.yaml", checkpoint(measured), data__from_images=True)
