@@ -136,7 +136,7 @@ def normalization_of(vae: ModelMixin) -> Normalization:
     try:
         found = codec.normalization(vae)
     except (TypeError, ValueError) as error:  # of a file that anyone may have changed
-        raise UserError(f"{what}: its config.json has no statistics of latents ({error}); choose another one") from error
+        raise UserError(f"{what}: no statistics of latents ({error}); choose another one") from error
     return check_normalization(found, what, vae)
 
 
