@@ -238,6 +238,24 @@ def test_classes_without_a_codec_and_packages_that_are_absent(tmp_path: Path, mo
         assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"latents_mean": [0, 0, 0, 0], "latents_std": ["a", 1, 1, 1]},
+        {"latents_mean": 0.5, "latents_std": 1.0},
+        {"scaling_factor": None, "latents_mean": [0, 0, 0, 0], "latents_std": [1, 1, 1, 1]},
+        {"shift_factor": float("nan")},
+    ],
+)
+def test_statistics_in_a_file_that_are_none(changes: dict, tmp_path: Path) -> None:
+    name = save_autoencoder("AutoencoderKL", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(UserError, match=rf"autoencoder '{name}'.* of (the )?latents .*choose another one") as raised:
+        load_autoencoder(name)
+    assert "\n" not in str(raised.value)
+
+
 def test_no_other_module_names_a_class() -> None:
     package = Path(vit5gen.__file__).parent
     known = {*AUTOENCODERS.names()}

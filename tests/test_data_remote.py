@@ -19,16 +19,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_run import assert_identical, make_inputs, run, weights
+from tiny_run import assert_identical, forget_processes, make_inputs, run, weights
 
 from vit5gen.config import Config, DataConfig, ModelConfig, load_config
 from vit5gen.data.encoding import encode_images
 from vit5gen.data.images import make_source, open_images
 from vit5gen.data.latents import LatentDataset, find_class_names, open_latents
-from vit5gen.data.remote import is_here, local_path
+from vit5gen.data.remote import RemoteFile, _copy, _list_folder, is_here, local_path
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256
-from vit5gen.training.dry_run import missing
+from vit5gen.training.dry_run import missing, plan
 
 NAMES = [f"shard_{k:05d}.safetensors" for k in range(3)]
 
@@ -173,6 +173,16 @@ def write_images(folder: Path) -> None:
             Image.new("RGB", (8, 8), (i, i, i)).save(folder / label / f"{i} ü.png")
 
 
+def test_a_dry_run_copies_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Not even the images beside latents that are here, which a run takes for its evaluations."""
+    config, url = make_inputs(tmp_path), upload(tmp_path / "data" / "train", "beside")
+    forget_processes()
+    encode_images(load_config(config), tmp_path / "latents")
+    plan(load_config(config, {"data.latents": str(tmp_path / "latents"), "data.path": url}), None, "auto", False)
+    assert "trial:    skipped until the images are copied" in capsys.readouterr().out
+    assert not local_path(url).exists()
+
+
 def test_images_from_a_web_server(server: Server, tmp_path: Path) -> None:
     pytest.importorskip("aiohttp")
     write_images(tmp_path / "served" / "my images")
@@ -196,6 +206,40 @@ def test_a_listing_that_fails_is_not_taken_for_an_empty_folder(server: Server, t
         open_images(data)
     server.fails = ""
     assert len(open_images(data)) == 6
+
+
+class Pages:
+    """What fsspec makes of pages of links: to themselves, sorted, to a folder above, and to files."""
+
+    def __init__(self, **pages: list[str]) -> None:
+        self.pages = pages
+
+    def ls(self, path: str, detail: bool) -> list[dict[str, Any]]:
+        links = self.pages[path.rstrip("./").rsplit("/", 1)[-1]]
+        kinds = {True: "directory", False: "file"}
+        return [{"name": f"{path}/{link}", "size": None, "type": kinds[link.endswith("/")]} for link in links]
+
+
+def test_links_of_a_page_that_are_no_files_of_the_folder(tmp_path: Path) -> None:
+    """As Apache and others write them; those that lead out of the folder are refused before anything is copied."""
+    pages = Pages(data=["?C=N;O=D", "./", "./cat/", "%61.png"], cat=["../", "?C=M;O=A", "./b.png"])
+    files = _list_folder(pages, "http://host/data", tmp_path)
+    assert [file.name for file in files] == ["a.png", "cat/b.png"]
+    for link in ("../../", "%2e%2e/", "../x.png", "%2e%2e%2fx.png"):
+        with pytest.raises(UserError, match="is no path inside the folder"):
+            _list_folder(Pages(data=[link]), "http://host/data", tmp_path)
+
+
+def test_a_server_that_tells_no_size(tmp_path: Path) -> None:
+    class Untold:
+        def info(self, path: str) -> dict[str, Any]:
+            return {"name": path, "size": None}
+
+        def get_file(self, path: str, target: str) -> None:
+            Path(target).write_bytes(b"picture")
+
+    assert _copy(Untold(), tmp_path, RemoteFile("http://host/data/a.png", "a.png", None)) == 7
+    assert (tmp_path / "a.png").read_bytes() == b"picture"
 
 
 def test_two_that_want_the_same_at_once(server: Server, latents: Path) -> None:

@@ -162,6 +162,13 @@ def test_noise_may_come_from_one_generator_from_many_or_from_a_sequence() -> Non
     assert not torch.equal(*fresh)
 
 
+@pytest.mark.parametrize("method", ["euler", "heun", "rk4", "dopri5"])
+def test_what_is_left_of_the_noise_where_data_are_predicted(method: str) -> None:
+    x0, data = normal(4, 3), normal(4, 3, seed=1)
+    found = sample_ode(Flow("linear", "data"), lambda x, t: data, x0, 7, method)
+    torch.testing.assert_close(found, 0.999 * data + 0.001 * x0)
+
+
 @pytest.mark.parametrize("prediction", ["velocity", "score", "data"])
 @pytest.mark.parametrize("path", ["linear", "gvp", "vp"])
 def test_there_and_back_again(path: str, prediction: str) -> None:

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from launch import environment
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_autoencoders import SIZES, random_images, save_autoencoder
 from tiny_run import forget_processes, run
 
@@ -29,7 +30,7 @@ from vit5gen.config import Config, load_config
 from vit5gen.data import encoding
 from vit5gen.data.autoencoders.codec import Normalization, codec_of, encode, normalization_of
 from vit5gen.data.autoencoders.find_autoencoder import find_sizes, load_autoencoder
-from vit5gen.data.channel_moments import moments, normalization_from, statistics
+from vit5gen.data.channel_moments import moments, moments_of_shards, normalization_from, statistics
 from vit5gen.data.encoding import encode_images
 from vit5gen.data.latents import LatentDataset
 from vit5gen.generation.find_pipeline import load_pipeline
@@ -112,6 +113,22 @@ def test_moments_are_those_of_draws() -> None:
     assert again["std"] == pytest.approx(found["std"], rel=1e-6)
 
 
+def test_moments_of_shards_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The latents of one shard may be larger than the memory."""
+    generator, files, largest = torch.Generator().manual_seed(0), [], []
+    monkeypatch.setattr("vit5gen.data.channel_moments._AT_ONCE", 3)
+    monkeypatch.setattr(
+        "vit5gen.data.channel_moments.moments", lambda mean, std: largest.append(len(mean)) or moments(mean, std)
+    )
+    shards = [torch.randn(2, count, 2, 4, 3, 3, generator=generator) for count in (7, 1)]
+    for number, (mean, std) in enumerate(shards):
+        files.append(tmp_path / f"{number}.safetensors")
+        save_file({"mean": mean.clone(), "std": std.abs()}, files[-1])
+    expected = moments(torch.cat([mean for mean, _ in shards]), torch.cat([std for _, std in shards]))
+    torch.testing.assert_close(moments_of_shards(files), expected, rtol=1e-12, atol=1e-12)
+    assert largest == [3, 3, 1, 1]
+
+
 def test_statistics_that_are_none() -> None:
     constant = torch.full((3, 2, 4, 4), 0.1)
     with pytest.raises(UserError, match=r"the training latents: channel 0 has mean 0\.1.* and deviation 0\.0; exp"):
@@ -137,7 +154,7 @@ def test_the_transformer_sees_mean_0_and_deviation_1(class_name: str, tmp_path: 
         mean, _ = encode(vae, images)
         scale, shift = (torch.tensor(values).view(-1, 1, 1) for values in normalization_of(vae))
         torch.testing.assert_close(mean / scale + shift, raw(own, images), rtol=1e-4, atol=1e-4)
-        assert (encode(own, images)[0].mean((0, 2, 3)).abs().max() > 0.15) == (class_name != "")
+        assert encode(own, images)[0].mean((0, 2, 3)).abs().max() > 0.15
         assert data["autoencoder"].split()[1] == json.dumps(normalization_of(vae).scale, separators=(",", ":"))
 
 
@@ -300,6 +317,16 @@ def test_a_run_that_begins_from_measured_weights_sees_latents_as_they_did(measur
     dotted = {key.replace("__", "."): value for key, value in start.items()}
     begun = begin_from(find_sizes(load_config(measured / "run.yaml", dotted | own)))
     assert begun.training.init_digest
+
+
+def test_weights_without_an_autoencoder_keep_their_statistics(measured: Path, tmp_path: Path) -> None:
+    convert(ConvertOptions(checkpoint=str(measured / "run"), output=str(tmp_path / "bare"), vae="none"))
+    begins = {"training.init_from": str(tmp_path / "bare"), "data.from_images": True}
+    for ways in ("config", "measured", "none"):
+        with pytest.raises(UserError, match=r"set vae\.name to the autoencoder of these weights"):
+            begin_from(find_sizes(load_config(measured / "run.yaml", begins | {"vae.normalize": ways})))
+    own = {"vae.name": str(measured / "run" / "pipeline"), "vae.normalize": "config"}
+    begin_from(find_sizes(load_config(measured / "run.yaml", begins | own)))
 
 
 def test_a_resumed_run_does_not_measure_again(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:

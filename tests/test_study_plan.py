@@ -42,6 +42,16 @@ def test_every_combination_runs_from_every_seed(tmp_path: Path) -> None:
     assert last.model.backbone_kwargs == {"gamma_init": 0.5, "norm": "layer"}
 
 
+def test_sizes_of_latents_are_found(tmp_path: Path) -> None:
+    """A held-out loss draws noise in their shape, and a row of an earlier version has recorded them."""
+    file = write_study(tmp_path)
+    content = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    content["vae"] = {"name": content["vae"]["name"]}
+    content["data"]["resolution"] = 12  # no multiple of 8
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    assert {run.config.latent_shape for run in read_study(file)[1]} == {(4, 6, 6)}
+
+
 def test_a_cell_does_not_change_the_next(tmp_path: Path) -> None:
     overrides = {"model.backbone_kwargs": {"gamma_init": 0.5}}
     layer, bias = {"model.backbone_kwargs.norm": "layer"}, {"model.backbone_kwargs.qkv_bias": True}

@@ -11,6 +11,7 @@ from vit5gen.data.autoencoders.codec import Normalization
 from vit5gen.system.distributed import gather_objects, rank_and_world
 from vit5gen.system.errors import UserError
 
+_AT_ONCE = 64  # images of a shard, whose latents may be as large as pictures
 _CONSTANT = 1e-12  # of the mean square: what is left of the variance of a constant
 
 
@@ -26,7 +27,9 @@ def moments_of_shards(files: list[Path]) -> Tensor:
     share = {}
     for number in range(rank, len(files), world):
         with safe_open(files[number], framework="pt") as shard:
-            share[number] = moments(shard.get_tensor("mean"), shard.get_tensor("std"))
+            mean, std = shard.get_slice("mean"), shard.get_slice("std")
+            rows = range(0, mean.get_shape()[0], _AT_ONCE)
+            share[number] = torch.stack([moments(mean[k : k + _AT_ONCE], std[k : k + _AT_ONCE]) for k in rows]).sum(0)
     every = {number: values for part in gather_objects(share) for number, values in part.items()}
     return torch.stack([every[number] for number in range(len(files))]).sum(0)
 

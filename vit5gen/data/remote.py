@@ -1,5 +1,6 @@
 """Folders at a URL, which fsspec copies into the cache once: ``https://``, ``s3://``, ``gs://`` and others."""
 
+import posixpath
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,6 +18,7 @@ from vit5gen.system.files import sha256 as hash_file
 
 COPIED = "will be copied into the cache on first use"  # what a URL that is missing tells
 _AT_ONCE = 8  # files
+_OUTSIDE = "{!r} is no path inside the folder; check where this data set is from"
 
 
 class RemoteFile(NamedTuple):
@@ -106,17 +108,24 @@ def fetch_folder(place: str) -> Path:
 
 
 def _list_folder(system: Any, root: str, folder: Path) -> list[RemoteFile]:
-    # Folder by folder: fsspec's own `find` leaves out those that it cannot list.
-    readable = unquote if root.startswith(("http://", "https://")) else str
-    files, folders = [], [root]
+    # Folder by folder: fsspec's own `find` leaves out those that it cannot list. The links of a web page may lead in
+    # circles, or out of the folder, and those with a query sort the page.
+    of_web = root.startswith(("http://", "https://"))
+    files, folders, seen = [], [root], {"."}
     while folders:
-        here = folders.pop()
-        for entry in system.ls(here, detail=True):
+        for entry in system.ls(folders.pop(), detail=True):
             path = entry["name"].rstrip("/")
-            if entry["type"] == "directory" and path != here:
+            name = path.removeprefix(root).lstrip("/")
+            name = posixpath.normpath(unquote(name) if of_web else name)
+            if name in seen or (of_web and "?" in path):
+                continue
+            seen.add(name)
+            if name.split("/")[0] == "..":
+                raise UserError(_OUTSIDE.format(name))
+            if entry["type"] == "directory":
                 folders.append(path)
-            elif path != here:
-                files.append(RemoteFile(path, readable(path.removeprefix(root).lstrip("/")), entry["size"]))
+            else:
+                files.append(RemoteFile(path, name, entry["size"]))
     if not files:
         raise UserError("has no files; check the URL")
     return files
@@ -126,12 +135,12 @@ def _copy(system: Any, folder: Path, file: RemoteFile) -> int:
     """Copy a file unless it is there and right; return its size. Raises `UserError` where its bytes are others."""
     target, size = folder / file.name, file.size
     if not target.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{file.name!r} is no path inside the folder; check where this data set is from")
+        raise UserError(_OUTSIDE.format(file.name))
     if size is None:
         size = system.info(file.source)["size"]
 
     def fault(path: Path) -> str:
-        if path.stat().st_size != size:
+        if size not in (None, path.stat().st_size):  # some servers tell none
             return f"has {path.stat().st_size} of {size} bytes"
         return "" if file.checksum in (None, hash_file(path)) else "does not match its checksum"
 

@@ -55,7 +55,8 @@ class Flow:
     the implied velocity, ``likelihood`` weighs it by SBDM's D over sigma^2. A velocity's loss is never reweighed.
     The loss of data is that of the implied velocity too, on the linear path ``|x - x1|^2 / max(1 - t, 0.05)^2``, in
     which prediction and target share the clamp, as in JiT (arXiv 2511.13720, table 1 and its code). Only the loss is
-    clamped: a solver stops `EPS` before 1 and ends with an Euler step, which lands on the predicted data.
+    clamped: a solver stops `EPS` before 1, and one of fixed steps takes an Euler step last, which evaluates only its
+    beginning; of the noise it leaves sigma(1 - EPS), a thousandth on the linear path.
     direction_weight: adds this much of ``1 - cos(velocity, target)`` over channels (FasterDiT, arXiv 2410.10356;
     LightningDiT, arXiv 2501.01423). Raises `UserError` for unknown names.
     """

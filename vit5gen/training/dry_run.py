@@ -108,6 +108,8 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
         trial = "skipped until nothing is missing"
     elif not encoded:
         trial = "skipped until the latents are encoded: run `vit5gen encode`, then add --data.latents FOLDER"
+    elif images and is_url(config.data.path or ""):
+        trial = "skipped until the images are copied, which training does first"
     elif config.vae.normalize == "measured" and config.data.from_images:
         trial = "skipped until the latents of all images are measured, which training does first"
     elif preparation := source.preparation():

@@ -77,7 +77,8 @@ def open_origin(name: str, weights: str | None = None, num_attention_heads: int 
             return Origin(pipeline_of_file(path, "none", num_attention_heads), sha256(path), VaeConfig().name)
         folder = find_pipeline(path) or _fetch(name)
         if (pipe := load_pipeline(folder)).vae is None:
-            return Origin(pipe, pipeline_hash(folder), VaeConfig().name)
+            told = pipe.config.get("latent_normalization")
+            return Origin(pipe, pipeline_hash(folder), VaeConfig().name, Normalization(**told) if told else None)
         vae = name if name in shipped_names() else str(folder / "vae")
         return Origin(pipe, pipeline_hash(folder), vae, normalization_of(pipe.vae))
     except UserError as error:

@@ -132,8 +132,12 @@ def decode(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
 
 def normalization_of(vae: ModelMixin) -> Normalization:
     """Return the normalisation of the latents; raise `UserError` where it is none of finite numbers."""
-    found = codec_of(vae).normalization(vae)
-    return check_normalization(found, f"autoencoder {vae.config.get('_name_or_path') or type(vae).__name__!r}", vae)
+    codec, what = codec_of(vae), f"autoencoder {vae.config.get('_name_or_path') or type(vae).__name__!r}"
+    try:
+        found = codec.normalization(vae)
+    except (TypeError, ValueError) as error:  # of a file that anyone may have changed
+        raise UserError(f"{what}: no statistics of latents ({error}); choose another one") from error
+    return check_normalization(found, what, vae)
 
 
 def check_normalization(found: Normalization, what: str, vae: ModelMixin) -> Normalization:

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from vit5gen.config import Config, find_config, load_config, read_yaml, recorded_values
+from vit5gen.data.autoencoders.find_autoencoder import find_sizes
 from vit5gen.section import Natural, Section, validate
 from vit5gen.system.errors import UserError, choose
 from vit5gen.training.build import check_values
@@ -86,7 +87,7 @@ def _config(path: str | Path, study: StudyConfig, levels: tuple[str, ...]) -> Co
 
     # The run that they give, checked as training would.
     try:
-        config = load_config(find_config(path).parent / study.base, overrides)
+        config = find_sizes(load_config(find_config(path).parent / study.base, overrides))
         check_values(config)
         if config.training.num_steps == 0:
             raise UserError("training.num_steps = 0; expected at least 1")
