@@ -1,5 +1,6 @@
 """The loss on held-out images: the same images, noise and times at every step and in every run."""
 
+import math
 import zlib
 from dataclasses import dataclass
 from functools import partial
@@ -109,7 +110,8 @@ def find_held_out(config: Config, vae: ModelMixin, class_names: list[str], count
     if found is None or faults:
         processes().print(f"\nnote: no held-out loss and no floor beside the distance: {faults[0]}")
         return None
-    quality = mean_psnr(vae, found.images)
+    if math.isinf(quality := mean_psnr(vae, found.images)):  # pixels, which bound nothing
+        return found
     poor = f"; warning: below {POOR_PSNR:g} dB every picture is blurred: train one on yours (vit5gen autoencoder)"
     told = f"the autoencoder gives {quality:.1f} dB on held-out pictures, which bounds the model"
     processes().print(f"\nnote: {told}{poor if quality < POOR_PSNR else ''}")
