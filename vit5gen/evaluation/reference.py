@@ -3,6 +3,7 @@
 import json
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,26 +94,34 @@ def scan(
     size: list[int] = []
     named = None if labels is None else torch.zeros(extractor.num_classes**2, dtype=torch.int64)
 
-    # One pass; an image whose features are no numbers would spoil all sums.
-    for first, images in chunks:
-        size = list(images.shape[2:])
-        features = extractor(images)
-        indices = indices_of(first, len(images))
-        found = {name: values.cpu() for name, values in features.spaces.items() if name in moments}
+    def add(found: Mapping[str, Tensor], indices: Tensor) -> None:
         for name, values in found.items():
-            broken = ~values.isfinite().all(dim=1)
-            if broken.any():
-                raise UserError(f"image {int(indices[broken][0])}: NaN or infinity in its features; check that image")
             moments[name].update(values, indices)
-        if score is not None and features.logits is not None:
-            score.update(features.logits.double().softmax(dim=1), indices)
-        if named is not None and labels is not None and features.logits is not None:
-            pairs = labels[indices] * extractor.num_classes + features.logits.argmax(dim=1).cpu()
-            named += torch.bincount(pairs, minlength=len(named))
-        slots = indices * rows // total
-        chosen = slots != (indices + 1) * rows // total
-        kept[slots[chosen]] = found["pooled"][chosen].float()
-        seen[slots[chosen]] = True
+
+    # One pass; an image whose features are no numbers would spoil all sums. A thread adds moments meanwhile.
+    with ThreadPoolExecutor(1) as worker:
+        added = worker.submit(add, {}, torch.empty(0))
+        for first, images in chunks:
+            size = list(images.shape[2:])
+            features = extractor(images)
+            indices = indices_of(first, len(images))
+            found = {name: values.cpu() for name, values in features.spaces.items() if name in moments}
+            for values in found.values():
+                if (broken := ~values.isfinite().all(dim=1)).any():
+                    number = int(indices[broken][0])
+                    raise UserError(f"image {number}: NaN or infinity in its features; check that image")
+            added.result()
+            added = worker.submit(add, found, indices)
+            if score is not None and features.logits is not None:
+                score.update(features.logits.double().softmax(dim=1), indices)
+            if named is not None and labels is not None and features.logits is not None:
+                pairs = labels[indices] * extractor.num_classes + features.logits.argmax(dim=1).cpu()
+                named += torch.bincount(pairs, minlength=len(named))
+            slots = indices * rows // total
+            chosen = slots != (indices + 1) * rows // total
+            kept[slots[chosen]] = found["pooled"][chosen].float()
+            seen[slots[chosen]] = True
+        added.result()
 
     # Join the processes, of which each has read a part.
     for sums in (*moments.values(), score):
