@@ -53,7 +53,7 @@ print(peak())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("others", "most"), [((), 1.3), ((1024, 1024, 1024, 1152, 1024), 2.0)], ids=["FID", "FDr^6"])
+@pytest.mark.parametrize(("others", "most"), [((), 1.4), ((1024, 1024, 1024, 1152, 1024), 2.0)], ids=["FID", "FDr^6"])
 def test_fifty_thousand_features_take_few_gigabytes(others: tuple[int, ...], most: float) -> None:
     """Counted after the imports: these map 0.85 GB of a CUDA build of torch."""
     run = subprocess.run([sys.executable, "-c", SCRIPT, *map(str, others)], capture_output=True, text=True, check=True)
