@@ -45,12 +45,22 @@ def test_order_and_bytes_are_those_of_one_after_another(kind: str, tmp_path: Pat
         assert torch.equal(pixels(found), NOISE)
 
 
+def test_a_stream_is_read_in_order_by_one_thread(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in NOISE]
+    kinds = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
+    columns = {"image": images, "label": [0, 1] * (len(images) // 2)}
+    datasets.Dataset.from_dict(columns, features=kinds).to_parquet(tmp_path / "train-00000.parquet")
+    data = DataConfig(source="huggingface", path=str(tmp_path), source_kwargs={"streaming": True}, resolution=64)
+    assert torch.equal(pixels(open_data(data, 16)), NOISE)
+
+
 def test_slow_images_keep_their_place() -> None:
     def read(index: int) -> Tensor:
         time.sleep(index * 7 % 5 / 1000)
         return image_of(index)
 
-    found = list(sets._stacked(read, 40, 7))
+    found = list(sets._stacked(read, 40, 7, threads=4))
     assert [first for first, _ in found] == [0, 7, 14, 21, 28, 35]
     assert torch.equal(torch.cat([images for _, images in found])[:, 0, 0, 0], torch.arange(40, dtype=torch.uint8))
 
@@ -62,7 +72,7 @@ def test_the_next_chunks_are_read_while_one_is_used_and_no_more() -> None:
         begun.append(index)
         return image_of(index)
 
-    chunks = sets._stacked(read, 100, 5)
+    chunks = sets._stacked(read, 100, 5, threads=4)
     next(chunks)
     end = time.monotonic() + 30
     while len(begun) < 15:
@@ -91,7 +101,7 @@ def test_what_is_read_in_vain_ends_with_the_one_who_asked() -> None:
         time.sleep(0.02)
         return image_of(index)
 
-    for first, _ in sets._stacked(read, 1000, 40):
+    for first, _ in sets._stacked(read, 1000, 40, threads=4):
         assert first == 0
         break
     assert len(begun) < 120  # the rest of the chunks ahead is not read any more

@@ -313,7 +313,7 @@ def _open_pictures(
                     raise UserError(f"image {names[index]} is {sides[0]}, the first one {sides[1]}; {advice}")
                 return image
 
-            yield from _stacked(read_one, len(names), batch_size)
+            yield from _stacked(read_one, len(names), batch_size, cores())
 
     return Samples(len(names), chunks, identity, [name.parent for name in names])
 
@@ -338,7 +338,8 @@ def open_data(data: DataConfig, batch_size: int, split: str | None = None) -> Sa
     if broken := len(found) - count:
         identity["broken"] = broken
         tell_left_out(Path(identity["path"]), Counter({"broken image": broken}))
-    return Samples(count, lambda: _stacked(images.read, count, batch_size), identity, labels)
+    # By one thread: a stream, and perhaps a source of another package, gives one image at a time and in order.
+    return Samples(count, lambda: _stacked(images.read, count, batch_size, threads=1), identity, labels)
 
 
 def _own_parts(count: int, batch_size: int) -> Iterator[range]:
@@ -347,19 +348,19 @@ def _own_parts(count: int, batch_size: int) -> Iterator[range]:
     return (range(count)[i : i + batch_size] for i in range(rank * batch_size, count, world * batch_size))
 
 
-def _stacked(read: Callable[[int], Tensor], count: int, batch_size: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield this process's chunks in order; while one is used, threads read the next ones."""
+def _stacked(read: Callable[[int], Tensor], count: int, batch_size: int, threads: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield this process's chunks in order; while one is used, so many threads read the next ones."""
     ahead: deque[tuple[int, list[Future[Tensor]]]] = deque()
-    with ThreadPoolExecutor(cores()) as threads:
+    with ThreadPoolExecutor(threads) as pool:
         try:
             for part in _own_parts(count, batch_size):
-                ahead.append((part.start, [threads.submit(read, index) for index in part]))
+                ahead.append((part.start, [pool.submit(read, index) for index in part]))
                 if len(ahead) > _AHEAD:
                     yield _first_of(ahead)
             while ahead:
                 yield _first_of(ahead)
         finally:
-            threads.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 def _first_of(ahead: deque[tuple[int, list[Future[Tensor]]]]) -> tuple[int, Tensor]:

@@ -98,9 +98,9 @@ class Monitor:
             yield from batches
 
     def _describe(self, latents: Tensor) -> None:
-        values = latents.double()
-        sums = torch.stack([torch.full_like(values, 1).sum(), values.sum(), values.square().sum()])
-        count, total, squares = sum_over_processes(sums.cpu()).tolist()
+        values = latents.cpu().double()  # of which not every device has a kind
+        sums = torch.tensor([values.numel(), values.sum(), values.square().sum()], dtype=torch.float64)
+        count, total, squares = sum_over_processes(sums).tolist()
         mean, power = total / count, squares / count
         std = math.sqrt(max(power - mean**2, 0))
         self._events |= {"latents_mean": mean, "latents_std": std} if math.isfinite(power) else {}
