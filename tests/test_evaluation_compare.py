@@ -296,6 +296,17 @@ def test_several_runs_are_paired_by_training_seed(folder, tmp_path, capsys) -> N
     assert "the same training seed, 6; keep one" in error
 
 
+def test_what_a_thread_cannot_add_ends_the_scan(colour_extractor, monkeypatch) -> None:
+    def fail_on_the_last(self: Grouped, features: torch.Tensor, indices: torch.Tensor) -> None:
+        if int(indices[-1]) == 31:
+            raise UserError("features: no")
+
+    monkeypatch.setattr(Grouped, "update", fail_on_the_last)
+    chunks = ((first, pictures(8, first, 16)) for first in range(0, 32, 8))
+    with pytest.raises(UserError, match="features: no"):
+        scan(chunks, 32, colour_extractor)
+
+
 def test_a_scan_without_a_group_is_the_scan_of_the_other_images(tmp_path, colour_extractor) -> None:
     images = pictures(33, seed=2)
     reference = open_reference(write_npz(tmp_path / "real.npz", pictures(30, seed=1)), colour_extractor, 8)
