@@ -26,7 +26,7 @@ from vit5gen.evaluation.comparison import pairing, score_side
 from vit5gen.evaluation.evaluation_card import markdown, open_samples
 from vit5gen.evaluation.metric import available
 from vit5gen.evaluation.reference import open_reference
-from vit5gen.evaluation.samples import Samples, check_used, indices_of, open_image_set
+from vit5gen.evaluation.samples import Samples, check_used, indices_of, open_data, open_image_set
 from vit5gen.system.errors import UserError
 
 assert colours  # registered
@@ -340,13 +340,15 @@ def test_doubtful_sets_are_warned_of_and_a_card_lists_what_is_left_out(tmp_path,
         card_of(few, real, extractor, metrics=["fid", "pr"])
     # A statistics file knows sizes, formats and hashes too.
     call_evaluate(few, save_statistics=tmp_path / "few.statistics", extractor="colours")
-    lossy = tmp_path / "lossy"
-    lossy.mkdir()
+    lossy = tmp_path / "data" / "train" / "lossy"
+    lossy.mkdir(parents=True)
     for i, image in enumerate(channels_last(pictures(20, side=24))):
         Image.fromarray(image).save(lossy / f"{i}.jpg")
     text = "\n".join(card_of(lossy, tmp_path / "few.statistics", extractor)["warnings"])
     assert "lossy has images of 24x24, the reference of 32x32" in text
     assert "lossy has files of JPEG, the reference of PNG" in text
+    of_a_source = open_data(DataConfig(source="folder", path=str(tmp_path / "data"), resolution=24), 8)
+    assert of_a_source.identity["formats"] == ["JPEG"]
     assert f"reference {tmp_path}/few.statistics: 3 images for 12 features" in text
     assert "in the reference, pixel" not in text
     assert card_of(few, tmp_path / "few.statistics", extractor)["samples"][0]["in_reference"] == 3

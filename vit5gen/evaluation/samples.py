@@ -296,8 +296,8 @@ def _open_pictures(
     read: ReadConfig,
 ) -> Samples:
     """Open pictures by their names and what ``opened()`` makes a file of; their sizes are told when they are read."""
-    kinds, names = Image.registered_extensions(), [name for name, _ in files]
-    identity["formats"] = sorted({kinds.get(name.suffix.lower(), name.suffix) for name in names})
+    names = [name for name, _ in files]
+    identity["formats"] = _formats(map(str, names))
     if options := _fitting(read, None, ""):
         identity["read"] = options
 
@@ -316,6 +316,12 @@ def _open_pictures(
             yield from _stacked(read_one, len(names), batch_size, cores())
 
     return Samples(len(names), chunks, identity, [name.parent for name in names])
+
+
+def _formats(names: Iterable[str]) -> list[str]:
+    """Return the formats that the endings of files' names tell."""
+    endings, kinds = {f".{name.rpartition('.')[2].lower()}" for name in names}, Image.registered_extensions()
+    return sorted({kinds[ending] for ending in endings & kinds.keys()})
 
 
 def open_held_out_set(path: str | Path, batch_size: int) -> Samples:
@@ -338,6 +344,8 @@ def open_data(data: DataConfig, batch_size: int, split: str | None = None) -> Sa
     if broken := len(found) - count:
         identity["broken"] = broken
         tell_left_out(Path(identity["path"]), Counter({"broken image": broken}))
+    if formats := _formats(map(images.name, range(count))):
+        identity["formats"] = formats
     # By one thread: a stream, and perhaps a source of another package, gives one image at a time and in order.
     return Samples(count, lambda: _stacked(images.read, count, batch_size, threads=1), identity, labels)
 
