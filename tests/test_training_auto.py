@@ -10,10 +10,13 @@ from safetensors.torch import load_file
 from tiny_run import assert_identical, make_inputs, run, weights
 from torch._inductor import cpp_builder
 
+from vit5gen.commands.convert import ConvertOptions
+from vit5gen.commands.convert import run as convert
 from vit5gen.config import Config, load_config
 from vit5gen.data.images import open_images
 from vit5gen.evaluation import load_extractor
 from vit5gen.flow import draw_timesteps
+from vit5gen.generation.find_pipeline import load_pipeline
 from vit5gen.section import validate
 from vit5gen.system import cpu
 from vit5gen.system.errors import UserError
@@ -82,6 +85,15 @@ def test_a_step_of_training_draws_its_times_with_an_auto_shift(
     assert plan(config, None, "auto", False) == 0
     assert shifts == [0.25] * TRIAL_STEPS  # 4x8x8 latents
     assert "images/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("shift", "of_samplers"), [("auto", 0.25), (0.5, 1.0)])
+def test_samplers_have_an_auto_shift_too(tmp_path: Path, shift: object, of_samplers: float) -> None:
+    """As in RAE; the pipelines of runs with a number keep the unshifted times that they always had."""
+    run(make_inputs(tmp_path), tmp_path / "run", flow__time_shift=shift, training__num_steps=1)
+    convert(ConvertOptions(checkpoint=str(tmp_path / "run"), output=str(tmp_path / "converted")))
+    for folder in (tmp_path / "run", tmp_path / "converted"):
+        assert load_pipeline(folder).scheduler.config.shift == of_samplers
 
 
 @pytest.mark.parametrize(("patch_size", "channels", "noted"), [(1, 40, True), (1, 32, False), (2, 40, False)])

@@ -11,7 +11,7 @@ from vit5gen.config import Config
 from vit5gen.data.images import make_source
 from vit5gen.evaluation.features import EXTRACTORS
 from vit5gen.flow import Flow
-from vit5gen.generation.scheduler import SAMPLERS
+from vit5gen.generation.scheduler import SAMPLERS, SiTScheduler
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.registry import name_and_options
 from vit5gen.system.distributed import processes
@@ -131,3 +131,9 @@ def build_flow(config: Config) -> Flow:
     """Construct the flow of a run."""
     section = config.flow
     return Flow(section.path, section.prediction, section.loss_weight, direction_weight=section.direction_weight)
+
+
+def build_scheduler(config: Config) -> SiTScheduler:
+    """Construct the scheduler of a run's pipeline; an ``auto`` shift is that of its samplers, too, as in RAE."""
+    shift = {"shift": config.time_shift} if config.flow.time_shift == "auto" else {}
+    return SiTScheduler(config.flow.path, config.flow.prediction, **shift)

@@ -23,7 +23,7 @@ from vit5gen.models import SiTTransformer2DModel, load_sit
 from vit5gen.models.weights import Weights, check_finite, load_exactly, read_checkpoint
 from vit5gen.system.errors import UserError, choose, short
 from vit5gen.system.files import read_json
-from vit5gen.training.build import build_model
+from vit5gen.training.build import build_model, build_scheduler
 from vit5gen.training.checkpoint import CONFIG, find_damage, load_tensors, newest_valid, read_state
 from vit5gen.training.run_folder import RunFolder
 from vit5gen.training.trainable import adapter_of, fold
@@ -114,7 +114,7 @@ def pipeline_of_run(
     index = RunFolder(folder.parent.parent).pipeline / "model_index.json"
     told = read_json(index, "pipeline") if index.is_file() else {}
     recorded = dict(enumerate(read_state(folder).get("data", {}).get("classes", [])))
-    scheduler = SiTScheduler(config.flow.path, config.flow.prediction)
+    scheduler = build_scheduler(config)
     names, attribution = told.get("id2label", recorded), told.get("attribution")
     trained = recorded_normalization(read_state(folder).get("data", {}))
     own = config.vae.normalize == "config"

@@ -14,9 +14,9 @@ from vit5gen.data.autoencoders.codec import POOR_PSNR, encode, round_trip_psnr
 from vit5gen.data.images import ImageSet, open_held_out, readable
 from vit5gen.flow import Flow, draw_timesteps
 from vit5gen.generation.pipeline import SiTPipeline
-from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.system.distributed import gather_objects, processes, rank_and_world, sum_over_processes
 from vit5gen.system.errors import UserError
+from vit5gen.training.build import build_scheduler
 
 NUM_HELD_OUT = 2048  # images of the held-out loss, where there are as many
 _NUM_DECODED = 64  # images that tell what the autoencoder keeps
@@ -100,7 +100,7 @@ def find_held_out(config: Config, vae: ModelMixin, class_names: list[str], count
     Returns None, having said why, where a process has none or one is broken. All processes take part.
     """
     found, fault = None, ""
-    flow = SiTScheduler(config.flow.path, config.flow.prediction).flow
+    flow = build_scheduler(config).flow
     try:
         images = open_held_out(config.data, config.evaluation.held_out_split, class_names)
         found = HeldOut.of(images, config, flow, vae, count)

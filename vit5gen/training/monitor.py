@@ -31,10 +31,10 @@ from vit5gen.generation.card import TrainingFacts
 from vit5gen.generation.lora import Adapter
 from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.generation.pipeline import SiTPipeline
-from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.system.distributed import gather_objects, on_main, sum_over_processes
 from vit5gen.system.precision import PRECISIONS
+from vit5gen.training.build import build_scheduler
 from vit5gen.training.checkpoint import gather_shards
 from vit5gen.training.curves import gap_note, save_curves
 from vit5gen.training.held_out import NUM_HELD_OUT, HeldOut, affordable, affordable_count, find_held_out
@@ -259,7 +259,7 @@ class Monitor:
         transformer.eval().requires_grad_(False)
         if settings.compile:
             transformer.compile_repeated_blocks()
-        scheduler = SiTScheduler(self.config.flow.path, self.config.flow.prediction)
+        scheduler = build_scheduler(self.config)
         names = dict(enumerate(self.class_names))
         seen = None if self.config.vae.normalize == "config" else normalization_of(self.vae)._asdict()
         return SiTPipeline(transformer, scheduler, self.vae, None, names, self._attribution, seen)
