@@ -21,6 +21,9 @@ from vit5gen.models.weights import read_checkpoint
 from vit5gen.system.cpu import fast_inference
 from vit5gen.system.errors import choose
 
+for _name in ("patch_grid", "resample_positions", "rope_table"):  # they branch by sizes, so torch.fx records calls
+    torch.fx.wrap(_name)
+
 
 class ViT5(Backbone):
     """ViT-5 classifier: images (B, C, H, W) -> logits (B, num_classes), or features where `num_classes` is 0.
@@ -84,7 +87,7 @@ class ViT5(Backbone):
         x = self.patch_embed(images)
         x = x + resample_positions(self.pos_embed, self.grid, grid)
         parts = [part for part in (self.cls_token, x, self.reg_token) if part is not None]
-        x = torch.cat([part.to(x.dtype).expand(len(x), -1, -1) for part in parts], dim=1)
+        x = torch.cat([part.to(x.dtype).expand(x.shape[0], -1, -1) for part in parts], dim=1)
         side = math.isqrt(self.num_reg_tokens)
         segments = (Segment((1, 1)), Segment(grid, ROPE_THETA, self.grid), Segment((side, side), REGISTER_THETA))
         return x, rope_table(segments, self.head_dim, x.device), grid
