@@ -187,7 +187,7 @@ class ViT5(Backbone):
         self.grid, self.patch_size = grid, patch_size
         for info in self.feature_info:
             info["reduction"] = patch_size
-        # What timm's `resolve_data_config` and `save_for_hf` read, under the names of its 1.0.31.
+        # What timm's `get_model_input_config` and `save_for_hf` read, under the names of its 1.0.31.
         self._traits = {**getattr(self, "_traits", {}), "img_size": size}
         self._model_args = {**getattr(self, "_model_args", {}), "img_size": size, "patch_size": patch_size}
 
