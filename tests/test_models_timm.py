@@ -1,6 +1,6 @@
 """What timm's own models do, the classifier does too; each test names the one of timm that it stands for.
 
-Left out with reasons: TorchScript's compiler, which torch gives up (traces and `torch.export`: test_models_export.py);
+Left out with reasons: `torch.jit.script`, which torch deprecates (traces and `torch.export`: test_models_export.py);
 `feature_cls` "list" and "dict", which timm's vision transformers do not have either.
 """
 

@@ -26,14 +26,13 @@ class _LeftOut:
         pass
 
 
-def read_checkpoint(source: Weights, leave_out: bool = False) -> dict[str, Tensor]:
+def read_checkpoint(source: Weights) -> dict[str, Tensor]:
     """Return the state dict of a file or mapping: the EMA weights if there are any, wrappers' key prefixes removed.
 
     Files are .safetensors, or pickles read with ``weights_only=True`` that may hold an `argparse.Namespace`.
-    leave_out: read past objects of other classes, of which nothing is imported or run.
     Raises `UserError` for a file that is absent, unreadable or unsafe.
     """
-    found: Any = source if isinstance(source, Mapping) else read_tensors(Path(source), "checkpoint", leave_out)
+    found: Any = read_tensors(Path(source), "checkpoint") if isinstance(source, str | Path) else source
     found = found if isinstance(found, Mapping) else {None: found}  # a name that is none is refused below
     wrappers = ("ema", "model_ema", "model", "state_dict")
     state = next((found[key] for key in wrappers if isinstance(found.get(key), Mapping)), found)
@@ -46,7 +45,7 @@ def read_checkpoint(source: Weights, leave_out: bool = False) -> dict[str, Tenso
 def read_tensors(path: Path, what: str, leave_out: bool = False) -> Any:
     """Return what a file of tensors holds; raise a `UserError` that names ``what`` where it is absent or unsafe.
 
-    leave_out: see `read_checkpoint`.
+    leave_out: read past objects of other classes than torch allows, of which nothing is imported or run.
     """
     if not path.is_file():
         raise UserError(f"{what}: {str(path)!r} is not a file; give the path of a .pt, .pth or .safetensors file.")

@@ -21,7 +21,7 @@ from vit5gen.generation.lora import Adapter
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.models import SiTTransformer2DModel, ViT5, load_sit, load_vit5
-from vit5gen.models.weights import Weights, check_finite, load_exactly, read_checkpoint
+from vit5gen.models.weights import Weights, check_finite, load_exactly, read_checkpoint, read_tensors
 from vit5gen.system.errors import UserError, choose, short
 from vit5gen.system.files import read_json
 from vit5gen.training.build import build_model, build_scheduler
@@ -54,7 +54,7 @@ def export_pipeline(
     else:
         if weights is not None:
             raise UserError(f"--weights {weights} is only for checkpoints of a run; a SiT file has one set of weights")
-        state = read_checkpoint(source, leave_out=True)
+        state = read_checkpoint(read_tensors(source, "checkpoint", leave_out=True))
         kind = "an autoencoder" if is_ldm(state) else "a classifier" if "patch_embed.proj.weight" in state else None
         if kind and (vae is not None or num_attention_heads is not None):
             raise UserError(f"{source} is {kind}: --vae and --num-attention-heads have no effect; omit them")
