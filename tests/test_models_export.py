@@ -48,7 +48,7 @@ def test_a_trace_takes_another_batch(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_an_export_takes_any_batch(name: str) -> None:
-    """Stands for timm's test_naflexvit_direct_grid_sample_export and diffusers' TorchCompileTesterMixin."""
+    """Stands for timm's test_naflexvit_direct_grid_sample_export and diffusers' test_compile_works_with_aot."""
     model = network(name)
     free = {key: {0: torch.export.Dim("batch")} for key in inputs(name, 2)}
     program = torch.export.export(model, (), inputs(name, 2), dynamic_shapes=free)
