@@ -66,7 +66,7 @@ def test_a_thousand_classes_get_imagenets_names(tmp_path: Path) -> None:
     state = torch.load(file, weights_only=True)["ema"]
     table = state["y_embedder.embedding_table.weight"]
     state["y_embedder.embedding_table.weight"] = torch.zeros(1001, table.shape[1])
-    torch.save(state, file)
+    torch.save({"ema": state, "args": {"folder": tmp_path}}, file)  # an object beside the tensors is left out
     call_convert(file, tmp_path / "pipeline", vae="none", num_attention_heads=heads)
     pipe = SiTPipeline.from_pretrained(tmp_path / "pipeline")
     assert pipe.class_ids(["golden retriever", 207]) == [207, 207]

@@ -99,7 +99,8 @@ def test_surplus_and_missing_keys_are_listed_five_at_most():
 def test_what_is_unsafe_is_named(tmp_path):
     _, _, state = read_oracle("sit_tiny")
     torch.save({"ema": state, "args": argparse.Namespace(data=tmp_path)}, tmp_path / "sit.pt")
-    with pytest.raises(UserError, match=r"it contains pathlib\S*PosixPath\); save only its state dict\.$") as error:
+    advice = rf"save only its state dict, as `vit5gen convert {tmp_path}/sit\.pt --output FOLDER` does\.$"
+    with pytest.raises(UserError, match=rf"it contains pathlib\S*PosixPath\); {advice}") as error:
         load_sit(tmp_path / "sit.pt")
     assert "\n" not in str(error.value)
 

@@ -7,7 +7,7 @@ from vit5gen.section import Width
 
 
 class ConvertOptions(Options):
-    """Turn a published SiT file, or a run's checkpoint, into a pipeline folder; VA-VAE's file into an autoencoder."""
+    """Turn a published SiT file, or a run's checkpoint, into a pipeline; VA-VAE's or ViT-5's into a folder."""
 
     excludes: ClassVar = {"num_attention_heads": ("weights",)}
 

@@ -19,22 +19,26 @@ from vit5gen.models.transformer import SIZES
 from vit5gen.models.vit5 import NUM_REGISTERS, REGISTER_THETA, ROPE_THETA, ViT5Block, check_registers
 from vit5gen.models.weights import read_checkpoint
 from vit5gen.system.cpu import fast_inference
-from vit5gen.system.errors import choose
+from vit5gen.system.errors import UserError, choose
+
+for _name in ("patch_grid", "resample_positions", "rope_table"):  # they branch by sizes, so torch.fx records calls
+    torch.fx.wrap(_name)
 
 
 class ViT5(Backbone):
     """ViT-5 classifier: images (B, C, H, W) -> logits (B, num_classes), or features where `num_classes` is 0.
 
     Tokens are ``[cls, patches, registers]``; cls has neither absolute nor rotary position. Images may differ from
-    `img_size` (int or (H, W)), whose grid the positions refer to; `patch_size` must divide their sides.
-    `global_pool` is "token" (cls), "avg" (over the patches) or "" (all tokens). `drop_path_rate` is the same for all
-    blocks. Raises `UserError` for sizes that do not fit together.
+    `img_size` (int or (H, W)), whose grid the positions refer to, unless `dynamic_img_size` is off; `patch_size`, a
+    square's, must divide their sides. `global_pool` is "token" (cls), "avg" (over the patches) or "" (all tokens).
+    `drop_path_rate` is the same for all blocks. Weights are made on `device`, and drawn in fp32 before they become
+    `dtype`. Raises `UserError` for sizes that do not fit together.
     """
 
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
+        patch_size: int | tuple[int, int] = 16,
         in_chans: int = 3,
         *,
         num_classes: int = ASSUMED_CLASSES,
@@ -46,16 +50,20 @@ class ViT5(Backbone):
         num_registers: int = NUM_REGISTERS,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        dynamic_img_size: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         # Refuse sizes that no layer can have.
-        check_sizes(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth)
+        patch_size = _square(patch_size)
+        check_sizes(in_chans=in_chans, embed_dim=embed_dim, depth=depth)
         check_positive(mlp_ratio=mlp_ratio)
         check_heads(embed_dim, num_heads, rope=True, names=("embed_dim", "num_heads"))
         check_registers(num_registers)
 
         # What timm asks of a model.
-        self.patch_size = patch_size
+        self.patch_size, self.in_chans = patch_size, in_chans
         self.grid = patch_grid("image size", to_2tuple(img_size), patch_size)
         self.num_classes, self.global_pool = num_classes, choose("global_pool", global_pool, ("token", "avg", ""))
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
@@ -64,19 +72,22 @@ class ViT5(Backbone):
         self.feature_info = [{"module": f"blocks.{i}", **info} for i in range(depth)]
 
         # Tokens, blocks and head, and their first values.
-        self.patch_embed = PatchEmbed(to_2tuple(img_size), patch_size, in_chans, embed_dim, strict_img_size=False)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), embed_dim))
-        self.reg_token = nn.Parameter(torch.empty(1, num_registers, embed_dim)) if num_registers else None
-        sizes = (embed_dim, num_heads, mlp_ratio)
-        self.blocks = nn.ModuleList(ViT5Block(*sizes, drop_path=drop_path_rate) for _ in range(depth))
-        self.norm = make_norm("rms", embed_dim)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        init_linears(self, "trunc_normal")
-        for token in (self.cls_token, self.pos_embed, self.reg_token):
-            if token is not None:
-                nn.init.trunc_normal_(token, std=0.02)
+        with torch.device(device or torch.get_default_device()):
+            strict = not dynamic_img_size
+            self.patch_embed = PatchEmbed(to_2tuple(img_size), patch_size, in_chans, embed_dim, strict_img_size=strict)
+            self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+            self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), embed_dim))
+            self.reg_token = nn.Parameter(torch.empty(1, num_registers, embed_dim)) if num_registers else None
+            sizes = (embed_dim, num_heads, mlp_ratio)
+            self.blocks = nn.ModuleList(ViT5Block(*sizes, drop_path=drop_path_rate) for _ in range(depth))
+            self.norm = make_norm("rms", embed_dim)
+            self.head_drop = nn.Dropout(drop_rate)
+            self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+            init_linears(self, "trunc_normal")
+            for token in (self.cls_token, self.pos_embed, self.reg_token):
+                if token is not None:
+                    nn.init.trunc_normal_(token, std=0.02)
+        self.to(dtype=dtype)
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor, Grid]:
         """Return tokens ``[cls, patches, registers]``, their rotation and the grid of the patches."""
@@ -84,7 +95,7 @@ class ViT5(Backbone):
         x = self.patch_embed(images)
         x = x + resample_positions(self.pos_embed, self.grid, grid)
         parts = [part for part in (self.cls_token, x, self.reg_token) if part is not None]
-        x = torch.cat([part.to(x.dtype).expand(len(x), -1, -1) for part in parts], dim=1)
+        x = torch.cat([part.to(x.dtype).expand(x.shape[0], -1, -1) for part in parts], dim=1)
         side = math.isqrt(self.num_reg_tokens)
         segments = (Segment((1, 1)), Segment(grid, ROPE_THETA, self.grid), Segment((side, side), REGISTER_THETA))
         return x, rope_table(segments, self.head_dim, x.device), grid
@@ -159,6 +170,31 @@ class ViT5(Backbone):
         self.head = nn.Linear(self.embed_dim, num_classes).to(self.pos_embed) if num_classes else nn.Identity()
         init_linears(self.head, "trunc_normal")
 
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Refer positions to images of another size, and embed patches of another size; None keeps what is.
+
+        Positions and patch weights are resampled. Raises `UserError` for sizes that do not fit together.
+        """
+        patch_size = _square(self.patch_size if patch_size is None else patch_size)
+        size = to_2tuple(self.patch_embed.img_size if img_size is None else img_size)
+        grid = patch_grid("image size", size, patch_size)
+        self.patch_embed.set_input_size(size, patch_size)
+        if grid != self.grid:
+            positions = resample_positions(self.pos_embed.detach(), self.grid, grid)
+            self.pos_embed = nn.Parameter(positions, self.pos_embed.requires_grad)
+        self.grid, self.patch_size = grid, patch_size
+        for info in self.feature_info:
+            info["reduction"] = patch_size
+        # What timm's `get_model_input_config` and `save_for_hf` read, under the names of its 1.0.31.
+        self._traits = {**getattr(self, "_traits", {}), "img_size": size}
+        self._model_args = {**getattr(self, "_model_args", {}), "img_size": size, "patch_size": patch_size}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load as torch does, but also what was published or is of another image size: see `checkpoint_filter_fn`."""
+        return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict, assign)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.gradient_checkpointing = enable
 
@@ -173,12 +209,25 @@ class ViT5(Backbone):
         }
 
 
+def _square(patch_size: int | tuple[int, int]) -> int:
+    """Return the side of the patches, which timm lets users give as a pair; raise `UserError` where they differ."""
+    height, width = to_2tuple(patch_size)
+    check_sizes(patch_size=height)
+    if height != width:
+        raise UserError(f"patch_size: {height}x{width} is not square; expected one number, e.g. {height}.")
+    return height
+
+
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: ViT5) -> dict[str, Tensor]:
-    """Published state dict -> ours: unwrap it, drop the RoPE buffers, resample square positions to the model's grid."""
-    state = {k: v for k, v in read_checkpoint(state_dict).items() if not k.endswith((".rope.freqs", ".rope_reg.freqs"))}
+    """Published state dict -> ours: unwrap it, drop the RoPE buffers, resample square positions to the model's grid.
+
+    Without those buffers it may be our own, whose positions, if they are as many as the model's, have its grid.
+    """
+    found = read_checkpoint(state_dict)
+    state = {key: value for key, value in found.items() if not key.endswith((".rope.freqs", ".rope_reg.freqs"))}
     positions = state.get("pos_embed", model.pos_embed)
-    side = math.isqrt(positions.shape[1])
-    if positions.shape[1] == side**2 != model.pos_embed.shape[1]:
+    side, other = math.isqrt(positions.shape[1]), len(state) < len(found) or positions.shape != model.pos_embed.shape
+    if other and positions.shape[1] == side**2:
         state["pos_embed"] = resample_positions(positions, (side, side), model.grid)
     return state
 

@@ -12,6 +12,9 @@ from vit5gen.system.errors import UserError, check_whole, choose, short
 
 EPS = 1e-6
 
+for _name in ("attention", "rotate", "widen"):  # they branch by dtype, so torch.fx records calls of them
+    torch.fx.wrap(_name)
+
 
 class RMSNorm(nn.RMSNorm):
     """RMS norm whose statistics are taken in fp32 at least; returns the input's dtype."""

@@ -187,7 +187,7 @@ class ViT5Backbone(Backbone):
         if self.pos_embed is not None:
             tokens = tokens + resample_positions(self.pos_embed, self.grid, grid)
         num_kept = tokens.shape[1] + (0 if extra_tokens is None else extra_tokens.shape[1])
-        registers = None if self.reg_token is None else self.reg_token.expand(len(tokens), -1, -1)
+        registers = None if self.reg_token is None else self.reg_token.expand(tokens.shape[0], -1, -1)
         parts = [part.to(tokens.dtype) for part in (tokens, extra_tokens, registers) if part is not None]
         x = torch.cat(parts, dim=1)
         return self.run_blocks(x, tokens.shape[1], num_kept, taps, conditioning, self._rope(grid, num_kept, x.device))

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import safetensors.torch
 import torch
@@ -15,13 +16,23 @@ from vit5gen.system.errors import UserError, listed
 Weights = Mapping[str, Any] | str | Path
 
 
+class _LeftOut:
+    """Stands in a file for an object of any class: it takes what that is made of, and does nothing with it."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 def read_checkpoint(source: Weights) -> dict[str, Tensor]:
     """Return the state dict of a file or mapping: the EMA weights if there are any, wrappers' key prefixes removed.
 
     Files are .safetensors, or pickles read with ``weights_only=True`` that may hold an `argparse.Namespace`.
     Raises `UserError` for a file that is absent, unreadable or unsafe.
     """
-    found: Any = source if isinstance(source, Mapping) else read_tensors(Path(source), "checkpoint")
+    found: Any = read_tensors(Path(source), "checkpoint") if isinstance(source, str | Path) else source
     found = found if isinstance(found, Mapping) else {None: found}  # a name that is none is refused below
     wrappers = ("ema", "model_ema", "model", "state_dict")
     state = next((found[key] for key in wrappers if isinstance(found.get(key), Mapping)), found)
@@ -31,18 +42,24 @@ def read_checkpoint(source: Weights) -> dict[str, Tensor]:
     return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in state.items()}
 
 
-def read_tensors(path: Path, what: str) -> Any:
-    """Return what a file of tensors holds; raise a `UserError` that names ``what`` where it is absent or unsafe."""
+def read_tensors(path: Path, what: str, leave_out: bool = False) -> Any:
+    """Return what a file of tensors holds; raise a `UserError` that names ``what`` where it is absent or unsafe.
+
+    leave_out: read past objects of other classes than torch allows, of which nothing is imported or run.
+    """
     if not path.is_file():
         raise UserError(f"{what}: {str(path)!r} is not a file; give the path of a .pt, .pth or .safetensors file.")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(path) if leave_out and is_zipfile(path) else []
+        with torch.serialization.safe_globals([argparse.Namespace, *((_LeftOut, name) for name in others)]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what unpickling makes of a file that is none has no end
         if unsafe := re.search(r"(?:Unsupported global:|unsupported) GLOBAL (\S+)", str(error)):
             reason, advice = f"it contains {unsafe[1]}", "save only its state dict"
+            if what == "checkpoint" and not leave_out and "Unsupported" in unsafe[0]:
+                advice += f", as `vit5gen convert {path} --output FOLDER` does"
         elif "weights_only" in str(error):  # torch advises to read it unsafely
             reason = "it is damaged, or holds something else"
             advice = "give a file of tensors: .pt, .pth or .safetensors"

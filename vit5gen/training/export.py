@@ -1,4 +1,4 @@
-"""A published SiT checkpoint, or one of a training run, becomes a pipeline; an LDM autoencoder becomes a folder."""
+"""A published SiT checkpoint, or one of a run, becomes a pipeline; autoencoders and classifiers become a folder."""
 
 import os
 import shutil
@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
 from vit5gen.config import VaeConfig, load_recorded
@@ -19,8 +20,8 @@ from vit5gen.generation.card import TrainingFacts
 from vit5gen.generation.lora import Adapter
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
-from vit5gen.models import SiTTransformer2DModel, load_sit
-from vit5gen.models.weights import Weights, check_finite, load_exactly, read_checkpoint
+from vit5gen.models import SiTTransformer2DModel, ViT5, load_sit, load_vit5
+from vit5gen.models.weights import Weights, check_finite, load_exactly, read_checkpoint, read_tensors
 from vit5gen.system.errors import UserError, choose, short
 from vit5gen.system.files import read_json
 from vit5gen.training.build import build_model, build_scheduler
@@ -32,10 +33,10 @@ from vit5gen.training.trainable import adapter_of, fold
 def export_pipeline(
     checkpoint: str | Path, output: str | Path, vae: str | None, weights: str | None, num_attention_heads: int | None
 ) -> None:
-    """Write the folder ``output``, whole or not at all: a pipeline, or an autoencoder where the checkpoint is one.
+    """Write the folder ``output``, whole or not at all: a pipeline, or an autoencoder or classifier if that is given.
 
     checkpoint: a file in SiT's published layout, or RUN or RUN/checkpoints/step_XXXXXXXX of the trainer; or a file
-    of an autoencoder in LDM's layout.
+    of an autoencoder in LDM's layout, or of a classifier in ViT-5's. What is pickled beside its tensors is left out.
     vae: name or folder of the autoencoder, None SiT's or the run's; "none" leaves it out (latents only).
     weights: of a run, ``ema_<decay>`` or ``model``, None its first average.
     num_attention_heads: of a SiT whose width matches no preset.
@@ -53,15 +54,18 @@ def export_pipeline(
     else:
         if weights is not None:
             raise UserError(f"--weights {weights} is only for checkpoints of a run; a SiT file has one set of weights")
-        state = read_checkpoint(source)
-        if is_ldm(state):
-            if vae is not None or num_attention_heads is not None:
-                raise UserError(
-                    f"{source} is an autoencoder: --vae and --num-attention-heads have no effect; omit them"
-                )
+        state = read_checkpoint(read_tensors(source, "checkpoint", leave_out=True))
+        kind = "an autoencoder" if is_ldm(state) else "a classifier" if "patch_embed.proj.weight" in state else None
+        if kind and (vae is not None or num_attention_heads is not None):
+            raise UserError(f"{source} is {kind}: --vae and --num-attention-heads have no effect; omit them")
+        if kind == "an autoencoder":
             _write_whole(from_ldm(state).save_pretrained, target)
             advice = f"train with --vae.name {output} --vae.normalize measured: the file tells no scale of its latents"
-            print(f"{output}: an autoencoder; {advice}")
+        elif kind:
+            _write_whole(partial(_save_classifier, load_vit5(state)), target)
+            advice = f"give {output}/model.safetensors to `vit5gen classify`, or to timm as checkpoint_path"
+        if kind:
+            print(f"{output}: {kind}; {advice}")
             return
         pipe, source_name = pipeline_of_file(state, vae, num_attention_heads), source.name
         began, adapter = None, None
@@ -69,6 +73,11 @@ def export_pipeline(
     _write_whole(partial(pipe.save_pretrained, facts=facts, adapter=adapter), target)
     advice = f"try `vit5gen sample --checkpoint {output} --num-images 8 --seed 0 --output samples.png`"
     print(f"{output}: {'without an autoencoder it generates latents only' if pipe.vae is None else advice}")
+
+
+def _save_classifier(model: ViT5, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    save_file(model.state_dict(), folder / "model.safetensors")
 
 
 def _write_whole(save: Callable[[Path], None], target: Path) -> None:
