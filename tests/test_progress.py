@@ -68,9 +68,8 @@ def test_pauses_do_not_count_and_a_resumed_count_has_its_own_rate(
                 progress.set_postfix_str("")
                 progress.unpause()
     lines = capsys.readouterr().err.splitlines()
-    assert [line for line in lines if "2/6 images" in line] == [
-        "train: 13/30 steps, 2/6 images, 1 steps/s, time left 00:17"
-    ] * 3
+    paused = [line for line in lines if "2/6 images" in line]
+    assert paused == ["train: 13/30 steps, 2/6 images, 1 steps/s, time left 00:17"] * 3
     assert lines[-1] == "train: 20/30 steps, 1 steps/s, time left 00:10"
 
 

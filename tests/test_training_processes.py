@@ -219,10 +219,9 @@ def test_a_launcher_that_gets_sigterm_is_announced_by_the_last_line(
     process.terminate()  # the launcher alone
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 1
-    (step,) = checkpoint.steps(tmp_path / "run/checkpoints")
-    ours, theirs = output.split(
-        "the launcher now reports this end by a traceback and exit code 1, but nothing is lost\n"
-    )
+    (saved,) = checkpoint.steps(tmp_path / "run/checkpoints")
+    step, reported = int(saved.name[5:]), "the launcher now reports this end by a traceback and exit code 1"
+    ours, theirs = output.split(f"{reported}, but nothing is lost\n")
     assert ours.splitlines()[-1] == f"stopped by a signal after step {step}; {RESUME} from step {step}; "
     assert "SignalException" in theirs
     assert str(ROOT) not in theirs  # no traceback of ours
