@@ -124,6 +124,7 @@ def other_zip(path: Path) -> None:
         ("a.safetensors", html, r"is an HTML page"),
         ("a.pt", lambda path: save_file(published(), path), r"is a safetensors file .*; rename it to a\.safetensors"),
         ("a.safetensors", lambda path: torch.save(published(), path), r"is a torch file .*; rename it to a\.pt"),
+        ("a.pt", lambda path: path.write_bytes(b"PK\x05\x06" + b"\xff" * 16 + b"\0\0"), r"cannot be read safely"),
         ("a.pth", other_zip, r"is a zip archive of SiT/README\.md, SiT/last\.pt, not a torch file; unpack it"),
     ],
 )

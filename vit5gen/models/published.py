@@ -121,7 +121,7 @@ def check_variance(model: SiTTransformer2DModel, name: str) -> str | None:
     if not model.config.learn_sigma or not halves[1].any():
         return None
     if re.match(r"DiT[-_/.]", name, re.IGNORECASE):
-        raise UserError(f"checkpoint: {name} is {_DIT}")
+        raise UserError(f"checkpoint: {name} is {_DIT}; rename the file if it is a flow all the same")
     return f"note: its outputs include a trained variance, as DiT's do and SiT's do not; use it unless it is {_DIT}"
 
 

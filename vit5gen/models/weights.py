@@ -69,8 +69,15 @@ def read_tensors(path: Path, what: str) -> Any:
 
 def _other_kind(path: Path) -> str | None:
     """Return what a file is that is often taken for one of tensors, and what to do; None where it is none of these."""
-    with path.open("rb") as file:
-        start = file.read(256)
+    try:
+        with path.open("rb") as file:
+            start = file.read(256)
+        names = []
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return None
     size, torch_file = path.stat().st_size, path.suffix != ".safetensors"
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the weights; run `git lfs pull` in its repository, or download the file itself"
@@ -78,13 +85,10 @@ def _other_kind(path: Path) -> str | None:
         return "an HTML page, not the weights (of a login or an error, perhaps); download the file itself"
     if torch_file and start[8:9] == b"{" and 8 + int.from_bytes(start[:8], "little") <= size:
         return f"a safetensors file with the name of a torch file; rename it to {path.stem}.safetensors"
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        if not any(name.endswith("/data.pkl") for name in names):
-            return f"a zip archive of {listed(names, 3)}, not a torch file; unpack it and give the weights in it"
-        if not torch_file:
-            return f"a torch file with the name of a safetensors file; rename it to {path.stem}.pt"
+    if names and not any(name.endswith("/data.pkl") for name in names):
+        return f"a zip archive of {listed(names, 3)}, not a torch file; unpack it and give the weights in it"
+    if names and not torch_file:
+        return f"a torch file with the name of a safetensors file; rename it to {path.stem}.pt"
     return None
 
 
