@@ -373,12 +373,12 @@ def test_the_table_shows_the_floor_of_the_reference(tmp_path) -> None:
 def test_every_source_has_a_progress_bar_that_only_a_terminal_shows(tmp_path, monkeypatch) -> None:
     shown = []
 
-    class Bar(sets.tqdm):
-        def __init__(self, **options) -> None:
-            super().__init__(**options)
+    class Bar(sets.Progress):
+        def __init__(self, *counted, **options) -> None:
+            super().__init__(*counted, **options)
             shown.append(self)
 
-    monkeypatch.setattr(sets, "tqdm", Bar)
+    monkeypatch.setattr(sets, "Progress", Bar)
     images = read(write_npz(tmp_path / "a.npz", pictures(8)), 3)
     assert len(list(images.watch())) == 3
     assert shown[0].total == 8

@@ -23,7 +23,7 @@ from vit5gen.config import TrainingConfig
 from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError
 from vit5gen.training import checkpoint
-from vit5gen.training.process import STOPPED, make_accelerator
+from vit5gen.training.process import RESUME, STOPPED, make_accelerator
 
 ACCUMULATED = {"training__micro_batch_size": 1}
 IMAGES = {"data__from_images": True}
@@ -203,6 +203,31 @@ def test_a_signal_to_two_launched_processes_saves_and_the_run_goes_on(
     process = start(config_file, tmp_path / "whole", "--training.num_steps", str(step + 3), launcher=launcher)
     assert process.wait(timeout=300) == 0
     assert_identical(weights(tmp_path / "run", step + 3), weights(tmp_path / "whole", step + 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["accelerate", "torchrun"])
+def test_a_launcher_that_gets_sigterm_is_announced_by_the_last_line(
+    config_file: Path, tmp_path: Path, program: str
+) -> None:
+    """Stands for accelerate's and torch's tests of launchers that are signalled; the traceback after it is theirs."""
+    options = {"accelerate": ("launch", "--multi_gpu", "--num_processes=2"), "torchrun": ("--nproc-per-node=2",)}
+    launcher = (str(Path(sys.executable).with_name(program)), *options[program])
+    steps = ("--training.num_steps", "40000", "--training.checkpoint_every", "40000", "--training.log_every", "5")
+    process = start(config_file, tmp_path / "run", *steps, launcher=launcher)
+    wait_for_step(process, tmp_path / "run", 2)
+    process.terminate()  # the launcher alone
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 1
+    (saved,) = checkpoint.steps(tmp_path / "run/checkpoints")
+    step, reported = int(saved.name[5:]), "the launcher now reports this end by a traceback and exit code 1"
+    ours, theirs = output.split(f"{reported}, but nothing is lost\n")
+    assert ours.splitlines()[-1] == f"stopped by a signal after step {step}; {RESUME} from step {step}; "
+    assert "SignalException" in theirs
+    assert str(ROOT) not in theirs  # no traceback of ours
+    told = [line for line in ours.splitlines() if line.startswith("train: ")]
+    assert [int(line.split("/")[0][7:]) for line in told] == list(range(5, step + 1, 5))
+    assert list((tmp_path / "run/tensorboard").iterdir())
 
 
 @pytest.mark.slow

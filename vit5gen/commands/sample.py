@@ -26,14 +26,13 @@ def run(options: SampleOptions) -> None:
     Images of a killed run are kept and a finished output is not changed, on any number of processes.
     Raises `UserError` for bad values, an output of other settings, or a full disk; images drawn so far are kept.
     """
-    from tqdm import tqdm
-
     from vit5gen.generation.card import pipeline_hash, versions
     from vit5gen.generation.find_pipeline import pipeline_folder
     from vit5gen.generation.many import describe_job, generate, make_job, open_pipeline
     from vit5gen.generation.outputs import open_output
     from vit5gen.system.distributed import start_processes
     from vit5gen.system.precision import PRECISIONS
+    from vit5gen.system.progress import Progress
 
     # The pipeline, what it is to draw, and the card that tells so.
     state, draw, num_images = start_processes(), options.part(DrawConfig), options.num_images
@@ -72,7 +71,7 @@ def run(options: SampleOptions) -> None:
         done = target.evaluations() > 0
         state.wait_for_everyone()
         start, silent = int(done.sum()), not state.is_main_process
-        with tqdm(desc="images", total=num_images, initial=start, disable=silent, delay=1) as progress:
+        with Progress("images", num_images, "image", start, silent) as progress:
             for indices, images in generate(pipe, job, done):
                 target.write(indices, images, job.labels[indices.start : indices.stop], pipe.num_evaluations)
                 progress.update(min(len(indices) * state.num_processes, num_images - progress.n))

@@ -15,7 +15,6 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from vit5gen.config import Config
 from vit5gen.data.autoencoders.codec import encode
@@ -37,9 +36,10 @@ from vit5gen.data.remote import local_path
 from vit5gen.system.distributed import gather_objects, processes, start_processes
 from vit5gen.system.errors import UserError, short
 from vit5gen.system.files import atomic, cache_folder, locked_file, read_json, sha256, write_json
+from vit5gen.system.progress import Progress
 
 SHARD_SIZE = 4096  # images
-MakeShard = Callable[[ImageSet, ModelMixin, Config, tqdm], tuple[dict[str, torch.Tensor], list[str]]]
+MakeShard = Callable[[ImageSet, ModelMixin, Config, Progress], tuple[dict[str, torch.Tensor], list[str]]]
 
 
 def encode_dataset(
@@ -78,7 +78,7 @@ def encode_dataset(
 
     # The shards, each with a record of its own until the manifest has all of them.
     silent = not (todo and state.is_main_process)
-    with tqdm(desc="encode", unit="image", total=ours, disable=silent, delay=1) as progress:
+    with Progress("encode", ours, "image", silent=silent) as progress:
         for k in todo:
             tensors, broken = (make_shard or encode_shard)(images.select(chunks[k]), vae, config, progress)
             records[k] = _write_shard(folder / _shard_name(k), tensors, broken)
@@ -215,7 +215,7 @@ def _decode(images: ImageSet, indices: list[int]) -> tuple[dict[int, tuple[torch
 
 
 def encode_shard(
-    images: ImageSet, vae: ModelMixin, config: Config, progress: tqdm
+    images: ImageSet, vae: ModelMixin, config: Config, progress: Progress
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Return the tensors of one shard and what is wrong with the images that it leaves out."""
     data, dtype = config.data, getattr(torch, config.data.shard_dtype)

@@ -13,7 +13,6 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 from timm.data import ImageNetInfo
 from torch import Tensor
-from tqdm import tqdm
 
 from vit5gen.config import ASSUMED_CLASSES, Config
 from vit5gen.data.autoencoders.codec import normalise
@@ -25,6 +24,7 @@ from vit5gen.data.pictures import content_digest
 from vit5gen.data.sources.folder import imagenet_names
 from vit5gen.system.distributed import start_processes
 from vit5gen.system.errors import UserError
+from vit5gen.system.progress import Progress
 
 STATISTICS = "latents_stats.pt"  # LightningDiT's: {"mean": (1, C, 1, 1), "std": (1, C, 1, 1)} of raw latents
 _LOOKED_AT = 256  # latents, spread over all, that are compared with the statistics beside them
@@ -143,7 +143,7 @@ def _check_statistics(file: Path, ready: ImageSet, channels: int) -> None:
 
 
 def _take_shard(
-    ready: ImageSet, vae: ModelMixin, config: Config, progress: tqdm
+    ready: ImageSet, vae: ModelMixin, config: Config, progress: Progress
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors of one shard, normalised; as `encoding.encode_shard` does of images."""
     dtype = getattr(torch, config.data.shard_dtype)

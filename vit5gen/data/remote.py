@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from tqdm import tqdm
-
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import atomic, cache_folder, locked_file, write_json
 from vit5gen.system.files import sha256 as hash_file
+from vit5gen.system.progress import Progress
 
 COPIED = "will be copied into the cache on first use"  # what a URL that is missing tells
 _AT_ONCE = 8  # files
@@ -88,7 +87,11 @@ def fetch(key: str, place: str, list_files: Callable[[Any, str, Path], list[Remo
             files = list_files(system, root.rstrip("/"), folder)
             with ThreadPoolExecutor(_AT_ONCE) as threads:
                 copies = threads.map(partial(_copy, system, folder), files)
-                count = sum(tqdm(copies, f"copy {place}", len(files), unit="file", delay=1))
+                count = 0
+                with Progress(f"copy {place}", len(files), "file") as progress:
+                    for copied in copies:
+                        count += copied
+                        progress.update()
         except UserError as error:
             raise UserError(f"{key} {place}: {error}") from error
         except Exception as error:  # of as many libraries as there are protocols

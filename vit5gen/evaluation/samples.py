@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from vit5gen.config import DataConfig, ReadConfig, find_config, load_config
 from vit5gen.data.images import centre_crop, decoding, make_source, open_images, readable
@@ -30,6 +29,7 @@ from vit5gen.section import Exif
 from vit5gen.system.cpu import cores
 from vit5gen.system.distributed import gather_objects, is_main, rank_and_world
 from vit5gen.system.errors import UserError, listed
+from vit5gen.system.progress import Progress
 
 _DATA, _AS_STORED = DataConfig(), ReadConfig()
 _PACKED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -59,9 +59,8 @@ class Samples:
     def watch(self) -> Iterator[tuple[int | Tensor, Tensor]]:
         """Yield the chunks, behind a progress bar, and keep the hashes of the images of all processes."""
         found: list[int] = []
-        silent, world = None if is_main() else True, rank_and_world()[1]  # None: where stderr is no terminal
-        name = Path(self.identity["path"]).name
-        with tqdm(desc=name, unit="image", total=self.count, disable=silent, delay=1) as progress:
+        world, name = rank_and_world()[1], Path(self.identity["path"]).name
+        with Progress(name, self.count, "image", silent=not is_main()) as progress:
             for first, images in self.chunks():
                 pixels = (blake2b(image.numpy(), digest_size=8).digest() for image in images.contiguous())
                 found += [int.from_bytes(digest, "little", signed=True) for digest in pixels]

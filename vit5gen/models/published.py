@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vit5gen.config import ModelConfig
@@ -22,6 +23,11 @@ _SIT_NAMES = {
     r"^(pos_embed|blocks\.)": r"backbone.\1",
     r"adaLN_modulation\.1\.": "modulation.",
 }
+
+
+# Published weights of the same layout that mean something else.
+_SIT_PARTS = ("x_embedder.", "t_embedder.", "y_embedder.", "final_layer.", "pos_embed", "blocks.")
+_DIT = "DiT, which predicts noise and is no flow; draw from it with diffusers' DiTPipeline"
 
 
 def _shape(state: Mapping[str, Tensor], key: str, layout: str) -> list[int]:
@@ -51,11 +57,21 @@ def load_sit(source: Weights, num_attention_heads: int | None = None, **override
     """Build the generator from SiT's published state dict (layout of ``SiT-XL-2-256x256.pt``).
 
     Sizes, classes and `learn_sigma` follow from the shapes; the heads, which no shape shows, from the preset of that
-    width unless given. The label table is assumed to end in the null row unless ``class_dropout_prob=0`` is given.
+    width unless given. The label table is assumed to end in the null row unless ``class_dropout_prob=0`` is given, or
+    it has ``num_classes`` rows; one of 1000 has ImageNet's classes and no null row.
     `overrides` are further arguments of `SiTTransformer2DModel`. Raises `UserError` if anything does not fit.
     """
-    # The sizes, each from the shape of a weight; heads show in none.
+    # What is not SiT's: a DiT of diffusers, and parts that were only trained with it.
     state = read_checkpoint(source)
+    if any(key.startswith("transformer_blocks.") for key in state):
+        raise UserError(f"checkpoint: is a transformer in diffusers' layout, e.g. of {_DIT}")
+    _shape(state, "x_embedder.proj.weight", "SiT")
+    if foreign := [key for key in state if not key.startswith(_SIT_PARTS)]:
+        parts = " ".join(dict.fromkeys(f"{key.partition('.')[0]}." for key in foreign))
+        advice = f"to leave them out, `vit5gen convert FILE --output FOLDER --drop-prefix {parts}`"
+        raise UserError(f"checkpoint: has weights that SiT does not have: {listed(foreign, 5)}; {advice}")
+
+    # The sizes, each from the shape of a weight; heads show in none.
     hidden_size, channels, patch, _ = _shape(state, "x_embedder.proj.weight", "SiT")
     of_width = {width: heads for width, _, heads in SIZES.values()}
     heads = of_width.get(hidden_size) if num_attention_heads is None else num_attention_heads
@@ -68,6 +84,8 @@ def load_sit(source: Weights, num_attention_heads: int | None = None, **override
     rows = _shape(state, "y_embedder.embedding_table.weight", "SiT")[0]
     outputs = _shape(state, "final_layer.linear.weight", "SiT")[0]
     positions = _shape(state, "pos_embed", "SiT")[1]
+    if rows == overrides.get("num_classes", 1000):
+        overrides = {"class_dropout_prob": 0.0} | overrides
     dropout = overrides.get("class_dropout_prob", ModelConfig.model_fields["class_dropout_prob"].default)
     found = {
         "backbone": "sit",
@@ -92,6 +110,34 @@ def load_sit(source: Weights, num_attention_heads: int | None = None, **override
         converted[key] = value.flatten(1) if key == "patch_embed.weight" else value
     load_exactly(model, converted)
     return model
+
+
+def check_variance(model: SiTTransformer2DModel, name: str) -> str | None:
+    """Return a warning where the half of the outputs that is discarded was trained: as DiT's variance, SiT's is zero.
+
+    Raises `UserError` where the file's name says so, too.
+    """
+    halves = model.head.linear.weight.unflatten(0, (model.config.patch_size**2, -1)).chunk(2, dim=1)
+    if not model.config.learn_sigma or not halves[1].any():
+        return None
+    if re.match(r"DiT[-_/.]", name, re.IGNORECASE):
+        raise UserError(f"checkpoint: {name} is {_DIT}; rename the file if it is a flow all the same")
+    return f"note: its outputs include a trained variance, as DiT's do and SiT's do not; use it unless it is {_DIT}"
+
+
+def reverse_time(model: SiTTransformer2DModel) -> None:
+    """Turn weights whose time runs from data (0) to noise (1), as REPA's do, into those of SiT's time, exactly.
+
+    The velocity is then ``-v(x, 1 - t)``: the frequencies w of the time's embedding enter as cos(w - wt) and
+    sin(w - wt), which are linear in cos(wt) and sin(wt).
+    """
+    half = model.time_embed.fc1.in_features // 2
+    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float64))
+    cos, sin = model.time_embed.fc1.weight.data.double().chunk(2, dim=1)
+    c, s = frequencies.cos(), frequencies.sin()
+    model.time_embed.fc1.weight.data = torch.cat([cos * c + sin * s, cos * s - sin * c], 1).float()
+    for parameter in (model.head.linear.weight, model.head.linear.bias):
+        parameter.data.neg_()
 
 
 def load_vit5(

@@ -2,10 +2,10 @@
 
 import argparse
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import safetensors.torch
 import torch
@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from vit5gen.system.errors import UserError, listed
 
 Weights = Mapping[str, Any] | str | Path
+
+# Under what files keep a state dict, averaged weights first; and what wrapped modules put before their names.
+_HOLDERS = ("ema", "ema_model", "model_ema", "state_dict_ema", "model", "net", "state_dict")
+_AVERAGED = ("ema_model.", "ema.")
+_WRAPPERS = re.compile(r"^((ema_model|ema|model|net|module|_orig_mod)\.)+")
 
 
 class _LeftOut:
@@ -27,19 +32,27 @@ class _LeftOut:
 
 
 def read_checkpoint(source: Weights) -> dict[str, Tensor]:
-    """Return the state dict of a file or mapping: the EMA weights if there are any, wrappers' key prefixes removed.
+    """Return the state dict of a file or mapping: the EMA weights if there are any, wrappers' prefixes removed.
 
     Files are .safetensors, or pickles read with ``weights_only=True`` that may hold an `argparse.Namespace`.
     Raises `UserError` for a file that is absent, unreadable or unsafe.
     """
     found: Any = read_tensors(Path(source), "checkpoint") if isinstance(source, str | Path) else source
-    found = found if isinstance(found, Mapping) else {None: found}  # a name that is none is refused below
-    wrappers = ("ema", "model_ema", "model", "state_dict")
-    state = next((found[key] for key in wrappers if isinstance(found.get(key), Mapping)), found)
+    state: Any = found if isinstance(found, Mapping) else {None: found}  # a name that is none is refused below
+    while holder := next((key for key in _HOLDERS if isinstance(state.get(key), Mapping)), None):
+        state = state[holder]
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
-        wanted = "tensors by name, at the top level or under ema, model_ema or model"
-        raise UserError(f"checkpoint: contains no state dict; expected {wanted}.")
-    return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in state.items()}
+        raise UserError(f"checkpoint: contains no state dict; expected tensors by name, or under {listed(_HOLDERS)}.")
+    averaged = {key: value for key, value in state.items() if key.startswith(_AVERAGED)}
+    return {_WRAPPERS.sub("", key).replace("_orig_mod.", ""): value for key, value in (averaged or state).items()}
+
+
+def without(state: Mapping[str, Tensor], prefixes: Sequence[str]) -> dict[str, Tensor]:
+    """Return what does not begin with any of ``prefixes``; raise `UserError` for one with which nothing begins."""
+    for prefix in prefixes:
+        if not any(key.startswith(prefix) for key in state):
+            raise UserError(f"--drop-prefix {prefix}: no weight has a name that begins so; it has {listed(state, 5)}")
+    return {key: value for key, value in state.items() if not key.startswith(tuple(prefixes))}
 
 
 def read_tensors(path: Path, what: str, leave_out: bool = False) -> Any:
@@ -52,10 +65,13 @@ def read_tensors(path: Path, what: str, leave_out: bool = False) -> Any:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        others = torch.serialization.get_unsafe_globals_in_checkpoint(path) if leave_out and is_zipfile(path) else []
+        named = leave_out and zipfile.is_zipfile(path)
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(path) if named else []
         with torch.serialization.safe_globals([argparse.Namespace, *((_LeftOut, name) for name in others)]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what unpickling makes of a file that is none has no end
+        if other := _other_kind(path):
+            raise UserError(f"{what}: {str(path)!r} is {other}.") from error
         if unsafe := re.search(r"(?:Unsupported global:|unsupported) GLOBAL (\S+)", str(error)):
             reason, advice = f"it contains {unsafe[1]}", "save only its state dict"
             if what == "checkpoint" and not leave_out and "Unsupported" in unsafe[0]:
@@ -66,6 +82,31 @@ def read_tensors(path: Path, what: str, leave_out: bool = False) -> Any:
         else:
             reason, advice = (str(error).strip() or repr(error)).split("\n")[0][:200], "download it again"
         raise UserError(f"{what}: {str(path)!r} cannot be read safely as tensors ({reason}); {advice}.") from error
+
+
+def _other_kind(path: Path) -> str | None:
+    """Return what a file is that is often taken for one of tensors, and what to do; None where it is none of these."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(256)
+        names = []
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return None
+    size, torch_file = path.stat().st_size, path.suffix != ".safetensors"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the weights; run `git lfs pull` in its repository, or download the file itself"
+    if re.match(rb"\s*<(!doctype|html|\?xml|head)", start, re.IGNORECASE):
+        return "an HTML page, not the weights (of a login or an error, perhaps); download the file itself"
+    if torch_file and start[8:9] == b"{" and 8 + int.from_bytes(start[:8], "little") <= size:
+        return f"a safetensors file with the name of a torch file; rename it to {path.stem}.safetensors"
+    if names and not any(name.endswith("/data.pkl") for name in names):
+        return f"a zip archive of {listed(names, 3)}, not a torch file; unpack it and give the weights in it"
+    if names and not torch_file:
+        return f"a torch file with the name of a safetensors file; rename it to {path.stem}.pt"
+    return None
 
 
 def check_fit(what: str, missing: list[str], unexpected: list[str], misshapen: list[str], total: int) -> None:

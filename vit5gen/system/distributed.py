@@ -37,6 +37,7 @@ _OBEYED: dict[str, tuple[tuple[str, ...], str]] = {
 }
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _LAUNCH = "`accelerate launch` or torchrun"
+_OF_ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # which its launcher always sets
 
 
 def find_fault(environment: Mapping[str, str], num_gpus: int | None) -> str | None:
@@ -84,7 +85,7 @@ def find_fault(environment: Mapping[str, str], num_gpus: int | None) -> str | No
     if (joined := max(numbers[name] for name in _MPI_SIZES)) > 1 and not (on_cpu and environment.get("MASTER_ADDR")):
         return f"MPI has started {joined} processes, each of which would run alone: start them with {_LAUNCH}"
     # What accelerate's launcher sets alone tells it from a batch system's MASTER_ADDR.
-    if {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= environment.keys():
+    if {"MASTER_ADDR", _OF_ACCELERATE} <= environment.keys():
         command = "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ...`"
         return f"`accelerate launch --cpu` starts only one process, whatever N you give; on a CPU use {command}"
     return None
@@ -132,6 +133,11 @@ def _joined() -> bool:
 def rank_and_world() -> tuple[int, int]:
     """Return the number of this process and that of all that ``torch.distributed`` has joined; without it (0, 1)."""
     return (dist.get_rank(), dist.get_world_size()) if _joined() else (0, 1)
+
+
+def has_launcher() -> bool:
+    """Whether `accelerate launch` or torchrun has started this process and waits for its end."""
+    return dist.is_torchelastic_launched() or _OF_ACCELERATE in os.environ
 
 
 def is_main() -> bool:

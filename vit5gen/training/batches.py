@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from vit5gen.config import Config, TrainingConfig
 from vit5gen.data.autoencoders.codec import Normalization, check_normalization, codec_of, encode, normalization_of
@@ -30,6 +29,7 @@ from vit5gen.data.latents import (
 )
 from vit5gen.system.distributed import on_main, rank_and_world, sum_over_processes
 from vit5gen.system.precision import PRECISIONS
+from vit5gen.system.progress import Progress
 from vit5gen.training.build import check_values
 from vit5gen.training.checkpoint import read_state
 from vit5gen.training.objectives import OBJECTIVES, Batch
@@ -148,10 +148,12 @@ def _normalization(
     rank, world = rank_and_world()
     total = torch.zeros(3, config.latent_shape[0], dtype=torch.float64)
     chunks = torch.arange(len(source)).split(config.vae.batch_size)[rank::world]
-    for chunk in tqdm(chunks, desc="measure latents", disable=rank > 0, delay=1):
-        pixels = source.stack(chunk).to(vae.device)
-        for view in (pixels, pixels.flip(-1))[: 1 + config.data.horizontal_flip]:
-            total += moments(*encode(vae, view))
+    with Progress("measure latents", len(chunks), "batch", silent=rank > 0) as progress:
+        for chunk in chunks:
+            pixels = source.stack(chunk).to(vae.device)
+            for view in (pixels, pixels.flip(-1))[: 1 + config.data.horizontal_flip]:
+                total += moments(*encode(vae, view))
+            progress.update()
     measured = statistics(sum_over_processes(total), normalization_of(vae))
     return normalization_from(measured, "the training latents")
 

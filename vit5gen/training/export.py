@@ -2,9 +2,10 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -21,7 +22,9 @@ from vit5gen.generation.lora import Adapter
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.models import SiTTransformer2DModel, ViT5, load_sit, load_vit5
-from vit5gen.models.weights import Weights, check_finite, load_exactly, read_checkpoint, read_tensors
+from vit5gen.models.published import check_variance, reverse_time
+from vit5gen.models.weights import Weights, check_finite, load_exactly, read_checkpoint, read_tensors, without
+from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError, choose, short
 from vit5gen.system.files import read_json
 from vit5gen.training.build import build_model, build_scheduler
@@ -31,7 +34,14 @@ from vit5gen.training.trainable import adapter_of, fold
 
 
 def export_pipeline(
-    checkpoint: str | Path, output: str | Path, vae: str | None, weights: str | None, num_attention_heads: int | None
+    checkpoint: str | Path,
+    output: str | Path,
+    vae: str | None,
+    weights: str | None,
+    num_attention_heads: int | None,
+    num_classes: int | None = None,
+    drop_prefix: Sequence[str] = (),
+    reversed_time: bool | None = None,
 ) -> None:
     """Write the folder ``output``, whole or not at all: a pipeline, or an autoencoder or classifier if that is given.
 
@@ -39,16 +49,20 @@ def export_pipeline(
     of an autoencoder in LDM's layout, or of a classifier in ViT-5's. What is pickled beside its tensors is left out.
     vae: name or folder of the autoencoder, None SiT's or the run's; "none" leaves it out (latents only).
     weights: of a run, ``ema_<decay>`` or ``model``, None its first average.
-    num_attention_heads: of a SiT whose width matches no preset.
+    num_attention_heads: of a SiT file whose width matches no preset.  drop_prefix: of its weights that are left out.
+    num_classes: see `pipeline_of_file`.  reversed_time: whether its time runs from data (0) to noise (1).
     Raises `UserError` for anything that is not such a checkpoint, and for an output that exists.
     """
     # The pipeline of a run's checkpoint, or of a published file, which knows no class names but ImageNet's.
     source, target = Path(checkpoint), Path(output).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"output {target} exists; choose another --output or delete it")
+    of_sit: dict[str, Any] = {"num-attention-heads": num_attention_heads, "num-classes": num_classes}
+    of_sit |= {"drop-prefix": drop_prefix, "reversed-time": reversed_time}
+    idle = [f"--{name}" for name, value in of_sit.items() if value]
     if source.is_dir():
-        if num_attention_heads is not None:
-            raise UserError("--num-attention-heads is only for published SiT files; a run records its number of heads")
+        if idle:
+            raise UserError(f"{idle[0]} is only for published SiT files; a run records what it is; omit it")
         pipe, folder, chosen, adapter = pipeline_of_run(source, vae, weights)
         source_name, began = f"{chosen} of {folder}", load_recorded(folder / CONFIG).training.origin
     else:
@@ -56,8 +70,8 @@ def export_pipeline(
             raise UserError(f"--weights {weights} is only for checkpoints of a run; a SiT file has one set of weights")
         state = read_checkpoint(read_tensors(source, "checkpoint", leave_out=True))
         kind = "an autoencoder" if is_ldm(state) else "a classifier" if "patch_embed.proj.weight" in state else None
-        if kind and (vae is not None or num_attention_heads is not None):
-            raise UserError(f"{source} is {kind}: --vae and --num-attention-heads have no effect; omit them")
+        if kind and (idle := ["--vae"] * (vae is not None) + idle):
+            raise UserError(f"{source} is {kind}: {idle[0]} has no effect; omit it")
         if kind == "an autoencoder":
             _write_whole(from_ldm(state).save_pretrained, target)
             advice = f"train with --vae.name {output} --vae.normalize measured: the file tells no scale of its latents"
@@ -67,7 +81,12 @@ def export_pipeline(
         if kind:
             print(f"{output}: {kind}; {advice}")
             return
-        pipe, source_name = pipeline_of_file(state, vae, num_attention_heads), source.name
+        if not reversed_time and any(prefix.startswith("projectors") for prefix in drop_prefix):
+            print("note: time runs from data to noise in REPA's own files: add --reversed-time if this is one of them")
+        state, source_name = without(state, drop_prefix), source.name
+        pipe = pipeline_of_file(state, vae, num_attention_heads, source_name, num_classes)
+        if reversed_time:
+            reverse_time(pipe.transformer)
         began, adapter = None, None
     facts = TrainingFacts(command=f"converted from {source_name}", origin=began)
     _write_whole(partial(pipe.save_pretrained, facts=facts, adapter=adapter), target)
@@ -92,9 +111,20 @@ def _write_whole(save: Callable[[Path], None], target: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def pipeline_of_file(source: Weights, vae: str | None, num_attention_heads: int | None) -> SiTPipeline:
-    """Return the pipeline of a file in SiT's published layout; see `export_pipeline`. 1000 classes are ImageNet's."""
-    model = load_sit(source, num_attention_heads)
+def pipeline_of_file(
+    source: Weights, vae: str | None, num_attention_heads: int | None, name: str, num_classes: int | None = None
+) -> SiTPipeline:
+    """Return the pipeline of a file in SiT's published layout; 1000 classes are ImageNet's.
+
+    name: of the file.  num_classes: as many rows of the label table, or one less where the last is the null row; None
+    reads the table as `load_sit` does. Prints what may be other than it seems. Raises `UserError` for what is no SiT.
+    """
+    model = load_sit(source, num_attention_heads, **({} if num_classes is None else {"num_classes": num_classes}))
+    if note := check_variance(model, name):
+        processes().print(note)
+    if not model.has_null_label:
+        rows = f"the label table has {model.null_label} rows, none of which is the null row"
+        processes().print(f"note: {rows}: guidance_scale must be 1")
     names = imagenet_names(ImageNetInfo().label_names()) if model.config.num_classes == 1000 else []
     return _assemble(model, SiTScheduler(), vae or VaeConfig().name, dict(enumerate(names)))
 

@@ -74,7 +74,8 @@ def open_origin(name: str, weights: str | None = None, num_attention_heads: int 
         if weights is not None:
             raise UserError(f"training.init_weights = {weights} is only for a run with checkpoints; leave it out")
         if path.is_file():
-            return Origin(pipeline_of_file(path, "none", num_attention_heads), sha256(path), VaeConfig().name)
+            pipe = pipeline_of_file(path, "none", num_attention_heads, path.name)
+            return Origin(pipe, sha256(path), VaeConfig().name)
         folder = find_pipeline(path) or _fetch(name)
         if (pipe := load_pipeline(folder)).vae is None:
             told = pipe.config.get("latent_normalization")

@@ -166,6 +166,7 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
             if (stop or last) and trainer.step > trainer.saved_step:
                 save(folder.checkpoints)
             if stop:
+                monitor.bar.close()  # what is told next stands last
                 accelerator.print(process.stopped(trainer.step, trainer.saved_step))
                 return process.STOPPED
             if last:
@@ -175,11 +176,11 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
             outcome = train_step(trainer, config, batches, stop_asked, clock.due)
             nonfinite = 0 if outcome.finite else nonfinite + 1  # in a row
             stop, last = outcome.stop, trainer.step == settings.num_steps
-            monitor.bar.update()
 
             # Log.
             if trainer.step % settings.log_every == 0 or last:
                 monitor.write(outcome)
+            monitor.bar.update()
 
             # Save by steps and by the clock.
             if trainer.step % (settings.checkpoint_every or 1) == 0 or outcome.save or last:

@@ -19,7 +19,6 @@ import torch
 from diffusers import ModelMixin
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from vit5gen.config import Config
 from vit5gen.data.autoencoders.codec import normalization_of
@@ -34,6 +33,7 @@ from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.system.distributed import gather_objects, on_main, sum_over_processes
 from vit5gen.system.precision import PRECISIONS
+from vit5gen.system.progress import Progress
 from vit5gen.training.build import build_scheduler
 from vit5gen.training.checkpoint import gather_shards
 from vit5gen.training.curves import gap_note, save_curves
@@ -73,10 +73,10 @@ class Monitor:
         self.accelerator.init_trackers("vit5gen")
         if self.accelerator.is_main_process:
             folder.repair_pipeline()
-        total, hidden = config.training.num_steps, not self.accelerator.is_main_process
-        self.bar = tqdm(total=total, initial=trainer.step, unit="step", disable=hidden)
+        total, every = config.training.num_steps, config.training.log_every
+        self.bar = Progress("train", total, "step", trainer.step, not self.accelerator.is_main_process, every)
         self._since = time.perf_counter(), trainer.step
-        self._start, self._previews = trainer.step, preview_steps(total, config.training.log_every)
+        self._start, self._previews = trainer.step, preview_steps(total, every)
         self._seconds = dict.fromkeys(
             ("training", "held-out encoding", "held-out loss", "previews", "evaluations"), 0.0
         )
@@ -154,8 +154,7 @@ class Monitor:
         False when a signal asked to stop before all images were drawn.
         """
         self.bar.set_description("evaluate")
-        shown = getattr(self.bar, "postfix", None)  # a silent bar has none
-        begun, evaluation = time.perf_counter(), self._evaluation_due(step)
+        shown, begun, evaluation = self.bar.postfix, time.perf_counter(), self._evaluation_due(step)
         try:
             with PRECISIONS[self.config.training.precision].autocast(self.accelerator.device):
                 grid = self._draw()
@@ -174,7 +173,7 @@ class Monitor:
             print(f"\nnote: no preview at step {step}: {error}", flush=True)
         finally:
             self.bar.set_description("train", refresh=False)
-            self.bar.set_postfix_str(shown or "")
+            self.bar.set_postfix_str(str(shown or ""))
             self.bar.unpause()  # the time left is that of steps
             self._since = time.perf_counter(), step
             for of_step in ("_pipeline", "_held_out_loss"):

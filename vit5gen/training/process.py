@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from vit5gen.config import TrainingConfig
 from vit5gen.registry import missing_packages
 from vit5gen.system.cpu import keep_freed_memory
-from vit5gen.system.distributed import start_processes
+from vit5gen.system.distributed import has_launcher, start_processes
 from vit5gen.system.errors import UserError
 from vit5gen.training.objectives import OBJECTIVES
 
@@ -65,8 +65,10 @@ def batch_sizes(settings: TrainingConfig, world_size: int) -> tuple[int, int]:
 
 
 def stopped(step: int, saved_step: int) -> str:
-    """Say that a signal has ended the training, and from where it can go on."""
-    return f"\nstopped by a signal after step {step}; {RESUME} from step {saved_step}"
+    """Say that a signal has ended the training, from where it can go on, and what a launcher makes of it."""
+    reported = "; the launcher now reports this end by a traceback and exit code 1, but nothing is lost"
+    said = f"\nstopped by a signal after step {step}; {RESUME} from step {saved_step}"
+    return said + reported * has_launcher()
 
 
 @contextmanager

@@ -3,14 +3,12 @@
 import math
 import shutil
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from vit5gen.config import AutoencoderTraining, TrainingConfig, recorded_values
 from vit5gen.data.autoencoders.codec import decode, encode, psnr, to_uint8
@@ -20,11 +18,12 @@ from vit5gen.generation.grid import save_pairs, with_attribution
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import check_writable, clear_weights
 from vit5gen.system.precision import PRECISIONS
+from vit5gen.system.progress import Progress
 from vit5gen.training import checkpoint, process
 from vit5gen.training.run_folder import RunFolder, to_yaml
 from vit5gen.training.trainer import Outcome, Trainer
 
-_WARMUP = 100  # steps
+_WARMUP, _LOG_EVERY = 100, 100  # steps
 _SHOWN = 48  # held-out pictures at most in round_trips.png
 _SIZES = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")  # of diffusers' network
 
@@ -119,8 +118,9 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
             if (start := checkpoint.newest_valid(folder.checkpoints)) is not None:
                 _resume(trainer, shuffle, start, config)
             trainer.data = {"images": len(images)}
-            clock, bar = process.SaveClock(settings.checkpoint_minutes), partial(tqdm, desc="autoencoder", unit="step")
-            with process.stop_signals() as stop_asked, bar(total=config.num_steps, initial=trainer.step) as progress:
+            clock = process.SaveClock(settings.checkpoint_minutes)
+            bar = Progress("autoencoder", config.num_steps, "step", trainer.step, every=_LOG_EVERY)
+            with process.stop_signals() as stop_asked, bar as progress:
                 while trainer.step < config.num_steps:
                     # One step, at a rate that warms up and decays as a cosine.
                     cosine = 1 + math.cos(math.pi * trainer.step / config.num_steps)
@@ -135,9 +135,9 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
                     trainer.count(outcome := Outcome({"loss": loss.item()}, norm.item(), stop_asked(), clock.due()))
                     if not outcome.finite:
                         raise UserError(f"the loss of step {trainer.step} is not finite; lower learning_rate")
+                    shown = {"loss": f"{loss.item():.4f}", "kl": f"{divergence.item():.2f}"}
+                    progress.set_postfix(shown, refresh=False)
                     progress.update()
-                    if trainer.step % 100 == 1:
-                        progress.set_postfix(loss=f"{loss.item():.4f}", kl=f"{divergence.item():.2f}")
 
                     # A checkpoint: by the clock, for a signal, and before what comes after the last step.
                     if outcome.stop or outcome.save or trainer.step == config.num_steps:
