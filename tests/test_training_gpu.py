@@ -100,9 +100,7 @@ def fake_trainer(settings: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[Tra
     return trainer, batches()
 
 
-def test_a_step_reads_the_gpu_once_and_copies_nothing_to_it(
-    reads: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_reads_the_gpu_once_and_copies_nothing_to_it(reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Stands for torch's `torch.cuda.set_sync_debug_mode("error")` in test_cuda.py."""
     settings = config("sit", ema_decays=[0.9, 0.99])
     trainer, batches = fake_trainer(settings, monkeypatch)
@@ -216,9 +214,9 @@ def losses(settings: Config, compiled: bool) -> list[float]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("backbone", ["sit", "vit5"])
 def test_training_is_one_graph(backbone: str, precision: str) -> None:
-    """With dropped labels and a backward pass; stands for diffusers' `test_torch_compile_recompilation_and_graph_break`.
+    """With dropped labels and a backward pass; a graph break raises, and a second graph would be for another step.
 
-    A graph break raises, and a second graph would be one for another step.
+    Stands for diffusers' `test_torch_compile_recompilation_and_graph_break`.
     """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
