@@ -32,7 +32,7 @@ def test_each_row_of_xl_is_measured_afresh(monkeypatch: pytest.MonkeyPatch) -> N
     assert {call[3] for call in own} == {"bf16"}
     assert {call[1] for call in published} == {against_published}
     assert [call[4:] for call in published] == [("tf32", False), ("bf16", True), ("bf16", False)]
-    for sizes in [*(call[2] for call in own), *(call[3] for call in published)]:
+    for sizes in {*(call[2] for call in own), *(call[3] for call in published)}:
         assert (sizes.preset, sizes.batch, sizes.latent_side) == ("XL/2", 32, FULL.latent_side)
         assert run_cost(step_config(sizes)).num_blocks == 28
 
