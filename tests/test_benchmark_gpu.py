@@ -128,7 +128,7 @@ def test_no_row_is_begun_that_may_end_too_late(monkeypatch: pytest.MonkeyPatch) 
 def test_rows_tell_the_utilisation_of_both_backbones(
     compare: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stands for torchtitan's test of its MFU; a tiny model on the CPU, which is taken for an H100."""
+    """A tiny model on the CPU, which is taken for an H100; no public suite tests its MFU (torchtitan prints one)."""
     monkeypatch.setattr(steps, "find_gpu", lambda name: "H100")
     with torch.compiler.set_stance("force_eager"):
         found = compare(QUICK, "bf16")

@@ -1,8 +1,7 @@
 """What a GPU would meet in a step, checked without one: whole graphs, one read, no copy, no attention backend forced.
 
-Tensors of a fake GPU have shapes and a device, no values, so that what would be copied or read shows. They stand for
-what others test on GPUs: torch's `test_cuda_sync_guard`, diffusers' `TorchCompileTesterMixin` (one graph, no second
-one), accelerate's `test_sync` and `test_optimizer`, and timm's `test_model_forward_torchscript` of fused attention.
+Tensors of a fake GPU have shapes and a device, no values, so that what would be copied or read shows. Each test names the
+one that it stands for, most of which need a GPU.
 """
 
 import ast
@@ -101,7 +100,7 @@ def fake_trainer(settings: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[Tra
 
 
 def test_a_step_reads_the_gpu_once_and_copies_nothing_to_it(reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stands for torch's `torch.cuda.set_sync_debug_mode("error")` in test_cuda.py."""
+    """Stands for `test_sync_warning` of torch's test_torch.py, and `test_fused_matches_forloop` of its test_optim.py."""
     settings = config("sit", ema_decays=[0.9, 0.99])
     trainer, batches = fake_trainer(settings, monkeypatch)
     with Traffic() as traffic:
@@ -122,7 +121,10 @@ def test_a_step_reads_the_gpu_once_and_copies_nothing_to_it(reads: list[str], mo
 def test_a_compiled_network_has_no_part_on_the_cpu(
     backbone: str, side: int, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such a part is copied in every call, and CUDA graphs refuse it (torch's test_cudagraph_trees.py)."""
+    """Such a part is copied in every call, and refused by CUDA graphs.
+
+    Stands for `test_multiple_devices_msg` of torch's test_cudagraph_trees.py.
+    """
     model = tiny_transformer(backbone=backbone)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with Traffic() as traffic:
@@ -133,7 +135,7 @@ def test_a_compiled_network_has_no_part_on_the_cpu(
 
 
 def test_no_attention_backend_is_forced(reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stands for timm's `use_fused_attn`, and for torch's own choice among flash, cuDNN, efficient and math."""
+    """Stands for `test_fused_sdp_choice` of torch's test_transformers.py: torch chooses."""
     settings = config("vit5")
     trainer, batches = fake_trainer(settings, monkeypatch)
     whole, allowed = F.scaled_dot_product_attention, []
@@ -164,7 +166,7 @@ def test_only_what_counts_flops_chooses_how_attention_is_computed() -> None:
 
 
 def test_the_norm_of_a_gradient_that_is_not_clipped_is_that_of_clipping_to_infinity() -> None:
-    """Stands for accelerate's test of `clip_grad_norm_` in test_accelerator.py."""
+    """Stands for `test_clip_grad_norm` of torch's test_nn.py."""
     settings = config("vit5")
     trainer = build_trainer(settings, make_accelerator(settings.training, Path()))
     for parameter in trainer.network.parameters():
@@ -181,7 +183,7 @@ def test_the_norm_of_a_gradient_that_is_not_clipped_is_that_of_clipping_to_infin
 
 
 def test_averages_in_one_pass_are_those_of_one_by_one() -> None:
-    """Stands for timm's ModelEmaV3, whose `foreach` it tests against the loop in test_utils.py."""
+    """Stands for `test_ema_training` of diffusers' models, which tests that a step works."""
     model = tiny_transformer(backbone="vit5")
     ema = EMA(model, [0.9])
     expected = [weight.detach().clone() for weight in model.parameters()]
@@ -216,7 +218,7 @@ def losses(settings: Config, compiled: bool) -> list[float]:
 def test_training_is_one_graph(backbone: str, precision: str) -> None:
     """With dropped labels and a backward pass; a graph break raises, and a second graph would be for another step.
 
-    Stands for diffusers' `test_torch_compile_recompilation_and_graph_break`.
+    Stands for `test_torch_compile_recompilation_and_graph_break` of diffusers' models, which has no backward pass.
     """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -229,7 +231,7 @@ def test_training_is_one_graph(backbone: str, precision: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("backbone", ["sit", "vit5"])
 def test_sampling_is_one_graph(backbone: str, precision: str) -> None:
-    """With guidance at some of the times, by the pipeline; stands for the same test as above."""
+    """With guidance at some of the times, by the pipeline; stands for the same test of diffusers' models."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     pipe = tiny_pipeline(backbone=backbone)
