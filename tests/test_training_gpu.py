@@ -1,7 +1,7 @@
 """What a GPU would meet in a step, checked without one: whole graphs, one read, no copy, no attention backend forced.
 
-Tensors of a fake GPU have shapes and a device, no values, so that what would be copied or read shows. Each test names the
-one that it stands for, most of which need a GPU.
+Tensors of a fake GPU have shapes and a device, no values, so that what would be copied or read shows. Each test names
+the one that it stands for, most of which need a GPU.
 """
 
 import ast
@@ -100,7 +100,7 @@ def fake_trainer(settings: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[Tra
 
 
 def test_a_step_reads_the_gpu_once_and_copies_nothing_to_it(reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stands for `test_sync_warning` of torch's test_torch.py, and `test_fused_matches_forloop` of its test_optim.py."""
+    """Stands for torch's `test_sync_warning` (test_torch.py) and `test_fused_matches_forloop` (test_optim.py)."""
     settings = config("sit", ema_decays=[0.9, 0.99])
     trainer, batches = fake_trainer(settings, monkeypatch)
     with Traffic() as traffic:
@@ -183,7 +183,7 @@ def test_the_norm_of_a_gradient_that_is_not_clipped_is_that_of_clipping_to_infin
 
 
 def test_averages_in_one_pass_are_those_of_one_by_one() -> None:
-    """Stands for `test_ema_training` of diffusers' models, which tests that a step works."""
+    """Stands for `test_training_with_ema` of diffusers' models, which tests that a step works."""
     model = tiny_transformer(backbone="vit5")
     ema = EMA(model, [0.9])
     expected = [weight.detach().clone() for weight in model.parameters()]
