@@ -46,7 +46,10 @@ EXPECTED = {
     ],
     "memory": [(mode, "sit", "sit") for mode in ("fp32", "fp32-checkpointing", "fastest", "fastest-checkpointing")],
     "start-up": [("help", "vit5gen --help", "python")],
-    "gpu": [*[(mode, "sit", "sit") for mode in ("tf32", "bf16", "fastest")], ("fastest", "vit5", "vit5gen-sit")],
+    "gpu": [
+        *[(mode, "vit5", "vit5gen-sit") for mode in ("fastest", "sampling")],
+        *[(mode, "sit", "sit") for mode in ("tf32", "bf16", "fastest")],
+    ],
     "scaling": [("tokens", "20", "8"), ("batch", "4", "2"), ("samples", "4", "2"), ("processes", "2", "1")],
 }
 

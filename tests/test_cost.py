@@ -205,5 +205,6 @@ def test_time_and_utilisation_are_inverse(recomputes: bool) -> None:
     images = 10**9
     hours = cost.gpu_hours(found, images, "A100", "bf16")
     assert hours == pytest.approx(passes * 1e18 / (312e12 * cost.ASSUMED_UTILISATION) / 3600)
-    utilisation = cost.mfu(found, images / (hours * 3600), "A100", "bf16") * passes / 3  # recomputed: no work
+    speed = images * found.training_flops / (hours * 3600)
+    utilisation = cost.mfu(speed, "A100", "bf16") * passes / 3  # recomputed: no work
     assert utilisation == pytest.approx(cost.ASSUMED_UTILISATION)

@@ -31,15 +31,23 @@ class Segment(NamedTuple):
     built: Grid | None = None  # the grid that positions run over; None: `grid` itself
 
 
-def axial_angles(segment: Segment, head_dim: int) -> Tensor:
+def _where_made(device: torch.device) -> torch.device:
+    """Return where a table for ``device`` is computed: on the CPU, once, with the same numbers for all devices.
+
+    What is compiled computes it in every call, and must not wait there for a copy from the CPU.
+    """
+    return device if torch.compiler.is_compiling() else torch.device("cpu")
+
+
+def axial_angles(segment: Segment, head_dim: int, device: torch.device) -> Tensor:
     """Angles (h*w, head_dim/2): the first half turns with the row, the second with the column.
 
     Positions are ``arange(n) / n * n_built``: a grid other than the one built for is stretched or squeezed onto it.
     """
     (h, w), built = segment.grid, segment.built or segment.grid
     if segment.theta is None:
-        return torch.zeros(h * w, head_dim // 2, device="cpu")
-    axis = partial(torch.arange, dtype=torch.float32, device="cpu")
+        return torch.zeros(h * w, head_dim // 2, device=device)
+    axis = partial(torch.arange, dtype=torch.float32, device=device)
     frequencies = 1.0 / segment.theta ** (axis(0, head_dim // 2, 2) / (head_dim // 2))
     rows, columns = ((axis(n) / n * m)[:, None] * frequencies for n, m in zip((h, w), built, strict=True))
     return torch.cat([rows[:, None].expand(-1, w, -1), columns[None].expand(h, -1, -1)], dim=-1).flatten(0, 1)
@@ -67,7 +75,7 @@ def rope_table(segments: tuple[Segment, ...], head_dim: int, device: torch.devic
     """Build one fp32 table (N, head_dim/2, 2) of cos and sin for the tokens of all segments, in order."""
     if device.type == "meta":  # where nothing but the shape counts
         return torch.empty(sum(prod(segment.grid) for segment in segments), head_dim // 2, 2, device=device)
-    angles = torch.cat([axial_angles(segment, head_dim) for segment in segments])
+    angles = torch.cat([axial_angles(segment, head_dim, _where_made(device)) for segment in segments])
     return torch.stack([angles.cos(), angles.sin()], dim=-1).to(device)
 
 
@@ -100,7 +108,7 @@ def sincos_table(hidden_size: int, grid: Grid) -> Tensor:
 @_remembered
 def _resampling(built: int, length: int, device: torch.device) -> Tensor:
     """Weights (length, built) of bicubic resampling with antialiasing along one axis."""
-    impulses = torch.eye(built, device="cpu")[None, None]
+    impulses = torch.eye(built, device=_where_made(device))[None, None]
     return F.interpolate(impulses, size=(length, built), mode="bicubic", antialias=True)[0, 0].to(device)
 
 

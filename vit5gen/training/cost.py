@@ -200,12 +200,18 @@ def gpu_hours(cost: Cost, num_images: int, gpu: str, precision: str) -> float:
     return num_images * cost.executed_flops / (GPUS[gpu].peak[precision] * 1e12 * ASSUMED_UTILISATION) / 3600
 
 
-def mfu(cost: Cost, images_per_second: float, gpu: str, precision: str) -> float:
-    """Return the fraction of one GPU's peak that a measured speed stands for; recomputation does not count as work.
+def find_gpu(device_name: str) -> str | None:
+    """Return the name in `GPUS` of a GPU as torch calls it; None for others, slower modules and parts of one."""
+    other = any(word in device_name for word in ("H100 PCIe", "NVL", "MIG"))
+    return None if other else next((gpu for gpu in GPUS if gpu in device_name), None)
+
+
+def mfu(flops_per_second: float, gpu: str, precision: str) -> float:
+    """Return the fraction of one GPU's peak that a model's FLOPs are, of which recomputation is no part.
 
     gpu, precision: as in `GPUS`; others are a `KeyError`.
     """
-    return images_per_second * cost.training_flops / (GPUS[gpu].peak[precision] * 1e12)
+    return flops_per_second / (GPUS[gpu].peak[precision] * 1e12)
 
 
 def checkpoint_bytes(cost: Cost, config: Config) -> int:

@@ -336,7 +336,7 @@ def _peak_of_process() -> int | None:
 
 def utilisation(config: Config, images_per_second: float, device_name: str) -> str:
     """Return `` (MFU ...)`` for the speed of one GPU whose peak is known, else an empty string."""
-    gpu = next((name for name in cost.GPUS if name in device_name), None)
-    if gpu is None:
+    if (gpu := cost.find_gpu(device_name)) is None:
         return ""
-    return f" (MFU {cost.mfu(run_cost(config), images_per_second, gpu, config.training.precision):.1%} of {gpu})"
+    speed = images_per_second * run_cost(config).training_flops
+    return f" (MFU {cost.mfu(speed, gpu, config.training.precision):.1%} of {gpu})"

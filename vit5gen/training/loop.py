@@ -95,8 +95,8 @@ def train_step(
         # The one synchronisation of a step: what is not finite must not reach the weights, and all processes stop, and
         # save, after the same step.
         norm = trainer.clip(settings.max_grad_norm)
-        asked = total.new_tensor([stop_asked(), accelerator.is_main_process and save_due()])
-        numbers = torch.cat([total, norm.to(total)[None], asked])
+        asked = stop_asked(), accelerator.is_main_process and save_due()
+        numbers = torch.cat([total, norm.to(total)[None], *(total.new_full((1,), one) for one in asked)])
         *means, grad_norm, stop, save = accelerator.reduce(numbers, "mean").tolist()
         outcome = Outcome(dict(zip(learner.objectives, means, strict=True)), grad_norm, stop > 0, save > 0)
 

@@ -77,7 +77,10 @@ class Trainer:
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Return the norm of the gradient over all processes, after which it is at most ``max_norm``."""
-        return gather_shards(nn.utils.clip_grad_norm_(self.network.parameters(), max_norm or math.inf))
+        parameters = list(self.network.parameters())
+        if max_norm is None:  # clipping to infinity would write every gradient once more, times 1
+            return gather_shards(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        return gather_shards(nn.utils.clip_grad_norm_(parameters, max_norm))
 
     def average(self) -> None:
         """Move the averages one step towards the present weights."""

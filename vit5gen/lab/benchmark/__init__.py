@@ -7,3 +7,4 @@
 from typing import Literal
 
 Benchmark = Literal["train-step", "classifier", "sampling", "evaluation", "memory", "start-up", "scaling", "gpu"]
+GpuRow = Literal["train-step", "sampling", "tf32", "bf16", "fastest"]  # the last three against published SiT

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 from unittest.mock import patch
@@ -14,7 +14,7 @@ from vit5gen.data.images import open_images
 from vit5gen.evaluation import load_extractor
 from vit5gen.generation.card import commit, versions
 from vit5gen.generation.find_pipeline import load_pipeline
-from vit5gen.lab.benchmark import Benchmark, inference, sampling, steps
+from vit5gen.lab.benchmark import Benchmark, GpuRow, inference, sampling, steps
 from vit5gen.lab.benchmark.engine import FULL, QUICK, Row, Setting, fresh
 from vit5gen.lab.benchmark.peers import SIT, VIT5
 from vit5gen.models.classifier import vit5_small
@@ -42,24 +42,30 @@ COLUMNS = ("benchmark", "mode", "ours", "peer", "ratio", "95 % interval", "our m
 
 
 @patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"})
-def run_benchmarks(output: Path, folders: Mapping[str, Path | None], only: Benchmark | None, quick: bool) -> None:
+def run_benchmarks(
+    output: Path, folders: Mapping[str, Path | None], only: Benchmark | None, quick: bool, rows: Sequence[str] = ()
+) -> None:
     """Run all benchmarks or one, print their rows, and write ``output`` (JSON) and a table (.md) next to it.
 
-    folders: those of `Setting`. Rows that need one not given are skipped with a note. Raises `UserError` for bad
-    input before any work.
+    folders: those of `Setting`. Rows that need one not given are skipped with a note.  rows: of the GPU, by default
+    all. Raises `UserError` for bad input before any work.
     """
     # What will be measured, and what cannot.
     names = get_args(Benchmark) if only is None else (only,)
     if output.suffix != ".json":
         raise UserError(f"--output {output}: expected FILE.json; FILE.md is written next to it")
     notes = ["a quick run with tiny sizes: its figures mean nothing"] if quick else []
-    absent = [name for name in names if name in _NEEDS and folders[_NEEDS[name]] is None]
+    if only == "gpu" and not quick and not torch.cuda.is_available():
+        raise UserError("--only gpu: torch finds no GPU here; run it on one, or with --quick at tiny sizes on the CPU")
+    if folders["sit"] is None and (published := steps.GPU_MODES.keys() & set(rows)):
+        raise UserError(f"--rows {','.join(sorted(published))}: expected --sit, a checkout of {SIT.name}")
+    absent = [name for name in names if name in _NEEDS and folders[_NEEDS[name]] is None and not rows]
     notes += [f"{name}: rows that need --{_NEEDS[name]} are skipped" for name in absent]
     if {"train-step", "memory"} & set(names) and "bf16" not in steps.modes():
         notes.append("this CPU has no bf16 instructions: the mode bf16 is skipped, and the fastest is fp32")
 
     # Check all input before any work, and write nothing until then.
-    setting = Setting(QUICK if quick else FULL, **folders, notes=notes)
+    setting = Setting(QUICK if quick else FULL, **folders, notes=notes, rows=rows or get_args(GpuRow))
     keep_freed_memory()  # as training does, for both sides of whatever is timed in this process
     if "evaluation" in names:
         load_extractor(inference.PRETRAINED)

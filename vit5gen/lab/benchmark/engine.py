@@ -11,12 +11,13 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
 from accelerate import PartialState
 
+from vit5gen.lab.benchmark import GpuRow
 from vit5gen.system.errors import UserError
 
 T = TypeVar("T")
@@ -66,13 +67,14 @@ QUICK = Sizes(
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes, and folders that the user names: checkouts of the peers and a trained run; None: not given."""
+    """Sizes, folders that the user names (checkouts of the peers and a trained run; None: not given), GPU's rows."""
 
     sizes: Sizes = FULL
     sit: Path | None = None
     vit5: Path | None = None
     run: Path | None = None
     notes: list[str] = field(default_factory=list)
+    rows: Sequence[str] = get_args(GpuRow)
 
     def note(self, text: str) -> None:
         """Add and print what no row can say."""

@@ -1,13 +1,14 @@
 """Training steps: ours against published SiT, `vit5` against our `sit`, and large against small ones.
 
-Compared are their time on CPU and GPU, its growth with size, and their memory.
+Compared are their time on CPU and GPU, where networks draw too, its growth with size, and their memory.
 """
 
 import math
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
@@ -35,7 +36,7 @@ from vit5gen.system.errors import UserError
 from vit5gen.system.precision import PRECISIONS, resolve
 from vit5gen.training.batches import RandomLatents, micro_batches
 from vit5gen.training.build import build_model
-from vit5gen.training.cost import communication_bytes
+from vit5gen.training.cost import communication_bytes, find_gpu, mfu
 from vit5gen.training.dry_run import run_cost
 from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.process import make_accelerator
@@ -43,7 +44,9 @@ from vit5gen.training.process import make_accelerator
 TOLERANCE = 1e-4  # of an output's norm, in fp32
 GPU_MODES = {"tf32": "tf32", "bf16": "bf16", "fastest": "bf16"}  # of ours; the published code sets TF32
 STEPS = 3  # whose peak memory is measured
-SAMPLING_STEPS = 2  # of the scaling with samples
+GPU_SECONDS = 480  # a row that may end later is not begun: who lends GPUs counts minutes
+GUIDANCE = 1.5  # of drawings on a GPU
+DRAWING: dict[str, Any] = {"num_inference_steps": 2, "sampler": "ode-heun", "output_type": "latent"}
 Peak = tuple[float, float]  # beyond the present, and absolute
 
 
@@ -139,12 +142,16 @@ def on_cpu(setting: Setting) -> Iterator[Row]:
 
     Raises `PeerError` where ``setting.sit`` is no checkout of the peer.
     """
-    yield from _rows(setting.sit, setting.sizes, modes(), cache(operator.call))  # the fastest may be fp32 once more
+    sit, sizes, measure = setting.sit, setting.sizes, cache(operator.call)  # the fastest may be fp32 once more
+    for mode, precision in modes().items() if sit is not None else ():
+        yield measure(against_published, sit, sizes, precision, mode == "bf16") | {"mode": mode}
+    yield against_sit(sizes, modes()["fastest"])
 
 
 def on_gpu(setting: Setting) -> Iterator[Row]:
-    """Compare steps of XL/2, each in a process that may use the GPU; without one, tiny sizes on the CPU.
+    """Compare steps and drawings of XL/2, each in a process that may use the GPU; without one, tiny sizes on the CPU.
 
+    What is not begun within `GPU_SECONDS`, as long as the longest row so far before their end, is told.
     Raises `PeerError` where ``setting.sit`` is no checkout of the peer.
     """
     sizes = setting.sizes
@@ -153,18 +160,23 @@ def on_gpu(setting: Setting) -> Iterator[Row]:
             setting.note("gpu: skipped because there is no GPU")
             return
         sizes = replace(sizes, preset="XL/2", batch=32)  # of one of the eight GPUs that share the published 256
-    try:
-        yield from _rows(setting.sit, sizes, GPU_MODES, partial(fresh, _with_gpu))
-    except SmallGpuError as error:
-        setting.note(str(error))
-
-
-def _rows(sit: Path | None, sizes: Sizes, precisions: dict[str, str], measure: Callable[..., Row]) -> Iterator[Row]:
-    """Yield the rows of every mode; measure: how to call the function that makes one."""
-    if sit is not None:
-        for mode, precision in precisions.items():
-            yield measure(against_published, sit, sizes, precision, mode == "bf16") | {"mode": mode}
-    yield measure(against_sit, sizes, precisions["fastest"])
+    own = {"train-step": against_sit, "sampling": drawing_against_sit}
+    start, longest = time.monotonic(), 0.0
+    for name in setting.rows:
+        if name in GPU_MODES and setting.sit is None:
+            continue
+        if (begun := time.monotonic()) + longest > start + GPU_SECONDS:
+            setting.note(f"gpu: {name} is skipped for lack of time; --rows {name} measures it alone")
+            continue
+        try:
+            if name in own:
+                yield fresh(_with_gpu, own[name], sizes, GPU_MODES["fastest"])
+            else:
+                call = against_published, setting.sit, sizes, GPU_MODES[name], name == "bf16"
+                yield fresh(_with_gpu, *call) | {"mode": name}
+        except SmallGpuError as error:
+            setting.note(str(error))
+        longest = max(longest, time.monotonic() - begun)
 
 
 def _with_gpu(compare: Callable[..., Row], *arguments: Any) -> Row:
@@ -182,20 +194,53 @@ def against_published(sit: Path, sizes: Sizes, precision: str, autocast: bool) -
     """Return the row, but for its mode, of our step in a precision and of the published one, perhaps in autocast."""
     config = step_config(sizes, precision=precision)
     pairs = race(OurStep(config), published_step(sit, sizes, autocast), sizes)
-    return row("", "sit", "sit", pairs, _utilisation(config, pairs))
+    return row("", "sit", "sit", pairs, _utilisation(config, _work(config), median(ours for ours, _ in pairs)))
 
 
 def against_sit(sizes: Sizes, precision: str) -> Row:
     """Return the row of the steps of our two backbones."""
-    vit5, sit = (step_config(sizes, backbone, precision=precision) for backbone in ("vit5", "sit"))
-    pairs = race(OurStep(vit5), OurStep(sit), sizes)
-    return row("fastest", "vit5", "vit5gen-sit", pairs, _utilisation(vit5, pairs))
+    configs = [step_config(sizes, backbone, precision=precision) for backbone in ("vit5", "sit")]
+    vit5, sit = map(OurStep, configs)
+    pairs = race(vit5, sit, sizes)
+    return _backbones("fastest", configs, [_work(config) for config in configs], pairs)
 
 
-def _utilisation(config: Config, pairs: Pairs) -> dict[str, float]:
-    """Return our speed, and its share of the speed of products alone: the largest of the step, in its precision."""
-    cost, batch, device = run_cost(config), config.training.global_batch_size, processes().device
-    speed = cost.training_flops * batch / median(ours for ours, _ in pairs)
+def drawing_against_sit(sizes: Sizes, precision: str) -> Row:
+    """Return the row of drawing guided latents by our two backbones, compiled as in training."""
+    configs = [step_config(sizes, backbone, precision=precision) for backbone in ("vit5", "sit")]
+    pipes = [_pipeline(config) for config in configs]
+    vit5, sit = (partial(pipe, [0] * sizes.batch, guidance_scale=GUIDANCE, **DRAWING) for pipe in pipes)
+    pairs = race(vit5, sit, sizes)
+    passes = [sizes.batch * pipe.num_evaluations for pipe in pipes]
+    work = [number * run_cost(config).forward_flops for number, config in zip(passes, configs, strict=True)]
+    return _backbones("sampling", configs, work, pairs)
+
+
+def _pipeline(config: Config) -> SiTPipeline:
+    """Return a pipeline that draws latents in the precision of the training, compiled where that is."""
+    pipe = SiTPipeline(build_model(config).eval(), SiTScheduler(), None).to(processes().device)
+    pipe.set_progress_bar_config(disable=True)
+    PRECISIONS[config.training.precision].cast_for_sampling(pipe.transformer)
+    if config.training.compile:
+        pipe.transformer.compile_repeated_blocks()
+    return pipe
+
+
+def _backbones(mode: str, configs: Sequence[Config], work: Sequence[float], pairs: Pairs) -> Row:
+    """Return a row of `vit5` and `sit`, with the speed of both."""
+    medians = np.median(pairs, axis=0).tolist()
+    ours, peers = (_utilisation(*one) for one in zip(configs, work, medians, strict=True))
+    return row(mode, "vit5", "vit5gen-sit", pairs, ours | {f"peer's {name}": value for name, value in peers.items()})
+
+
+def _utilisation(config: Config, flops: float, taken: float) -> dict[str, float]:
+    """Return the speed of ``flops`` in ``taken`` seconds, and its shares of the GPU's peak and of a product's speed.
+
+    The product is the largest of the step, alone, in its precision.
+    """
+    cost, batch, device, speed = run_cost(config), config.training.global_batch_size, processes().device, flops / taken
+    gpu = find_gpu(torch.cuda.get_device_name(device) if device.type == "cuda" else "")
+    shares = {} if gpu is None else {"MFU": mfu(speed, gpu, str(config.training.precision))}
     assert config.model.preset is not None
     width, precision = SIZES[config.model.preset.partition("/")[0]][0], PRECISIONS[config.training.precision]
     dtype = precision.rounded or precision.weights
@@ -203,7 +248,8 @@ def _utilisation(config: Config, pairs: Pairs) -> dict[str, float]:
     b = torch.ones(width, 4 * width, dtype=dtype, device=device)
     with fast_products():
         product = 2 * a.numel() * 4 * width / min(seconds(lambda: a @ b) for _ in range(20))
-    return {"GFLOP/s": speed / 1e9, "share of a product's speed": speed / product}
+    shares["share of a product's speed"] = speed / product
+    return {"GFLOP/s": speed / 1e9, **shares}
 
 
 def memory(setting: Setting) -> Iterator[Row]:
@@ -258,9 +304,7 @@ def scaling(setting: Setting) -> Iterator[Row]:
     config = partial(step_config, backbone="vit5", precision="fp32", compile=False)
     by_tokens = [config(replace(small, latent_side=side)) for side in sizes.sides]
     by_batch = [config(replace(sizes, batch=batch)) for batch in sizes.batches]
-    pipe = SiTPipeline(build_model(by_batch[0]).eval(), SiTScheduler(), None)
-    pipe.set_progress_bar_config(disable=True)
-    draw = partial(pipe, num_inference_steps=SAMPLING_STEPS, sampler="ode-heun", output_type="latent")
+    draw = partial(_pipeline(by_batch[0]), **DRAWING)
     # The number of tokens, images or samples, the work in FLOPs, and how to build the call that does it.
     kinds: dict[str, list[tuple[int, float, Callable[[], Callable[[], object]]]]] = {
         "tokens": [(run_cost(one).tokens, _work(one), partial(OurStep, one)) for one in by_tokens],
