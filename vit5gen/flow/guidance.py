@@ -20,7 +20,8 @@ class GuidedModel:
 
     c, u: ``model`` with ``class_labels`` (B,) and with ``null_label`` (by default the model's own): classifier-free
     guidance (arXiv 2207.12598, eq. 6), in one forward of 2B rows.  Labels may be rows of weights (B, null_label + 1).
-    scale: may be a function, which is called at every evaluation.  w: ``weak_model`` with the labels: autoguidance (arXiv 2406.02507).
+    scale: may be a function, which is called at every evaluation.
+    w: ``weak_model`` with the labels: autoguidance (arXiv 2406.02507).
     interval: the t, ends included, at which a sample is guided (arXiv 2404.07724).
     channels: guide only this many first ones (3 reproduces the published DiT and SiT tables).
     Where nothing is guided (both scales 1, or every t outside the interval) it is one plain forward of ``model``.

@@ -180,8 +180,9 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Return the prediction in the latents' dtype; with taps (k, ...) also ``{k: hidden state after k blocks}``.
 
         latents (B, C, H, W), timestep (B,) and class_labels (B,) int64, or one for all. Labels may also be rows of
-        weights over the classes, floats (B, num_classes), or (B, num_classes + 1) with the null label. extra_tokens (B, M, D) take
-        part in attention behind the N patches; hidden states (B, N + M, D) include them, the prediction does not.
+        weights over the classes, floats (B, num_classes), or (B, num_classes + 1) with the null label.
+        extra_tokens (B, M, D) take part in attention behind the N patches; hidden states (B, N + M, D) include them,
+        the prediction does not.
         Raises `UserError` for latents of another number of channels or of a size that `patch_size` does not divide,
         and for times or labels of another batch.
         """
