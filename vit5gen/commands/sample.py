@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import model_validator
@@ -11,11 +11,6 @@ from vit5gen.commands.options import Images, Options, argument
 from vit5gen.config import DrawConfig, EvaluationConfig, SamplingConfig, parse_yaml
 from vit5gen.section import BatchSize, Natural, Several, Unit, validate
 from vit5gen.system.errors import UserError, choose
-
-if TYPE_CHECKING:
-    from vit5gen.generation.many import SamplingJob
-    from vit5gen.generation.outputs import Output
-    from vit5gen.generation.pipeline import SiTPipeline
 
 _EVALUATION = EvaluationConfig()
 _SWEPT = (*SamplingConfig.model_fields, "autoguidance_scale", "seed", "strength")
@@ -83,10 +78,13 @@ def run(options: SampleOptions) -> None:
 
     from vit5gen.evaluation.nearest_images import nearest_pictures, open_training_set
     from vit5gen.generation.card import pipeline_hash, versions
+    from vit5gen.generation.explore import plan_jobs
     from vit5gen.generation.find_pipeline import pipeline_folder
+    from vit5gen.generation.image_start import STRENGTH, open_picture
     from vit5gen.generation.many import describe_job, generate, make_job, open_pipeline
     from vit5gen.generation.outputs import GridOutput
     from vit5gen.system.distributed import start_processes
+    from vit5gen.system.files import sha256
     from vit5gen.system.precision import PRECISIONS
 
     # The pipeline, what it is to draw, and the card that tells so.
@@ -94,13 +92,19 @@ def run(options: SampleOptions) -> None:
     draw = draw.model_copy(update={"classes": options.morph}) if options.morph else draw
     pipe = open_pipeline(options.checkpoint, draw, state.device)
     job = make_job(pipe, draw, num_images, options.seed, options.batch_size)
-    jobs, target, told = _plan(options, pipe, job)
+    told: dict[str, Any] = {}
+    if options.image is not None:
+        strength = STRENGTH if options.strength is None else options.strength
+        job = replace(job, image=open_picture(options.image), strength=strength)
+        told |= {"image_sha256": sha256(Path(options.image)), "strength": strength}
+    frames = (options.frames or _FRAMES) if options.morph else None
+    jobs, target, explored = plan_jobs(pipe, job, Path(options.output), options.read_sweep(), frames)
     if options.nearest:
         training, network = open_training_set(options.checkpoint, options.batch_size, state.device)
         told |= {"nearest": {"extractor": network.identity, "training": training.identity}}
     folder = pipeline_folder(options.checkpoint)
     card = {
-        "settings": describe_job(pipe, job, draw) | {"num_images": num_images} | told,
+        "settings": describe_job(pipe, job, draw) | {"num_images": num_images} | told | explored,
         "checkpoint_sha256": pipeline_hash(folder),
         "versions": versions(),
         "attribution": pipe.config.get("attribution"),
@@ -154,25 +158,3 @@ def run(options: SampleOptions) -> None:
         advice = "images drawn so far are kept: fix this, then run the same command again"
         raise UserError(f"output {target.path}: {error.strerror or error}; {advice}") from error
     state.print(f"{len(done)} images: {target.path}, settings: {target.card_file}")
-
-
-def _plan(
-    options: SampleOptions, pipe: "SiTPipeline", job: "SamplingJob"
-) -> tuple[list["SamplingJob"], "Output", dict[str, Any]]:
-    """Return the jobs that are drawn on equal noise, the output of all their images, and what its card tells of them."""
-    from vit5gen.generation.explore import morph_sheet, open_sheet, sweep_sheet
-    from vit5gen.generation.image_start import STRENGTH, open_picture
-    from vit5gen.generation.outputs import open_output
-    from vit5gen.system.files import sha256
-
-    told, path, sweep = dict[str, Any](), Path(options.output), options.read_sweep()
-    if options.image is not None:
-        strength = STRENGTH if options.strength is None else options.strength
-        job = replace(job, image=open_picture(options.image), strength=strength)
-        told = {"image_sha256": sha256(Path(options.image)), "strength": strength}
-    if not sweep and not options.morph:
-        return [job], open_output(path, (options.num_images, *pipe.image_size, 3)), told
-    frames = options.frames or _FRAMES
-    sheet = sweep_sheet(job, sweep) if sweep else morph_sheet(job, pipe.transformer, frames)
-    told |= {"sweep": sweep} if sweep else {"morph": options.morph, "frames": frames}
-    return sheet.jobs, open_sheet(path, sheet, pipe.image_size, is_film=not sweep), told

@@ -11,7 +11,8 @@ import numpy as np
 from vit5gen.generation.grid import Axis, save_gif, save_sheet
 from vit5gen.generation.labels import one_hot
 from vit5gen.generation.many import SamplingJob
-from vit5gen.generation.outputs import MOST_IMAGES, Output, settings_of
+from vit5gen.generation.outputs import MOST_IMAGES, Output, open_output, settings_of
+from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SAMPLERS
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.system.errors import UserError
@@ -26,11 +27,34 @@ class Sheet:
     rows: Axis | None = None
 
 
-def sweep_sheet(job: SamplingJob, sweep: Mapping[str, Sequence[Any]]) -> Sheet:
+def plan_jobs(
+    pipe: SiTPipeline, job: SamplingJob, path: Path, sweep: Mapping[str, Sequence[Any]], num_frames: int | None
+) -> tuple[list[SamplingJob], Output, dict[str, Any]]:
+    """Return the jobs that are drawn on equal noise, the output of all their images, and what its card tells of them.
+
+    Without a sweep, and num_frames between the two classes of the job, that is the job alone. Raises `UserError` for a
+    sheet that is not written to a picture, or has too many images.
+    """
+    if not sweep and num_frames is None:
+        return [job], open_output(path, (len(job.labels), *pipe.image_size, 3)), {}
+    sheet = _sweep(job, sweep) if num_frames is None else _morph(job, pipe.transformer, num_frames)
+    if path.suffix.lower() not in (".png", ".png" if sweep else ".gif"):
+        expected = "FILE.png" if sweep else "FILE.png or FILE.gif"
+        raise UserError(f"output {path}: a sheet of images is one picture; expected {expected}")
+    if (count := len(sheet.jobs) * len(job.labels)) > MOST_IMAGES:
+        raise UserError(f"output {path}: {count} images are too many for one picture; at most {MOST_IMAGES}")
+    told = {"sweep": sweep} if sweep else {"morph": list(job.names.values()), "frames": num_frames}
+    return sheet.jobs, SheetOutput(path, (count, *pipe.image_size, 3), sheet), told
+
+
+def _sweep(job: SamplingJob, sweep: Mapping[str, Sequence[Any]]) -> Sheet:
     """Return ``job`` with each value of one option, or of two: the first one's are columns, the second one's rows."""
     for sampler in sweep.get("sampler", ()):
         SAMPLERS.get(sampler)  # raises where there is none of that name
-    axes = [Axis(key, [str(value) for value in values]) for key, values in sweep.items()]
+    axes = [
+        Axis(key, [f"{value:g}" if isinstance(value, float) else str(value) for value in values])
+        for key, values in sweep.items()
+    ]
     (key, values), *others = sweep.items()
     rows = [{other: value} for other, swept in others for value in swept] or [{}]
     return Sheet([_changed(job, {**row, key: value}) for row in rows for value in values], *axes)
@@ -41,7 +65,7 @@ def _changed(job: SamplingJob, values: dict[str, Any]) -> SamplingJob:
     return replace(job, settings=job.settings.model_copy(update=values), **own)
 
 
-def morph_sheet(job: SamplingJob, model: SiTTransformer2DModel, num_frames: int) -> Sheet:
+def _morph(job: SamplingJob, model: SiTTransformer2DModel, num_frames: int) -> Sheet:
     """Return ``job`` with labels that change in equal steps from the first of its two classes to the second."""
     if len(job.classes) != 2:
         raise UserError(f"--morph: both are the class {job.names[job.classes[0]]!r}; give two classes")
@@ -82,15 +106,3 @@ class SheetOutput(Output):
                 save_gif(temporary, images[0], settings_of(card))
             else:
                 save_sheet(temporary, images, columns, rows, settings_of(card))
-
-
-def open_sheet(path: Path, sheet: Sheet, size: tuple[int, int], is_film: bool) -> SheetOutput:
-    """Return the output at FILE.png, or FILE.gif of a film; raise `UserError` for another suffix or too many images."""
-    suffixes = (".png", ".gif") if is_film else (".png",)
-    if path.suffix.lower() not in suffixes:
-        raise UserError(
-            f"output {path}: one picture is drawn; expected {' or '.join(f'FILE{end}' for end in suffixes)}"
-        )
-    if (count := sum(len(job.labels) for job in sheet.jobs)) > MOST_IMAGES:
-        raise UserError(f"output {path}: {count} images are too many for one picture; at most {MOST_IMAGES}")
-    return SheetOutput(path, (count, *size, 3), sheet)

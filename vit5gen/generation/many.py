@@ -124,7 +124,7 @@ def make_job(pipe: SiTPipeline, draw: DrawConfig, num_images: int, seed: int, ba
         if row is None:
             names |= {label: pipe.class_name(label) for label in pipe.class_ids([given])}
         elif (title := str(given)) not in names.values():
-            label = known[1] + (given != NONE) * (1 + len(weights))
+            label = known[1] if given == NONE else max([known[1], *weights]) + 1
             names[label], weights[label] = title, row
     labels = draw_labels(num_images, list(names), seed, draw.labels)
     return SamplingJob(labels, seed, batch_size, draw, list(names), names, weights)
