@@ -142,7 +142,7 @@ def run(options: SampleOptions) -> None:
         if options.nearest:
             found = nearest_pictures(target.images(), training.watch(), network)
             card |= {"nearest": [{"training_image": one.index, "distance": one.distance} for one in found]}
-            caption = [f"below each image: the nearest training picture ({network.name})"]
+            caption = ["nearest training picture below", network.name]
             target = GridOutput(target.path, target.shape, [one.picture for one in found], caption)
         if state.is_main_process:
             target.finish(card, job.labels, [job.names[i] for i in job.labels])
