@@ -27,7 +27,7 @@ from vit5gen.config import DrawConfig, SamplingConfig
 from vit5gen.evaluation.evaluation_card import open_samples
 from vit5gen.flow import Flow, GuidedModel, sample_ode, sample_sde
 from vit5gen.generation.card import TrainingFacts, pipeline_hash
-from vit5gen.generation.find_pipeline import load_pipeline
+from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.generation.scheduler import SAMPLERS
 from vit5gen.system.errors import UserError
 
@@ -83,8 +83,14 @@ def test_class_labels_are_ids_names_or_both(pipe: SiTPipeline, given: object, id
         (-1, "class -1 does not exist"),
         ("12", "class 12 does not exist"),
         (True, "True is neither an id nor a name"),
-        (None, "None is neither"),
         (1.5, "1.5 is neither"),
+        ([None], "None is neither"),
+        ([0.5, 0.5], r"0.5 is neither .*; weights over classes are rows: \[\[0.5, 0.5, 0, ...\]\]"),
+        ([0, [1.0, 0, 0, 0, 0]], r"\[1.0, 0, 0, 0, 0\] is neither"),
+        ([[0.5, 0.5]], "row 0 has 2 weights; expected one for each of the 5 classes"),
+        ([[1, 0, 0, 0, 0], [0.5, 0.6, 0, 0, 0]], "row 1: its weights sum to 1.1; expected 1"),
+        ([[0.5, 1.5, -1, 0, 0]], "row 0 has the weight -1.0; expected finite numbers of at least 0"),
+        (np.array([[np.nan, 1, 0, 0, 0]]), "row 0 has the weight nan"),
         ([[0, 1], ["retriever"]], r"\[0, 1\] is neither an id nor a name; expected an id, a name or a flat list"),
         (np.array([0.5]), "0.5 is neither"),
         ([], "class_labels: empty"),

@@ -16,7 +16,7 @@ from vit5gen.config import Config, load_config
 from vit5gen.data.images import open_images
 from vit5gen.evaluation import load_extractor
 from vit5gen.flow import draw_timesteps
-from vit5gen.generation.find_pipeline import load_pipeline
+from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.section import validate
 from vit5gen.system import cpu
 from vit5gen.system.errors import UserError
