@@ -33,10 +33,11 @@ from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.models import SiTTransformer2DModel
+from vit5gen.report.history import floor_note, gap_note
 from vit5gen.system.distributed import gather_objects, on_main, sum_over_processes
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.checkpoint import gather_shards
-from vit5gen.training.curves import gap_note, save_curves
+from vit5gen.training.curves import save_curves
 from vit5gen.training.held_out import NUM_HELD_OUT, HeldOut, affordable, affordable_count, find_held_out
 from vit5gen.training.objectives import Batch
 from vit5gen.training.optimizers import learning_rate
@@ -316,15 +317,3 @@ class Monitor:
         run, name, output = self.folder.path, self.class_names[0], self.folder.path / "more.png"
         images = ["--class", name, "--num-images", "8", "--guidance-scale", f"{self.config.sampling.guidance_scale:g}"]
         return shlex.join(["vit5gen", "sample", "--checkpoint", str(run), *images, "--output", str(output)])
-
-
-def floor_note(earlier: list[dict[str, Any]], entry: dict[str, Any]) -> str | None:
-    """Return a note if the last of the ``earlier`` evaluations with ``entry``'s distance has another floor."""
-    for name in entry.keys() - {"step", "held_out_loss"}:
-        before = next((old for old in reversed(earlier) if name in old), entry)
-        was, now = before[name]["floor"], entry[name]["floor"]
-        if was != now and (None in (was, now) or not math.isclose(was, now, rel_tol=1e-3)):
-            changed = "the real images or the evaluation settings have changed"
-            what = f"the floor is {now}, but was {was} at step {before['step']}: {changed}"
-            return f"{name}: {what}; distances before and after are not comparable"
-    return None
