@@ -44,6 +44,7 @@ from vit5gen.training.optimizers import learning_rate
 from vit5gen.training.previews import SampleGrid, preview_steps
 from vit5gen.training.reference_moments import TrainingReference, build_reference
 from vit5gen.training.run_folder import RunFolder
+from vit5gen.training.run_report import RunReport
 from vit5gen.training.trainable import adapter_of, fold
 from vit5gen.training.trainer import Outcome, Trainer
 
@@ -88,6 +89,7 @@ class Monitor:
         lines = [make_source(config.data).attribution, trainer.data.get("attribution")]
         self._attribution = "; ".join(dict.fromkeys(filter(None, lines))) or None
         self._samples = SampleGrid(config, folder.samples, class_names, self._attribution)
+        self._report = RunReport(config, folder, self._samples)
         self._adapter: Adapter | None = None  # of the newest pipeline
 
     def describe_first(self, batches: Generator[Batch]) -> Generator[Batch]:
@@ -199,6 +201,10 @@ class Monitor:
             facts = TrainingFacts(command, entry, self.folder.samples, self.config.training.origin)
             with self.folder.new_pipeline() as new:
                 self._pipeline.save_pretrained(new, facts=facts, adapter=self._adapter)
+            try:
+                self._report.refresh(grid, self._pipeline, [*earlier, entry], command)
+            except Exception as error:  # whatever it is: a page about a run must not end it
+                print(f"\nnote: report.html is not refreshed: {error!r}", flush=True)
             if note := floor_note(earlier, entry):
                 print(f"\nnote: {note}", flush=True)
             # Last of all: an evaluation that stands in metrics.json has left everything else behind.
