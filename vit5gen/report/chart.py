@@ -61,7 +61,7 @@ def thin(points: Sequence[tuple[float, float]], most: int = _POINTS) -> list[tup
 def draw(chart: Chart) -> tuple[str, dict[str, Any]]:
     """Return a figure, and what a page's script needs to show its values."""
     # Where values stand: what the first steps have is many times the rest, and would flatten it.
-    curves = [(curve, list(curve.points) if curve.kind != "line" else thin(curve.points)) for curve in chart.curves]
+    curves = [(curve, thin(curve.points)) for curve in chart.curves if curve.points]
     xs = [x for _, points in curves for x, _ in points]
     (left, right), late = (min(xs), max(xs)), []
     for curve, points in curves:
@@ -138,4 +138,5 @@ def _ticks(low: float, high: float, count: int, whole: bool = False) -> list[flo
 
 def _tick(value: float) -> str:
     value = round(value, 12)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
+    small = 0 < abs(value) < 1e-3
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1e}".replace("e-0", "e-") if small else f"{value:.6g}"

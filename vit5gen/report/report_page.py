@@ -7,7 +7,8 @@ from typing import Any
 
 from vit5gen.report.cards import describe_cards
 from vit5gen.report.page import build_page
-from vit5gen.report.runs import RunFacts, describe_runs
+from vit5gen.report.run_facts import RunFacts
+from vit5gen.report.runs import describe_runs
 from vit5gen.report.studies import describe_study
 
 
