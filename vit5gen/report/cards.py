@@ -1,7 +1,6 @@
 """The part of a page on cards: evaluations with errors and floors, comparisons with verdicts, and what drew samples."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -21,22 +20,18 @@ _KINDS = {"metrics": "evaluation", "verdicts": "comparison", "closest": "copies"
 _SHOWN = {"metrics", "models", "markdown", "differences", "verdicts", "summary", "warnings", "a", "b"}
 
 
-def describe_cards(cards: Mapping[Path, Card]) -> Iterator[str]:
-    """Yield the sections of cards; raise `UserError` for what is not one, or has values of other types."""
-    for path, card in cards.items():
-        kind = next((kind for key, kind in _KINDS.items() if key in card), None)
-        if kind is None:
-            expected = "expected a card of evaluate, compare, copies or sample, a run, or the folder of a study"
-            raise UserError(f"{path}: is not a card; {expected}")
-        try:
-            body = _scores(card) if kind == "evaluation" else _comparison(card) if kind == "comparison" else ""
-            settings = yaml.safe_dump({key: value for key, value in card.items() if key not in _SHOWN}, sort_keys=False)
-            warnings = bullets(map(str, card.get("warnings", ())))
-        except (LookupError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
-            raise UserError(f"card {path}: not as vit5gen writes it ({error!r}); make it again") from error
-        image = Path(str(path).removesuffix(".card.json")) if ".png." in path.name else path.with_suffix(".png")
-        told = small_picture(image, f"picture of {path}", card.get("attribution"))
-        yield section(f"{kind.capitalize()}: {path}", body, warnings, told, folded("settings", code(settings)))
+def describe_card(path: Path, card: Card) -> str:
+    """Return the section of a card; raise `UserError` for what is not one."""
+    kind = next((kind for key, kind in _KINDS.items() if key in card), None)
+    if kind is None:
+        expected = "expected a card of evaluate, compare, copies or sample, a run, or the folder of a study"
+        raise UserError(f"{path}: is not a card; {expected}")
+    body = _scores(card) if kind == "evaluation" else _comparison(card) if kind == "comparison" else ""
+    settings = yaml.safe_dump({key: value for key, value in card.items() if key not in _SHOWN}, sort_keys=False)
+    warnings = bullets(map(str, card.get("warnings", ())))
+    image = Path(str(path).removesuffix(".card.json")) if ".png." in path.name else path.with_suffix(".png")
+    told = small_picture(image, f"picture of {path}", card.get("attribution"))
+    return section(f"{kind.capitalize()}: {path}", body, warnings, told, folded("settings", code(settings)))
 
 
 def _scores(card: Card) -> str:

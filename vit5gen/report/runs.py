@@ -16,7 +16,6 @@ from vit5gen.report.small_pictures import step_picture
 _PICTURES = 60  # of all runs of a page
 _SERIES = {"grad_norm": ("Gradient norm", "before clipping"), "learning_rate": ("Learning rate", "per step")}
 _SERIES |= {"images_per_second": ("Speed", "images/s")}
-_CELLS = ["step", "held-out loss", "distance", "floor", "N"]
 Named = dict[str, RunFacts]
 
 
@@ -35,13 +34,7 @@ def describe_runs(given: Sequence[RunFacts]) -> tuple[list[str], dict[str, Any]]
         section("Samples", samples),
         section("Curves", f'<div class="charts">{"".join(figure for figure, _ in drawn.values())}</div>' * bool(drawn)),
         section("What differs", table(["key", *runs], differing) if differing else ""),
-        section(
-            "Evaluations",
-            *(
-                _folded(name, alone, table(_CELLS, [_cells(run, one) for one in run.evaluations]))
-                for name, run in runs.items()
-            ),
-        ),
+        section("Evaluations", *(_folded(name, alone, _evaluations(run)) for name, run in runs.items())),
         section("Next", code("\n".join(line for run in given for line in _commands(run.path.resolve())))),
         section("Settings", *(_folded(name, alone, code(_settings(run))) for name, run in runs.items())),
     ]
@@ -76,10 +69,13 @@ def _folded(name: str, alone: bool, inside: str) -> str:
     return folded("show" if alone else name, inside)
 
 
-def _cells(run: RunFacts, one: dict[str, Any]) -> list[str]:
-    report = one.get(str(run.metric), {})
-    numbers = with_error(report), shown(report.get("floor")), shown(report.get("n"))
-    return [f"{one['step']:,}", shown(one.get("held_out_loss")), *numbers]
+def _evaluations(run: RunFacts) -> str:
+    rows = []
+    for one in run.evaluations:
+        report = run.distances.get(one["step"], {})
+        numbers = with_error(report), shown(report.get("floor")), shown(report.get("n"))
+        rows.append([f"{one['step']:,}", shown(one.get("held_out_loss")), *numbers])
+    return table(["step", "held-out loss", run.metric or "distance", "floor", "N"], rows)
 
 
 def _summary(run: RunFacts) -> dict[str, str]:
@@ -89,7 +85,8 @@ def _summary(run: RunFacts) -> dict[str, str]:
     return {
         "step": f"{run.step:,} of {run.last:,}",
         run.metric or "distance": with_error(newest),
-        f"floor, of N = {shown(newest.get('n'))}": shown(newest.get("floor")),
+        "floor": shown(newest.get("floor")),
+        "N": shown(newest.get("n")),
         "best": f"{shown(run.distances[run.best]['value'])} at {run.best:,}" if run.metric else "–",
         "held-out loss": shown(list(run.held_out[-1].values())[-1] if run.held_out else None),
         "training loss": shown(losses[-1][1] if losses else None),
