@@ -24,19 +24,24 @@ def describe_runs(given: Sequence[RunFacts]) -> tuple[list[str], dict[str, Any]]
     runs, alone = _named(given), len(given) == 1
     drawn = {chart.key: draw(chart) for chart in _charts(runs)}
     samples, steps = _samples(runs)
-    warnings = [note if alone else f"{name}: {note}" for name, run in runs.items() for note in find_warnings(run)]
     flat = [{f"{part}.{key}": v for part, own in run.config.items() for key, v in own.items()} for run in given]
     differing = [row for row in _transposed(flat) if len(set(row[1:])) > 1]
+    evaluations, settings, warnings = list[str](), list[str](), list[str]()
+    for name, run in runs.items():
+        of = _of(name, runs)
+        warnings += [f"{of}{note}" for note in find_warnings(run)]
+        evaluations += [folded(f"{of}{len(run.evaluations)} evaluations", _evaluations(run))] if run.evaluations else []
+        settings.append(folded(f"{of}configuration, command and versions", code(_settings(run))))
     parts = [
-        *(f'<p class="verdict">{_title(name, alone)}{escape(verdict(run))}</p>' for name, run in runs.items()),
+        *(f'<p class="verdict">{escape(_of(name, runs) + verdict(run))}</p>' for name, run in runs.items()),
         _tiles(given[0]) if alone else table(["", *runs], _transposed(list(map(_summary, given)))),
         bullets(warnings),
         section("Samples", samples),
         section("Curves", f'<div class="charts">{"".join(figure for figure, _ in drawn.values())}</div>' * bool(drawn)),
         section("What differs", table(["key", *runs], differing) if differing else ""),
-        section("Evaluations", *(folded(_label(name, alone, f"{len(run.evaluations)} evaluations"), _evaluations(run)) for name, run in runs.items() if run.evaluations)),
+        section("Evaluations", *evaluations),
         section("Next", code("\n".join(line for run in given for line in _commands(run.path.resolve())))),
-        section("Settings", *(folded(_label(name, alone, "configuration, command and versions"), code(_settings(run))) for name, run in runs.items())),
+        section("Settings", *settings),
     ]
     told = [{"path": str(run.path), "evaluations": run.evaluations} for run in given]
     return parts, {"runs": told, "charts": {key: values for key, (_, values) in drawn.items()}, "steps": steps}
@@ -61,12 +66,8 @@ def _transposed(columns: Sequence[dict[str, Any]]) -> list[list[str]]:
     return [[key, *(str(column.get(key, "–")) for column in columns)] for key in keys]
 
 
-def _title(name: str, alone: bool) -> str:
-    return "" if alone else f"<b>{escape(name)}</b> "
-
-
-def _label(name: str, alone: bool, what: str) -> str:
-    return what if alone else f"{name}: {what}"
+def _of(name: str, runs: Named) -> str:
+    return "" if len(runs) == 1 else f"{name}: "
 
 
 def _evaluations(run: RunFacts) -> str:
@@ -108,7 +109,7 @@ def _charts(runs: Named) -> Iterator[Chart]:
     alone, marks = len(runs) == 1, [mark for run in runs.values() for mark in _marks(run)] * (len(runs) == 1)
     losses, distances = list[Curve](), dict[str, list[Curve]]()
     for n, (name, run) in enumerate(runs.items()):
-        of = "" if alone else f"{name}: "
+        of = _of(name, runs)
         losses.append(Curve(f"{of}training", run.series("loss"), n))
         losses += [Curve(f"{of}held-out", list(one.items()), n + alone, "dots") for one in run.held_out]
         own, found = distances.setdefault(run.metric or "", []), run.distances.items()
@@ -135,7 +136,7 @@ def _marks(run: RunFacts) -> Iterator[tuple[int, str, str]]:
 
 def _samples(runs: Named) -> tuple[str, list[int]]:
     """Return the samples of each run at the step of one slider, with what else was drawn; and the slider's steps."""
-    figures, all_steps, alone = [], set[int](), len(runs) == 1
+    figures, all_steps = [], set[int]()
     for name, run in runs.items():
         # Of many evaluations some, as far apart as each other; of an earlier version the newest grid alone.
         steps = [one["step"] for one in run.evaluations if step_picture(run.pictures, one["step"]).is_file()]
@@ -145,7 +146,7 @@ def _samples(runs: Named) -> tuple[str, list[int]]:
         images = [_image(step_picture(run.pictures, step), run, name, step, step == steps[-1]) for step in steps]
         images += [_image(run.samples, run, name, run.step, True)] if not steps and run.samples.is_file() else []
         rows, credit = run.told.get("rows", ()) if steps else (), run.told.get("attribution")
-        title = _title(name, alone) or ("The same noise at every step" if steps else "Newest samples")
+        title = escape(_of(name, runs)) + ("the same noise at every step" if steps else "newest samples")
         figures += [picture("".join(images), title, rows, (), credit)] if images else []
     for name, run in runs.items():
         for key in ("trajectory", "nearest"):
@@ -153,7 +154,7 @@ def _samples(runs: Named) -> tuple[str, list[int]]:
             if told and file.is_file():
                 what = escape(f"{told['what']}, step {told['step']:,}")
                 image, credit = f'<img src="{data_uri(file)}" alt="{what}">', run.told.get("attribution")
-                figures.append(picture(image, _title(name, alone) + what, told["rows"], told["columns"], credit))
+                figures.append(picture(image, escape(_of(name, runs)) + what, told["rows"], told["columns"], credit))
     most = len(all_steps) - 1
     slider = (
         '<div class="slider" hidden><button type="button">play</button><label>step <input type="range" min="0" '
