@@ -146,7 +146,7 @@ def _samples(runs: Named) -> tuple[str, list[int]]:
         images = [_image(step_picture(run.pictures, step), run, name, step, step == steps[-1]) for step in steps]
         images += [_image(run.samples, run, name, run.step, True)] if not steps and run.samples.is_file() else []
         rows, credit = run.told.get("rows", ()) if steps else (), run.told.get("attribution")
-        title = escape(_of(name, runs)) + ("the same noise at every step" if steps else "newest samples")
+        title = escape(_of(name, runs)) + ("Samples of the same noise at every step" if steps else "Newest samples")
         figures += [picture("".join(images), title, rows, (), credit)] if images else []
     for name, run in runs.items():
         for key in ("trajectory", "nearest"):

@@ -55,7 +55,7 @@ class RunReport:
         if is_main():
             pairs = sheet([*chosen, *(one.picture for one in found)], len(chosen))
             save_small(self.folder.pictures / "nearest.webp", pairs, self.samples.attribution)
-            what = f"Samples, and the nearest of {len(images):,} training images with its {extractor.name} distance"
+            what = f"Samples, and the nearest of {len(images):,} training images by {extractor.name} distance"
             distances = [f"{one.distance:.3g}" for one in found]
             self._nearest = {"what": what, "step": step, "rows": ["sample", "training"], "columns": distances}
 
