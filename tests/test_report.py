@@ -14,13 +14,18 @@ import pytest
 import torch
 from made_run import HOSTILE, METRIC, make_run
 from PIL import Image
+from tiny import tiny_pipeline
 from tiny_run import assert_identical, run, weights
 
 from vit5gen.cli import main
+from vit5gen.config import SamplingConfig
+from vit5gen.data.autoencoders.codec import decode, to_uint8
+from vit5gen.generation.many import SamplingJob, generate, image_generator
 from vit5gen.report.chart import Chart, Curve, draw, shown, thin
 from vit5gen.report.report_page import build_report
 from vit5gen.report.run_facts import duration, find_warnings, verdict
 from vit5gen.report.small_pictures import save_small, step_picture
+from vit5gen.report.trajectory import find_trajectory
 from vit5gen.training.run_folder import RunFolder
 from vit5gen.training.run_report import RunReport, read_run
 
@@ -239,16 +244,31 @@ def test_small_pictures_stay_small_and_keep_their_attribution(tmp_path: Path) ->
     assert Image.open(tmp_path / "a.webp").getexif()[0x8298].encode("latin-1").decode() == "Ä by B"
 
 
+@pytest.mark.parametrize("sampler", ["ode-heun", "ode-dopri5", "sde-euler"])
+def test_a_trajectory_begins_with_the_noise_and_ends_with_the_images(sampler: str) -> None:
+    pipe, settings = tiny_pipeline(), SamplingConfig(sampler=sampler, num_inference_steps=12)
+    before = torch.random.get_rng_state()
+    frames, times = find_trajectory(pipe, [0, 2], [3, 1], 5, settings)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    images = torch.cat([images for _, images in generate(pipe, SamplingJob([3, 0, 1], 5, 1, settings))])
+    for i, index in enumerate((0, 2)):  # of another batch size
+        assert (frames[-1][i].int() - images[index].int()).abs().max() <= 1
+    noise = torch.cat([torch.randn(1, 4, 8, 8, generator=image_generator(5, i)) for i in (0, 2)])
+    assert torch.equal(frames[0], to_uint8(decode(pipe.vae, noise)))
+    assert times == sorted(times)
+    assert (times[0], times[-1], len(times) <= 9) == (0.0, 1.0, True)
+
+
 @pytest.fixture(scope="module")
 def trained(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     folder = RunFolder(tmp_path_factory.mktemp("trained") / "run")
-    run(config_file, folder.path, training__num_steps=4, evaluation__every=2)
+    run(config_file, folder.path, training__num_steps=2)
     return folder
 
 
 def test_a_run_keeps_a_page_with_pictures_of_every_evaluation(trained: RunFolder) -> None:
     page = Page(trained.report.read_text())
-    assert page.data["steps"] == [0, 2, 4]
+    assert page.data["steps"] == [0, 2]
     assert page.data["runs"][0]["evaluations"] == trained.evaluations()
     assert page.text == build_report([read_run(trained)])
     told = read_run(trained).told
@@ -258,7 +278,7 @@ def test_a_run_keeps_a_page_with_pictures_of_every_evaluation(trained: RunFolder
     assert "nearest of 21 training images" in told["nearest"]["what"]
     assert told["flops_per_image"] > 1000
     assert "torch" in told["versions"]
-    assert len(page.all("img")) == 5
+    assert len(page.all("img")) == 4
 
 
 def test_the_page_changes_no_number_and_ends_no_run(
@@ -272,11 +292,13 @@ def test_the_page_changes_no_number_and_ends_no_run(
         raise OSError("no space")
 
     monkeypatch.setattr(RunReport, "refresh", fail)
-    monkeypatch.setattr(RunReport, "find_nearest", lambda *_: None)
+    monkeypatch.setattr(RunReport, "find_nearest", fail)
     folder = RunFolder(tmp_path / "run")
-    assert run(config_file, folder.path, training__num_steps=4, evaluation__every=2) == 0
-    assert capsys.readouterr().out.count("note: report.html is not refreshed: OSError('no space')") == 3
+    assert run(config_file, folder.path, training__num_steps=2) == 0
+    assert (
+        capsys.readouterr().out.count("note: report.html is not refreshed: OSError('no space')") == 4
+    )  # thrice, and the nearest
     assert not folder.report.exists()
     assert folder.evaluations() == trained.evaluations()
     assert folder.samples.read_bytes() == trained.samples.read_bytes()
-    assert_identical(weights(folder.path, 4), weights(trained.path, 4))
+    assert_identical(weights(folder.path, 2), weights(trained.path, 2))

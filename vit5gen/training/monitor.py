@@ -44,7 +44,7 @@ from vit5gen.training.optimizers import learning_rate
 from vit5gen.training.previews import SampleGrid, preview_steps
 from vit5gen.training.reference_moments import TrainingReference, build_reference
 from vit5gen.training.run_folder import RunFolder
-from vit5gen.training.run_report import RunReport
+from vit5gen.training.run_report import RunReport, spare_run
 from vit5gen.training.trainable import adapter_of, fold
 from vit5gen.training.trainer import Outcome, Trainer
 
@@ -195,7 +195,8 @@ class Monitor:
             entry[self._extractor.metric] = report
             self.accelerator.log({self._extractor.metric: report["value"]}, step=entry["step"])
             if entry["step"] == self.config.training.num_steps:
-                self._report.find_nearest(grid, self._extractor, entry["step"])
+                with spare_run():
+                    self._report.find_nearest(grid, self._extractor, entry["step"])
         if self.accelerator.is_main_process:
             earlier = self.folder.evaluations()
             self._show(grid, [*earlier, entry])
@@ -203,10 +204,8 @@ class Monitor:
             facts = TrainingFacts(command, entry, self.folder.samples, self.config.training.origin)
             with self.folder.new_pipeline() as new:
                 self._pipeline.save_pretrained(new, facts=facts, adapter=self._adapter)
-            try:
+            with spare_run():
                 self._report.refresh(grid, self._pipeline, [*earlier, entry], command)
-            except Exception as error:  # whatever it is: a page about a run must not end it
-                print(f"\nnote: report.html is not refreshed: {error!r}", flush=True)
             if note := floor_note(earlier, entry):
                 print(f"\nnote: {note}", flush=True)
             # Last of all: an evaluation that stands in metrics.json has left everything else behind.

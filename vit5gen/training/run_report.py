@@ -1,7 +1,7 @@
 """``report.html`` of a run: the small pictures that it is made of, and what else its folder tells."""
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vit5gen.config import Config, load_recorded
-from vit5gen.data.images import open_images, readable
+from vit5gen.data.images import BrokenImage, ImageSet, open_images, readable
 from vit5gen.evaluation import Extractor
 from vit5gen.evaluation.nearest_images import nearest_pictures
 from vit5gen.generation.card import commit, versions
@@ -51,7 +51,7 @@ class RunReport:
         images = readable(images.select(torch.from_numpy(order)), self.config.data)
         rank, world = rank_and_world()
         parts = torch.arange(len(images)).split(self.config.evaluation.batch_size)[rank::world]
-        found = nearest_pictures(chosen, ((part, images.stack(part)) for part in parts), extractor)
+        found = nearest_pictures(chosen, _whole_chunks(images, parts), extractor)
         if is_main():
             pairs = sheet([*chosen, *(one.picture for one in found)], len(chosen))
             save_small(self.folder.pictures / "nearest.webp", pairs, self.samples.attribution)
@@ -94,6 +94,22 @@ class RunReport:
             model = build_model(self.config)
             choose_trainable(model, self.config.training)
         return model_cost(model, self.config.training.precision, recomputes=False).training_flops
+
+
+def _whole_chunks(images: ImageSet, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the images of each part but those with a broken one, which must not keep other processes waiting."""
+    for part in parts:
+        with suppress(BrokenImage):
+            yield part, images.stack(part)
+
+
+@contextmanager
+def spare_run() -> Iterator[None]:
+    """Turn whatever goes wrong into a note: a page about a run must not end it."""
+    try:
+        yield
+    except Exception as error:
+        print(f"\nnote: report.html is not refreshed: {error!r}", flush=True)
 
 
 def read_run(folder: RunFolder, evaluations: Sequence[dict[str, Any]] | None = None) -> RunFacts:
