@@ -43,8 +43,7 @@ def export_pipeline(
     """
     # The pipeline of a run's checkpoint, or of a published file, which knows no class names but ImageNet's.
     source, target = Path(checkpoint), Path(output).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"output {target} exists; choose another --output or delete it")
+    check_new(target, "--output")
     if source.is_dir():
         if num_attention_heads is not None:
             raise UserError("--num-attention-heads is only for published SiT files; a run records its number of heads")
@@ -59,19 +58,25 @@ def export_pipeline(
                 raise UserError(
                     f"{source} is an autoencoder: --vae and --num-attention-heads have no effect; omit them"
                 )
-            _write_whole(from_ldm(state).save_pretrained, target)
+            write_whole(from_ldm(state).save_pretrained, target)
             advice = f"train with --vae.name {output} --vae.normalize measured: the file tells no scale of its latents"
             print(f"{output}: an autoencoder; {advice}")
             return
         pipe, source_name = pipeline_of_file(state, vae, num_attention_heads), source.name
         began, adapter = None, None
     facts = TrainingFacts(command=f"converted from {source_name}", origin=began)
-    _write_whole(partial(pipe.save_pretrained, facts=facts, adapter=adapter), target)
+    write_whole(partial(pipe.save_pretrained, facts=facts, adapter=adapter), target)
     advice = f"try `vit5gen sample --checkpoint {output} --num-images 8 --seed 0 --output samples.png`"
     print(f"{output}: {'without an autoencoder it generates latents only' if pipe.vae is None else advice}")
 
 
-def _write_whole(save: Callable[[Path], None], target: Path) -> None:
+def check_new(target: Path, option: str) -> None:
+    """Raise `UserError` for a folder to be written that exists already, unless it is empty."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"output {target} exists; choose another {option} or delete it")
+
+
+def write_whole(save: Callable[[Path], None], target: Path) -> None:
     """Save beside ``target`` and rename, so that no half of it is ever there; raise `UserError` where that fails."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:

@@ -13,6 +13,7 @@ import yaml
 
 from vit5gen.config import Config, ModelConfig, as_recorded, read_yaml, recorded_values
 from vit5gen.data.latents import find_class_names
+from vit5gen.generation.card import TrainingFacts, names_only
 from vit5gen.generation.find_pipeline import PIPELINE
 from vit5gen.section import Section, validate
 from vit5gen.system.errors import UserError, short
@@ -101,6 +102,25 @@ def _change(key: str, old: Any, new: Any) -> str:
         return ", ".join(f"{what} {short(names)}" for what, names in sides if names) or "in another order"
     other = {"digest": "of other files or contents", "autoencoder": "of other weights or scale"}
     return other.get(key, f"{old} -> {new}")
+
+
+def run_facts(
+    run: "RunFolder", config: Config, evaluation: dict[str, Any], command: str | None = None
+) -> TrainingFacts:
+    """Return what the model card of a run tells beyond the configuration of its pipeline."""
+    data = config.data
+    on_hub = data.source == "huggingface" and data.path is not None and not Path(data.path).exists()
+    name = names_only(str(data.path or data.latents or data.source))
+    return TrainingFacts(
+        command=command,
+        figures=evaluation,
+        picture=run.samples,
+        origin=config.training.origin,
+        dataset=name if on_hub else Path(name).name,
+        on_hub=on_hub,
+        num_images=read_json(run.data, "data").get("samples") if run.data.is_file() else None,
+        sampling=config.sampling.model_dump(exclude_defaults=True),
+    )
 
 
 class RunFolder:
