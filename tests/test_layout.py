@@ -16,6 +16,7 @@ LAYERS = [
     {"models", "flow", "data"},
     {"generation"},
     {"evaluation"},
+    {"report"},
     {"training"},
     {"lab"},
     {"commands"},
@@ -89,6 +90,7 @@ TWICE = {
     "benchmark": {"commands", "lab"},
     "flow": {"", "flow", "training/objectives"},
     "pipeline": {"generation", "shipped/emoji-64"},
+    "report": {"", "commands"},
     "study": {"", "commands", "lab"},
 }
 

@@ -17,10 +17,11 @@ from tiny_run import assert_identical, forget_processes, make_inputs, run, weigh
 from vit5gen.config import DEFAULTS_BEFORE, load_config, load_recorded, read_yaml
 from vit5gen.data.encoding import encode_images
 from vit5gen.lab.study.plan import Row
+from vit5gen.report.history import floor_note
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256
 from vit5gen.training.dry_run import missing, plan
-from vit5gen.training.monitor import Monitor, floor_note
+from vit5gen.training.monitor import Monitor
 from vit5gen.training.process import NONFINITE
 from vit5gen.training.run_folder import differences
 

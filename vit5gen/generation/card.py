@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import vit5gen
 from vit5gen.config import SamplingConfig
+from vit5gen.generation.find_pipeline import PIPELINE, find_pipeline
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import read_json, sha256, write_json, write_text
 
@@ -115,7 +116,7 @@ def read_facts(folder: Path | None) -> TrainingFacts:
     known = {one.name: told[one.name] for one in fields(TrainingFacts) if one.name in told}
     picture = folder / Path(str(known.get("picture"))).name
     known["picture"] = picture if picture.is_file() else None
-    reports = (folder / REPORT, folder.parent / REPORT) if folder.name == "pipeline" else (folder / REPORT,)
+    reports = (folder / REPORT, folder.parent / REPORT) if folder.name == PIPELINE else (folder / REPORT,)
     known["report"] = next((file for file in reports if file.is_file()), None)
     # A card of an earlier version, or one that somebody has edited, keeps its text.
     card = folder / README
@@ -135,8 +136,7 @@ def write_card(pipe: Any, folder: Path, facts: TrainingFacts | None = None, repo
     facts: by default those that came with the weights.  repo: its name on the hub, which gets the report, too.
     """
     name = pipe.config.get("_name_or_path")
-    homes = (Path(name) / "pipeline", Path(name)) if name else ()
-    home = next((one for one in homes if (one / "model_index.json").is_file()), None)
+    home = find_pipeline(name) if name else None
     facts = facts or read_facts(home)
     folder.mkdir(parents=True, exist_ok=True)
     for file in [facts.picture, facts.report if repo else None, *(home.glob("*.png") if home else ())]:

@@ -1,68 +1,16 @@
-"""What a run's numbers show over its steps: ``loss.png``, and whether held-out pictures still gain."""
+"""What a run's numbers show over its steps: ``loss.png``."""
 
-import math
-from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vit5gen.report.history import Entries, held_out_curves, logged, newest_distance
 from vit5gen.system.files import atomic
 
-_CLEAR_RISE = 0.02  # of the held-out loss above its minimum; with the same noise and times it hardly fluctuates
-_RECENT = 10  # lines of the log whose mean tells whether the training loss falls
 _FEW = 10  # points
-Entries = Sequence[dict[str, Any]]
-
-
-def held_out_curves(lines: Entries, evaluations: Entries) -> list[dict[int, float]]:
-    """Return the held-out loss by step, in order, from lines of the log and evaluations: a curve for each held-out set.
-
-    The set has changed where another checksum stands in the log: losses before and after are not comparable.
-    """
-    found = {
-        one["step"]: one["held_out_loss"] for one in [*evaluations, *lines] if one.get("held_out_loss") is not None
-    }
-    checksums = [(line["step"], line["held_out_checksum"]) for line in lines if "held_out_checksum" in line]
-    starts = [step for (_, before), (step, now) in pairwise(checksums) if before != now]
-    curves: list[dict[int, float]] = [{} for _ in range(len(starts) + 1)]
-    for step in sorted(found):
-        if math.isfinite(found[step]):
-            curves[bisect_right(starts, step)][step] = found[step]
-    return curves
-
-
-def newest_distance(evaluations: Entries) -> tuple[str, int, dict[str, Any]] | None:
-    """Return the name, the step and the report of the newest distance, None where there is none."""
-    reports = ((name, one["step"], value) for one in reversed(evaluations) for name, value in one.items())
-    return next((report for report in reports if isinstance(report[2], dict)), None)
-
-
-def gap_note(lines: Entries, evaluations: Entries) -> str | None:
-    """Say that held-out pictures lose while training ones gain, at the first step at which that shows; else None."""
-    points, best = held_out_curves(lines, evaluations)[-1], -1
-    steps, losses = zip(*_logged(lines), strict=True) if _logged(lines) else ((), ())
-    for step, loss in points.items():
-        if best < 0 or loss < points[best]:
-            best = step
-        elif loss > (1 + _CLEAR_RISE) * points[best]:
-            ends = bisect_right(steps, best), bisect_right(steps, step)
-            before, after = (losses[max(0, end - _RECENT) : end] for end in ends)
-            if before and fmean(after) < fmean(before):
-                rise = f"rose from {points[best]:.4g} at step {best} to {loss:.4g} at step {step}"
-                advice = "the model begins to memorise; use fewer steps, more pictures or a smaller model"
-                note = f"the held-out loss {rise}, while the training loss falls: {advice}"
-                return note if step == max(points) else None
-    return None
-
-
-def _logged(lines: Entries) -> list[tuple[int, float]]:
-    return [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
 
 
 def _line(points: Sequence[object]) -> str:
@@ -84,7 +32,7 @@ def save_curves(path: Path, lines: Entries, evaluations: Entries, checkpoints: S
     panels: list[Axes] = axes_of[:, 0].tolist()
 
     # Losses. What the first steps lose is many times the rest, and would flatten it.
-    if shown := _logged(lines):
+    if shown := logged(lines):
         style, label = _line(shown), "training (weights, the run's times)"
         panels[0].plot(*zip(*shown, strict=True), style, color="C0", linewidth=1, markersize=4, label=label)
     for number, curve in enumerate(filter(None, held_out_curves(lines, evaluations))):

@@ -32,16 +32,18 @@ from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SiTScheduler
 from vit5gen.models import SiTTransformer2DModel
+from vit5gen.report.history import floor_note, gap_note
 from vit5gen.system.distributed import gather_objects, on_main, sum_over_processes
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.training.checkpoint import gather_shards
-from vit5gen.training.curves import gap_note, save_curves
+from vit5gen.training.curves import save_curves
 from vit5gen.training.held_out import NUM_HELD_OUT, HeldOut, affordable, affordable_count, find_held_out
 from vit5gen.training.objectives import Batch
 from vit5gen.training.optimizers import learning_rate
 from vit5gen.training.previews import SampleGrid, preview_steps
 from vit5gen.training.reference_moments import TrainingReference, build_reference
 from vit5gen.training.run_folder import RunFolder, run_facts
+from vit5gen.training.run_report import RunReport
 from vit5gen.training.trainable import adapter_of, fold
 from vit5gen.training.trainer import Outcome, Trainer
 
@@ -86,6 +88,7 @@ class Monitor:
         lines = [make_source(config.data).attribution, trainer.data.get("attribution")]
         self._attribution = "; ".join(dict.fromkeys(filter(None, lines))) or None
         self._samples = SampleGrid(config, folder.samples, class_names, self._attribution)
+        self._report = RunReport(config, folder, self._samples)
         self._adapter: Adapter | None = None  # of the newest pipeline
 
     def describe_first(self, batches: Generator[Batch]) -> Generator[Batch]:
@@ -197,6 +200,10 @@ class Monitor:
             facts = run_facts(self.folder, self.config, entry, command)
             with self.folder.new_pipeline() as new:
                 self._pipeline.save_pretrained(new, facts=facts, adapter=self._adapter)
+            try:
+                self._report.refresh(grid, self._pipeline, [*earlier, entry], command)
+            except Exception as error:  # whatever it is: a page about a run must not end it
+                print(f"\nnote: report.html is not refreshed: {error!r}", flush=True)
             if note := floor_note(earlier, entry):
                 print(f"\nnote: {note}", flush=True)
             # Last of all: an evaluation that stands in metrics.json has left everything else behind.
@@ -315,15 +322,3 @@ class Monitor:
         run, name, output = self.folder.path, self.class_names[0], self.folder.path / "more.png"
         images = ["--class", name, "--num-images", "8", "--guidance-scale", f"{self.config.sampling.guidance_scale:g}"]
         return shlex.join(["vit5gen", "sample", "--checkpoint", str(run), *images, "--output", str(output)])
-
-
-def floor_note(earlier: list[dict[str, Any]], entry: dict[str, Any]) -> str | None:
-    """Return a note if the last of the ``earlier`` evaluations with ``entry``'s distance has another floor."""
-    for name in entry.keys() - {"step", "held_out_loss"}:
-        before = next((old for old in reversed(earlier) if name in old), entry)
-        was, now = before[name]["floor"], entry[name]["floor"]
-        if was != now and (None in (was, now) or not math.isclose(was, now, rel_tol=1e-3)):
-            changed = "the real images or the evaluation settings have changed"
-            what = f"the floor is {now}, but was {was} at step {before['step']}: {changed}"
-            return f"{name}: {what}; distances before and after are not comparable"
-    return None

@@ -13,7 +13,7 @@ from vit5gen.config import Config
 from vit5gen.data.images import BrokenImage
 from vit5gen.data.latents import images_beside
 from vit5gen.generation.grid import save_grid, with_attribution
-from vit5gen.training.curves import newest_distance
+from vit5gen.report.history import newest_distance
 
 _REAL = 2  # real pictures at the head of a row
 # Previews: when, as parts of num_steps; in runs of fewer steps than this there is nothing to watch.

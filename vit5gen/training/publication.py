@@ -22,7 +22,8 @@ from vit5gen.generation.card import (
     with_scores,
     write_card,
 )
-from vit5gen.generation.find_pipeline import load_pipeline, pipeline_folder
+from vit5gen.generation.find_pipeline import pipeline_folder
+from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.generation.lora import ADAPTER, FULL
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import read_json

@@ -15,6 +15,7 @@ from vit5gen.config import Config, ModelConfig, as_recorded, read_yaml, recorded
 from vit5gen.data.latents import find_class_names
 from vit5gen.generation.card import TrainingFacts, names_only
 from vit5gen.generation.find_pipeline import PIPELINE
+from vit5gen.report.pictures import FOLDER as PICTURES
 from vit5gen.section import Section, validate
 from vit5gen.system.errors import UserError, short
 from vit5gen.system.files import locked_file, read_json, write_json, write_text
@@ -132,6 +133,7 @@ class RunFolder:
         self.config, self.data = self.path / checkpoint.CONFIG, self.path / "data.json"
         self.log, self.metrics = self.path / "log.jsonl", self.path / "metrics.json"
         self.samples, self.loss_curve = self.path / "samples.png", self.path / "loss.png"
+        self.report, self.pictures = self.path / "report.html", self.path / PICTURES
         self.changes: list[str] = []  # keys that differ from those of the checkpoint that is resumed
         self.pipeline, self._pipeline_before = self.path / PIPELINE, self.path / f".{PIPELINE}.old"
 

@@ -1,0 +1,1 @@
+"""Runs, cards and studies as one self-contained page to look at: ``report.html``."""
