@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from vit5gen.cli import exit_on_bad_input
 from vit5gen.config import load_recorded
 from vit5gen.data.autoencoders.codec import round_trip_psnr
 from vit5gen.data.images import ImageSet, make_source, open_images, readable
-from vit5gen.generation.card import FACTS, IN_TRAINING, check_weights, pipeline_hash, with_scores
+from vit5gen.generation.card import FACTS, IN_TRAINING, pipeline_hash, with_scores
 from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.models.weights import check_finite
 from vit5gen.system.errors import UserError
@@ -77,12 +76,12 @@ def ship(run: RunFolder, name: str, command: str, commit: str, evaluation: Seque
         told = f"{command}\n# commit {commit}, seed {config.training.seed}"
         facts = run_facts(run, config, last)
         licence, remark = LICENCE if attribution else None, REMARK if scored else None
-        facts = replace(facts, command=told, figures=figures, picture=None, licence=licence, remark=remark)
-        facts = with_scores(facts, scored)
+        more = {"command": told, "figures": figures, "picture": None, "licence": licence, "remark": remark}
+        facts = with_scores(facts.model_copy(update=more), scored)
         pipe.save_pretrained(new, facts=facts)
         made |= {"checkpoint_sha256": pipeline_hash(new)}
         write_json(new / FACTS, {**made, **read_json(new / FACTS, "card")})
-        check_weights(scored, {pipeline_hash(run.pipeline), pipeline_hash(new)})
+        with_scores(facts, scored, [pipeline_hash(run.pipeline), pipeline_hash(new)])
         if (size := sum(file.stat().st_size for file in new.rglob("*") if file.is_file())) >= MOST_BYTES:
             raise UserError(f"{name}: {size / 1e6:.2f} MB; expected under {MOST_BYTES / 1e6:g}: train a smaller model")
         load_pipeline(new)

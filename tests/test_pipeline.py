@@ -620,7 +620,9 @@ def test_a_hub_name_resolves_our_components(pipe: SiTPipeline, tmp_path: Path, m
 def test_model_card_is_filled_in(pipe: SiTPipeline, tmp_path: Path) -> None:
     picture = tmp_path / "samples.png"
     pipe(0, num_inference_steps=1).images[0].save(picture)
-    facts = TrainingFacts("vit5gen train configs/x.yaml", {"step": 7, "FD": {"value": 12.5, "n": 10}}, picture)
+    facts = TrainingFacts(
+        command="vit5gen train configs/x.yaml", figures={"step": 7, "FD": {"value": 12.5, "n": 10}}, picture=picture
+    )
     pipe.save_pretrained(tmp_path / "a", facts=facts)
     card = (tmp_path / "a" / "README.md").read_text()
     for part in (

@@ -24,10 +24,7 @@ class PublishOptions(Options):
 
 def run(options: PublishOptions) -> None:
     """Upload the folder, or write it."""
-    from vit5gen.training.publication import Publication
+    from vit5gen.training.publication import publish
 
-    publication = Publication(options.run, options.repo, options.license, options.card or [])
-    if options.dry_run is not None:
-        print(publication.write(options.dry_run))
-    else:
-        print(publication.upload(private=options.private))
+    cards = options.card or []
+    print(publish(options.run, options.repo, options.dry_run, options.license, cards, options.private))

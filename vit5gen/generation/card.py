@@ -7,53 +7,48 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field
 
 import vit5gen
 from vit5gen.config import SamplingConfig
 from vit5gen.generation.find_pipeline import PIPELINE, find_pipeline
+from vit5gen.section import Section, validate
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import read_json, sha256, write_json, write_text
 
 # The parts of a pipeline folder that decide its images.
 COMPONENTS = ("transformer", "guide", "scheduler", "vae")
 README, FACTS, REPORT = "README.md", "card.json", "report.html"
-IN_TRAINING = "evaluation in training"  # a name in the figures that have scores of evaluation cards besides
-CITATION = """@software{vit5gen,
-  title   = {vit5gen: class-conditional image generation by flow matching with pluggable transformer backbones},
-  author  = {{The vit5gen authors}},
-  year    = {2026},
-  url     = {https://github.com/vit5gen/vit5gen}
-}"""
-_INSTALL = 'pip install "git+https://github.com/vit5gen/vit5gen"'
-_HERE = "path/of/this/folder"  # where a card that is not on the hub says that the pipeline is
-_TASK = "unconditional-image-generation"  # of those that the hub knows, the nearest
-_FEW, _FOLDED = 100_000, 20  # training images by which a model may be repeated; class names that are shown at once
-_PLACE = re.compile(r"""(^|[\s=\[{(,'"])~?/(?:[^\s,\]})'"]*/)?(?=[^\s,\]})'"/])""", re.MULTILINE)
+IN_TRAINING = "evaluation in training"  # beside scores of evaluation cards
+_HERE = "path/of/this/folder"  # where a pipeline is that has no name on the hub
+_TASK = "unconditional-image-generation"  # the nearest of those that the hub knows
+_DETAILS = ("n", "floor", "standard_error")
+_MARKDOWN = re.compile(r"([|<>`*_\[\]\\])")
+_FOLDERS = re.compile(r"""(^|[\s=\[{(,;>'"](?<!base64,))~?/(?:[^\s,\]})'"]*/)?(?=[^\s,\]})'"/])""", re.MULTILINE)
+_SHOWN = re.compile(r'<(script|style)\b(?! type="application/json").*?</\1>|>[^<]+', re.DOTALL)  # of a page, or code
 _URL = re.compile(r"""(\w+://)(?:[^/@\s]*@)?([^\s?'"]*)(?:\?[^\s'"]*)?""")
 
 
-@dataclass(frozen=True)
-class TrainingFacts:
+class TrainingFacts(Section):
     """What a model card contains beyond the configuration; `FACTS` keeps it beside the card.
 
-    figures: an evaluation of training, or scores by name.  picture: path of a PNG to copy next to the card, as is the
-    report where it is published.  origin: what the weights began with, and its hash.  licence: as the hub names it.
-    remark: what a reader must know to compare the figures.  dataset: a name, on the hub or not.  sampling: settings
-    that suit the model.  text: of a card that somebody has written, to be kept.
+    figures: an evaluation of training, or scores by name.  picture, report: files to copy next to the card, the report
+    where it is published.  origin: what the weights began with, and its hash.  licence: as the hub names it.
+    remark: what a reader must know to compare the figures.  sampling: settings that suit the model.  text: a card that
+    an earlier version or a person wrote, to be kept.
     """
 
     command: str | None = None
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Any] = Field({})
     picture: Path | None = None
+    report: Path | None = None
     origin: str | None = None
     licence: str | None = None
     remark: str | None = None
@@ -61,14 +56,9 @@ class TrainingFacts:
     on_hub: bool = False
     num_images: int | None = None
     autoencoder: str | None = None
-    sampling: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    report: Path | None = None
+    sampling: SamplingConfig = SamplingConfig()
+    versions: dict[str, str] | None = None
     text: str | None = None
-
-
-_FACTS = TypeAdapter(TrainingFacts)
-_OF_A_FOLDER = {"report", "text"}  # found there
 
 
 def versions() -> dict[str, str]:
@@ -102,253 +92,148 @@ def pipeline_hash(folder: Path) -> str:
 
 def names_only(text: str) -> str:
     """Return the text in which absolute paths have lost their folders, and URLs what may be secret."""
-    return _PLACE.sub(r"\1", _URL.sub(r"\1\2", text))
+    return _FOLDERS.sub(r"\1", _URL.sub(r"\1\2", text))
 
 
-def read_facts(folder: Path | None) -> TrainingFacts:
-    """Return what is known of a pipeline folder; None is known of nothing.
-
-    Raises `UserError` for a `FACTS` that is damaged.
-    """
-    if folder is None:
-        return TrainingFacts()
-    told: dict[str, Any] = read_json(folder / FACTS, "card") if (folder / FACTS).is_file() else {}
-    known = {one.name: told[one.name] for one in fields(TrainingFacts) if one.name in told}
-    picture = folder / Path(str(known.get("picture"))).name
-    known["picture"] = picture if picture.is_file() else None
-    reports = (folder / REPORT, folder.parent / REPORT) if folder.name == PIPELINE else (folder / REPORT,)
-    known["report"] = next((file for file in reports if file.is_file()), None)
-    # A card of an earlier version, or one that somebody has edited, keeps its text.
-    card = folder / README
-    if card.is_file() and told.get("readme_sha256") != sha256(card):
+def read_facts(folder: Path) -> TrainingFacts:
+    """Return what is known of a pipeline folder; raise `UserError` for a damaged `FACTS`."""
+    told = read_json(folder / FACTS, "card") if (folder / FACTS).is_file() else {}
+    known = {name: told[name] for name in TrainingFacts.model_fields if name in told}
+    places = (folder, folder.parent) if folder.name == PIPELINE else (folder,)
+    known["report"] = next((place / REPORT for place in places if (place / REPORT).is_file()), None)
+    known["picture"] = next((one for one in folder.glob("*.png") if one.name == told.get("picture")), None)
+    if (card := folder / README).is_file() and told.get("readme_sha256") != sha256(card):
         known["text"] = card.read_text(encoding="utf-8", errors="replace")
-    try:
-        return _FACTS.validate_python(known)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise UserError(f"card {folder / FACTS}: {where}: {problem['msg']}; delete the file, or restore it") from None
+    return validate(TrainingFacts, known, f"card {folder / FACTS}")
 
 
 def write_card(pipe: Any, folder: Path, facts: TrainingFacts | None = None, repo: str | None = None) -> None:
-    """Write into the folder of a `SiTPipeline` its card, the facts behind it and the picture.
+    """Write into the folder of a `SiTPipeline` its card, the facts behind it, and the pictures.
 
-    facts: by default those that came with the weights.  repo: its name on the hub, which gets the report, too.
+    facts: by default those that came with the weights.  repo: its name on the hub, which also gets the report.
     """
     name = pipe.config.get("_name_or_path")
     home = find_pipeline(name) if name else None
-    facts = facts or read_facts(home)
+    facts = facts or (read_facts(home) if home else TrainingFacts())
     folder.mkdir(parents=True, exist_ok=True)
-    for file in [facts.picture, facts.report if repo else None, *(home.glob("*.png") if home else ())]:
+    for file in [facts.picture, *(home.glob("*.png") if home else ())]:
         if file is not None and file.resolve() != (folder / file.name).resolve():
             shutil.copyfile(file, folder / file.name)
 
     # No path of this machine: what is written may be uploaded as it stands.
+    if repo and facts.report:
+        page = facts.report.read_text(encoding="utf-8")
+        write_text(folder / REPORT, _SHOWN.sub(lambda part: part[0] if part[1] else names_only(part[0]), page))
     vae = "none" if pipe.vae is None else pipe.vae.config.get("_name_or_path") or type(pipe.vae).__name__
-    facts = replace(
-        facts,
-        command=facts.command and names_only(facts.command),
-        origin=facts.origin and names_only(facts.origin),
-        autoencoder=facts.autoencoder or names_only(vae),
-        versions=facts.versions or versions(),
-    )
-    write_text(folder / README, model_card(pipe, facts, repo) if facts.text is None else _completed(facts, repo))
-    told = _FACTS.dump_python(facts, mode="json", exclude=_OF_A_FOLDER) | {
-        "picture": facts.picture and facts.picture.name
-    }
-    own = {"readme_sha256": sha256(folder / README)} if facts.text is None else {}
-    write_json(folder / FACTS, {key: value for key, value in told.items() if value not in (None, {})} | own)
+    given = {"command": facts.command, "origin": facts.origin, "autoencoder": facts.autoencoder or vae}
+    clean = {key: names_only(value) for key, value in given.items() if value}
+    facts = facts.model_copy(update={**clean, "versions": facts.versions or versions()})
+    write_text(folder / README, model_card(pipe, facts, repo))
+    told = facts.model_dump(mode="json", exclude_none=True, exclude={"picture", "report", "text"})
+    told |= {"picture": facts.picture.name} if facts.picture else {}
+    write_json(folder / FACTS, told | ({} if facts.text else {"readme_sha256": sha256(folder / README)}))
 
 
 def forget_folders(folder: Path) -> None:
     """Take the folders of this machine out of the configurations in a pipeline folder; names stay."""
-    for file in folder.glob("*/config.json"):
-        before = read_json(file, "configuration")
-        after = {key: names_only(value) if isinstance(value, str) else value for key, value in before.items()}
-        if after != before:
-            write_json(file, after)
+    for file in [folder / "model_index.json", *folder.glob("*/config.json")]:
+        config = read_json(file, "configuration")
+        if (name := names_only(before := str(config.get("_name_or_path", "")))) != before:
+            write_json(file, config | {"_name_or_path": name})
 
 
-def with_scores(facts: TrainingFacts, cards: Sequence[Mapping[str, Any]]) -> TrainingFacts:
-    """Return the facts with the scores of evaluation cards, and as "drawn" how their first set of samples was drawn.
+def with_scores(
+    facts: TrainingFacts, cards: Sequence[Mapping[str, Any]], weights: Sequence[str] | None = None
+) -> TrainingFacts:
+    """Return the facts with the scores of evaluation cards, and as "drawn" how their samples were drawn.
 
-    Raises `UserError` for a card that is none, or of other samples than the first.
+    weights: by `pipeline_hash`, those that may be scored.  Raises `UserError` for cards of others, or of other samples
+    than the first card.
     """
-    found: dict[str, Any] = {}
+    figures, sampling = dict(facts.figures), facts.sampling
+    if cards and "step" in figures:
+        figures = {IN_TRAINING: figures}
     for card in cards:
-        try:
-            one = card["samples"][0]
-            drawn = (one["sampling"] or {}).get("settings", one["sampling"] or {})
-            settings = {key: value for key, value in drawn.items() if key in SamplingConfig.model_fields}
-            further = {key: drawn[key] for key in ("precision", "seed") if key in drawn}
-            told, scores = {"images": one["count"], **settings, **further}, dict(card["metrics"])
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise UserError(
-                "an evaluation card has no samples or metrics; expected one of `vit5gen evaluate`"
-            ) from error
-        if found.setdefault("drawn", told) != told:
-            raise UserError(f"evaluation of {one['path']}: other samples than those of the first card; draw them alike")
-        found |= scores
-        facts = replace(facts, sampling=facts.sampling | settings)
-    trained = {IN_TRAINING: facts.figures} if "step" in facts.figures and found else facts.figures
-    return replace(facts, figures=trained | found)
-
-
-def check_weights(cards: Sequence[Mapping[str, Any]], expected: set[str]) -> None:
-    """Raise `UserError` for an evaluation card of weights with another `pipeline_hash` than those expected."""
-    for one in (one for card in cards for one in card["samples"]):
-        if (one.get("sha256") or (one["sampling"] or {}).get("checkpoint_sha256")) not in expected:
+        one = card["samples"][0]
+        drawn = one["sampling"] or {}
+        if weights is not None and (one.get("sha256") or drawn.get("checkpoint_sha256")) not in weights:
             raise UserError(f"evaluation of {one['path']}: of other weights; score RUN, or what is published")
+        drawn = drawn.get("settings", drawn)
+        settings = {key: drawn[key] for key in SamplingConfig.model_fields if key in drawn}
+        told = {"images": one["count"], **settings} | {key: drawn[key] for key in ("precision", "seed") if key in drawn}
+        if figures.setdefault("drawn", told) != told:
+            raise UserError(f"evaluation of {one['path']}: other samples than those of the first card; draw them alike")
+        figures |= card["metrics"]
+        sampling = validate(SamplingConfig, settings, f"evaluation of {one['path']}")
+    return facts.model_copy(update={"figures": figures, "sampling": sampling})
 
 
 def model_card(pipe: Any, facts: TrainingFacts, repo: str | None = None) -> str:
-    """Return the README of a `SiTPipeline`: front matter for the hub, then what the headings below say."""
-    config, (height, width) = pipe.transformer.config, pipe.image_size
-    size = sum(parameter.numel() for parameter in pipe.transformer.parameters()) / 1e6
-    drawn = f"images of {height} x {width} pixels" if pipe.vae is not None else "latents (it has no autoencoder)"
-    parts = [
-        f"---\n{_front_matter(facts, repo or config.backbone).to_yaml()}\n---",
-        f"# SiT with a {config.backbone} backbone\n\n"
-        f"Draws {drawn} in {config.num_classes} classes by flow matching, with {size:.3g} million parameters. "
-        f"Latents of {config.in_channels} channels and side {config.sample_size}; autoencoder: {facts.autoencoder}.",
-    ]
-    # What is known only of some models stands between what every card has.
-    parts += [f"![samples]({facts.picture.name})"] if facts.picture else []
-    parts += [f"[{REPORT}]({REPORT}) shows the training; download it and open it."] if repo and facts.report else []
-    parts.append(_use(pipe, facts, repo or _HERE))
-    parts.append(_classes(pipe.config.id2label, config.num_classes))
-    if facts.figures:
-        rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.figures.items())
-        parts.append(f"## Metrics\n\n| metric | value |\n|---|---|\n{rows}")
-        parts += [facts.remark] if facts.remark else []
-    parts += _training(facts)
-    parts.append(_limitations(facts))
-    parts.append("## Licence\n\n" + (f"`{facts.licence}`" if facts.licence else _UNLICENSED))
-    if line := pipe.config.get("attribution"):
-        parts.append(f"## Attribution\n\n{line}\n\nThis line goes with the weights and with all that they draw.")
-    parts.append(f"## Citation\n\n```bibtex\n{CITATION}\n```")
-    shown = {"transformer": _plain(config), "scheduler": _plain(pipe.scheduler.config), "versions": facts.versions}
-    parts.append(f"## Configuration\n\n```json\n{json.dumps(shown, indent=2, default=str)}\n```")
-    return "\n\n".join(parts) + "\n"
+    """Return the README of a `SiTPipeline`, card.md filled in; or the text that is kept, completed for the hub.
 
-
-_UNLICENSED = (
-    "The author has not chosen a licence yet, so nobody else may pass these weights on. Author: choose one with "
-    "`vit5gen publish --license ID`."
-)
-
-
-def _front_matter(facts: TrainingFacts, name: str) -> ModelCardData:
-    results = _results(facts)
-    return ModelCardData(
+    Raises `UserError` for a kept text whose front matter is no YAML.
+    """
+    config, names = pipe.transformer.config, pipe.config.id2label
+    results = list(_results(facts))
+    data = ModelCardData(
         license=facts.licence or "other",
         license_name=None if facts.licence else "not-chosen",
         library_name="diffusers",
         pipeline_tag=_TASK,
         tags=["vit5gen", "flow-matching", "class-conditional"],
         datasets=[facts.dataset] if facts.dataset and facts.on_hub else None,
-        model_name=name.split("/")[-1] if results else None,
+        model_name=(repo or config.backbone).split("/")[-1] if results else None,
         eval_results=results or None,
     )
-
-
-def _results(facts: TrainingFacts) -> list[EvalResult]:
-    """Return the figures that the hub can show: scores, each with its number of images and floor, and the loss."""
-    inner = facts.figures.get(IN_TRAINING, {})
-    found = []
-    for told, name, one in [
-        *((inner, *item) for item in inner.items()),
-        *((facts.figures, *i) for i in facts.figures.items()),
-    ]:
-        score = one if isinstance(one, dict) else {"value": one} if name == "held_out_loss" else {}
-        if isinstance(score.get("value"), int | float):
-            details = {"step": told.get("step")} | {key: score.get(key) for key in ("n", "floor", "standard_error")}
-            details = {key: value for key, value in details.items() if value is not None}
-            data = facts.dataset or "unknown"
-            result = EvalResult(
-                task_type=_TASK,
-                dataset_type=data if facts.on_hub else re.sub(r"\W+", "-", data),
-                dataset_name=data,
-                metric_type="loss" if name == "held_out_loss" else name.lower(),
-                metric_value=score["value"],
-                metric_name=f"{name} ({_cell(details)})" if details else name,
-                metric_args=details or None,
-            )
-            found.append(result)
-    return found
-
-
-def _use(pipe: Any, facts: TrainingFacts, where: str) -> str:
-    defaults = SamplingConfig.model_fields
-    chosen = {key: value for key, value in facts.sampling.items() if value != defaults[key].default}
-    options = {"class_labels": pipe.class_name(0)} | chosen | ({"output_type": "latent"} if pipe.vae is None else {})
-    given = ", ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items())
-    draw = f"pipe({given}).images[0]"
-    draw += "" if pipe.vae is None else '.save("image.png")'
-    return (
-        f"## Use\n\n```sh\n{_INSTALL}\n```\n\n```python\nfrom vit5gen import SiTPipeline\n\n"
-        f'pipe = SiTPipeline.from_pretrained("{where}")\n{draw}\n```\n\n'
-        "With vit5gen installed, code that knows only diffusers loads it too; `trust_remote_code` runs the one line of "
-        f'`pipeline.py`:\n\n```python\nfrom diffusers import DiffusionPipeline\n\nplace = "{where}"\n'
-        "pipe = DiffusionPipeline.from_pretrained(place, custom_pipeline=place, trust_remote_code=True)\n```"
+    if facts.text is not None:
+        return facts.text if repo is None else _completed(facts.text, data, repo)
+    chosen = {"class_labels": names.get(0, 0), **facts.sampling.model_dump(exclude_defaults=True)}
+    chosen |= {} if pipe.vae else {"output_type": "latent"}
+    shown = {"transformer": _plain(config), "scheduler": _plain(pipe.scheduler.config), "versions": facts.versions}
+    card = ModelCard.from_template(
+        data,
+        str(Path(__file__).with_name("card.md")),
+        pipe=pipe,
+        config=config,
+        facts=facts,
+        where=repo or _HERE,
+        report=REPORT if repo and facts.report else None,
+        millions=f"{sum(parameter.numel() for parameter in pipe.transformer.parameters()) / 1e6:.3g}",
+        arguments=", ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in chosen.items()),
+        classes={i: _MARKDOWN.sub(r"\\\1", " ".join(name.split())) for i, name in names.items()},
+        figures={name: _cell(value) for name, value in facts.figures.items()},
+        attribution=pipe.config.get("attribution"),
+        configuration=json.dumps(shown, indent=2, default=str),
     )
+    return f"{card}\n"
 
 
-def _classes(names: Mapping[int, str], count: int) -> str:
-    if not names:
-        return f"## Classes\n\nThe ids 0 to {count - 1}, without names."
-    shown = {i: re.sub(r"([|<>`*_\[\]\\])", r"\\\1", " ".join(str(name).split())) for i, name in names.items()}
-    table = "\n".join(["| id | name |", "|---|---|", *(f"| {i} | {name} |" for i, name in shown.items())])
-    if len(names) > _FOLDED:
-        table = f"<details><summary>{len(names)} names</summary>\n\n{table}\n\n</details>"
-    return f"## Classes\n\n{table}"
-
-
-def _training(facts: TrainingFacts) -> list[str]:
-    lines = [f"```\n{facts.command}\n```"] if facts.command else []
-    if facts.dataset:
-        count = "" if facts.num_images is None else f", {facts.num_images} images"
-        link = f"[{facts.dataset}](https://huggingface.co/datasets/{facts.dataset})" if facts.on_hub else facts.dataset
-        lines.append(f"Data set: {link}{count}.")
-    lines += [f"It began with the weights of {facts.origin}."] if facts.origin else []
-    return ["## Training\n\n" + "\n\n".join(lines)] if lines else []
-
-
-def _limitations(facts: TrainingFacts) -> str:
-    lines = ["It draws the classes above and nothing else, at the size above; it takes no text."]
-    if facts.num_images is not None:
-        lines.append(f"It was trained on {facts.num_images} images and shares their gaps and biases.")
-    if facts.num_images is None or facts.num_images < _FEW:
-        lines.append("A model of few images can repeat them: `vit5gen copies` compares samples with training images.")
-    if facts.figures:
-        lines.append("The metrics are the author's own; nobody else has verified them.")
-    if any(name.startswith("FD-") for name in [*facts.figures, *facts.figures.get(IN_TRAINING, {})]):
-        told = "is a Frechet distance, lower is better, but of another network than that of FID"
-        floor = "The floor is the distance of as many real images that training has not seen"
-        lines.append(f"FD {told}: the two are not comparable, nor are two of different numbers of images. {floor}.")
-    lines.append("Nothing filters what it draws.")
-    return "## Limitations\n\n" + "\n".join(f"- {line}" for line in lines)
-
-
-def _completed(facts: TrainingFacts, repo: str | None) -> str:
-    """Return the text of a card that somebody has written, with the front matter that the hub wants."""
-    text = str(facts.text)
-    if repo is None:
-        return text
+def _completed(text: str, data: ModelCardData, repo: str) -> str:
+    """Return a card whose front matter has what it lacks of ``data``, and the licence if one was chosen."""
     try:
         card = ModelCard(text)
-    except (ValueError, TypeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{README}: its front matter is not valid ({error}); correct it, or delete the file") from error
-    made = _front_matter(replace(facts, licence=facts.licence or card.data.get("license")), repo)
-    if facts.licence:
-        card.data.pop("license_name")
-    for key, value in vars(made).items():
-        if value and (key in ("license", "eval_results", "model_name") or not card.data.get(key)):
+    chosen = data["license"] != "other" or "license" not in card.data
+    for key, value in vars(data).items():
+        if (chosen and key.startswith("license")) or not card.data.get(key):
             card.data[key] = value
-    card.text = card.text.replace(_HERE, repo).replace(
-        _UNLICENSED, f"`{facts.licence}`" if facts.licence else _UNLICENSED
-    )
+    card.text = card.text.replace(_HERE, repo)
     return str(card)
+
+
+def _results(facts: TrainingFacts) -> Iterator[EvalResult]:
+    """Yield the figures that the hub shows: scores, each with number of images and floor, and the held-out loss."""
+    for told in (facts.figures.get(IN_TRAINING, {}), facts.figures):
+        for name, one in told.items():
+            score = one if isinstance(one, dict) else {"value": one} if name == "held_out_loss" else {}
+            if isinstance(value := score.get("value"), int | float):
+                details = {"step": told.get("step")} | {key: score.get(key) for key in _DETAILS}
+                details = {key: detail for key, detail in details.items() if detail is not None}
+                data = facts.dataset or "unknown"
+                shown = f"{name} ({_cell(details)})" if details else name
+                kind = "loss" if name == "held_out_loss" else name.lower()
+                yield EvalResult(_TASK, data, data, kind, value, metric_name=shown, metric_args=details or None)
 
 
 def _cell(value: Any) -> str:

@@ -1,109 +1,97 @@
-"""What is published of a run: one folder with its pipeline, its card, the report and a picture."""
+"""What is published of a run: a folder of its pipeline, its card, its report and a picture."""
 
 import re
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import create_repo, get_token, upload_folder
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from vit5gen.config import load_recorded
-from vit5gen.generation.card import (
-    COMPONENTS,
-    FACTS,
-    TrainingFacts,
-    check_weights,
-    forget_folders,
-    pipeline_hash,
-    read_facts,
-    with_scores,
-    write_card,
-)
+from vit5gen.generation import card
 from vit5gen.generation.find_pipeline import pipeline_folder
 from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.generation.lora import ADAPTER, FULL
+from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import read_json
 from vit5gen.training.export import check_new, write_whole
 from vit5gen.training.run_folder import RunFolder, run_facts
 
-_SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")  # a token of the hub
-_COMMAND = re.compile(r"^## Training\n\n```\n(.*?)\n```", re.MULTILINE | re.DOTALL)
+_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")  # of the hub
+_COMMAND = re.compile(r"^## Training\n\n```\n(.*?)\n```", re.MULTILINE | re.DOTALL)  # in cards of all versions
 
 
-class Publication:
-    """A run, pipeline folder or shipped generator on its way to the hub.
+def publish(
+    source: str, repo: str, output: str | None, licence: str | None, cards: Sequence[str], private: bool
+) -> str:
+    """Upload a run, pipeline folder or shipped generator in one commit; return what to say of it.
 
+    repo: its name on the hub.  output: write the folder there, whole or not at all, and upload nothing.
     licence: as the hub spells it.  cards: of `vit5gen evaluate`, of these weights.
-    Raises `UserError` for a name that the hub does not take, and for what does not load or belong together.
+    Raises `UserError` for what does not load or belong together, and where the hub refuses.
     """
-
-    def __init__(self, source: str | Path, repo: str, licence: str | None = None, cards: Sequence[str] = ()) -> None:
-        try:
-            validate_repo_id(repo)
-        except HFValidationError as error:
-            raise UserError(f"--repo {repo}: {error}") from None
-        self.repo, self.pipe, self.folder = repo, load_pipeline(source), pipeline_folder(source)
-        scored = [read_json(card, "evaluation card") for card in cards]
-        facts = with_scores(_facts(self.folder), scored)
-        check_weights(scored, {pipeline_hash(self.folder)})
-        self.facts = replace(facts, licence=licence or facts.licence)
-
-    def write(self, output: str | Path) -> str:
-        """Write the folder, whole or not at all; return what to say of it. Raises `UserError` for one that exists."""
+    # What is wrong with the input shows before anything is written.
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"--repo {repo}: {error}") from None
+    if output is not None:
         check_new(target := Path(output).resolve(), "--dry-run")
-        write_whole(self._build, target)
+    elif get_token() is None:
+        raise UserError("no token of the hub; run `hf auth login`, or set HF_TOKEN, or try --dry-run FOLDER")
+    pipe, folder = load_pipeline(source), pipeline_folder(source)
+    facts = facts_of(folder)
+    scored = [read_json(file, "evaluation card") for file in cards]
+    facts = card.with_scores(facts, scored, [card.pipeline_hash(folder)])
+    facts = facts.model_copy(update={"licence": licence or facts.licence})
+    build = partial(_build, pipe, folder, facts)
+
+    # Written, or uploaded from a folder that is gone afterwards.
+    if output is not None:
+        write_whole(partial(build, repo), target)
         sizes = [file.stat().st_size for file in target.rglob("*") if file.is_file()]
-        done = f"{output}: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB; nothing was uploaded"
-        return f"{done}. Read README.md, then run the command without --dry-run"
-
-    def upload(self, private: bool) -> str:
-        """Upload the folder in one commit; return what to say of it. Raises `UserError` where the hub refuses."""
-        if get_token() is None:
-            raise UserError("no token of the hub; run `hf auth login`, or set HF_TOKEN, or look at --dry-run FOLDER")
-        with tempfile.TemporaryDirectory() as temporary:
-            self._build(folder := Path(temporary) / "pipeline")
-            try:
-                self.repo = create_repo(self.repo, private=private or None, exist_ok=True).repo_id
-                self._write_card(folder)  # now with the user's name before that of the repository
-                upload_folder(repo_id=self.repo, folder_path=folder, commit_message="Publish with vit5gen")
-            except Exception as error:  # of the network, of the hub, of two libraries for it: they have no end
-                reason = " ".join(str(error).split()) or repr(error)
-                advice = "check the network, and `hf auth whoami`: its token must be allowed to write there"
-                raise UserError(f"--repo {self.repo}: {reason}; {advice}") from error
-        return f"https://huggingface.co/{self.repo}"
-
-    def _build(self, folder: Path) -> None:
-        """Copy what makes the pipeline, and nothing else that may lie beside it; then write the card."""
-        files = [self.folder / name for name in ("model_index.json", "pipeline.py", ADAPTER, FULL)]
-        for name in COMPONENTS:
-            inside = [*(self.folder / name).glob("*.json"), *(self.folder / name).glob("*.safetensors")]
-            if inside and name != "scheduler" and not any(file.suffix == ".safetensors" for file in inside):
-                raise UserError(f"{self.folder / name}: no safetensors; save the pipeline anew with save_pretrained")
-            files += inside
-        for file in files:
-            if file.is_file():
-                target = folder / file.relative_to(self.folder)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target)
-        self._write_card(folder)
-        forget_folders(folder)
-        for file in (file for file in folder.rglob("*") if file.suffix in (".json", ".html", ".md")):
-            if _SECRET.search(file.read_bytes()):
-                raise UserError(f"{file.name} contains what looks like a token of the hub (hf_...); remove it there")
-
-    def _write_card(self, folder: Path) -> None:
-        write_card(self.pipe, folder, self.facts, self.repo)
+        return f"{output}: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB; read README.md, then omit --dry-run to upload"
+    with tempfile.TemporaryDirectory() as temporary:
+        build(repo, Path(temporary))
+        try:
+            repo = create_repo(repo, private=private or None, exist_ok=True).repo_id
+            card.write_card(pipe, Path(temporary), facts, repo)  # now with the owner's name, too
+            upload_folder(repo_id=repo, folder_path=temporary, commit_message="Publish with vit5gen")
+        except Exception as error:  # what the network, the hub and the libraries for them raise has no end
+            advice = "check the network, and with `hf auth whoami` whether your token may write there"
+            raise UserError(f"--repo {repo}: {' '.join(str(error).split()) or repr(error)}; {advice}") from error
+    return f"https://huggingface.co/{repo}"
 
 
-def _facts(folder: Path) -> TrainingFacts:
-    """Return what is known of a pipeline folder; of one that a run of an earlier version wrote, what the run knows."""
-    facts, run = read_facts(folder), RunFolder(folder.parent)
-    if (folder / FACTS).is_file() or folder != run.pipeline or not (run.config.is_file() and run.evaluations()):
+def facts_of(folder: Path) -> card.TrainingFacts:
+    """Return what is known of a pipeline folder, and what its run knows if that is one of an earlier version."""
+    facts, run = card.read_facts(folder), RunFolder(folder.parent)
+    old = run.pipeline == folder and not (folder / card.FACTS).is_file() and run.config.is_file()
+    if not old or not (evaluations := run.evaluations()):
         return facts
     command = _COMMAND.search(facts.text or "")
-    known = run_facts(run, load_recorded(run.config), run.evaluations()[-1], command and command[1])
-    return replace(known, report=facts.report)
+    known = run_facts(run, load_recorded(run.config), evaluations[-1], command and command[1])
+    return known.model_copy(update={"report": facts.report})
+
+
+def _build(pipe: SiTPipeline, source: Path, facts: card.TrainingFacts, repo: str, folder: Path) -> None:
+    """Copy what makes the pipeline and nothing that may lie beside it; then the card, without paths or secrets."""
+    files = [source / name for name in ("model_index.json", "pipeline.py", ADAPTER, FULL)]
+    for name in card.COMPONENTS:
+        weights = list((source / name).glob("*.safetensors"))
+        if getattr(pipe, name) is not None and not weights and name != "scheduler":
+            raise UserError(f"{source / name}: no safetensors; save the pipeline again with save_pretrained")
+        files += [*weights, *(source / name).glob("*.json")]
+    for file in (file for file in files if file.is_file()):
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    card.write_card(pipe, folder, facts, repo)
+    card.forget_folders(folder)
+    for file in (file for file in folder.rglob("*") if file.suffix in (".json", ".html", ".md")):
+        if _TOKEN.search(file.read_bytes()):
+            raise UserError(f"{file.name} contains what looks like a token of the hub (hf_...); remove it there")

@@ -115,12 +115,12 @@ def run_facts(
     return TrainingFacts(
         command=command,
         figures=evaluation,
-        picture=run.samples,
+        picture=run.samples if run.samples.is_file() else None,
         origin=config.training.origin,
         dataset=name if on_hub else Path(name).name,
         on_hub=on_hub,
         num_images=read_json(run.data, "data").get("samples") if run.data.is_file() else None,
-        sampling=config.sampling.model_dump(exclude_defaults=True),
+        sampling=config.sampling,
     )
 
 
