@@ -216,7 +216,7 @@ def _completed(text: str, data: ModelCardData, repo: str) -> str:
         raise UserError(f"{README}: its front matter is not valid ({error}); correct it, or delete the file") from error
     chosen = data["license"] != "other" or "license" not in card.data
     for key, value in vars(data).items():
-        if (chosen and key.startswith("license")) or not card.data.get(key):
+        if chosen if key.startswith("license") else not card.data.get(key):
             card.data[key] = value
     card.text = card.text.replace(_HERE, repo)
     return str(card)
