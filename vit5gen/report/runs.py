@@ -34,9 +34,9 @@ def describe_runs(given: Sequence[RunFacts]) -> tuple[list[str], dict[str, Any]]
         section("Samples", samples),
         section("Curves", f'<div class="charts">{"".join(figure for figure, _ in drawn.values())}</div>' * bool(drawn)),
         section("What differs", table(["key", *runs], differing) if differing else ""),
-        section("Evaluations", *(_folded(name, alone, _evaluations(run)) for name, run in runs.items())),
+        section("Evaluations", *(folded(_label(name, alone, f"{len(run.evaluations)} evaluations"), _evaluations(run)) for name, run in runs.items() if run.evaluations)),
         section("Next", code("\n".join(line for run in given for line in _commands(run.path.resolve())))),
-        section("Settings", *(_folded(name, alone, code(_settings(run))) for name, run in runs.items())),
+        section("Settings", *(folded(_label(name, alone, "configuration, command and versions"), code(_settings(run))) for name, run in runs.items())),
     ]
     told = [{"path": str(run.path), "evaluations": run.evaluations} for run in given]
     return parts, {"runs": told, "charts": {key: values for key, (_, values) in drawn.items()}, "steps": steps}
@@ -65,8 +65,8 @@ def _title(name: str, alone: bool) -> str:
     return "" if alone else f"<b>{escape(name)}</b> "
 
 
-def _folded(name: str, alone: bool, inside: str) -> str:
-    return folded("show" if alone else name, inside)
+def _label(name: str, alone: bool, what: str) -> str:
+    return what if alone else f"{name}: {what}"
 
 
 def _evaluations(run: RunFacts) -> str:
