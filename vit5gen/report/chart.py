@@ -60,13 +60,15 @@ def thin(points: Sequence[tuple[float, float]], most: int = _POINTS) -> list[tup
 
 def draw(chart: Chart) -> tuple[str, dict[str, Any]]:
     """Return a figure, and what a page's script needs to show its values."""
-    # Where values stand: what the first steps have is many times the rest, and would flatten it.
-    curves = [(curve, list(curve.points) if curve.kind != "line" else thin(curve.points)) for curve in chart.curves]
+    # Where values stand. What the first steps lose is many times the rest, and would flatten it.
+    curves = [(c, thin(c.points) if c.kind == "line" else list(c.points)) for c in chart.curves if c.points]
     xs = [x for _, points in curves for x, _ in points]
     (left, right), late = (min(xs), max(xs)), []
     for curve, points in curves:
+        whole = chart.from_zero and curve.kind != "line"
+        since = left if whole else points[0][0] + _EARLY * (points[-1][0] - points[0][0])
         spread = [*curve.errors, *[None] * len(points)]
-        late += [y + (e or 0) for (x, y), e in zip(points, spread, strict=False) if x >= left + _EARLY * (right - left)]
+        late += [y + (error or 0) for (x, y), error in zip(points, spread, strict=False) if x >= since]
     low, high = (0.0 if chart.from_zero else min(y for _, points in curves for _, y in points)), max(late)
     pad = 0.06 * (high - low) or abs(high) / 2 or 1.0
     low, high, right = low - pad * (not chart.from_zero), high + pad, right if right > left else left + 1
@@ -81,6 +83,7 @@ def draw(chart: Chart) -> tuple[str, dict[str, Any]]:
         height = at(left, y)[1]
         parts.append(f'<path class="grid" d="M{_LEFT} {height}H{_RIGHT}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{height + 3.5:.1f}" text-anchor="end">{_tick(y)}</text>')
+    parts.append(f'<text x="{_LEFT - 6}" y="{_FOOT + 15}" text-anchor="end">step</text>')
     for x in _ticks(left, right, 5, whole=True):
         place = at(x, low)[0]
         anchor = "end" if place > _RIGHT - 12 else "middle"
@@ -138,4 +141,5 @@ def _ticks(low: float, high: float, count: int, whole: bool = False) -> list[flo
 
 def _tick(value: float) -> str:
     value = round(value, 12)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
+    small = 0 < abs(value) < 1e-3
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1e}".replace("e-0", "e-") if small else f"{value:.6g}"

@@ -54,10 +54,9 @@ if (slider) {
       const images = [...figure.querySelectorAll("[data-step]")];
       const now = images.filter((image) => Number(image.dataset.step) <= step).pop() || images[0];
       for (const image of images) image.hidden = image !== now;
-      figure.querySelector(".at").textContent = now.dataset.caption;
+      figure.querySelector(".at").textContent = figures.length > 1 ? now.dataset.caption : "";
+      slider.querySelector("output").textContent = figures.length > 1 ? `step ${number(step)}` : now.dataset.caption;
     }
-    slider.querySelector("output").textContent = figures.length > 1 ? `step ${number(step)}`
-      : figures[0].querySelector(".at").textContent;
     input.setAttribute("aria-valuetext", slider.querySelector("output").textContent);
   };
   let timer = null;

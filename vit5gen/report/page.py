@@ -11,10 +11,6 @@ from typing import Any
 _TYPES = {".webp": "webp", ".png": "png", ".jpg": "jpeg"}
 
 
-class Html(str):
-    """Text of a table's cell that is HTML already."""
-
-
 def build_page(title: str, body: Iterable[str], data: Mapping[str, Any]) -> str:
     """Return the HTML of a page; ``data`` is what its script reads, once, as JSON without NaN.
 
@@ -49,7 +45,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     lines = []
     for name, *cells in rows:
-        inside = "".join(f"<td>{cell if isinstance(cell, Html) else escape(cell)}</td>" for cell in cells)
+        inside = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{inside}</tr>')
     inside = f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody>"
     return f'<div class="scroll" tabindex="0"><table>{inside}</table></div>'

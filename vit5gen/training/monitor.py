@@ -193,6 +193,8 @@ class Monitor:
             report = frechet_report(generated, self._reference.distance, self._reference.floor)
             entry[self._extractor.metric] = report
             self.accelerator.log({self._extractor.metric: report["value"]}, step=entry["step"])
+            if entry["step"] == self.config.training.num_steps:
+                self._report.find_nearest(grid, self._extractor, entry["step"])
         if self.accelerator.is_main_process:
             earlier = self.folder.evaluations()
             self._show(grid, [*earlier, entry])

@@ -15,7 +15,7 @@ from vit5gen.config import Config, ModelConfig, as_recorded, read_yaml, recorded
 from vit5gen.data.latents import find_class_names
 from vit5gen.generation.card import TrainingFacts, names_only
 from vit5gen.generation.find_pipeline import PIPELINE
-from vit5gen.report.pictures import FOLDER as PICTURES
+from vit5gen.report.small_pictures import FOLDER as PICTURES
 from vit5gen.section import Section, validate
 from vit5gen.system.errors import UserError, short
 from vit5gen.system.files import locked_file, read_json, write_json, write_text

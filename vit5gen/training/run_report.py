@@ -1,20 +1,26 @@
 """``report.html`` of a run: the small pictures that it is made of, and what else its folder tells."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vit5gen.config import Config, load_recorded
+from vit5gen.data.images import open_images, readable
+from vit5gen.evaluation import Extractor
+from vit5gen.evaluation.nearest_images import nearest_pictures
 from vit5gen.generation.card import commit, versions
 from vit5gen.generation.pipeline import SiTPipeline
-from vit5gen.report.pictures import FACTS, rows_of, save_small, sheet, step_picture
 from vit5gen.report.report_page import build_report
-from vit5gen.report.runs import RunFacts
+from vit5gen.report.run_facts import RunFacts
+from vit5gen.report.small_pictures import FACTS, rows_of, save_small, sheet, step_picture
 from vit5gen.report.trajectory import find_trajectory
+from vit5gen.system.distributed import is_main, rank_and_world
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import read_json, write_json, write_text
 from vit5gen.training.build import build_model
@@ -23,7 +29,8 @@ from vit5gen.training.previews import SampleGrid
 from vit5gen.training.run_folder import RunFolder
 from vit5gen.training.trainable import choose_trainable
 
-_SHOWN = 4  # classes of which an image is shown as it forms
+_FORMING = 4  # classes of which an image is shown as it forms
+_SAMPLES, _SEARCHED = 8, 2048  # images whose nearest training images are shown, of so many
 
 
 class RunReport:
@@ -31,6 +38,26 @@ class RunReport:
 
     def __init__(self, config: Config, folder: RunFolder, samples: SampleGrid) -> None:
         self.config, self.folder, self.samples = config, folder, samples
+        self._nearest: dict[str, Any] = {}  # what its picture shows, where there is one
+
+    def find_nearest(self, grid: Tensor, extractor: Extractor, step: int) -> None:
+        """Find the training images that are nearest to some of ``grid``; all processes share the pass.
+
+        Of many training images some, so that it takes a fraction of an evaluation.
+        """
+        chosen = grid[:: -(-len(grid) // _SAMPLES)]
+        images = open_images(self.config.data)
+        order = np.random.default_rng(self.config.evaluation.seed).permutation(len(images))[:_SEARCHED]
+        images = readable(images.select(torch.from_numpy(order)), self.config.data)
+        rank, world = rank_and_world()
+        parts = torch.arange(len(images)).split(self.config.evaluation.batch_size)[rank::world]
+        found = nearest_pictures(chosen, ((part, images.stack(part)) for part in parts), extractor)
+        if is_main():
+            pairs = sheet([*chosen, *(one.picture for one in found)], len(chosen))
+            save_small(self.folder.pictures / "nearest.webp", pairs, self.samples.attribution)
+            what = f"Samples, and the nearest of {len(images):,} training images with its {extractor.name} distance"
+            distances = [f"{one.distance:.3g}" for one in found]
+            self._nearest = {"what": what, "step": step, "rows": ["sample", "training"], "columns": distances}
 
     def refresh(self, grid: Tensor, pipe: SiTPipeline, evaluations: Sequence[dict[str, Any]], command: str) -> None:
         """Keep what the newest of the evaluations drew, ``grid`` (N, 3, H, W) uint8, and write the page.
@@ -38,35 +65,21 @@ class RunReport:
         command: that which started the run.
         """
         # The grid of this step, and one image of some classes as it forms.
-        step, labels, names, pictures = (
-            evaluations[-1]["step"],
-            self.samples.labels,
-            self.samples.class_names,
-            self.folder.pictures,
-        )
-        credit = self.samples.attribution
+        step, labels, names = evaluations[-1]["step"], self.samples.labels, self.samples.class_names
+        pictures, credit, classes = self.folder.pictures, self.samples.attribution, list(dict.fromkeys(labels))
         save_small(step_picture(pictures, step), sheet(*rows_of(grid, labels)), credit)
-        first = [labels.index(label) for label in list(dict.fromkeys(labels))[:_SHOWN]]
-        own = [labels[i] for i in first]
-        frames, times = find_trajectory(pipe, first, own, self.config.evaluation.seed, self.config.sampling)
-        formed = [frame[row] for row in range(len(own)) for frame in frames]
+        forming = classes[:_FORMING]
+        first = [labels.index(label) for label in forming]
+        frames, times = find_trajectory(pipe, first, forming, self.config.evaluation.seed, self.config.sampling)
+        formed = [frame[row] for row in range(len(forming)) for frame in frames]
         save_small(pictures / "trajectory.webp", sheet(formed, len(frames)), credit)
 
         # What they show, and what the page tells besides.
-        told: dict[str, Any] = {
-            "rows": [names[label] for label in dict.fromkeys(labels)],
-            "attribution": credit,
-            "trajectory": {
-                "what": "From noise to image",
-                "step": step,
-                "rows": [names[label] for label in own],
-                "columns": [f"t {t:.2f}" for t in times],
-            },
-            "flops_per_image": self._flops,
-            "command": command,
-            "versions": versions(),
-            "commit": self._commit,
-        }
+        told: dict[str, Any] = {"rows": [names[label] for label in classes], "attribution": credit}
+        told["trajectory"] = {"what": "From noise (t = 0) to image (t = 1)", "step": step}
+        told["trajectory"] |= {"rows": [names[label] for label in forming], "columns": [f"{t:.2f}" for t in times]}
+        told |= {"nearest": self._nearest} if self._nearest else {}
+        told |= {"flops_per_image": self._flops, "command": command, "versions": versions(), "commit": self._commit}
         write_json(pictures / FACTS, told)
         write_text(self.folder.report, build_report([read_run(self.folder, evaluations)]))
 
@@ -88,17 +101,13 @@ def read_run(folder: RunFolder, evaluations: Sequence[dict[str, Any]] | None = N
 
     Raises `UserError` where its configuration or its metrics cannot be read.
     """
-    try:
-        told = read_json(folder.pictures / FACTS, "report")
-    except UserError:  # of an earlier version, or not evaluated yet
-        told = {}
-    found = folder.evaluations() if evaluations is None else list(evaluations)
+    facts, told = folder.pictures / FACTS, dict[str, Any]()
+    with suppress(UserError):  # of an earlier version, or not evaluated yet
+        told = read_json(facts, "facts")
     values = load_recorded(folder.config).model_dump(mode="json")
-    newest = folder.samples if folder.samples.is_file() else None
-    steps = folder.saved_steps()
-    return RunFacts(
-        folder.path, values, folder.lines(), found, steps, folder.pictures, told, newest, folder.nonfinite.exists()
-    )
+    found = folder.evaluations() if evaluations is None else evaluations
+    saved, samples, diverged = folder.saved_steps(), folder.samples, folder.nonfinite.exists()
+    return RunFacts(folder.path, values, folder.lines(), found, saved, folder.pictures, samples, told, diverged)
 
 
 def is_run(path: Path) -> bool:

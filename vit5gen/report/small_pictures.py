@@ -40,15 +40,15 @@ def save_small(path: Path, picture: Image.Image, attribution: str | None = None)
     path.parent.mkdir(parents=True, exist_ok=True)
     exif = Image.Exif()
     if attribution:
-        exif[_COPYRIGHT] = attribution
+        exif[_COPYRIGHT] = attribution.encode()  # UTF-8, which Pillow would make ASCII
     picture = picture.convert("RGB")
     picture.thumbnail((_WIDTH, 2 * _WIDTH), Image.Resampling.LANCZOS)
-    for quality in (90, 80, 65, 45, 25) * 8:
+    for quality in (85, 60, 30) * 8:
         buffer = io.BytesIO()
         picture.save(buffer, format="WEBP", quality=quality, exif=exif)
         if buffer.tell() <= _BYTES:
             break
-        if quality == 25:
+        if quality == 30:
             picture = picture.resize((max(1, 3 * picture.width // 4), max(1, 3 * picture.height // 4)))
     with atomic(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
