@@ -169,7 +169,7 @@ def with_scores(
 
 
 def model_card(pipe: Any, facts: TrainingFacts, repo: str | None = None) -> str:
-    """Return the README of a `SiTPipeline`, card.md filled in; or the text that is kept, completed for the hub.
+    """Return the README of a `SiTPipeline`, card.jinja filled in; or the text that is kept, completed for the hub.
 
     Raises `UserError` for a kept text whose front matter is no YAML.
     """
@@ -192,7 +192,7 @@ def model_card(pipe: Any, facts: TrainingFacts, repo: str | None = None) -> str:
     shown = {"transformer": _plain(config), "scheduler": _plain(pipe.scheduler.config), "versions": facts.versions}
     card = ModelCard.from_template(
         data,
-        str(Path(__file__).with_name("card.md")),
+        str(Path(__file__).with_name("card.jinja")),
         pipe=pipe,
         config=config,
         facts=facts,
