@@ -46,6 +46,9 @@ def publish(
     pipe, folder = load_pipeline(source), pipeline_folder(source)
     facts = facts_of(folder)
     scored = [read_json(file, "evaluation card") for file in cards]
+    for file, one in zip(cards, scored, strict=True):
+        if not (one.get("samples") and isinstance(one.get("metrics"), dict)):
+            raise UserError(f"--card {file}: no evaluation card; expected the --output of `vit5gen evaluate RUN`")
     facts = card.with_scores(facts, scored, [card.pipeline_hash(folder)])
     facts = facts.model_copy(update={"licence": licence or facts.licence})
     build = partial(_build, pipe, folder, facts)

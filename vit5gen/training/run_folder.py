@@ -13,7 +13,7 @@ import yaml
 
 from vit5gen.config import Config, ModelConfig, as_recorded, read_yaml, recorded_values
 from vit5gen.data.latents import find_class_names
-from vit5gen.generation.card import TrainingFacts, names_only
+from vit5gen.generation.card import REPORT, TrainingFacts, names_only
 from vit5gen.generation.find_pipeline import PIPELINE
 from vit5gen.report.small_pictures import FOLDER as PICTURES
 from vit5gen.section import Section, validate
@@ -133,7 +133,7 @@ class RunFolder:
         self.config, self.data = self.path / checkpoint.CONFIG, self.path / "data.json"
         self.log, self.metrics = self.path / "log.jsonl", self.path / "metrics.json"
         self.samples, self.loss_curve = self.path / "samples.png", self.path / "loss.png"
-        self.report, self.pictures = self.path / "report.html", self.path / PICTURES
+        self.report, self.pictures = self.path / REPORT, self.path / PICTURES
         self.changes: list[str] = []  # keys that differ from those of the checkpoint that is resumed
         self.pipeline, self._pipeline_before = self.path / PIPELINE, self.path / f".{PIPELINE}.old"
 
