@@ -13,22 +13,21 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 
 from vit5gen.cli import exit_on_bad_input
-from vit5gen.config import SamplingConfig, load_recorded
+from vit5gen.config import load_recorded
 from vit5gen.data.autoencoders.codec import round_trip_psnr
 from vit5gen.data.images import ImageSet, make_source, open_images, readable
-from vit5gen.generation.card import TrainingFacts, pipeline_hash
+from vit5gen.generation.card import FACTS, IN_TRAINING, pipeline_hash, with_scores
 from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.models.weights import check_finite
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import read_json, write_json
 from vit5gen.system.shipped import FOLDER
-from vit5gen.training.run_folder import RunFolder
+from vit5gen.training.run_folder import RunFolder, run_facts
 
 MOST_BYTES = 12e6  # of all files
 LICENCE = "cc-by-sa-4.0"  # of weights that have learned from OpenMoji's drawings
@@ -36,7 +35,6 @@ REMARK = (
     "The distance of the evaluation in training and that of the images drawn are not comparable: they are of different "
     "numbers of images, and fewer give a larger one, with other guidance and precision."
 )
-_DRAWN = {*SamplingConfig.model_fields, "seed", "precision"}
 
 
 def ship(run: RunFolder, name: str, command: str, commit: str, evaluation: Sequence[Path] = ()) -> Path:
@@ -63,9 +61,8 @@ def ship(run: RunFolder, name: str, command: str, commit: str, evaluation: Seque
     attribution = make_source(config.data).attribution
     held_out = readable(open_images(config.data, config.evaluation.held_out_split), config.data)
     figures = {
-        "evaluation in training": last,
+        IN_TRAINING: last,
         "autoencoder, held-out PSNR (dB)": _psnr(pipe.vae, held_out),
-        **_figures(scored),
     }
     made = {"command": command, "commit": commit, "seed": config.training.seed, "attribution": attribution}
     for part in (pipe, *networks.values()):
@@ -77,12 +74,14 @@ def ship(run: RunFolder, name: str, command: str, commit: str, evaluation: Seque
     with tempfile.TemporaryDirectory(dir=FOLDER) as temporary:
         new = Path(temporary) / name
         told = f"{command}\n# commit {commit}, seed {config.training.seed}"
+        facts = run_facts(run, config, last)
         licence, remark = LICENCE if attribution else None, REMARK if scored else None
-        facts = TrainingFacts(command=told, metrics=figures, licence=licence, remark=remark)
+        more = {"command": told, "figures": figures, "picture": None, "licence": licence, "remark": remark}
+        facts = with_scores(facts.model_copy(update=more), scored)
         pipe.save_pretrained(new, facts=facts)
-        write_json(new / "card.json", {**made, "figures": figures, "checkpoint_sha256": pipeline_hash(new)})
-        for card in scored:
-            _check_weights(card, {pipeline_hash(run.pipeline), pipeline_hash(new)})
+        made |= {"checkpoint_sha256": pipeline_hash(new)}
+        write_json(new / FACTS, {**made, **read_json(new / FACTS, "card")})
+        with_scores(facts, scored, [pipeline_hash(run.pipeline), pipeline_hash(new)])
         if (size := sum(file.stat().st_size for file in new.rglob("*") if file.is_file())) >= MOST_BYTES:
             raise UserError(f"{name}: {size / 1e6:.2f} MB; expected under {MOST_BYTES / 1e6:g}: train a smaller model")
         load_pipeline(new)
@@ -96,25 +95,6 @@ def _psnr(vae: AutoencoderKL, images: ImageSet) -> float:
     """Return the mean PSNR of round trips in dB."""
     chunks = torch.arange(len(images)).split(64)
     return torch.cat([round_trip_psnr(vae, images.stack(chunk)) for chunk in chunks]).mean().item()
-
-
-def _figures(scored: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the scores of evaluation cards, and how the first set of their samples was drawn; no path of a machine."""
-    figures: dict[str, Any] = {}
-    for card in scored:
-        one = card["samples"][0]
-        drawn = (one["sampling"] or {}).get("settings", one["sampling"] or {})
-        told = {"images": one["count"], **{key: value for key, value in drawn.items() if key in _DRAWN}}
-        if figures.setdefault("drawn", told) != told:
-            raise UserError(f"evaluation of {one['path']}: other samples than those of the first card; draw them alike")
-        figures |= card["metrics"]
-    return figures
-
-
-def _check_weights(scored: dict[str, Any], expected: set[str]) -> None:
-    for one in scored["samples"]:
-        if (one.get("sha256") or (one["sampling"] or {}).get("checkpoint_sha256")) not in expected:
-            raise UserError(f"evaluation of {one['path']}: of other weights; score RUN, or what ships")
 
 
 def main() -> None:

@@ -94,7 +94,7 @@ def test_step_0_with_the_same_classes_is_the_source(
     if what.startswith("checkpoints"):
         assert digest == sha256(source / what / "ema_0.9.safetensors")
     card = (tmp_path / "run/pipeline/README.md").read_text()
-    assert f"It began with the weights of {source / what}, SHA-256 {digest}." in card
+    assert f"It began with the weights of {(source / what).name}, SHA-256 {digest}." in card
     assert "It began" not in (source / "pipeline/README.md").read_text()
 
 
@@ -141,7 +141,7 @@ def test_the_first_step_differs_from_the_source_by_the_optimizer_alone(
             assert (saved[f"{kind}/{name}"] - value).abs().max() < 1e-8, name
     assert {value.item() for name, value in saved.items() if name.endswith("/step")} == {1.0}
     export_pipeline(tmp_path / "run", tmp_path / "converted", "none", None, None)
-    assert f"It began with the weights of {source}, SHA-256 " in (tmp_path / "converted/README.md").read_text()
+    assert f"It began with the weights of {source.name}, SHA-256 " in (tmp_path / "converted/README.md").read_text()
 
 
 def test_classes_are_found_by_name(config_file: Path, source: Path, tmp_path: Path, capsys: Any) -> None:

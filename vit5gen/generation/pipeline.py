@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vit5gen.config import DrawConfig, SamplingConfig
 from vit5gen.data.autoencoders.codec import Normalization, decode, normalization_of, sizes_of, to_uint8
 from vit5gen.flow import Flow, GuidedModel, Steps
-from vit5gen.generation.card import TrainingFacts, model_card
+from vit5gen.generation.card import TrainingFacts, forget_folders, write_card
 from vit5gen.generation.find_pipeline import pipeline_folder
 from vit5gen.generation.image_start import noisy_latents, start_time
 from vit5gen.generation.labels import Labels, find_class_ids, names_by_id, read_labels
@@ -361,7 +361,8 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
             advice = "fold them in with pipe.fuse_lora(), then call pipe.unload_lora_weights(), then save"
             raise UserError(f"save_pretrained: the transformer has adapters; {advice}")
         self.register_modules(**self.components)  # diffusers overlooks a component that was assigned over None
-        self._write_extras(Path(save_directory), facts)
+        write_text(Path(save_directory) / "pipeline.py", "from vit5gen import SiTPipeline  # noqa: F401\n")
+        write_card(self, Path(save_directory), facts)
         for name, component in self.components.items():
             if component is None or isinstance(component, nn.Module):
                 clear_weights(Path(save_directory) / name, kwargs.get("variant"), removed=component is None)
@@ -371,25 +372,10 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
         for file in Path(save_directory).glob("**/*.safetensors"):  # which safetensors lets only their owner read
             shutil.copymode(Path(save_directory) / "model_index.json", file)
 
-    def _upload_folder(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
-        self._write_extras(Path(working_dir))  # diffusers has just put its empty card in place of ours
-        return super()._upload_folder(working_dir, *args, **kwargs)
-
-    def _write_extras(self, folder: Path, facts: TrainingFacts | None = None) -> None:
-        write_text(folder / "pipeline.py", "from vit5gen import SiTPipeline  # noqa: F401\n")
-        source = Path(self.config.get("_name_or_path") or "")
-        if facts is None and (source / "model_index.json").is_file():
-            for file in [*source.glob("README.md"), *source.glob("*.png")]:
-                if source.resolve() != folder.resolve():
-                    shutil.copyfile(file, folder / file.name)
-            return
-        facts = facts or TrainingFacts()
-        if facts.picture is not None:
-            shutil.copyfile(facts.picture, folder / facts.picture.name)
-        name = None if self.vae is None else self.vae.config.get("_name_or_path") or type(self.vae).__name__
-        configs = dict(self.transformer.config), dict(self.scheduler.config)
-        card = model_card(*configs, name or "none", facts, self.config.get("attribution"))
-        write_text(folder / "README.md", card)
+    def _upload_folder(self, working_dir: str | Path, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        write_card(self, Path(working_dir), repo=repo_id)  # diffusers has just put its empty card in place of ours
+        forget_folders(Path(working_dir))
+        return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
 
 
 def _generators(generator: Any, batch: int) -> Generators:

@@ -55,8 +55,7 @@ def export_pipeline(
     """
     # The pipeline of a run's checkpoint, or of a published file, which knows no class names but ImageNet's.
     source, target = Path(checkpoint), Path(output).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"output {target} exists; choose another --output or delete it")
+    check_new(target, "--output")
     of_sit: dict[str, Any] = {"num-attention-heads": num_attention_heads, "num-classes": num_classes}
     of_sit |= {"drop-prefix": drop_prefix, "reversed-time": reversed_time}
     idle = [f"--{name}" for name, value in of_sit.items() if value]
@@ -73,10 +72,10 @@ def export_pipeline(
         if kind and (idle := ["--vae"] * (vae is not None) + idle):
             raise UserError(f"{source} is {kind}: {idle[0]} has no effect; omit it")
         if kind == "an autoencoder":
-            _write_whole(from_ldm(state).save_pretrained, target)
+            write_whole(from_ldm(state).save_pretrained, target)
             advice = f"train with --vae.name {output} --vae.normalize measured: the file tells no scale of its latents"
         elif kind:
-            _write_whole(partial(_save_classifier, load_vit5(state)), target)
+            write_whole(partial(_save_classifier, load_vit5(state)), target)
             advice = f"give {output}/model.safetensors to `vit5gen classify`, or to timm as checkpoint_path"
         if kind:
             print(f"{output}: {kind}; {advice}")
@@ -89,7 +88,7 @@ def export_pipeline(
             reverse_time(pipe.transformer)
         began, adapter = None, None
     facts = TrainingFacts(command=f"converted from {source_name}", origin=began)
-    _write_whole(partial(pipe.save_pretrained, facts=facts, adapter=adapter), target)
+    write_whole(partial(pipe.save_pretrained, facts=facts, adapter=adapter), target)
     advice = f"try `vit5gen sample --checkpoint {output} --num-images 8 --seed 0 --output samples.png`"
     print(f"{output}: {'without an autoencoder it generates latents only' if pipe.vae is None else advice}")
 
@@ -99,7 +98,13 @@ def _save_classifier(model: ViT5, folder: Path) -> None:
     save_file(model.state_dict(), folder / "model.safetensors")
 
 
-def _write_whole(save: Callable[[Path], None], target: Path) -> None:
+def check_new(target: Path, option: str) -> None:
+    """Raise `UserError` for a folder to be written that exists already, unless it is empty."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"output {target} exists; choose another {option} or delete it")
+
+
+def write_whole(save: Callable[[Path], None], target: Path) -> None:
     """Save beside ``target`` and rename, so that no half of it is ever there; raise `UserError` where that fails."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:

@@ -26,7 +26,6 @@ from vit5gen.data.images import make_source
 from vit5gen.data.latents import images_beside
 from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
 from vit5gen.flow import NonFiniteError
-from vit5gen.generation.card import TrainingFacts
 from vit5gen.generation.lora import Adapter
 from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.generation.pipeline import SiTPipeline
@@ -43,7 +42,7 @@ from vit5gen.training.objectives import Batch
 from vit5gen.training.optimizers import learning_rate
 from vit5gen.training.previews import SampleGrid, preview_steps
 from vit5gen.training.reference_moments import TrainingReference, build_reference
-from vit5gen.training.run_folder import RunFolder
+from vit5gen.training.run_folder import RunFolder, run_facts
 from vit5gen.training.run_report import RunReport, spare_run
 from vit5gen.training.trainable import adapter_of, fold
 from vit5gen.training.trainer import Outcome, Trainer
@@ -200,7 +199,7 @@ class Monitor:
             earlier = self.folder.evaluations()
             self._show(grid, [*earlier, entry])
             command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-            facts = TrainingFacts(command, entry, self.folder.samples, self.config.training.origin)
+            facts = run_facts(self.folder, self.config, entry, command)
             with self.folder.new_pipeline() as new:
                 self._pipeline.save_pretrained(new, facts=facts, adapter=self._adapter)
             with spare_run():

@@ -13,6 +13,7 @@ import yaml
 
 from vit5gen.config import Config, ModelConfig, as_recorded, read_yaml, recorded_values
 from vit5gen.data.latents import find_class_names
+from vit5gen.generation.card import REPORT, TrainingFacts, names_only
 from vit5gen.generation.find_pipeline import PIPELINE
 from vit5gen.report.small_pictures import FOLDER as PICTURES
 from vit5gen.section import Section, validate
@@ -104,6 +105,25 @@ def _change(key: str, old: Any, new: Any) -> str:
     return other.get(key, f"{old} -> {new}")
 
 
+def run_facts(
+    run: "RunFolder", config: Config, evaluation: dict[str, Any], command: str | None = None
+) -> TrainingFacts:
+    """Return what the model card of a run tells beyond the configuration of its pipeline."""
+    data = config.data
+    on_hub = data.source == "huggingface" and data.path is not None and not Path(data.path).exists()
+    name = names_only(str(data.path or data.latents or data.source))
+    return TrainingFacts(
+        command=command,
+        figures=evaluation,
+        picture=run.samples if run.samples.is_file() else None,
+        origin=config.training.origin,
+        dataset=name if on_hub else Path(name).name,
+        on_hub=on_hub,
+        num_images=read_json(run.data, "data").get("samples") if run.data.is_file() else None,
+        sampling=config.sampling,
+    )
+
+
 class RunFolder:
     """The folder of a run: every path in it, its lock, its configuration, its log and its evaluations."""
 
@@ -113,7 +133,7 @@ class RunFolder:
         self.config, self.data = self.path / checkpoint.CONFIG, self.path / "data.json"
         self.log, self.metrics = self.path / "log.jsonl", self.path / "metrics.json"
         self.samples, self.loss_curve = self.path / "samples.png", self.path / "loss.png"
-        self.report, self.pictures = self.path / "report.html", self.path / PICTURES
+        self.report, self.pictures = self.path / REPORT, self.path / PICTURES
         self.changes: list[str] = []  # keys that differ from those of the checkpoint that is resumed
         self.pipeline, self._pipeline_before = self.path / PIPELINE, self.path / f".{PIPELINE}.old"
 
