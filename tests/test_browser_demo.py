@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
-    """Yield the page's address; Ctrl-C must end it quietly, even while it draws, and it must not call other machines."""
+    """Yield the page's address; Ctrl-C must end it quietly while it draws, and it must not call other machines."""
     command = [sys.executable, "-c", WATCHED, "demo", str(folder), "--port", str(free_ports(1)[0])]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=environment(), text=True, **pipes) as process:

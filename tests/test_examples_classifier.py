@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from launch import free_ports, environment
+from launch import environment, free_ports
 from PIL import Image
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3

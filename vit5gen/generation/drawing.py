@@ -19,7 +19,10 @@ from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.system.errors import UserError, check_whole
 
 _MOST = 64  # images of a call
-_PREVIEWS = 10  # of a call, about
+_PAUSE, _SHARE = (
+    0.25,
+    0.2,
+)  # seconds between two previews at least, and the most that decoding them may take of all time
 
 
 @dataclass(frozen=True)
@@ -57,18 +60,21 @@ class Drawing:
 
         ``stop`` ends the call after the step that runs. Raises what the pipeline raises.
         """
-        found, step, begin = SimpleQueue[Any](), "", time.perf_counter()
+        found, step, begin, due = SimpleQueue[Any](), "", time.perf_counter(), 0.0
 
         def show(pipe: SiTPipeline, i: int, t: float, state: dict[str, Any]) -> dict[str, Any]:
-            nonlocal step
+            nonlocal step, due
             pipe._interrupt, step = stop.is_set(), f"step {i + 1} of {pipe.num_timesteps}"
-            if i % max(1, pipe.num_timesteps // _PREVIEWS) == 0:
+            if (now := time.perf_counter()) > due:
                 found.put((to_uint8(decode(pipe.vae, state["latents"])).cpu(), step))
+                due = now + max(_PAUSE, (time.perf_counter() - now) / _SHARE)
             return {}
 
         # The pipeline has a thread of its own, so that this one can give what it has so far.
         generators = [image_generator(self.seed, i) for i in self.noise]
-        call = partial(pipe, self.labels, generator=generators, callback_on_step_end=show, output_type="uint8")
+        call = partial(
+            pipe, self.labels, generator=generators, callback_on_step_end=show, output_type="uint8", return_dict=False
+        )
         with ThreadPoolExecutor(1) as thread:
             images = thread.submit(call, **self.options)
             images.add_done_callback(lambda _: found.put(None))
@@ -78,7 +84,7 @@ class Drawing:
                 stop.set()
                 raise
         ended = f"stopped after {step}" if stop.is_set() else f"took {time.perf_counter() - begin:.1f} s"
-        yield images.result().images.cpu(), ended
+        yield images.result()[0].cpu(), ended
 
 
 def draw(pipe: SiTPipeline, seed: int, options: dict[str, Any], classes: list[int], count: int) -> Drawing:
