@@ -21,7 +21,7 @@ from vit5gen.config import Config, find_config, load_config
 from vit5gen.evaluation import frechet_of, frechet_report, load_extractor
 from vit5gen.evaluation.significance import Estimate
 from vit5gen.generation.card import commit
-from vit5gen.generation.find_pipeline import load_pipeline
+from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.training.loop import train
 from vit5gen.training.reference_moments import build_reference

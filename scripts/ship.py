@@ -23,7 +23,7 @@ from vit5gen.config import SamplingConfig, load_recorded
 from vit5gen.data.autoencoders.codec import round_trip_psnr
 from vit5gen.data.images import ImageSet, make_source, open_images, readable
 from vit5gen.generation.card import TrainingFacts, pipeline_hash
-from vit5gen.generation.find_pipeline import load_pipeline
+from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.models.weights import check_finite
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import read_json, write_json

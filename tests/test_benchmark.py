@@ -17,7 +17,7 @@ from test_benchmark_evaluators import stand_in
 from tiny_run import make_inputs, run
 
 from vit5gen.cli import main
-from vit5gen.generation.find_pipeline import load_pipeline
+from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.lab.benchmark import Benchmark, inference, sampling, steps
 from vit5gen.lab.benchmark.command import BENCHMARKS, costs

@@ -28,7 +28,7 @@ from vit5gen.data.autoencoders.codec import (
 from vit5gen.data.autoencoders.find_autoencoder import EMOJI, find_sizes, load_autoencoder
 from vit5gen.data.images import open_images
 from vit5gen.data.latents import check_autoencoder
-from vit5gen.generation.find_pipeline import load_pipeline
+from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.system.errors import UserError
 from vit5gen.training.export import export_pipeline
 

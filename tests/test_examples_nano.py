@@ -9,7 +9,7 @@ import torch
 from tiny_run import losses, run
 
 from vit5gen.data.sources import emoji
-from vit5gen.generation.find_pipeline import load_pipeline
+from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.system.cpu import fast_products
 
 ROOT = Path(__file__).parents[1]

@@ -25,7 +25,7 @@ from tiny_run import assert_identical, forget_processes, run, weights
 from vit5gen import SiTPipeline, SiTTransformer2DModel, shipped
 from vit5gen.cli import main
 from vit5gen.config import Config, VaeConfig, load_config, load_recorded
-from vit5gen.generation.find_pipeline import load_pipeline
+from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.models import load_sit
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import sha256

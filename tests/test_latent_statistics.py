@@ -33,7 +33,7 @@ from vit5gen.data.autoencoders.find_autoencoder import find_sizes, load_autoenco
 from vit5gen.data.channel_moments import moments, moments_of_shards, normalization_from, statistics
 from vit5gen.data.encoding import encode_images
 from vit5gen.data.latents import LatentDataset
-from vit5gen.generation.find_pipeline import load_pipeline
+from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.system.errors import UserError
 from vit5gen.training.batches import open_training_data
 from vit5gen.training.held_out import HeldOut, find_held_out

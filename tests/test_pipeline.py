@@ -27,7 +27,7 @@ from vit5gen.config import DrawConfig, SamplingConfig
 from vit5gen.evaluation.evaluation_card import open_samples
 from vit5gen.flow import Flow, GuidedModel, sample_ode, sample_sde
 from vit5gen.generation.card import TrainingFacts, pipeline_hash
-from vit5gen.generation.find_pipeline import load_pipeline
+from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.generation.scheduler import SAMPLERS
 from vit5gen.system.errors import UserError
 

@@ -20,7 +20,8 @@ from vit5gen.config import load_config
 from vit5gen.data.autoencoders.find_autoencoder import load_autoencoder, missing
 from vit5gen.evaluation.samples import open_image_set
 from vit5gen.generation.card import pipeline_hash
-from vit5gen.generation.find_pipeline import find_pipeline, load_pipeline
+from vit5gen.generation.find_pipeline import find_pipeline
+from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.system import shipped
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import write_json

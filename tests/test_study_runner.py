@@ -14,7 +14,7 @@ from tiny_run import run as tiny_run
 from vit5gen.cli import main
 from vit5gen.data.autoencoders.codec import encode
 from vit5gen.data.images import open_images
-from vit5gen.generation.find_pipeline import load_pipeline
+from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.lab.study import runner
 from vit5gen.lab.study.plan import read_rows, read_study
 from vit5gen.system.errors import UserError

@@ -20,7 +20,7 @@ from torch import nn
 
 from vit5gen.config import TrainingConfig, load_config, parse_yaml
 from vit5gen.data.images import BrokenImage
-from vit5gen.generation.find_pipeline import load_pipeline
+from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.system.errors import UserError
 from vit5gen.training import checkpoint, process

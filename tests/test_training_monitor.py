@@ -17,7 +17,7 @@ from vit5gen.config import TrainingConfig, load_config
 from vit5gen.data.autoencoders.find_autoencoder import load_autoencoder
 from vit5gen.data.images import ImageSet, open_images
 from vit5gen.flow import Flow
-from vit5gen.generation.find_pipeline import load_pipeline
+from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.training import held_out, previews
 from vit5gen.training.curves import gap_note, held_out_curves, newest_distance, save_curves
 from vit5gen.training.held_out import HeldOut, affordable, affordable_count, held_out_loss

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,27 @@ from vit5gen.system.errors import LARGEST, UserError
 Chunks = Iterable[tuple[int | Tensor, Tensor]]
 
 _SHOWN = 12  # pairs in the picture
+_BATCH = 50  # images whose features are computed at once
 _QUANTILES = {"minimum": 0.0, "1 %": 0.01, "10 %": 0.1, "median": 0.5}
+
+
+class Nearest(NamedTuple):
+    """A training image: its index in the data, the distance of its features, and its picture (3, H, W) uint8."""
+
+    index: int
+    distance: float
+    picture: Tensor
+
+
+def nearest_pictures(images: Tensor, training: Chunks, extractor: Extractor) -> list[Nearest]:
+    """Return the training image that is nearest to each of ``images (N, 3, H, W)`` uint8, in the extractor's space.
+
+    training: ``Samples.chunks()`` of the training images; all processes share the pass, each has all that it found.
+    Raises `UserError` when the images differ in size, or have features that are not finite.
+    """
+    rows = torch.cat([extractor(part).pooled.cpu() for part in images.split(_BATCH)])
+    distances, indices, pictures = _nearest(rows, training, list(images.shape[2:]), extractor, shown=len(rows))
+    return [Nearest(int(indices[i]), float(distances[i]), pictures[i]) for i in range(len(rows))]
 
 
 def check_apart(samples: Samples, training: Samples, held_out: Samples) -> None:
@@ -49,14 +69,14 @@ def find_copies(
 
     # The nearest images; a training image that is a sample, pixel by pixel, needs no features to be found.
     unseen, _, _ = _nearest(rows, held_out.watch(), found.size, extractor)
-    seen, indices, pictures = _nearest(rows, training.watch(), found.size, extractor, unseen)
+    seen, indices, pictures = _nearest(rows, training.watch(), found.size, extractor, unseen, _SHOWN)
     identical = int(torch.isin(samples.hashes[0], training.hashes[0]).sum())
     if identical == samples.count:
         path = training.identity["path"]
         raise UserError(f"{path} contains the samples' own files, pixel by pixel; give the images of the training")
 
     # The closest pairs.
-    closest, shown = _closest(seen, unseen), dict[int, Tensor]()
+    closest, shown = _closest(seen, unseen, _SHOWN), dict[int, Tensor]()
     for first, images in samples.chunks():
         here = indices_of(first, len(images)).tolist()
         shown |= {i: image for i, image in zip(here, images, strict=True) if i in closest}
@@ -87,11 +107,16 @@ def save_closest(path: Path, card: dict[str, Any], pairs: list[tuple[Tensor, Ten
 
 
 def _nearest(
-    rows: Tensor, chunks: Chunks, size: list[int], extractor: Extractor, scale: Tensor | None = None
+    rows: Tensor,
+    chunks: Chunks,
+    size: list[int],
+    extractor: Extractor,
+    scale: Tensor | None = None,
+    shown: int = 0,
 ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
     """Return the distance ``(N,)`` of each row to the nearest image of all processes, and the least index of such.
 
-    Where there is a ``scale (N,)``, also the pictures nearest to the rows that are closest in proportion to it.
+    Also the pictures nearest to as many rows as are ``shown``: those closest in proportion to ``scale (N,)``.
     """
     # Of this process's images. Whichever row ends among the closest was so when its picture came by.
     rows, pictures = rows.to(extractor.device), dict[int, Tensor]()
@@ -106,9 +131,8 @@ def _nearest(
         distances, where = (one.cpu() for one in nearest(rows, features))
         closer = distances < best
         best, indices = torch.where(closer, distances, best), torch.where(closer, here[where], indices)
-        if scale is not None:
-            near = _closest(best, scale)
-            pictures = {i: images[where[i]] if closer[i] else pictures[i] for i in near}
+        near = _closest(best, torch.ones(()) if scale is None else scale, shown)
+        pictures = {i: images[where[i]] if closer[i] else pictures[i] for i in near}
 
     # Of all processes.
     parts = gather_objects((best, indices, pictures))
@@ -117,9 +141,9 @@ def _nearest(
     return best, indices, {i: one for part in parts for i, one in part[2].items() if part[1][i] == indices[i]}
 
 
-def _closest(distances: Tensor, scale: Tensor) -> list[int]:
+def _closest(distances: Tensor, scale: Tensor, count: int) -> list[int]:
     ratios = distances / scale.clamp(min=torch.finfo(torch.float64).tiny)
-    found: list[int] = ratios.argsort(stable=True)[:_SHOWN].tolist()
+    found: list[int] = ratios.argsort(stable=True)[:count].tolist()
     return found
 
 

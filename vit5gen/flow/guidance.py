@@ -19,8 +19,9 @@ class GuidedModel:
     """``model_fn(x (B, C, ...), t (1,) or (B,))`` = ``c + (scale - 1)(c - u) + (weak_scale - 1)(c - w)``.
 
     c, u: ``model`` with ``class_labels`` (B,) and with ``null_label`` (by default the model's own): classifier-free
-    guidance (arXiv 2207.12598, eq. 6), in one forward of 2B rows.  scale: may be a function, which is called at every
-    evaluation.  w: ``weak_model`` with the labels: autoguidance (arXiv 2406.02507).
+    guidance (arXiv 2207.12598, eq. 6), in one forward of 2B rows.  Labels may be rows of weights (B, null_label + 1).
+    scale: may be a function, which is called at every evaluation.
+    w: ``weak_model`` with the labels: autoguidance (arXiv 2406.02507).
     interval: the t, ends included, at which a sample is guided (arXiv 2404.07724).
     channels: guide only this many first ones (3 reproduces the published DiT and SiT tables).
     Where nothing is guided (both scales 1, or every t outside the interval) it is one plain forward of ``model``.
@@ -68,7 +69,7 @@ class GuidedModel:
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         batch, width = x.shape[0], 1 if x.dim() == 1 else x.shape[1]
         scale, labels, (low, high) = self.scale, self.labels, self.interval
-        if labels.shape != x.shape[:1]:
+        if labels.shape[:1] != x.shape[:1]:
             raise UserError(f"class_labels: shape {tuple(labels.shape)}; expected ({batch},), one per sample.")
         if self.channels is not None and self.channels > width:
             raise UserError(f"guidance_channels: {self.channels}; the model has only {width}.")
@@ -85,7 +86,7 @@ class GuidedModel:
         else:
             self.rows += batch
             twice = torch.cat([t, t]) if len(t) > 1 else t
-            both = self.model(torch.cat([x, x]), twice, torch.cat([labels, torch.full_like(labels, self.null_label)]))
+            both = self.model(torch.cat([x, x]), twice, torch.cat([labels, self._null_labels()]))
             conditional, unconditional = both[:batch], both[batch:]
             out = conditional + (scale - 1) * (conditional - unconditional)
         if self.weak_model is not None and self.weak_scale != 1:
@@ -98,6 +99,13 @@ class GuidedModel:
         if inside is not None:
             out = torch.where(inside.reshape(-1, *[1] * (x.dim() - 1)), out, conditional)
         return out
+
+    def _null_labels(self) -> Tensor:
+        if self.labels.dim() == 1:
+            return torch.full_like(self.labels, self.null_label)
+        null = torch.zeros_like(self.labels)
+        null[:, self.null_label] = 1
+        return null
 
 
 def _check_finite(name: str, value: float) -> float:

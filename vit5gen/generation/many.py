@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vit5gen.config import DrawConfig, SamplingConfig
 from vit5gen.generation.card import pipeline_hash
-from vit5gen.generation.find_pipeline import load_pipeline, pipeline_folder
+from vit5gen.generation.find_pipeline import pipeline_folder
+from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SAMPLERS, SiTScheduler
 from vit5gen.system.distributed import processes

@@ -25,6 +25,7 @@ from vit5gen.config import DrawConfig, SamplingConfig
 from vit5gen.data.autoencoders.codec import Normalization, decode, normalization_of, sizes_of, to_uint8
 from vit5gen.flow import Flow, GuidedModel, Steps
 from vit5gen.generation.card import TrainingFacts, model_card
+from vit5gen.generation.find_pipeline import pipeline_folder
 from vit5gen.generation.labels import Labels, find_class_ids, names_by_id
 from vit5gen.generation.lora import ADAPTED, Adapter, LoraMixin
 from vit5gen.generation.scheduler import Generators, ModelFn, SiTScheduler, foreign_steps
@@ -33,6 +34,7 @@ from vit5gen.models.weights import align
 from vit5gen.section import MOST_BATCH, MOST_STEPS
 from vit5gen.system.errors import UserError, check_whole, choose, short
 from vit5gen.system.files import clear_weights, write_text
+from vit5gen.system.shipped import shipped_names
 
 # Without this diffusers stores our classes under their module path, and does not find them by a hub name.
 LOADABLE_CLASSES.setdefault("vit5gen", {})
@@ -292,6 +294,17 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
             return [Image.fromarray(image) for image in to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()]
         images = images / 2 + 0.5
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "SiTPipeline":
+        """Load as diffusers does, from the folder of a run or a pipeline, the name of one that ships, or a hub name.
+
+        Raises `UserError` for a folder that holds no pipeline.
+        """
+        name = pretrained_model_name_or_path
+        here = Path(name).is_dir() or str(name) in shipped_names()
+        found: SiTPipeline = super().from_pretrained(pipeline_folder(name) if here else name, **kwargs)
+        return found
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "SiTPipeline":

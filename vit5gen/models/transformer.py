@@ -179,8 +179,10 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
         """Return the prediction in the latents' dtype; with taps (k, ...) also ``{k: hidden state after k blocks}``.
 
-        latents (B, C, H, W), timestep (B,) and class_labels (B,) int64, or one for all. extra_tokens (B, M, D) take
-        part in attention behind the N patches; hidden states (B, N + M, D) include them, the prediction does not.
+        latents (B, C, H, W), timestep (B,) and class_labels (B,) int64, or one for all. Labels may also be rows of
+        weights over the classes, floats (B, num_classes), or (B, num_classes + 1) with the null label.
+        extra_tokens (B, M, D) take part in attention behind the N patches; hidden states (B, N + M, D) include them,
+        the prediction does not.
         Raises `UserError` for latents of another number of channels or of a size that `patch_size` does not divide,
         and for times or labels of another batch.
         """
@@ -193,8 +195,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         tokens = self.patch_embed(patches.to(dtype)).to(dtype)  # under autocast too
         # One time for the whole batch is embedded once.
         times, labels = _one_or_one_a_sample(latents, timestep=timestep, class_labels=class_labels)
-        labels = labels.expand(batch)
-        conditioning = (self.time_embed(times) + self.label_embed(labels)).to(dtype)
+        conditioning = (self.time_embed(times) + self._embed_labels(labels, batch)).to(dtype)
         hook: dict[str, Any] = {"taps": taps} if taps else {}
         hook |= {} if extra_tokens is None else {"extra_tokens": extra_tokens}
         out = self.backbone(tokens, conditioning, grid, **hook)
@@ -203,11 +204,26 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         x = x[:, :channels].to(latents.dtype) if self._discard else x.to(latents.dtype)
         return (x, hidden) if taps else x
 
+    def _embed_labels(self, labels: Tensor, batch: int) -> Tensor:
+        """Return the embeddings (B, D) of ids (1,) or (B,), or mixed by rows of weights: exact where one weight is 1.
+
+        A product of matrices would be less than exact under autocast and TF32.
+        """
+        if labels.dim() == 1:
+            return self.label_embed(labels.expand(batch))
+        ids = torch.arange(self.null_label + self.has_null_label, device=labels.device)
+        weights = F.pad(labels.float(), (0, len(ids) - labels.shape[1])).expand(batch, -1)
+        return F.embedding_bag(
+            ids.repeat(batch, 1), self.label_embed(ids).float(), per_sample_weights=weights.contiguous(), mode="sum"
+        )
+
 
 def _one_or_one_a_sample(latents: Tensor, **values: float | Tensor) -> Iterator[Tensor]:
     """Yield every value as a tensor (1,) or (B,) on the latents' device."""
     for name, value in values.items():
         tensor = torch.as_tensor(value, device=latents.device)
-        if (shape := tuple(tensor.shape)) not in ((), (1,), latents.shape[:1]):
+        mixed = name == "class_labels" and tensor.dim() == 2 and tensor.is_floating_point()  # rows of weights
+        shape = tuple(tensor.shape)
+        if shape[: 1 if mixed else None] not in ((), (1,), latents.shape[:1]):
             raise UserError(f"{name}: shape {shape}; expected a number or shape ({len(latents)},), one per sample.")
-        yield tensor.reshape(-1)
+        yield tensor if mixed else tensor.reshape(-1)

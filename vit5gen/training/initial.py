@@ -17,8 +17,9 @@ from vit5gen.data.autoencoders.find_autoencoder import load_autoencoder
 from vit5gen.data.autoencoders.find_autoencoder import missing as missing_autoencoder
 from vit5gen.data.latents import find_class_names, recorded_normalization
 from vit5gen.generation.card import pipeline_hash
-from vit5gen.generation.find_pipeline import find_pipeline, load_pipeline
+from vit5gen.generation.find_pipeline import find_pipeline
 from vit5gen.generation.labels import ids_called, names_by_id
+from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.models.backbone import BACKBONES
 from vit5gen.models.positions import Grid, patch_grid, resample_positions

@@ -13,7 +13,7 @@ from vit5gen.config import Config, load_recorded
 from vit5gen.data.images import open_images
 from vit5gen.evaluation import load_extractor
 from vit5gen.generation.card import commit, versions
-from vit5gen.generation.find_pipeline import load_pipeline
+from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.lab.benchmark import Benchmark, inference, sampling, steps
 from vit5gen.lab.benchmark.engine import FULL, QUICK, Row, Setting, fresh
 from vit5gen.lab.benchmark.peers import SIT, VIT5

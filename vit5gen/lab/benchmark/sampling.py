@@ -10,7 +10,7 @@ from vit5gen.config import load_recorded
 from vit5gen.evaluation import load_extractor
 from vit5gen.evaluation.distances import jackknife_error
 from vit5gen.evaluation.statistics import Grouped
-from vit5gen.generation.find_pipeline import load_pipeline
+from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.lab.benchmark.engine import Row, Setting, race, row
 from vit5gen.training.reference_moments import build_reference

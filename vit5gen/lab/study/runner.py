@@ -13,7 +13,7 @@ from vit5gen.data.latents import open_for
 from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
 from vit5gen.flow import NonFiniteError
 from vit5gen.generation.card import commit
-from vit5gen.generation.find_pipeline import load_pipeline
+from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.lab.study.plan import Row, Run, StudyConfig, read_rows, read_study
 from vit5gen.lab.study.report import write_report
