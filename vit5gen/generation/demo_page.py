@@ -18,9 +18,10 @@ from vit5gen.system.errors import UserError
 
 _STEPS, _SAMPLER, _GUIDANCE = 20, "ode-ab2", 2.5  # at first: quick on a CPU
 _STYLE = """
-.pictures {display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(min(150px, 28vw), 1fr))}
+.pictures {display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(min(150px, 22vw), 1fr))}
 .pictures figure {margin: 0; text-align: center; overflow-wrap: anywhere}
 .pictures img {width: 100%; margin: 0; border-radius: 6px; image-rendering: pixelated}
+.cm-editor, .cm-scroller {height: auto !important; min-height: 0 !important}
 """
 
 
@@ -95,6 +96,7 @@ def build_page(pipe: SiTPipeline, checkpoint: str, running: dict[str | None, Eve
                     start = _GUIDANCE if pipe.transformer.has_null_label else 1
                     scale = gr.Number(start, minimum=0, step=0.5, label="Guidance scale", min_width=120)
                     steps = gr.Number(_STEPS, label="Steps", min_width=120)
+                with gr.Row():
                     chosen = _SAMPLER if samplers else None
                     sampler = gr.Dropdown(samplers, value=chosen, label="Sampler", min_width=120)
                     seed = gr.Number(0, label="Seed", min_width=120)
@@ -112,7 +114,7 @@ def build_page(pipe: SiTPipeline, checkpoint: str, running: dict[str | None, Eve
 
         # One pipeline, one call at a time: others wait. Stop does not.
         settings, shown = [seed, scale, steps, sampler], [pictures, progress, python, command]
-        alone: dict[str, Any] = {"concurrency_id": "pipeline", "concurrency_limit": 1}
+        alone: dict[str, Any] = {"concurrency_id": "pipeline", "concurrency_limit": 1, "show_progress_on": progress}
         draws.click(answer(draw), [*settings, classes, count], shown, **alone)
         morphs.click(answer(morph), [*settings, first, last, frames], shown, **alone)
         stops.click(end, queue=False)
