@@ -1,8 +1,9 @@
 """Are samples copies? How near they are to training images, and to images that no training has seen."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ _BATCH = 50  # images whose features are computed at once
 _QUANTILES = {"minimum": 0.0, "1 %": 0.01, "10 %": 0.1, "median": 0.5}
 
 
-class Nearest(NamedTuple):
+@dataclass(frozen=True)
+class Nearest:
     """A training image: its index in the data, the distance of its features, and its picture (3, H, W) uint8."""
 
     index: int

@@ -104,8 +104,7 @@ class GuidedModel:
         if self.labels.dim() == 1:
             return torch.full_like(self.labels, self.null_label)
         null = torch.zeros_like(self.labels)
-        null[:, self.null_label] = 1
-        return null
+        return null.index_fill(1, torch.tensor(self.null_label, device=null.device), 1)
 
 
 def _check_finite(name: str, value: float) -> float:

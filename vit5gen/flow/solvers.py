@@ -154,26 +154,36 @@ def ode_steps(
     atol: float = ATOL,
     *,
     shift: float = SHIFT,
+    start: float | None = None,
 ) -> Steps:
     """Yield ``(i, t, x)`` after each step of the probability-flow ODE from ``x0`` (B, ...).
 
     method: euler | heun | midpoint | rk4 | ab2 take ``num_steps`` steps; dopri5 follows rtol and atol, per sample.
-    t_span: ``(start, end)``, by default what the flow bears; ``shift`` warps the grid.
+    t_span: ``(start, end)``, by default what the flow bears; ``shift`` warps the grid.  start: the time of ``x0``,
+    where it is later.
     reverse: from data to noise, along the same grid backwards (its t_span may be given either way round; its default
     is `Flow.reversed_interval`). A state that is sent takes the place of the one yielded, but for dopri5.
     Where the network predicts data, the last step to them is Euler's (see `Flow`), unless t_span is given.
     Raises `UserError` on bad values.
     """
-    start, end = t_span or (flow.reversed_interval() if reverse else flow.interval())
+    first, end = t_span or (flow.reversed_interval() if reverse else flow.interval())
     if reverse:
-        start, end = min(start, end), max(start, end)
-    grid = time_grid(num_steps, start, end, shift)
+        first, end = min(first, end), max(first, end)
+    grid = time_grid(num_steps, _begin(first, end, start), end, shift)
     field = partial(flow.velocity, model_fn)
     lands = flow.prediction == "data" and t_span is None and not reverse
     return integrate(field, x0.detach(), grid[::-1] if reverse else grid, method, rtol, atol, lands)
 
 
 sample_ode = _exhausting(ode_steps, "sample_ode")
+
+
+def _begin(first: float, end: float, start: float | None) -> float:
+    """Return when the steps begin: ``start``, if it is later than ``first``; `UserError` where no time is left then."""
+    if start is not None and start >= end:
+        advice = "begin earlier (an image: with more strength), or choose another sampler"
+        raise UserError(f"start: t = {start:.6g}, but the steps of this solver end at {end:.6g}; {advice}")
+    return first if start is None else max(first, start)
 
 
 def _draws(noise: Noise, x: Tensor, num_steps: int) -> Iterator[Tensor]:
@@ -219,6 +229,7 @@ def sde_steps(
     *,
     t_span: tuple[float, float] | None = None,
     shift: float = SHIFT,
+    start: float | None = None,
 ) -> Steps:
     """Yield ``(i, t, x)`` after ``num_steps`` steps of ``dx = (v + D score) dt + sqrt(2 D) dW``, and after a last one.
 
@@ -226,7 +237,7 @@ def sde_steps(
     method: euler (Euler-Maruyama) | heun (SiT's: the noise first, then a Heun step of the drift).
     last_step: mean (the drift alone) | tweedie (the expected data) | euler (the velocity alone), of ``last_step_size``,
     or none, which sets that size to 0.  noise: an iterable of (B, ...) tensors, a Generator, B Generators, or None; one
-    draw a step.  t_span, shift: as in `ode_steps`. Raises `UserError` on bad values.
+    draw a step.  t_span, shift, start: as in `ode_steps`. Raises `UserError` on bad values.
     """
     # Refuse what the solver does not know before its first step.
     method = lower_choice("method", method, SDE_METHODS)
@@ -238,8 +249,8 @@ def sde_steps(
 
     # The times of the steps, which leave room for the last one and keep off what is infinite.
     evaluates_end = method == "heun" or last_step != "none"
-    start, end = t_span or flow.sde_interval(diffusion, size, evaluates_end)
-    grid = time_grid(num_steps, start, end, shift)
+    first, end = t_span or flow.sde_interval(diffusion, size, evaluates_end)
+    grid = time_grid(num_steps, _begin(first, end, start), end, shift)
     if grid[-1] + size > 1 + 1e-9:
         raise UserError(f"last_step_size: {size!r} from t = {grid[-1]}; expected to end by t = 1.")
     flow.diffusion(grid[0], diffusion, diffusion_norm)  # raises on a bad norm before the first step

@@ -1,17 +1,56 @@
 """Classes by id and by name."""
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
+from numbers import Real
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vit5gen.system.errors import UserError, composed, nearest, short
 
-Labels = int | str | Sequence[int | str] | Tensor | np.ndarray
+Labels = int | str | Sequence[int | str] | Sequence[Sequence[float]] | Tensor | np.ndarray | None
+_ROUNDING = 1e-4  # of the sum of weights
+
+
+def read_labels(class_labels: Labels, names: dict[int, str], num_classes: int, has_null: bool) -> Tensor:
+    """Return ids (B,) int64, or rows of weights (B, num_classes + 1) float32 of which the null label has the last.
+
+    class_labels: as for `find_class_ids`, or rows with a weight for each class (and the null label), or None for the
+    null label alone. Raises `UserError` for a class that does not exist, or weights that are no parts of 1.
+    """
+    if class_labels is None:
+        if not has_null:
+            reason = "the model has no null label, because it was trained without label dropout"
+            raise UserError(f"class_labels = None: {reason}; give a class")
+        return torch.tensor([num_classes])
+    rows = class_labels.tolist() if isinstance(class_labels, Tensor | np.ndarray) else class_labels
+    rows = [_row(one) for one in rows] if isinstance(rows, list | tuple) else []
+    if not rows or None in rows:
+        return torch.tensor(find_class_ids(class_labels, names, num_classes))
+
+    # Rows of weights.
+    for i, row in enumerate(rows):
+        what = f"class_labels: row {i}"
+        if len(row) not in (num_classes, num_classes + has_null):
+            raise UserError(f"{what} has {len(row)} weights; expected one for each of the {num_classes} classes")
+        if wrong := [weight for weight in row if not (math.isfinite(weight) and weight >= 0)]:
+            raise UserError(f"{what} has the weight {wrong[0]}; expected finite numbers of at least 0")
+        if abs(math.fsum(row) - 1) > _ROUNDING:
+            raise UserError(f"{what}: its weights sum to {math.fsum(row):.6g}; expected 1; divide them by their sum")
+    return torch.tensor([[*row, *[0.0] * (num_classes + 1 - len(row))] for row in rows])
+
+
+def _row(label: Any) -> Any:
+    """Return a row of numbers as a list, None for what is none."""
+    row = label.tolist() if isinstance(label, Tensor | np.ndarray) else label
+    numbers = isinstance(row, list | tuple) and all(isinstance(x, Real) and not isinstance(x, bool) for x in row)
+    return [float(x) for x in row] if numbers else None
 
 
 def find_class_ids(class_labels: Labels, names: dict[int, str], num_classes: int) -> list[int]:
@@ -46,7 +85,9 @@ def _class_id(label: object, names: dict[int, str], count: int) -> int:
 
     # An id.
     if isinstance(label, bool) or not isinstance(label, int | np.integer):
-        raise UserError(f"class_labels: {label!r} is neither an id nor a name; expected an id, a name or a flat list")
+        expected = "an id, a name or a flat list"
+        expected += "; weights over classes are rows: [[0.5, 0.5, 0, ...]]" if isinstance(label, float) else ""
+        raise UserError(f"class_labels: {label!r} is neither an id nor a name; expected {expected}")
     if not 0 <= label < count:
         raise UserError(f"class {label} does not exist; expected an id in 0..{count - 1}")
     return int(label)

@@ -100,7 +100,7 @@ def make_job(pipe: SiTPipeline, draw: DrawConfig, num_images: int, seed: int, ba
     """Return what is to be drawn; raise `UserError` for classes that do not exist."""
     # A class that is given twice counts once.
     given = draw.classes or range(pipe.transformer.config.num_classes)
-    ids = list(dict.fromkeys(pipe.class_ids(list(given))))
+    ids = list(dict.fromkeys(pipe.class_ids([*given])))
     return SamplingJob(draw_labels(num_images, ids, seed, draw.labels), seed, batch_size, draw, ids)
 
 

@@ -26,7 +26,8 @@ from vit5gen.data.autoencoders.codec import Normalization, decode, normalization
 from vit5gen.flow import Flow, GuidedModel, Steps
 from vit5gen.generation.card import TrainingFacts, model_card
 from vit5gen.generation.find_pipeline import pipeline_folder
-from vit5gen.generation.labels import Labels, find_class_ids, names_by_id
+from vit5gen.generation.image_start import noisy_latents, start_time
+from vit5gen.generation.labels import Labels, find_class_ids, names_by_id, read_labels
 from vit5gen.generation.lora import ADAPTED, Adapter, LoraMixin
 from vit5gen.generation.scheduler import Generators, ModelFn, SiTScheduler, foreign_steps
 from vit5gen.models import SiTTransformer2DModel
@@ -166,6 +167,8 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
         *,
         autoguidance_scale: float = _SAMPLING.autoguidance_scale,
         num_images_per_label: int = 1,
+        image: Any = None,
+        strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
         generator: Generators = None,
@@ -178,6 +181,11 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Draw ``num_images_per_label`` images of each label, those of a label next to each other.
 
+        class_labels: ids and names; or rows of weights over the classes that sum to 1, e.g. ``[[0.5, 0.5, 0]]``, which
+        mix their embeddings (one more weight is that of the null label); or None for the null label: no class.
+        image: one to begin with, or one of each label: pictures of PIL, which are scaled and cut to the size drawn, or
+        what has that size, uint8 or in [0, 1]: a tensor (B, 3, H, W), an array (B, H, W, 3).  strength (0.8): noise is
+        added up to t = 1 - strength and all steps are taken from there; 1 ignores the image, 0 only decodes its latent.
         guidance_scale, autoguidance_scale: 1 is off; both act at times in ``guidance_interval=(start, end)`` (0 noise,
         1 data) and on the first ``guidance_channels``: these, and every other guidance option of `SamplingConfig`, go
         to `GuidedModel` without their prefix.  sampler: ``ode-<method>`` or ``sde-<method>`` of `vit5gen.flow`, for
@@ -191,9 +199,11 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
         if unknown := guidance.keys() - SamplingConfig.model_fields:
             raise TypeError(f"SiTPipeline.__call__() got an unexpected keyword argument {min(unknown)!r}")
         of_each = check_whole("num_images_per_label =", num_images_per_label, 1, MOST_BATCH)
-        ids = [i for i in self.class_ids(class_labels) for _ in range(of_each)]
-        if not ids:
+        transformer, id2label = self.transformer, self.config.id2label
+        labels = read_labels(class_labels, id2label, transformer.config.num_classes, transformer.has_null_label)
+        if not (count := len(labels) * of_each):
             raise UserError("class_labels: empty; expected at least one id or name")
+        start = start_time(image, strength, self.vae)
         check_whole("num_inference_steps =", num_inference_steps, 1, MOST_STEPS)
         choose("output_type", output_type, OUTPUT_TYPES)
         if output_type != "latent" and self.vae is None:
@@ -204,20 +214,22 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
         for name in callback_on_step_end_tensor_inputs:
             choose("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
 
-        # The noise to start from, and the weaker model of autoguidance.
-        generator = _generators(generator, len(ids))
-        x = self._initial_latents(len(ids), height, width, generator, latents)
-        weak = None if autoguidance_scale == 1 else self._weak_model(autoguidance_scale)
+        # The weaker model of autoguidance, and the noise to start from, or a noisy image.
+        weak = None if autoguidance_scale == 1 else self._weak_model(autoguidance_scale, labels)
+        generator = _generators(generator, count)
+        x = self._initial_latents(count, height, width, generator, latents)
+        if image is not None:
+            x = noisy_latents(image, len(labels), x, start, self.flow, self.vae)
         with self._states.enter() as state:
             # The guided network, which asks for the scale at every step: a callback may change it.
             state.guidance_scale = guidance_scale
-            labels, ask_scale = torch.tensor(ids, device=x.device), partial(getattr, state, "guidance_scale")
+            ask_scale, labels = partial(getattr, state, "guidance_scale"), labels.repeat_interleave(of_each, dim=0)
             options = {name.removeprefix("guidance_"): value for name, value in guidance.items()}
             options |= {"weak_model": weak, "weak_scale": autoguidance_scale}
-            model_fn = GuidedModel(self.transformer, labels, ask_scale, **options)
+            model_fn = GuidedModel(transformer, labels.to(x.device), ask_scale, **options)
 
             # Step by step from noise to data; what a callback returns takes the place of the state.
-            state.num_timesteps, steps = self._steps(sampler, model_fn, x, num_inference_steps, generator)
+            state.num_timesteps, steps = self._steps(sampler, model_fn, x, num_inference_steps, generator, start)
             with self.progress_bar(total=num_inference_steps) as bar:
                 for i, t, x in steps:
                     state.num_timesteps = max(state.num_timesteps, i + 1)
@@ -229,12 +241,13 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
                             raise UserError(f"callback_on_step_end cannot replace the latents of ode-dopri5: {reason}")
                         if replaced is not x:
                             _, _, x = steps.send(replaced)
-                    bar.update(round(t * num_inference_steps) - bar.n)  # some solvers take more or fewer steps
+                    done = (t - start) / (1 - start)
+                    bar.update(round(done * num_inference_steps) - bar.n)  # some solvers take more or fewer steps
                     if state.interrupt:
                         break
 
             # Images of the last state, of which a callback may have asked for an early end.
-            state.num_evaluations = model_fn.rows // len(ids)
+            state.num_evaluations = model_fn.rows // count
             images = x if output_type == "latent" else self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -248,13 +261,16 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
             advice = "give the one that is saved with these weights"
             raise UserError(f"{what}, the transformer was trained with {short(tuple(trained))}; {advice}")
 
-    def _weak_model(self, scale: float) -> nn.Module:
+    def _weak_model(self, scale: float, labels: Tensor) -> nn.Module:
         if self.guide is None:
             raise UserError(f"autoguidance_scale = {scale} needs a second transformer; set --guide or pipe.guide")
         for name in ("num_classes", "in_channels"):
             weak, strong = self.guide.config[name], self.transformer.config[name]
             if weak != strong:
                 raise UserError(f"guide: {name} = {weak}, the transformer has {strong}; train it on the same data")
+        null = self.guide.null_label
+        if not self.guide.has_null_label and (labels == null if labels.dim() == 1 else labels[:, null]).any():
+            raise UserError("guide: has no null label; give a class, or a guide that was trained with label dropout")
         return self.guide
 
     def _initial_latents(
@@ -276,15 +292,18 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
         return latents.to(device, torch.float32)
 
     def _steps(
-        self, sampler: str | None, model_fn: ModelFn, x: Tensor, num_steps: int, generator: Generators
+        self, sampler: str | None, model_fn: ModelFn, x: Tensor, num_steps: int, generator: Generators, start: float
     ) -> tuple[int, Steps]:
+        if start == 1:
+            nothing: Any = iter(())
+            return 0, nothing
         if isinstance(self.scheduler, SiTScheduler):
-            return self.scheduler.steps(sampler or _SAMPLING.sampler, model_fn, x, num_steps, generator)
+            return self.scheduler.steps(sampler or _SAMPLING.sampler, model_fn, x, num_steps, generator, start or None)
         if sampler is not None:
             reason = f"the scheduler is {type(self.scheduler).__name__}, which takes its own steps"
             advice = "omit sampler, or set pipe.scheduler = SiTScheduler()"
             raise UserError(f"sampler = {sampler!r}: {reason}; {advice}")
-        return foreign_steps(self.scheduler, self.flow, model_fn, x, num_steps, generator)
+        return foreign_steps(self.scheduler, self.flow, model_fn, x, num_steps, generator, start or None)
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         images = decode(self.vae, latents)

@@ -55,26 +55,42 @@ class SiTScheduler(SchedulerMixin, ConfigMixin):
         check_positive(rtol=rtol, atol=atol, **({} if last_step_size == 0 else {"last_step_size": last_step_size}))
         self.flow = Flow(path, prediction)
 
-    def steps(self, sampler: str, model_fn: ModelFn, x: Tensor, num_steps: int, noise: Generators) -> tuple[int, Steps]:
+    def steps(
+        self,
+        sampler: str,
+        model_fn: ModelFn,
+        x: Tensor,
+        num_steps: int,
+        noise: Generators,
+        start: float | None = None,
+    ) -> tuple[int, Steps]:
         """Return the number of steps, 0 for dopri5 which cannot know, and (i, t, x) after each of them.
 
         sampler: ``ode-<method>`` or ``sde-<method>``, which takes one more step unless ``last_step`` is none.
+        start: the time of ``x``, where it is not the solver's first.
         """
         solver = SAMPLERS.get(sampler)
-        options = dict(self.config) | {"noise": noise}
+        options = dict(self.config) | {"noise": noise, "start": start}
         settings = {name: options[name] for name in signature(solver).parameters.keys() & options}
         last = "noise" in settings and str(self.config.last_step).lower() != "none"
         return 0 if sampler == "ode-dopri5" else num_steps + last, solver(self.flow, model_fn, x, num_steps, **settings)
 
 
 def foreign_steps(
-    scheduler: Any, flow: Flow, model_fn: ModelFn, x: Tensor, num_steps: int, noise: Generators
+    scheduler: Any,
+    flow: Flow,
+    model_fn: ModelFn,
+    x: Tensor,
+    num_steps: int,
+    noise: Generators,
+    start: float | None = None,
 ) -> tuple[int, Steps]:
     """Return the number of steps, and (i, t, x) after each ``step``, of a flow-match scheduler of diffusers.
 
     It works in sigma = 1 - t, and on a copy of the scheduler, whose state two calls must not share.
     The grid is uniform in t, as ours is, if the scheduler takes sigmas; otherwise its own.
-    Raises `UserError` for a scheduler that is not made for flow matching or a path that is not linear.
+    start: the time of ``x``, if it is not 0. Raises `UserError` for a scheduler that is not made for flow matching or
+    cannot begin there, and for a path that is not linear.
     """
     # Refuse what is not for flow matching on the linear path.
     name = type(scheduler).__name__
@@ -90,12 +106,15 @@ def foreign_steps(
     # Its own copy, set to the grid of times.
     scheduler = copy.deepcopy(scheduler)
     if "sigmas" in signature(scheduler.set_timesteps).parameters:
-        scheduler.set_timesteps(sigmas=1 - np.arange(num_steps) / num_steps, device=x.device)
+        sigmas = (1 - (start or 0)) * (1 - np.arange(num_steps) / num_steps)
+        scheduler.set_timesteps(sigmas=sigmas, device=x.device)
     else:
         scheduler.set_timesteps(num_steps, device=x.device)
     scheduler.set_begin_index(0)
     options = {"generator": noise} if "generator" in signature(scheduler.step).parameters else {}
     sigmas = scheduler.sigmas.tolist()  # not the timesteps: some schedulers round them
+    if start is not None and abs(sigmas[0] - (1 - start)) > 1e-6:
+        raise UserError(f"strength: {name} has times of its own and cannot begin at t = {start:.6g}; use SiTScheduler")
 
     def steps(x: Tensor) -> Steps:
         for i, timestep in enumerate(scheduler.timesteps):
