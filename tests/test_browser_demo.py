@@ -111,6 +111,20 @@ def test_draws_what_its_code_draws(visitor: Visitor, url: str) -> None:
     assert "--num-inference-steps 300" in code(page, "command")
 
 
+def test_morphs(visitor: Visitor, url: str) -> None:
+    page = visitor.open(url)
+    page.get_by_role("tab", name="Morph").click()
+    page.get_by_label("To", exact=True).fill("do")
+    page.get_by_role("option", name="dog").click()
+    fill(page, Frames=5, Steps=4)
+    press(page, "Morph")
+    wait(page, "^took ")
+    assert page.locator("figcaption").all_inner_texts() == ["0%", "25%", "50%", "75%", "100%"]
+    exec(code(page, "python"), found := {})
+    assert np.array_equal(np.stack(found["images"]), pictures(page))
+    assert "--morph cat dog --frames 5" in " ".join(code(page, "command").split())
+
+
 def test_stops_while_a_second_visitor_waits(visitor: Visitor, url: str) -> None:
     first, second = visitor.open(url), visitor.open(url)
     fill(first, Steps=100_000)

@@ -8,11 +8,11 @@ from threading import Event
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_pipeline
+from tiny import NAMES, tiny_pipeline
 
 from vit5gen import SiTPipeline
 from vit5gen.cli import main
-from vit5gen.generation.drawing import Drawing, draw
+from vit5gen.generation.drawing import Drawing, draw, morph
 from vit5gen.system.errors import UserError
 
 SETTINGS = {"guidance_scale": 1.5, "num_inference_steps": 4, "sampler": "sde-heun"}
@@ -54,6 +54,21 @@ def test_the_code_and_the_command_draw_the_same(
     with np.load(tmp_path / "samples.npz") as drawn:
         assert np.array_equal(drawn["arr_0"], images.permute(0, 2, 3, 1).numpy())
         assert drawn["arr_1"].tolist() == drawing.labels
+
+
+def test_a_morph_goes_from_one_class_to_the_other(pipe: SiTPipeline, folder: str) -> None:
+    drawing = morph(pipe, 3, SETTINGS, 1, 4, 5)
+    images = check_code(pipe, drawing, folder)
+    *_, (ends, _) = Drawing([1, 4], [0, 0], "AB", "", (), 3, SETTINGS).form(pipe, Event())
+    assert (images[[0, 4]].int() - ends.int()).abs().max() <= 1  # of another batch
+    distance = [float((images[0].float() - image.float()).abs().mean()) for image in images]
+    assert distance == sorted(distance)
+    words = shlex.split(drawing.as_command("x"))
+    assert words[4:11] == ["--num-images", "1", "--morph", "crane", NAMES[4], "--frames", "5"]
+    with pytest.raises(UserError, match="morph: both are the same class; choose two"):
+        morph(pipe, 3, SETTINGS, 1, 1, 5)
+    with pytest.raises(UserError, match="frames = 1; expected a whole number of at least 2"):
+        morph(pipe, 3, SETTINGS, 1, 2, 1)
 
 
 def test_a_class_whose_name_leads_elsewhere_goes_by_its_id() -> None:

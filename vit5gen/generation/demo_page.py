@@ -128,5 +128,7 @@ def _figures(images: Tensor, titles: Sequence[str]) -> str:
     for pixels, title in zip(images.permute(0, 2, 3, 1).contiguous().numpy(), titles, strict=True):
         Image.fromarray(pixels).save(file := BytesIO(), "PNG")
         source, name = b64encode(file.getvalue()).decode(), escape(title)
-        figures += f'<figure><img alt="{name}" src="data:image/png;base64,{source}">{name}</figure>'
+        figures += (
+            f'<figure><img alt="{name}" src="data:image/png;base64,{source}"><figcaption>{name}</figcaption></figure>'
+        )
     return f'<div class="pictures">{figures}</div>'

@@ -100,11 +100,15 @@ def draw(pipe: SiTPipeline, seed: int, options: dict[str, Any], classes: list[in
 def morph(pipe: SiTPipeline, seed: int, options: dict[str, Any], first: int, last: int, frames: int) -> Drawing:
     """Return images of one noise whose label goes from one class to another, both given by id."""
     check_whole("seed =", seed, 0)
-    parts = [i / (frames - 1) for i in range(check_whole("frames =", frames, 2, _MOST))]
-    classes = range(pipe.transformer.config.num_classes)
-    labels = [[(1 - part) * (i == first) + part * (i == last) for i in classes] for part in parts]
-    words = ["--morph", _spell(pipe, first), _spell(pipe, last), "--frames", frames]
-    return Drawing(labels, [0] * frames, [f"{part:.0%}" for part in parts], repr(labels), words, seed, options)
+    last_frame = check_whole("frames =", frames, 2, _MOST) - 1
+    if first == last:
+        raise UserError("morph: both are the same class; choose two")
+    shares, classes = [k / last_frame for k in range(frames)], range(pipe.transformer.config.num_classes)
+    labels = [[(1 - share) * (i == first) + share * (i == last) for i in classes] for share in shares]
+    row = f"[(1 - k / {last_frame}) * (i == {first}) + k / {last_frame} * (i == {last}) for i in {classes!r}]"
+    words = ["--num-images", 1, "--morph", _spell(pipe, first), _spell(pipe, last), "--frames", frames]
+    titles, python = [f"{share:.0%}" for share in shares], f"[{row} for k in range({frames})]"
+    return Drawing(labels, [0] * frames, titles, python, words, seed, options)
 
 
 def _spell(pipe: SiTPipeline, class_id: int) -> int | str:
