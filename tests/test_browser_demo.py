@@ -63,7 +63,7 @@ def url(folder: Path) -> Iterator[str]:
             yield re.fullmatch(r"(http://127\.0\.0\.1:\d+/) \(Ctrl-C ends\)\n", line)[1]
         finally:
             process.send_signal(signal.SIGINT)
-            printed, errors = process.communicate(timeout=20)
+            printed, errors = process.communicate(timeout=60)
     assert (process.returncode, printed, errors) == (0, "", "")
 
 
