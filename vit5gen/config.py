@@ -260,7 +260,9 @@ class DrawConfig(SamplingConfig):
     """How a command draws images of a run or a pipeline folder."""
 
     classes: list[str] | None = Field(
-        None, description="names or ids of classes; default: all", json_schema_extra={"option": "--class"}
+        None,
+        description="names or ids of classes, mixtures such as cat=0.5,dog=0.5, or none (no class); default: all",
+        json_schema_extra={"option": "--class"},
     )
     labels: Literal["balanced", "random"] = Field("balanced", description="how classes are assigned, fixed by the seed")
     precision: Literal["fp32", "tf32", "bf16"] = Field("fp32", description="precision of the network; the rest is fp32")

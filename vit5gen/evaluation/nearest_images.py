@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vit5gen.config import load_recorded
 from vit5gen.evaluation.distances import nearest
-from vit5gen.evaluation.features import Extractor
+from vit5gen.evaluation.features import Extractor, load_extractor
 from vit5gen.evaluation.reference import scan
-from vit5gen.evaluation.samples import Samples, indices_of
+from vit5gen.evaluation.samples import Samples, indices_of, open_data
 from vit5gen.generation.grid import save_pairs, with_attribution
 from vit5gen.system.distributed import gather_objects, is_main, sum_over_processes
 from vit5gen.system.errors import LARGEST, UserError
@@ -41,6 +42,20 @@ def nearest_pictures(images: Tensor, training: Chunks, extractor: Extractor) -> 
     rows = torch.cat([extractor(part).pooled.cpu() for part in images.split(_BATCH)])
     distances, indices, pictures = _nearest(rows, training, list(images.shape[2:]), extractor, shown=len(rows))
     return [Nearest(int(indices[i]), float(distances[i]), pictures[i]) for i in range(len(rows))]
+
+
+def open_training_set(run: str | Path, batch_size: int, device: torch.device) -> tuple[Samples, Extractor]:
+    """Return the images that a run was trained on, as its recorded configuration says, and the extractor it scores by.
+
+    Raises `UserError` for what is no run, or a run whose images are not here.
+    """
+    if not (file := Path(run) / "config.yaml").is_file():
+        raise UserError(f"--nearest: {run} is not the folder of a run, which tells its training images; give a run")
+    config = load_recorded(file)
+    try:
+        return open_data(config.data, batch_size), load_extractor(config.evaluation.extractor, device)
+    except UserError as error:
+        raise UserError(f"--nearest: no training images of {run}: {error}") from error
 
 
 def check_apart(samples: Samples, training: Samples, held_out: Samples) -> None:

@@ -1,6 +1,7 @@
 """Drawing that begins with an image: what users hand in, and its state on the path from noise to data."""
 
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from vit5gen.config import DataConfig
 from vit5gen.data.autoencoders.codec import encode, sizes_of
+from vit5gen.data.images import decoding
 from vit5gen.data.pictures import to_rgb
 from vit5gen.flow import Flow
 from vit5gen.system.errors import UserError
@@ -18,6 +20,15 @@ from vit5gen.system.precision import exact_float32
 
 STRENGTH = 0.8  # as in diffusers
 _DATA = DataConfig()
+
+
+def open_picture(file: str | Path) -> Image.Image:
+    """Return the picture in a file; raise `UserError` where there is none."""
+    if not Path(file).is_file():
+        raise UserError(f"image {file}: no such file; check the path")
+    with decoding(f"image {file}", "give another picture"), Image.open(file) as picture:
+        picture.load()
+        return picture
 
 
 def start_time(image: Any, strength: float | None, vae: ModelMixin | None) -> float:

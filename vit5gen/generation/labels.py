@@ -15,6 +15,7 @@ from torch import Tensor
 from vit5gen.system.errors import UserError, composed, nearest, short
 
 Labels = int | str | Sequence[int | str] | Sequence[Sequence[float]] | Tensor | np.ndarray | None
+NONE = "none"  # how the command line calls no class
 _ROUNDING = 1e-4  # of the sum of weights
 
 
@@ -44,6 +45,36 @@ def read_labels(class_labels: Labels, names: dict[int, str], num_classes: int, h
         if abs(math.fsum(row) - 1) > _ROUNDING:
             raise UserError(f"{what}: its weights sum to {math.fsum(row):.6g}; expected 1; divide them by their sum")
     return torch.tensor([[*row, *[0.0] * (num_classes + 1 - len(row))] for row in rows])
+
+
+def read_mixture(text: str, names: dict[int, str], num_classes: int, has_null: bool) -> list[float] | None:
+    """Return the weights over classes, and null label if there is one, of ``none`` or ``cat=0.5,dog=0.5``.
+
+    None for any other text, and where a class has that name. Raises `UserError` as `read_labels` does.
+    """
+    parts = re.findall(r"(.+?)=([^=,]*)(?:,|$)", text)
+    if ids_called(text, names) or text not in (NONE, ",".join(map("=".join, parts))):
+        return None
+    if text == NONE:
+        return one_hot(int(read_labels(None, names, num_classes, has_null)), num_classes + 1)
+    row = [0.0] * (num_classes + has_null)
+    for name, weight in parts:
+        label = num_classes if read_mixture(name, names, num_classes, has_null) else None
+        (label,) = find_class_ids([name], names, num_classes) if label is None else (label,)
+        try:
+            row[label] += float(weight)
+        except ValueError:
+            raise UserError(f"class {text!r}: {weight!r} is no number; expected e.g. cat=0.5,dog=0.5") from None
+    try:
+        read_labels([row], names, num_classes, has_null)
+    except UserError as error:
+        raise UserError(f"class {text!r}{str(error).removeprefix('class_labels: row 0')}") from None
+    return row
+
+
+def one_hot(label: int, width: int) -> list[float]:
+    """Return the weights of a single label."""
+    return [float(i == label) for i in range(width)]
 
 
 def _row(label: Any) -> Any:

@@ -2,18 +2,20 @@
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vit5gen.config import DrawConfig, SamplingConfig
 from vit5gen.generation.card import pipeline_hash
 from vit5gen.generation.find_pipeline import pipeline_folder
+from vit5gen.generation.labels import NONE, one_hot, read_mixture
 from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.generation.scheduler import SAMPLERS, SiTScheduler
@@ -24,13 +26,21 @@ from vit5gen.system.precision import PRECISIONS, precision_of
 
 @dataclass(frozen=True)
 class SamplingJob:
-    """What is drawn: image i depends on (seed, i, labels[i]) and the settings alone; batch_size is per process."""
+    """What is drawn: image i depends on (seed, i, labels[i]) and the settings alone; batch_size is per process.
+
+    names: of the classes.  weights: over the classes and the null label, of each label that is no class.
+    image: what drawing begins with, of this strength.
+    """
 
     labels: Sequence[int]
     seed: int
     batch_size: int
     settings: SamplingConfig = field(default_factory=SamplingConfig)
     classes: Sequence[int] = ()
+    names: Mapping[int, str] = field(default_factory=dict)
+    weights: Mapping[int, list[float]] = field(default_factory=dict)
+    image: Image.Image | None = None
+    strength: float | None = None
 
 
 def draw_labels(num_images: int, classes: Sequence[int], seed: int, mode: str) -> list[int]:
@@ -70,8 +80,13 @@ def generate(pipe: SiTPipeline, job: SamplingJob, done: np.ndarray | None = None
         del settings["sampler"]  # a scheduler of diffusers steps by itself; the pipeline refuses one that was asked for
     silent = copy.copy(pipe)  # of the same components; the bar of the pipeline that was given stays as it is
     silent.set_progress_bar_config(disable=True)
+    if job.image is not None:
+        settings |= {"image": job.image, "strength": job.strength}
     for chunk in pending[state.process_index :: state.num_processes]:
-        labels = list(job.labels[chunk.start : chunk.stop])
+        labels: list[Any] = list(job.labels[chunk.start : chunk.stop])
+        if job.weights.keys() & set(labels):
+            width = pipe.transformer.null_label + pipe.transformer.has_null_label
+            labels = [job.weights.get(label) or one_hot(label, width) for label in labels]
         generators = [image_generator(job.seed, i) for i in chunk]
         yield chunk, silent(labels, generator=generators, output_type="uint8", return_dict=False, **settings)[0].cpu()
 
@@ -97,11 +112,22 @@ def open_pipeline(checkpoint: str | Path, draw: DrawConfig, device: torch.device
 
 
 def make_job(pipe: SiTPipeline, draw: DrawConfig, num_images: int, seed: int, batch_size: int) -> SamplingJob:
-    """Return what is to be drawn; raise `UserError` for classes that do not exist."""
+    """Return what is to be drawn; raise `UserError` for classes that do not exist.
+
+    A label that is no class is `null_label`, or a number above it for each mixture.
+    """
     # A class that is given twice counts once.
-    given = draw.classes or range(pipe.transformer.config.num_classes)
-    ids = list(dict.fromkeys(pipe.class_ids([*given])))
-    return SamplingJob(draw_labels(num_images, ids, seed, draw.labels), seed, batch_size, draw, ids)
+    known = pipe.config.id2label, pipe.transformer.null_label, pipe.transformer.has_null_label
+    names, weights = dict[int, str](), dict[int, list[float]]()
+    for given in draw.classes or range(pipe.transformer.null_label):
+        row = read_mixture(given, *known) if isinstance(given, str) else None
+        if row is None:
+            names |= {label: pipe.class_name(label) for label in pipe.class_ids([given])}
+        elif (title := str(given)) not in names.values():
+            label = known[1] if given == NONE else max([known[1], *weights]) + 1
+            names[label], weights[label] = title, row
+    labels = draw_labels(num_images, list(names), seed, draw.labels)
+    return SamplingJob(labels, seed, batch_size, draw, list(names), names, weights)
 
 
 def describe_job(pipe: SiTPipeline, job: SamplingJob, draw: DrawConfig) -> dict[str, Any]:
@@ -113,5 +139,10 @@ def describe_job(pipe: SiTPipeline, job: SamplingJob, draw: DrawConfig) -> dict[
         settings["sampler"] = None
     if draw.guide is not None:
         settings["guide_sha256"] = pipeline_hash(pipeline_folder(draw.guide))
-    found = {"classes": job.classes, "precision": precision_of(pipe.transformer), "resolution": list(pipe.image_size)}
+    mixtures = {"mixtures": [job.names[label] for label in job.weights]} if job.weights else {}
+    found = mixtures | {
+        "classes": job.classes,
+        "precision": precision_of(pipe.transformer),
+        "resolution": list(pipe.image_size),
+    }
     return settings | found | {"seed": job.seed, "scheduler": public}

@@ -24,7 +24,7 @@ from vit5gen.system.errors import UserError, short
 from vit5gen.system.files import atomic, read_json, write_json
 
 COMPARED = ("settings", "checkpoint_sha256", "versions")  # the parts of a card that decide the pixels
-_MAX_GRID = 2500  # images
+MOST_IMAGES = 2500  # images
 _BLOCK = 2**24  # bytes read at once
 
 
@@ -90,6 +90,11 @@ class Output:
         """Return the network evaluations of every image, (N,) int64; 0 where it is not drawn yet."""
         return np.fromfile(self.part / "evaluations", dtype="<u4").astype(np.int64)
 
+    def images(self) -> Tensor:
+        """Return the images that were kept, (N, 3, H, W) uint8, of a single file."""
+        pixels = np.fromfile(self.part / "pixels", dtype=np.uint8).reshape(self.shape)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
     def write(self, indices: range, images: Tensor, labels: Sequence[int], evaluations: int) -> None:
         """Keep images (B, 3, H, W) uint8 of consecutive indices, and note them as drawn once they are on the disk."""
         self._keep(indices, images.permute(0, 2, 3, 1).contiguous().numpy(), labels)
@@ -142,18 +147,24 @@ class NpzOutput(Output):
                 np.lib.format.write_array(array, np.asarray(labels, dtype=np.int64))
 
 
+@dataclass(frozen=True)
 class GridOutput(Output):
-    """FILE.png: a grid with a row for each class, in the order in which the card's settings list them."""
+    """FILE.png: a grid with a row for each class, in the order in which the card's settings list them.
 
-    card_suffix = ".png.card.json"
+    below: a picture (3, H, W) uint8 for each image, to stand below it.  caption: of the grid.
+    """
+
+    card_suffix: ClassVar[str] = ".png.card.json"
+    below: Sequence[Tensor] = ()
+    caption: Sequence[str] = ()
 
     def _assemble(self, card: dict[str, Any], labels: Sequence[int], titles: Sequence[str]) -> None:
-        pixels = torch.from_numpy(np.fromfile(self.part / "pixels", dtype=np.uint8).reshape(self.shape))
         place = {label: number for number, label in enumerate(card.get("settings", {}).get("classes", ()))}
         order = np.argsort([place.get(label, label) for label in labels], kind="stable")
         with self._new_file(self.path) as temporary:
             labels, titles = [labels[i] for i in order], [titles[i] for i in order]
-            save_grid(temporary, pixels[order].permute(0, 3, 1, 2), labels, titles, settings=_settings_of(card))
+            images, below = self.images()[order], [self.below[i] for i in order if self.below]
+            save_grid(temporary, images, labels, titles, None, self.caption, settings_of(card), below)
 
 
 class FolderOutput(Output):
@@ -172,7 +183,7 @@ class FolderOutput(Output):
         return math.prod(self.shape)  # of PNGs, which are smaller
 
     def _keep(self, indices: range, pixels: np.ndarray, labels: Sequence[int]) -> None:
-        settings = _settings_of(read_json(self.part / "card.json", "card"))
+        settings = settings_of(read_json(self.part / "card.json", "card"))
         for index, label, image in zip(indices, labels, pixels, strict=True):
             with self._new_file(self.path / f"{index:06d}_{label}.png") as temporary:
                 save_png(Image.fromarray(image), temporary, settings | {"index": index, "label": label})
@@ -181,9 +192,9 @@ class FolderOutput(Output):
 def open_output(path: Path, shape: tuple[int, int, int, int]) -> Output:
     """Return the output at FILE.npz, FILE.png or a folder; raise `UserError` for another suffix or too large a grid."""
     suffix = path.suffix.lower()
-    if suffix in (".jpg", ".jpeg", ".webp", ".npy", ".zip"):
+    if suffix in (".jpg", ".jpeg", ".webp", ".gif", ".npy", ".zip"):
         raise UserError(f"output {path}: unknown format; expected FILE.npz, FILE.png or a folder")
-    if suffix == ".png" and shape[0] > _MAX_GRID:
+    if suffix == ".png" and shape[0] > MOST_IMAGES:
         raise UserError(f"output {path}: {shape[0]} images are too many for a grid; use FILE.npz or a folder")
     return {".npz": NpzOutput, ".png": GridOutput}.get(suffix, FolderOutput)(path, shape)
 
@@ -193,7 +204,7 @@ def network_evaluations(total: int, num_images: int) -> dict[str, float]:
     return {"total": total, "per_image": total / num_images}
 
 
-def _settings_of(card: dict[str, Any]) -> dict[str, Any]:
+def settings_of(card: dict[str, Any]) -> dict[str, Any]:
     """Return what a PNG records of a card: what decides its pixels, and the attribution."""
     settings = {**card.get("settings", {}), "checkpoint_sha256": card.get("checkpoint_sha256")}
     return with_attribution(settings, card.get("attribution"))
