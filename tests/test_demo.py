@@ -56,7 +56,7 @@ def test_the_code_and_the_command_draw_the_same(
         assert drawn["arr_1"].tolist() == drawing.labels
 
 
-def test_a_morph_goes_from_one_class_to_the_other(pipe: SiTPipeline, folder: str) -> None:
+def test_a_morph_goes_from_one_class_to_the_other(pipe: SiTPipeline, folder: str, tmp_path: Path) -> None:
     drawing = morph(pipe, 3, SETTINGS, 1, 4, 5)
     images = check_code(pipe, drawing, folder)
     *_, (ends, _) = Drawing([1, 4], [0, 0], "AB", "", (), 3, SETTINGS).form(pipe, Event())
@@ -65,6 +65,9 @@ def test_a_morph_goes_from_one_class_to_the_other(pipe: SiTPipeline, folder: str
     assert distance == sorted(distance)
     words = shlex.split(drawing.as_command("x"))
     assert words[4:11] == ["--num-images", "1", "--morph", "crane", NAMES[4], "--frames", "5"]
+    with pytest.raises(SystemExit) as ended:
+        main([*shlex.split(drawing.as_command(folder))[1:-1], str(tmp_path / "samples.png")])
+    assert ended.value.code == 0
     with pytest.raises(UserError, match="morph: both are the same class; choose two"):
         morph(pipe, 3, SETTINGS, 1, 1, 5)
     with pytest.raises(UserError, match="frames = 1; expected a whole number of at least 2"):
