@@ -2,6 +2,7 @@
 
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from html import escape
 from io import BytesIO
 from threading import Event
@@ -40,12 +41,11 @@ def serve(pipe: SiTPipeline, checkpoint: str, port: int | None) -> None:
         found = "no port from 7860 to 7959 is free" if port is None else f"port {port} is in use, or not allowed"
         raise UserError(f"{found}; choose another one with --port") from error
     print(f"{url} (Ctrl-C ends)", flush=True)
-    try:
+    with suppress(KeyboardInterrupt):
         Event().wait()
-    except KeyboardInterrupt:
-        for stop in [*running.values()]:
-            stop.set()
-        page.close(verbose=False)
+    for stop in [*running.values()]:
+        stop.set()
+    page.close(verbose=False)
 
 
 def build_page(pipe: SiTPipeline, checkpoint: str, running: dict[str | None, Event]) -> gr.Blocks:
@@ -56,15 +56,12 @@ def build_page(pipe: SiTPipeline, checkpoint: str, running: dict[str | None, Eve
     about = f"{height} x {width} pixels, {len(names)} classes, on {pipe.device.type}"
 
     def answer(ask: Callable[..., Drawing]) -> Callable[..., Iterator[list[str]]]:
-        def respond(
-            request: gr.Request, seed: Any, scale: Any, steps: Any, sampler: Any, *asked: Any
-        ) -> Iterator[list]:
+        def respond(request: gr.Request, seed: Any, scale: Any, steps: Any, sampler: Any, *what: Any) -> Iterator[list]:
             stop = running[request.session_hash] = Event()
-            options = {"guidance_scale": scale, "num_inference_steps": steps} | (
-                {"sampler": sampler} if sampler else {}
-            )
+            options = {"guidance_scale": scale, "num_inference_steps": steps}
+            options |= {"sampler": sampler} if sampler else {}
             try:
-                drawing = ask(pipe, seed, options, *asked)
+                drawing = ask(pipe, seed, options, *what)
                 codes = [drawing.as_python(checkpoint), drawing.as_command(checkpoint)]
                 for images, progress in drawing.form(pipe, stop):
                     yield [_figures(images, drawing.titles), progress, *codes]
@@ -104,12 +101,9 @@ def build_page(pipe: SiTPipeline, checkpoint: str, running: dict[str | None, Eve
             with gr.Column(scale=2, min_width=300):
                 progress = gr.Textbox(label="Progress", interactive=False, elem_id="progress")
                 pictures = gr.HTML()
-                python = gr.Code(
-                    language="python", label="Copy as Python", elem_id="python", interactive=False, wrap_lines=True
-                )
-                command = gr.Code(
-                    language="shell", label="Copy as command", elem_id="command", interactive=False, wrap_lines=True
-                )
+                box: dict[str, Any] = {"interactive": False, "wrap_lines": True}
+                python = gr.Code(language="python", label="Copy as Python", elem_id="python", **box)
+                command = gr.Code(language="shell", label="Copy as command", elem_id="command", **box)
         gr.HTML(escape(pipe.config.get("attribution") or ""))
 
         # One pipeline, one call at a time: others wait. Stop does not.

@@ -19,10 +19,8 @@ from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.system.errors import UserError, check_whole
 
 _MOST = 64  # images of a call
-_PAUSE, _SHARE = (
-    0.25,
-    0.2,
-)  # seconds between two previews at least, and the most that decoding them may take of all time
+_PAUSE = 0.25  # seconds between two previews, at least
+_SHARE = 0.2  # of the time, at most, goes into decoding them
 
 
 @dataclass(frozen=True)
@@ -72,11 +70,9 @@ class Drawing:
 
         # The pipeline has a thread of its own, so that this one can give what it has so far.
         generators = [image_generator(self.seed, i) for i in self.noise]
-        call = partial(
-            pipe, self.labels, generator=generators, callback_on_step_end=show, output_type="uint8", return_dict=False
-        )
+        call = partial(pipe, self.labels, generator=generators, callback_on_step_end=show, **self.options)
         with ThreadPoolExecutor(1) as thread:
-            images = thread.submit(call, **self.options)
+            images = thread.submit(call, output_type="uint8", return_dict=False)
             images.add_done_callback(lambda _: found.put(None))
             try:
                 yield from iter(found.get, None)
