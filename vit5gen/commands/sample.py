@@ -50,21 +50,19 @@ class SampleOptions(DrawConfig, Options):
     def read_sweep(self) -> dict[str, list[Any]]:
         """Return the values of each option in --sweep, as the option itself would have them; `UserError` for others."""
         given = {key: getattr(self, key) for key in ("checkpoint", "num_images", "output", "image")}
-        texts, found = {text.partition("=")[0]: text.partition("=")[2] for text in self.sweep or ()}, dict[str, Any]()
-        if len(self.sweep or ()) > 2 or len(texts) < len(self.sweep or ()):
-            raise UserError(f"--sweep {' '.join(self.sweep or ())}: expected one option, or two different ones")
-        for name, text in texts.items():
+        swept, found = [text.partition("=") for text in self.sweep or ()], dict[str, list[Any]]()
+        scale = 2.0 if any("scale" in name for name, _, _ in swept) else self.guidance_scale
+        for name, _, text in swept:
             key = choose("--sweep", name.lstrip("-").replace("-", "_"), _SWEPT)
+            others = given | ({"guidance_scale": scale} if key in ("guidance_interval", "guidance_channels") else {})
             try:
-                values = parse_yaml(f"[{text}]")
+                values = parse_yaml(f"[{text}]") or [""]
             except yaml.YAMLError as error:
                 raise UserError(f"--sweep {name}={text}: not valid YAML; expected e.g. {name}=V1,V2") from error
-            if not values:
-                raise UserError(f"--sweep {name}: no values; expected e.g. guidance_scale=1,1.5,2")
-            scale = 2.0 if any("scale" in other for other in texts) else self.guidance_scale
-            limited = {"guidance_scale": scale} if key in ("guidance_interval", "guidance_channels") else {}
-            checked = [validate(SampleOptions, given | limited | {key: value}, "--sweep") for value in values]
+            checked = [validate(SampleOptions, others | {key: value}, "--sweep") for value in values]
             found[key] = [getattr(one, key) for one in checked]
+        if len(found) != len(swept) or len(found) > 2:
+            raise UserError(f"--sweep {' '.join(self.sweep or ())}: expected one option, or two different ones")
         return found
 
 
@@ -144,7 +142,7 @@ def run(options: SampleOptions) -> None:
         if options.nearest:
             found = nearest_pictures(target.images(), training.watch(), network)
             card |= {"nearest": [{"training_image": one.index, "distance": one.distance} for one in found]}
-            caption = [f"below each image: the nearest training picture ({network.name})"]
+            caption = ["nearest training picture below", network.name]
             target = GridOutput(target.path, target.shape, [one.picture for one in found], caption)
         if state.is_main_process:
             target.finish(card, job.labels, [job.names[i] for i in job.labels])

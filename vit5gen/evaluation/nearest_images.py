@@ -124,12 +124,7 @@ def save_closest(path: Path, card: dict[str, Any], pairs: list[tuple[Tensor, Ten
 
 
 def _nearest(
-    rows: Tensor,
-    chunks: Chunks,
-    size: list[int],
-    extractor: Extractor,
-    scale: Tensor | None = None,
-    shown: int = 0,
+    rows: Tensor, chunks: Chunks, size: list[int], extractor: Extractor, scale: Tensor | None = None, shown: int = 0
 ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
     """Return the distance ``(N,)`` of each row to the nearest image of all processes, and the least index of such.
 

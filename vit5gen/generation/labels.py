@@ -58,17 +58,14 @@ def read_mixture(text: str, names: dict[int, str], num_classes: int, has_null: b
     if text == NONE:
         return one_hot(int(read_labels(None, names, num_classes, has_null)), num_classes + 1)
     row = [0.0] * (num_classes + has_null)
-    for name, weight in parts:
-        label = num_classes if read_mixture(name, names, num_classes, has_null) else None
-        (label,) = find_class_ids([name], names, num_classes) if label is None else (label,)
-        try:
-            row[label] += float(weight)
-        except ValueError:
-            raise UserError(f"class {text!r}: {weight!r} is no number; expected e.g. cat=0.5,dog=0.5") from None
     try:
+        for name, weight in parts:
+            null = read_mixture(name, names, num_classes, has_null)
+            row[num_classes if null else find_class_ids([name], names, num_classes)[0]] += float(weight)
         read_labels([row], names, num_classes, has_null)
-    except UserError as error:
-        raise UserError(f"class {text!r}{str(error).removeprefix('class_labels: row 0')}") from None
+    except ValueError as error:  # a UserError is one, too
+        reason = str(error).removeprefix("class_labels: row 0").removeprefix(":").strip()
+        raise UserError(f"class {text!r}: {reason}; expected e.g. cat=0.5,dog=0.5") from None
     return row
 
 

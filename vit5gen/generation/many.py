@@ -139,10 +139,6 @@ def describe_job(pipe: SiTPipeline, job: SamplingJob, draw: DrawConfig) -> dict[
         settings["sampler"] = None
     if draw.guide is not None:
         settings["guide_sha256"] = pipeline_hash(pipeline_folder(draw.guide))
-    mixtures = {"mixtures": [job.names[label] for label in job.weights]} if job.weights else {}
-    found = mixtures | {
-        "classes": job.classes,
-        "precision": precision_of(pipe.transformer),
-        "resolution": list(pipe.image_size),
-    }
+    found = {"classes": job.classes, "precision": precision_of(pipe.transformer), "resolution": list(pipe.image_size)}
+    found |= {"mixtures": [job.names[label] for label in job.weights]} if job.weights else {}
     return settings | found | {"seed": job.seed, "scheduler": public}

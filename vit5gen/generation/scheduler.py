@@ -56,13 +56,7 @@ class SiTScheduler(SchedulerMixin, ConfigMixin):
         self.flow = Flow(path, prediction)
 
     def steps(
-        self,
-        sampler: str,
-        model_fn: ModelFn,
-        x: Tensor,
-        num_steps: int,
-        noise: Generators,
-        start: float | None = None,
+        self, sampler: str, model_fn: ModelFn, x: Tensor, num_steps: int, noise: Generators, start: float | None
     ) -> tuple[int, Steps]:
         """Return the number of steps, 0 for dopri5 which cannot know, and (i, t, x) after each of them.
 
@@ -77,13 +71,7 @@ class SiTScheduler(SchedulerMixin, ConfigMixin):
 
 
 def foreign_steps(
-    scheduler: Any,
-    flow: Flow,
-    model_fn: ModelFn,
-    x: Tensor,
-    num_steps: int,
-    noise: Generators,
-    start: float | None = None,
+    scheduler: Any, flow: Flow, model_fn: ModelFn, x: Tensor, num_steps: int, noise: Generators, start: float | None
 ) -> tuple[int, Steps]:
     """Return the number of steps, and (i, t, x) after each ``step``, of a flow-match scheduler of diffusers.
 
