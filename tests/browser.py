@@ -46,6 +46,7 @@ class Visitor:
         page = self.browser.new_context(
             viewport={"width": width, "height": height}, color_scheme=scheme, **options
         ).new_page()
+        page.set_default_timeout(60_000)
         page.on("console", lambda message: self._note("console", message.text, message.type == "error"))
         page.on("pageerror", lambda error: self._note("exception", str(error)))
         page.on("request", lambda request: self._note("request", request.url, not is_local(request.url)))

@@ -31,7 +31,7 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | more
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
@@ -47,7 +47,7 @@ def train_in(
     Returns their exit codes and the classes of the modules that were sharded.
     """
     # A port for each training: one process may look for the next store where the other has yet to close the last.
-    jobs = [{**job, "port": str(port)} for job, port in zip(jobs, _free_ports(len(jobs)), strict=True)]
+    jobs = [{**job, "port": str(port)} for job, port in zip(jobs, free_ports(len(jobs)), strict=True)]
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs, default=str))
     common = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(num_processes)}

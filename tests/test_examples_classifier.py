@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from launch import _free_ports, environment
+from launch import environment, free_ports
 from PIL import Image
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
@@ -462,7 +462,7 @@ torch.save(kept, folder)
 @pytest.mark.slow
 def test_two_processes(data: Path, tmp_path: Path) -> None:
     """Both test every held-out image once between them, and their weights stay equal."""
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_ports(1)[0])}
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
     common |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{ROOT / 'examples'}:{ROOT}"}
     words = command(data, tmp_path, "--lr", "0.02")[2:]
     processes = [

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launch import _free_ports, environment
+from launch import environment, free_ports
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -595,7 +595,7 @@ def test_bad_input_is_one_line(fault: str, message: str, tmp_path: Path, capsys:
 
 def launch(output: Path, *arguments: str | Path, world: int = 1) -> list[subprocess.Popen[str]]:
     """Start the script in its own process, or in several joined ones."""
-    joined = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_ports(1)[0]), "WORLD_SIZE": str(world)}
+    joined = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": str(world)}
     command = [sys.executable, str(ROOT / "examples/segment.py"), *map(str, arguments), "--output", str(output)]
     started = []
     for rank in range(world):

@@ -23,7 +23,7 @@ from vit5gen.section import validate
 from vit5gen.system.errors import UserError, choose, nearest, short
 
 COMMANDS: tuple[str, ...] = ("init", "train", "encode", "sample", "evaluate", "compare", "convert", "classify", "study")
-COMMANDS += ("copies", "report", "publish", "autoencoder", "benchmark")
+COMMANDS += ("copies", "report", "demo", "publish", "autoencoder", "benchmark")
 _AS_YAML = {"guidance_interval"}  # a list that is one value
 
 
