@@ -46,10 +46,7 @@ EXPECTED = {
     ],
     "memory": [(mode, "sit", "sit") for mode in ("fp32", "fp32-checkpointing", "fastest", "fastest-checkpointing")],
     "start-up": [("help", "vit5gen --help", "python")],
-    "gpu": [
-        *[(mode, "vit5", "vit5gen-sit") for mode in ("fastest", "sampling")],
-        *[(mode, "sit", "sit") for mode in ("tf32", "bf16", "fastest")],
-    ],
+    "gpu": [("sampling", "vit5", "vit5gen-sit"), ("tf32", "sit", "sit")],
     "scaling": [("tokens", "20", "8"), ("batch", "4", "2"), ("samples", "4", "2"), ("processes", "2", "1")],
 }
 
@@ -101,6 +98,7 @@ def test_runs(name: str, folders: Path, capsys: pytest.CaptureFixture[str], monk
         stand_in(monkeypatch, dict.fromkeys(EVALUATORS, 5.0))
         monkeypatch.setitem(sys.modules, "pytorch_fid", None)
     words = f"--sit @sit --vit5 @vit5 --only {name} --quick --output @{name}/result.json"
+    words += " --rows sampling,tf32" if name == "gpu" else ""  # the others are alike, and each is a process
     assert execute(words, folders) == 0
     result = json.loads((folders / name / "result.json").read_text())
     assert [(row["mode"], row["ours"], row["peer"]) for row in result["rows"]] == EXPECTED[name]
