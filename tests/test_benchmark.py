@@ -117,8 +117,8 @@ def test_utilisation_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of 2 s, beside a product of 1/4 s: every token by 384 by 1536."""
     config = steps.step_config(QUICK)
     monkeypatch.setattr(steps, "seconds", lambda call: 0.25)
-    found = steps._utilisation(config, [(2.0, 3.0)])
     flops = run_cost(config).training_flops * QUICK.batch
+    found = steps._utilisation(config, flops, 2.0)
     assert found["GFLOP/s"] == pytest.approx(flops / 2 / 1e9)
     tokens = (QUICK.latent_side // 2) ** 2
     product = 2 * QUICK.batch * tokens * 384 * 1536
@@ -217,12 +217,6 @@ def test_sampling_takes_the_first_that_is_no_worse(
         check(row, "sampling")
         assert row["more"]["our distance"] == row["more"]["peer's distance"]
     assert rows[0]["our_median"] == 4  # three steps and the last one
-
-
-def test_without_a_gpu_it_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert execute("--only gpu --output @result.json", tmp_path) == 0
-    assert "gpu: skipped" in capsys.readouterr().out
-    assert json.loads((tmp_path / "result.json").read_text())["rows"] == []
 
 
 def test_without_peers_it_tells_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
