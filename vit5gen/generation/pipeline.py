@@ -43,10 +43,10 @@ LOADABLE_CLASSES.setdefault("vit5gen", {})
 OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
 _SAMPLING = DrawConfig()
 
-# What other pipelines call what is here, or has another form.
+# What other pipelines call it, and what it is here.
 _ELSEWHERE = {
     "num_images_per_prompt": "num_images_per_label",
-    "prompt": "class_labels, ids or names",
+    "prompt": "class_labels (ids or names)",
     "negative_prompt": "guidance_scale, which guides away from no class",
     "eta": "sampler='sde-heun' for noise in the steps",
     "timesteps": "num_inference_steps, and a SiTScheduler with another shift",
@@ -203,12 +203,12 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
         added up to t = 1 - strength and all steps are taken from there; 1 ignores the image, 0 only decodes its latent.
         guidance_scale, autoguidance_scale: 1 or None is off; both act at times in ``guidance_interval=(start, end)``
         (0 noise, 1 data) and on the first ``guidance_channels``: these, and every other guidance option of
-        `SamplingConfig`, go to `GuidedModel` without their prefix.  sampler: ``ode-<method>`` or ``sde-<method>`` of `vit5gen.flow`, for
-        num_inference_steps steps; a foreign scheduler takes none.  height, width: pixels, by default those trained on.
-        generator: one, or one per image, so none depends on others.  latents (B, C, h, w): the noise to start from, of
-        any type of floats on any device: the state is fp32 on the pipeline's.
-        ``callback_on_step_end(pipe, i, t, {"latents": x})`` returns None, or a dictionary: latents in it replace the
-        state.
+        `SamplingConfig`, go to `GuidedModel` without their prefix.
+        sampler: ``ode-<method>`` or ``sde-<method>`` of `vit5gen.flow`, for num_inference_steps steps; a foreign
+        scheduler takes none.  height, width: pixels, by default those trained on.
+        generator: one, or one per image, so none depends on others.  latents (B, C, h, w): the noise to start from,
+        floats of any type on any device; they are cast to fp32 and moved.
+        ``callback_on_step_end(pipe, i, t, {"latents": x})`` returns None, or a dictionary whose latents replace x.
         output_type: pil | np (B, H, W, 3) and pt (B, 3, H, W) in [0, 1] | uint8 (B, 3, H, W) | latent (B, C, h, w).
         Raises `UserError` for bad values, `TypeError` for a keyword that does not exist.
         """
@@ -344,13 +344,16 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
         """Load as diffusers does, from the folder of a run or a pipeline, the name of one that ships, or a hub name.
 
         variant: of the weights, e.g. fp16; a folder with no others is loaded without that.
-        Raises `UserError` for a folder that holds no pipeline.
+        Raises `UserError` for a folder that holds no pipeline, or several variants of which none is chosen.
         """
         name = pretrained_model_name_or_path
         if Path(name).is_dir() or str(name) in shipped_names():
             name = pipeline_folder(name)
-            variants = find_variants(name / "transformer")
-            kwargs["variant"] = kwargs.get("variant") or (variants[0] if len(variants) == 1 else None)
+            if kwargs.get("variant") is None and (variants := find_variants(name / "transformer")):
+                if len(variants) > 1:
+                    advice = f"pass variant={variants[0]!r}, or delete all but one"
+                    raise UserError(f"checkpoint {name}: weights of the variants {', '.join(variants)}; {advice}")
+                kwargs["variant"] = variants[0]
         found: SiTPipeline = super().from_pretrained(name, **kwargs)
         return found
 
