@@ -79,6 +79,7 @@ def test_the_folder_is_complete_and_tells_nothing_of_the_machine(
         for name in ("config.json", "diffusion_pytorch_model.safetensors")
     ]
     own = ["README.md", "card.json", "model_index.json", "pipeline.py", "report.html", "samples.png"]
+    own += ["transformer/transformer.py"]
     assert files == sorted([*own, *weights, "scheduler/scheduler_config.json"])
     for path in (tmp_path / "out").rglob("*"):
         if path.is_file():

@@ -1,8 +1,8 @@
 """Guidance: a conditional network becomes a guided ``model_fn(x, t)`` for the solvers."""
 
 import math
-from collections.abc import Callable, Sequence
-from numbers import Real
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -44,16 +44,18 @@ class GuidedModel:
         weak_scale: float = _DEFAULTS.autoguidance_scale,
     ) -> None:
         _check_finite("weak_scale", weak_scale)
-        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
-            raise UserError(f"guidance_interval: {interval!r}; expected two times, 0 <= start <= end <= 1.")
-        if channels is not None and channels < 1:
-            raise UserError(f"guidance_channels: {channels!r}; expected at least 1, or None for all.")
+        ends = tuple(interval) if isinstance(interval, Iterable) else ()
+        if len(ends) != 2 or not (all(isinstance(end, Real | Tensor) for end in ends) and 0 <= ends[0] <= ends[1] <= 1):
+            expected = "two times (start, end), 0 <= start <= end <= 1, e.g. (0.2, 0.8)"
+            raise UserError(f"guidance_interval: {interval!r}; expected {expected}.")
+        if channels is not None and not (isinstance(channels, Integral) and channels >= 1):
+            raise UserError(f"guidance_channels: {channels!r}; expected a whole number of at least 1, or None for all.")
         if weak_model is None and weak_scale != 1:
             raise UserError(f"weak_scale: {weak_scale!r} without a weak_model; pass one, or weak_scale=1.")
         self.model, self.labels, self.ask_scale = model, class_labels, scale if callable(scale) else lambda: scale
         own = getattr(model, "null_label", None) if getattr(model, "has_null_label", True) else None
         self.null_label: Any = own if null_label is None else null_label
-        self.interval, self.channels = tuple(interval), channels
+        self.interval, self.channels = ends, channels
         self.weak_model, self.weak_scale, self.rows = weak_model, weak_scale, 0
         _ = self.scale  # raises before the first step
 

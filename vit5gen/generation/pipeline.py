@@ -33,8 +33,8 @@ from vit5gen.generation.scheduler import Generators, ModelFn, SiTScheduler, fore
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.models.weights import align
 from vit5gen.section import MOST_BATCH, MOST_STEPS
-from vit5gen.system.errors import UserError, check_whole, choose, short
-from vit5gen.system.files import clear_weights, write_text
+from vit5gen.system.errors import UserError, check_whole, choose, nearest, short
+from vit5gen.system.files import clear_weights, find_variants, write_text
 from vit5gen.system.shipped import shipped_names
 
 # Without this diffusers stores our classes under their module path, and does not find them by a hub name.
@@ -42,6 +42,21 @@ LOADABLE_CLASSES.setdefault("vit5gen", {})
 
 OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
 _SAMPLING = DrawConfig()
+
+# What other pipelines call it, and what it is here.
+_ELSEWHERE = {
+    "num_images_per_prompt": "num_images_per_label",
+    "prompt": "class_labels (ids or names)",
+    "negative_prompt": "guidance_scale, which guides away from no class",
+    "eta": "sampler='sde-heun' for noise in the steps",
+    "timesteps": "num_inference_steps, and a SiTScheduler with another shift",
+    "sigmas": "num_inference_steps, and a SiTScheduler with another shift",
+    "seed": "generator=torch.Generator().manual_seed(seed)",
+    "cfg_scale": "guidance_scale",
+    "steps": "num_inference_steps",
+    "callback": "callback_on_step_end",
+    "callback_steps": "callback_on_step_end, which is called after every step",
+}
 
 
 @dataclass
@@ -161,11 +176,11 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
     def __call__(
         self,
         class_labels: Labels,
-        guidance_scale: float = _SAMPLING.guidance_scale,
+        guidance_scale: float | None = _SAMPLING.guidance_scale,
         num_inference_steps: int = _SAMPLING.num_inference_steps,
         sampler: str | None = None,
         *,
-        autoguidance_scale: float = _SAMPLING.autoguidance_scale,
+        autoguidance_scale: float | None = _SAMPLING.autoguidance_scale,
         num_images_per_label: int = 1,
         image: Any = None,
         strength: float | None = None,
@@ -175,7 +190,7 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end: Callable[..., dict | None] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **guidance: Any,
     ) -> ImagePipelineOutput | tuple:
@@ -186,18 +201,25 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
         image: one to begin with, or one of each label: pictures of PIL, which are scaled and cut to the size drawn, or
         what has that size, uint8 or in [0, 1]: a tensor (B, 3, H, W), an array (B, H, W, 3).  strength (0.8): noise is
         added up to t = 1 - strength and all steps are taken from there; 1 ignores the image, 0 only decodes its latent.
-        guidance_scale, autoguidance_scale: 1 is off; both act at times in ``guidance_interval=(start, end)`` (0 noise,
-        1 data) and on the first ``guidance_channels``: these, and every other guidance option of `SamplingConfig`, go
-        to `GuidedModel` without their prefix.  sampler: ``ode-<method>`` or ``sde-<method>`` of `vit5gen.flow`, for
-        num_inference_steps steps; a foreign scheduler takes none.  height, width: pixels, by default those trained on.
-        generator: one, or one per image, so none depends on others.  latents (B, C, h, w): the noise to start from.
-        ``callback_on_step_end(pipe, i, t, {"latents": x})`` returns a dictionary; latents in it replace the state.
+        guidance_scale, autoguidance_scale: 1 or None is off; both act at times in ``guidance_interval=(start, end)``
+        (0 noise, 1 data) and on the first ``guidance_channels``: these, and every other guidance option of
+        `SamplingConfig`, go to `GuidedModel` without their prefix.
+        sampler: ``ode-<method>`` or ``sde-<method>`` of `vit5gen.flow`, for num_inference_steps steps; a foreign
+        scheduler takes none.  height, width: pixels, by default those trained on.
+        generator: one, or one per image, so none depends on others.  latents (B, C, h, w): the noise to start from,
+        floats of any type on any device; they are cast to fp32 and moved.
+        ``callback_on_step_end(pipe, i, t, {"latents": x})`` returns None, or a dictionary whose latents replace x.
         output_type: pil | np (B, H, W, 3) and pt (B, 3, H, W) in [0, 1] | uint8 (B, 3, H, W) | latent (B, C, h, w).
         Raises `UserError` for bad values, `TypeError` for a keyword that does not exist.
         """
         # Refuse what cannot be drawn before any work.
         if unknown := guidance.keys() - SamplingConfig.model_fields:
-            raise TypeError(f"SiTPipeline.__call__() got an unexpected keyword argument {min(unknown)!r}")
+            known = signature(self.__call__).parameters.keys() - {"guidance"} | SamplingConfig.model_fields.keys()
+            name = min(unknown)
+            advice = f"; use {_ELSEWHERE[name]}" if name in _ELSEWHERE else f".{nearest(name, known)}"
+            raise TypeError(f"SiTPipeline.__call__() got an unexpected keyword argument {name!r}{advice}")
+        guidance_scale = _SAMPLING.guidance_scale if guidance_scale is None else guidance_scale
+        autoguidance_scale = _SAMPLING.autoguidance_scale if autoguidance_scale is None else autoguidance_scale
         of_each = check_whole("num_images_per_label =", num_images_per_label, 1, MOST_BATCH)
         transformer, id2label = self.transformer, self.config.id2label
         labels = read_labels(class_labels, id2label, transformer.config.num_classes, transformer.has_null_label)
@@ -235,7 +257,7 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
                     state.num_timesteps = max(state.num_timesteps, i + 1)
                     if callback_on_step_end is not None:
                         given = dict.fromkeys(callback_on_step_end_tensor_inputs, x)
-                        replaced = callback_on_step_end(self, i, t, given).get("latents", x)
+                        replaced = (callback_on_step_end(self, i, t, given) or {}).get("latents", x)
                         if replaced is not x and sampler == "ode-dopri5":
                             reason = "its images are at different times; choose a solver with fixed steps"
                             raise UserError(f"callback_on_step_end cannot replace the latents of ode-dopri5: {reason}")
@@ -287,6 +309,9 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
         device = self._execution_device
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if not (isinstance(latents, Tensor) and latents.is_floating_point()):
+            found = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
+            raise UserError(f"latents: {found}; expected a tensor of floats, e.g. torch.randn({shape})")
         if tuple(latents.shape) != shape:
             raise UserError(f"latents: shape {tuple(latents.shape)}; expected {shape}, which is (B, C, h, w)")
         return latents.to(device, torch.float32)
@@ -318,11 +343,18 @@ class SiTPipeline(LoraMixin, DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "SiTPipeline":
         """Load as diffusers does, from the folder of a run or a pipeline, the name of one that ships, or a hub name.
 
-        Raises `UserError` for a folder that holds no pipeline.
+        variant: of the weights, e.g. fp16; a folder with no others is loaded without that.
+        Raises `UserError` for a folder that holds no pipeline, or several variants of which none is chosen.
         """
         name = pretrained_model_name_or_path
-        here = Path(name).is_dir() or str(name) in shipped_names()
-        found: SiTPipeline = super().from_pretrained(pipeline_folder(name) if here else name, **kwargs)
+        if Path(name).is_dir() or str(name) in shipped_names():
+            name = pipeline_folder(name)
+            if kwargs.get("variant") is None and (variants := find_variants(name / "transformer")):
+                if len(variants) > 1:
+                    advice = f"pass variant={variants[0]!r}, or delete all but one"
+                    raise UserError(f"checkpoint {name}: weights of the variants {', '.join(variants)}; {advice}")
+                kwargs["variant"] = variants[0]
+        found: SiTPipeline = super().from_pretrained(name, **kwargs)
         return found
 
     @classmethod

@@ -1,7 +1,9 @@
 """The generator: patch, time and label embedding, a backbone from the registry, and the adaLN head."""
 
+import logging
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from einops import rearrange
 from timm.layers import to_2tuple
 from torch import Tensor, nn
@@ -22,7 +25,10 @@ from vit5gen.models.positions import patch_grid
 from vit5gen.models.weights import align, check_fit
 from vit5gen.system.cpu import fast_inference
 from vit5gen.system.errors import UserError, choose
-from vit5gen.system.files import clear_weights
+from vit5gen.system.files import MODEL_STUB, clear_weights, find_variants, write_text
+
+# When any model is cast, diffusers warns of its modules that should be kept in float32, also where there are none.
+logging.getLogger("diffusers.models.modeling_utils").addFilter(lambda record: "float32: []" not in record.getMessage())
 
 _DEFAULTS = ModelConfig(preset="XL/2")
 
@@ -64,6 +70,13 @@ class Head(nn.Module):
     def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
         shift, scale = self.modulation(F.silu(conditioning))[:, None].chunk(2, dim=-1)
         return self.linear(modulate(self.norm(x), shift, scale))
+
+
+@dataclass
+class SiTTransformer2DModelOutput(Transformer2DModelOutput):
+    """diffusers' output class: ``sample`` (B, C, H, W), and with taps ``hidden_states``, {k: (B, N + M, D)}."""
+
+    hidden_states: dict[int, Tensor] | None = None
 
 
 class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -139,11 +152,26 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Build ``S/2`` ... ``XL/8`` (size / patch); `overrides` are further arguments of the constructor."""
         return cls(**{"backbone": backbone, **PRESETS[choose("preset", name, PRESETS)], **overrides})
 
+    @property
+    def _auto_class(self) -> str | None:  # diffusers then writes `auto_map`, which leads AutoModel to the stub
+        return "AutoModel" if type(self) is SiTTransformer2DModel else None
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read a configuration as diffusers does, without `auto_map`, which is no option of the model."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """Load a folder as diffusers does, except that weights which do not fit are a `UserError`, not a warning."""
         try:
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except OSError as error:
+            folder = Path(args[0] if args else kwargs["pretrained_model_name_or_path"], kwargs.get("subfolder") or "")
+            if not (found := find_variants(folder)) or kwargs.get("variant") in found:
+                raise
+            reason = " ".join(str(error).split()).removesuffix(".")
+            raise OSError(f"{reason}, only the variant {found[0]!r}; pass variant={found[0]!r}") from error
         except ValueError as error:
             if "expected shape" not in str(error):
                 raise
@@ -156,9 +184,12 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines hand in only what stands in the signature
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers does, and delete what it would leave of an earlier save."""
+        """Save as diffusers does, with the stub for AutoModel, and delete what it would leave of an earlier save."""
         if (args or (kwargs.get("is_main_process", True),))[0]:
             clear_weights(save_directory, kwargs.get("variant"))
+            if self._auto_class:
+                stub = "from vit5gen import SiTTransformer2DModel  # noqa: F401\n"
+                write_text(Path(save_directory) / MODEL_STUB, stub)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:  # in diffusers' the option of the same name would hide the module
@@ -176,13 +207,15 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         class_labels: int | Tensor,
         taps: tuple[int, ...] = (),
         extra_tokens: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
+        return_dict: bool | None = None,
+    ) -> Tensor | tuple[Tensor] | tuple[Tensor, dict[int, Tensor]] | SiTTransformer2DModelOutput:
         """Return the prediction in the latents' dtype; with taps (k, ...) also ``{k: hidden state after k blocks}``.
 
         latents (B, C, H, W), timestep (B,) and class_labels (B,) int64, or one for all. Labels may also be rows of
         weights over the classes, floats (B, num_classes), or (B, num_classes + 1) with the null label.
         extra_tokens (B, M, D) take part in attention behind the N patches; hidden states (B, N + M, D) include them,
         the prediction does not.
+        return_dict: None is this; False wraps what is no tuple in one; True returns diffusers' output class.
         Raises `UserError` for latents of another number of channels or of a size that `patch_size` does not divide,
         and for times or labels of another batch.
         """
@@ -202,7 +235,9 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         x, hidden = out if taps else (out, {})
         x = rearrange(self.head(x, conditioning), "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], p=p, q=p)
         x = x[:, :channels].to(latents.dtype) if self._discard else x.to(latents.dtype)
-        return (x, hidden) if taps else x
+        if return_dict:
+            return SiTTransformer2DModelOutput(x, hidden or None)
+        return (x, hidden) if taps else x if return_dict is None else (x,)
 
     def _embed_labels(self, labels: Tensor, batch: int) -> Tensor:
         """Return the embeddings (B, D) of ids (1,) or (B,), or mixed by rows of weights: exact where one weight is 1.

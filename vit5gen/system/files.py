@@ -17,6 +17,8 @@ except ImportError:  # Windows
 
 from vit5gen.system.errors import UserError
 
+MODEL_STUB = "transformer.py"  # beside a model's config.json; diffusers names it after the module of the class
+
 
 def cache_folder() -> Path:
     """Return the folder of derived data: ``VIT5GEN_CACHE``, else ``vit5gen`` in the user's cache folder."""
@@ -118,10 +120,17 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
     return value
 
 
+def find_variants(folder: str | Path) -> list[str]:
+    """Return the variants (fp16, ...) of a model's weights in a folder; an empty list where there are plain ones."""
+    weights = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:bin|safetensors)")
+    found = {match[1] for file in Path(folder).glob("*") if (match := weights.fullmatch(file.name))}
+    return [] if None in found else sorted(found)
+
+
 def clear_weights(folder: str | Path, variant: str | None = None, removed: bool = False) -> None:
     """Delete the weights that an earlier save of this variant left: the index of shards that are gone outdoes a file.
 
-    removed: the component is no longer there: also delete its configuration, and the folder if then empty.
+    removed: the component is no longer there: also delete its configuration and stub, and the folder if then empty.
     """
     kind = f".{re.escape(variant)}" if variant else ""
     name = "diffusion_pytorch_model"
@@ -130,7 +139,8 @@ def clear_weights(folder: str | Path, variant: str | None = None, removed: bool 
     for file in files:
         file.unlink(missing_ok=True)
     if removed and files and not any(Path(folder).glob(f"{name}*")):  # another variant still needs it
-        (Path(folder) / "config.json").unlink(missing_ok=True)
+        for other in ("config.json", MODEL_STUB):
+            (Path(folder) / other).unlink(missing_ok=True)
     if removed and files and not any(Path(folder).iterdir()):
         Path(folder).rmdir()
 

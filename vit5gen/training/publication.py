@@ -17,7 +17,7 @@ from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.generation.lora import ADAPTER, FULL
 from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.system.errors import UserError
-from vit5gen.system.files import read_json
+from vit5gen.system.files import MODEL_STUB, read_json
 from vit5gen.training.export import check_new, write_whole
 from vit5gen.training.run_folder import RunFolder, run_facts
 
@@ -88,7 +88,7 @@ def _build(pipe: SiTPipeline, source: Path, facts: card.TrainingFacts, repo: str
         weights = list((source / name).glob("*.safetensors"))
         if getattr(pipe, name) is not None and not weights and name != "scheduler":
             raise UserError(f"{source / name}: no safetensors; save the pipeline again with save_pretrained")
-        files += [*weights, *(source / name).glob("*.json")]
+        files += [*weights, *(source / name).glob("*.json"), source / name / MODEL_STUB]
     for file in (file for file in files if file.is_file()):
         target = folder / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
