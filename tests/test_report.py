@@ -145,6 +145,20 @@ def test_a_run_that_has_less_is_shown_as_far_as_it_goes(made: RunFolder, config_
     assert not page.all("input")
 
 
+def test_every_distance_of_a_run_has_a_chart(config_file: Path, tmp_path: Path) -> None:
+    folder = make_run(config_file, tmp_path / "run")
+    entries = folder.evaluations()
+    entries[-1]['FD-"other"'] = entries[-1].pop(METRIC)
+    folder.metrics.write_text(json.dumps({"evaluations": entries}))
+    page = Page(build_report([read_run(folder)]))
+    charts = page.data["charts"]
+    assert [point[0] for point in charts[f"distance {METRIC}"]["curves"][0]["points"]] == [0, 10]
+    assert [point[0] for point in charts['distance FD-"other"']["curves"][0]["points"]] == [20]
+    clips = {one["id"] for one in page.all("clippath")}
+    assert {f"url(#{name})" for name in clips} == {one["clip-path"] for one in page.all("g", "clip-path")}
+    assert all(re.fullmatch(r"[\w-]+", str(name)) for name in clips)
+
+
 def test_a_log_is_thinned_but_keeps_its_extremes_and_its_end() -> None:
     points = [(float(x), float(x % 7)) for x in range(5000)]
     points[1234], points[4321] = (1234.0, 99.0), (4321.0, -99.0)
@@ -227,6 +241,11 @@ def test_bad_input_is_told_in_a_line(tmp_path: Path, content: str | None, output
     assert (code, told.count("\n")) == (2, 1)
     assert message in told
     assert not (tmp_path / output).exists()
+
+
+def test_a_study_without_a_table_yet_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
+    assert "<p>1 runs</p>" in build_report([], {}, [tmp_path])
 
 
 def test_a_damaged_run_is_told_in_a_line(config_file: Path, tmp_path: Path) -> None:

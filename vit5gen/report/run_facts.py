@@ -59,7 +59,16 @@ class RunFacts:
     @cached_property
     def distances(self) -> dict[int, dict[str, Any]]:
         """The reports of `metric` by step."""
-        return {one["step"]: one[self.metric] for one in self.evaluations if self.metric in one}
+        return self.reports.get(self.metric or "", {})
+
+    @cached_property
+    def reports(self) -> dict[str, dict[int, dict[str, Any]]]:
+        """The reports of each distance by step; an extractor that was changed has left several."""
+        found: dict[str, dict[int, dict[str, Any]]] = {}
+        for one in self.evaluations:
+            for name in (name for name, report in one.items() if isinstance(report, dict)):
+                found.setdefault(name, {})[one["step"]] = one[name]
+        return found
 
     @cached_property
     def best(self) -> int:
