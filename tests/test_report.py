@@ -18,14 +18,16 @@ from tiny import tiny_pipeline
 from tiny_run import assert_identical, run, weights
 
 from vit5gen.cli import main
-from vit5gen.config import SamplingConfig
+from vit5gen.config import SamplingConfig, load_config
 from vit5gen.data.autoencoders.codec import decode, to_uint8
+from vit5gen.evaluation import load_extractor, nearest_images
 from vit5gen.generation.many import SamplingJob, generate, image_generator
 from vit5gen.report.chart import Chart, Curve, draw, shown, thin
 from vit5gen.report.report_page import build_report
 from vit5gen.report.run_facts import duration, find_warnings, verdict
 from vit5gen.report.small_pictures import save_small, step_picture
 from vit5gen.report.trajectory import find_trajectory
+from vit5gen.training.previews import SampleGrid
 from vit5gen.training.run_folder import RunFolder
 from vit5gen.training.run_report import RunReport, read_run
 
@@ -298,6 +300,16 @@ def test_a_run_keeps_a_page_with_pictures_of_every_evaluation(trained: RunFolder
     assert told["flops_per_image"] > 1000
     assert "torch" in told["versions"]
     assert len(page.all("img")) == 4
+
+
+def test_the_nearest_images_keep_no_other_process_waiting(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nearest_images, "gather_objects", None)
+    config, folder = load_config(config_file), RunFolder(tmp_path)
+    report = RunReport(config, folder, SampleGrid(config, folder.samples, ["a", "b", "c"], None))
+    report.find_nearest(torch.zeros(6, 3, 16, 16, dtype=torch.uint8), load_extractor("effnet-lite0"), 2)
+    assert step_picture(folder.pictures, 2).with_name("nearest.webp").is_file()
 
 
 def test_the_page_changes_no_number_and_ends_no_run(

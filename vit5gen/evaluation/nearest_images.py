@@ -33,14 +33,16 @@ class Nearest:
     picture: Tensor
 
 
-def nearest_pictures(images: Tensor, training: Chunks, extractor: Extractor) -> list[Nearest]:
+def nearest_pictures(images: Tensor, training: Chunks, extractor: Extractor, shared: bool = True) -> list[Nearest]:
     """Return the training image that is nearest to each of ``images (N, 3, H, W)`` uint8, in the extractor's space.
 
     training: ``Samples.chunks()`` of the training images; all processes share the pass, each has all that it found.
+    shared: False for one process that passes over them without the others.
     Raises `UserError` when the images differ in size, or have features that are not finite.
     """
     rows = torch.cat([extractor(part).pooled.cpu() for part in images.split(_BATCH)])
-    distances, indices, pictures = _nearest(rows, training, list(images.shape[2:]), extractor, shown=len(rows))
+    size = list(images.shape[2:])
+    distances, indices, pictures = _nearest(rows, training, size, extractor, shown=len(rows), shared=shared)
     return [Nearest(int(indices[i]), float(distances[i]), pictures[i]) for i in range(len(rows))]
 
 
@@ -124,7 +126,13 @@ def save_closest(path: Path, card: dict[str, Any], pairs: list[tuple[Tensor, Ten
 
 
 def _nearest(
-    rows: Tensor, chunks: Chunks, size: list[int], extractor: Extractor, scale: Tensor | None = None, shown: int = 0
+    rows: Tensor,
+    chunks: Chunks,
+    size: list[int],
+    extractor: Extractor,
+    scale: Tensor | None = None,
+    shown: int = 0,
+    shared: bool = True,
 ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
     """Return the distance ``(N,)`` of each row to the nearest image of all processes, and the least index of such.
 
@@ -147,7 +155,8 @@ def _nearest(
         pictures = {i: images[where[i]] if closer[i] else pictures[i] for i in near}
 
     # Of all processes.
-    parts = gather_objects((best, indices, pictures))
+    own = best, indices, pictures
+    parts = gather_objects(own) if shared else [own]
     best = torch.stack([part[0] for part in parts]).amin(dim=0)
     indices = torch.stack([part[1].where(part[0] == best, LARGEST) for part in parts]).amin(dim=0)
     return best, indices, {i: one for part in parts for i, one in part[2].items() if part[1][i] == indices[i]}

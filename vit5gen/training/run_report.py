@@ -20,7 +20,6 @@ from vit5gen.report.report_page import build_report
 from vit5gen.report.run_facts import RunFacts
 from vit5gen.report.small_pictures import FACTS, rows_of, save_small, sheet, step_picture
 from vit5gen.report.trajectory import find_trajectory
-from vit5gen.system.distributed import is_main, rank_and_world
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import read_json, write_json, write_text
 from vit5gen.training.build import build_model
@@ -41,23 +40,21 @@ class RunReport:
         self._nearest: dict[str, Any] = {}  # what its picture shows, where there is one
 
     def find_nearest(self, grid: Tensor, extractor: Extractor, step: int) -> None:
-        """Find the training images that are nearest to some of ``grid``; all processes share the pass.
+        """Find the training images that are nearest to some of ``grid``; of many some, a fraction of an evaluation.
 
-        Of many training images some, so that it takes a fraction of an evaluation.
+        The main process does it alone: were all to share the pass, a failure in one would leave the others waiting.
         """
         chosen = grid[:: -(-len(grid) // _SAMPLES)]
         images = open_images(self.config.data)
         order = np.random.default_rng(self.config.evaluation.seed).permutation(len(images))[:_SEARCHED]
         images = readable(images.select(torch.from_numpy(order)), self.config.data)
-        rank, world = rank_and_world()
-        parts = torch.arange(len(images)).split(self.config.evaluation.batch_size)[rank::world]
-        found = nearest_pictures(chosen, _whole_chunks(images, parts), extractor)
-        if is_main():
-            pairs = sheet([*chosen, *(one.picture for one in found)], len(chosen))
-            save_small(self.folder.pictures / "nearest.webp", pairs, self.samples.attribution)
-            what = f"Samples, and the nearest of {len(images):,} training images by {extractor.name} distance"
-            distances = [f"{one.distance:.3g}" for one in found]
-            self._nearest = {"what": what, "step": step, "rows": ["sample", "training"], "columns": distances}
+        parts = torch.arange(len(images)).split(self.config.evaluation.batch_size)
+        found = nearest_pictures(chosen, _whole_chunks(images, parts), extractor, shared=False)
+        pairs = sheet([*chosen, *(one.picture for one in found)], len(chosen))
+        save_small(self.folder.pictures / "nearest.webp", pairs, self.samples.attribution)
+        what = f"Samples, and the nearest of {len(images):,} training images by {extractor.name} distance"
+        distances = [f"{one.distance:.3g}" for one in found]
+        self._nearest = {"what": what, "step": step, "rows": ["sample", "training"], "columns": distances}
 
     def refresh(self, grid: Tensor, pipe: SiTPipeline, evaluations: Sequence[dict[str, Any]], command: str) -> None:
         """Keep what the newest of the evaluations drew, ``grid`` (N, 3, H, W) uint8, and write the page.
@@ -97,7 +94,7 @@ class RunReport:
 
 
 def _whole_chunks(images: ImageSet, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the images of each part but those with a broken one, which must not keep other processes waiting."""
+    """Yield the images of each part but those with a broken one."""
     for part in parts:
         with suppress(BrokenImage):
             yield part, images.stack(part)
