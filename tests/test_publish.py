@@ -227,6 +227,8 @@ def test_what_cannot_be_published_leaves_nothing_behind(
     assert "--repo a/b/c" in refused(ran, "--repo", "a/b/c", *out)
     assert "--license = 'Apache 2'" in refused(ran, "--repo", "a/b", "--license", "Apache 2", *out)
     assert "no evaluation card" in refused(ran, "--repo", "a/b", "--card", ran / "metrics.json", *out)
+    (tmp_path / "list.json").write_text('{"samples": [1], "metrics": {}}')
+    assert "no evaluation card" in refused(ran, "--repo", "a/b", "--card", tmp_path / "list.json", *out)
     assert "choose another --dry-run" in refused(ran, "--repo", "a/b", "--dry-run", ran)
     monkeypatch.setattr(publication, "get_token", lambda: None)
     assert "hf auth login" in refused(ran, "--repo", "a/b")

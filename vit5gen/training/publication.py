@@ -44,12 +44,12 @@ def publish(
     elif get_token() is None:
         raise UserError("no token of the hub; run `hf auth login`, or set HF_TOKEN, or try --dry-run FOLDER")
     pipe, folder = load_pipeline(source), pipeline_folder(source)
-    facts = facts_of(folder)
     scored = [read_json(file, "evaluation card") for file in cards]
-    for file, one in zip(cards, scored, strict=True):
-        if not (one.get("samples") and isinstance(one.get("metrics"), dict)):
-            raise UserError(f"--card {file}: no evaluation card; expected the --output of `vit5gen evaluate RUN`")
-    facts = card.with_scores(facts, scored, [card.pipeline_hash(folder)])
+    try:
+        facts = card.with_scores(facts_of(folder), scored, [card.pipeline_hash(folder)])
+    except (AttributeError, LookupError, TypeError) as error:
+        expected = "expected the --output of `vit5gen evaluate RUN`"
+        raise UserError(f"--card {' '.join(cards)}: no evaluation card ({error!r}); {expected}") from error
     facts = facts.model_copy(update={"licence": licence or facts.licence})
     build = partial(_build, pipe, folder, facts)
 
