@@ -64,11 +64,8 @@ class RunFacts:
     @cached_property
     def reports(self) -> dict[str, dict[int, dict[str, Any]]]:
         """The reports of each distance by step; an extractor that was changed has left several."""
-        found: dict[str, dict[int, dict[str, Any]]] = {}
-        for one in self.evaluations:
-            for name in (name for name, report in one.items() if isinstance(report, dict)):
-                found.setdefault(name, {})[one["step"]] = one[name]
-        return found
+        names = dict.fromkeys(name for one in self.evaluations for name, told in one.items() if isinstance(told, dict))
+        return {name: {one["step"]: one[name] for one in self.evaluations if name in one} for name in names}
 
     @cached_property
     def best(self) -> int:

@@ -1,6 +1,6 @@
 """``report.html`` of a run: the small pictures that it is made of, and what else its folder tells."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vit5gen.config import Config, load_recorded
-from vit5gen.data.images import BrokenImage, ImageSet, open_images, readable
+from vit5gen.data.images import open_images, readable
 from vit5gen.evaluation import Extractor
 from vit5gen.evaluation.nearest_images import nearest_pictures
 from vit5gen.generation.card import commit, versions
@@ -49,7 +49,8 @@ class RunReport:
         order = np.random.default_rng(self.config.evaluation.seed).permutation(len(images))[:_SEARCHED]
         images = readable(images.select(torch.from_numpy(order)), self.config.data)
         parts = torch.arange(len(images)).split(self.config.evaluation.batch_size)
-        found = nearest_pictures(chosen, _whole_chunks(images, parts), extractor, shared=False)
+        chunks = ((part, images.stack(part)) for part in parts)
+        found = nearest_pictures(chosen, chunks, extractor, shared=False)
         pairs = sheet([*chosen, *(one.picture for one in found)], len(chosen))
         save_small(self.folder.pictures / "nearest.webp", pairs, self.samples.attribution)
         what = f"Samples, and the nearest of {len(images):,} training images by {extractor.name} distance"
@@ -91,13 +92,6 @@ class RunReport:
             model = build_model(self.config)
             choose_trainable(model, self.config.training)
         return model_cost(model, self.config.training.precision, recomputes=False).training_flops
-
-
-def _whole_chunks(images: ImageSet, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the images of each part but those with a broken one."""
-    for part in parts:
-        with suppress(BrokenImage):
-            yield part, images.stack(part)
 
 
 @contextmanager
