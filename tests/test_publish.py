@@ -236,6 +236,13 @@ def test_what_cannot_be_published_leaves_nothing_behind(
     monkeypatch.setattr(publication, "create_repo", lambda *args, **options: 1 / 0)  # whatever the network does
     assert "check the network" in refused(ran, "--repo", "a/b")
 
+    def fill(*_: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as full:
+        full.setattr(publication.shutil, "copyfile", fill)
+        assert "no space left; nothing was written" in refused(ran, "--repo", "a/b")
+
     # A secret, and weights that diverged.
     index = ran / "pipeline/model_index.json"
     before = index.read_text()
