@@ -73,10 +73,10 @@ class RunReport:
         save_small(pictures / "trajectory.webp", sheet(formed, len(frames)), credit)
 
         # What they show, and what the page tells besides.
-        told: dict[str, Any] = {"rows": [names[label] for label in classes], "attribution": credit}
-        told["trajectory"] = {"what": "From noise (t = 0) to image (t = 1)", "step": step}
-        told["trajectory"] |= {"rows": [names[label] for label in forming], "columns": [f"{t:.2f}" for t in times]}
-        told |= {"nearest": self._nearest} if self._nearest else {}
+        rows, columns = [names[label] for label in classes], [f"{t:.2f}" for t in times]
+        told: dict[str, Any] = {"rows": rows, "attribution": credit, "nearest": self._nearest}
+        what = "From noise (t = 0) to image (t = 1)"
+        told["trajectory"] = {"what": what, "step": step, "rows": rows[:_FORMING], "columns": columns}
         told |= {"flops_per_image": self._flops, "command": command, "versions": versions(), "commit": self._commit}
         write_json(pictures / FACTS, told)
         write_text(self.folder.report, build_report([read_run(self.folder, evaluations)]))
