@@ -27,7 +27,7 @@ def browser() -> Iterator["Browser"]:
 def pages(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write the page of a run, one.html, and that of two, two.html."""
     folder = tmp_path_factory.mktemp("pages")
-    one, two = (read_run(make_run(config_file, folder / name, count)) for name, count in (("a", 3), ("b", 5)))
+    one, two = (read_run(make_run(config_file, folder / name, count)) for name, count in (("a", 3), ("b" * 90, 5)))
     (folder / "one.html").write_text(build_report([one]))
     (folder / "two.html").write_text(build_report([one, two]))
     return folder

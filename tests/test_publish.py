@@ -192,12 +192,20 @@ def test_cards_of_earlier_versions_and_of_a_persons_own(
     for text in ("train.py old.yaml", "| 1 | crane |", "21 images", "samples.png"):
         assert text in old.text
 
-    # A pipeline folder of an earlier version: its words, with front matter that the hub wants.
+    # A pipeline folder of an earlier version: its words without paths and secrets, with the front matter it lacks.
+    words = "autoencoder: /home/ada/my-vae.\n\n![mine](mine.png)\n\n## Training\n\n```\ntrain.py /home/ada/old.yaml"
+    words += " --data.path s3://ada:pw@host/x?sig=1\n```\n\nIt began with the weights of /home/ada/run (0).\n"
+    card.write_text(f"---\nlibrary_name: diffusers\n---\n\n{words}")
+    for name in ("mine.png", "passport.png"):
+        Image.new("RGB", (8, 8)).save(ran / "pipeline" / name)
     shutil.copytree(ran / "pipeline", tmp_path / "alone")
-    assert call(capsys, tmp_path / "alone", *given, tmp_path / "moved")[0] == 0
+    assert call(capsys, tmp_path / "alone", "--repo", "ada/shapes", "--dry-run", tmp_path / "moved")[0] == 0
     moved = ModelCard.load(tmp_path / "moved/README.md")
-    assert "train.py old.yaml" in moved.text
-    assert (moved.data.license, moved.data.pipeline_tag) == ("mit", "unconditional-image-generation")
+    for text in ("autoencoder: my-vae.", "train.py old.yaml --data.path s3://host/x\n", "weights of run (0)."):
+        assert text in moved.text
+    assert (moved.data.license, moved.data.license_name) == ("other", "not-chosen")
+    assert moved.data.pipeline_tag == "unconditional-image-generation"
+    assert {file.name for file in (tmp_path / "moved").glob("*.png")} == {"mine.png"}
 
 
 def test_what_cannot_be_published_leaves_nothing_behind(
@@ -220,12 +228,21 @@ def test_what_cannot_be_published_leaves_nothing_behind(
     assert "--repo a/b/c" in refused(ran, "--repo", "a/b/c", *out)
     assert "--license = 'Apache 2'" in refused(ran, "--repo", "a/b", "--license", "Apache 2", *out)
     assert "no evaluation card" in refused(ran, "--repo", "a/b", "--card", ran / "metrics.json", *out)
+    (tmp_path / "list.json").write_text('{"samples": [1], "metrics": {}}')
+    assert "no evaluation card" in refused(ran, "--repo", "a/b", "--card", tmp_path / "list.json", *out)
     assert "choose another --dry-run" in refused(ran, "--repo", "a/b", "--dry-run", ran)
     monkeypatch.setattr(publication, "get_token", lambda: None)
     assert "hf auth login" in refused(ran, "--repo", "a/b")
     monkeypatch.setattr(publication, "get_token", lambda: "a token")
     monkeypatch.setattr(publication, "create_repo", lambda *args, **options: 1 / 0)  # whatever the network does
     assert "check the network" in refused(ran, "--repo", "a/b")
+
+    def fill(*_: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as full:
+        full.setattr(publication.shutil, "copyfile", fill)
+        assert "no space left; nothing was written" in refused(ran, "--repo", "a/b")
 
     # A secret, and weights that diverged.
     index = ran / "pipeline/model_index.json"
@@ -253,6 +270,7 @@ def test_many_names_are_folded_and_stay_text(tmp_path: Path) -> None:
     [
         ("train.py /a/b/c.yaml --output runs/x", "train.py c.yaml --output runs/x"),
         ("--data.path='/home/ada/x' ~/y/z/ [/a/b, /c/d]", "--data.path='x' z/ [b, d]"),
+        ("file:///home/ada/x `/home/ada/x` |/home/ada/x|", "file://x `x` |x|"),
         ("{path: /a/b} https://u:p@host/a/b?k=v 1/2 a/b", "{path: b} https://host/a/b 1/2 a/b"),
     ],
 )

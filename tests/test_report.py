@@ -18,14 +18,16 @@ from tiny import tiny_pipeline
 from tiny_run import assert_identical, run, weights
 
 from vit5gen.cli import main
-from vit5gen.config import SamplingConfig
+from vit5gen.config import SamplingConfig, load_config
 from vit5gen.data.autoencoders.codec import decode, to_uint8
+from vit5gen.evaluation import load_extractor, nearest_images
 from vit5gen.generation.many import SamplingJob, generate, image_generator
 from vit5gen.report.chart import Chart, Curve, draw, shown, thin
 from vit5gen.report.report_page import build_report
 from vit5gen.report.run_facts import duration, find_warnings, verdict
 from vit5gen.report.small_pictures import save_small, step_picture
 from vit5gen.report.trajectory import find_trajectory
+from vit5gen.training.previews import SampleGrid
 from vit5gen.training.run_folder import RunFolder
 from vit5gen.training.run_report import RunReport, read_run
 
@@ -145,6 +147,20 @@ def test_a_run_that_has_less_is_shown_as_far_as_it_goes(made: RunFolder, config_
     assert not page.all("input")
 
 
+def test_every_distance_of_a_run_has_a_chart(config_file: Path, tmp_path: Path) -> None:
+    folder = make_run(config_file, tmp_path / "run")
+    entries = folder.evaluations()
+    entries[-1]['FD-"other"'] = entries[-1].pop(METRIC)
+    folder.metrics.write_text(json.dumps({"evaluations": entries}))
+    page = Page(build_report([read_run(folder)]))
+    charts = page.data["charts"]
+    assert [point[0] for point in charts[f"distance {METRIC}"]["curves"][0]["points"]] == [0, 10]
+    assert [point[0] for point in charts['distance FD-"other"']["curves"][0]["points"]] == [20]
+    clips = {one["id"] for one in page.all("clippath")}
+    assert {f"url(#{name})" for name in clips} == {one["clip-path"] for one in page.all("g", "clip-path")}
+    assert all(re.fullmatch(r"[\w-]+", str(name)) for name in clips)
+
+
 def test_a_log_is_thinned_but_keeps_its_extremes_and_its_end() -> None:
     points = [(float(x), float(x % 7)) for x in range(5000)]
     points[1234], points[4321] = (1234.0, 99.0), (4321.0, -99.0)
@@ -229,6 +245,11 @@ def test_bad_input_is_told_in_a_line(tmp_path: Path, content: str | None, output
     assert not (tmp_path / output).exists()
 
 
+def test_a_study_without_a_table_yet_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
+    assert "<p>1 runs</p>" in build_report([], {}, [tmp_path])
+
+
 def test_a_damaged_run_is_told_in_a_line(config_file: Path, tmp_path: Path) -> None:
     folder = make_run(config_file, tmp_path / "run")
     folder.metrics.write_text(json.dumps({"evaluations": [{"step": 0, METRIC: {"value": "much", "n": 1}}]}))
@@ -279,6 +300,16 @@ def test_a_run_keeps_a_page_with_pictures_of_every_evaluation(trained: RunFolder
     assert told["flops_per_image"] > 1000
     assert "torch" in told["versions"]
     assert len(page.all("img")) == 4
+
+
+def test_the_nearest_images_keep_no_other_process_waiting(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nearest_images, "gather_objects", None)
+    config, folder = load_config(config_file), RunFolder(tmp_path)
+    report = RunReport(config, folder, SampleGrid(config, folder.samples, ["a", "b", "c"], None))
+    report.find_nearest(torch.zeros(6, 3, 16, 16, dtype=torch.uint8), load_extractor("effnet-lite0"), 2)
+    assert step_picture(folder.pictures, 2).with_name("nearest.webp").is_file()
 
 
 def test_the_page_changes_no_number_and_ends_no_run(

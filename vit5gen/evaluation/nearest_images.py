@@ -33,14 +33,16 @@ class Nearest:
     picture: Tensor
 
 
-def nearest_pictures(images: Tensor, training: Chunks, extractor: Extractor) -> list[Nearest]:
+def nearest_pictures(images: Tensor, training: Chunks, extractor: Extractor, shared: bool = True) -> list[Nearest]:
     """Return the training image that is nearest to each of ``images (N, 3, H, W)`` uint8, in the extractor's space.
 
     training: ``Samples.chunks()`` of the training images; all processes share the pass, each has all that it found.
+    shared: False for one process that passes over them without the others.
     Raises `UserError` when the images differ in size, or have features that are not finite.
     """
     rows = torch.cat([extractor(part).pooled.cpu() for part in images.split(_BATCH)])
-    distances, indices, pictures = _nearest(rows, training, list(images.shape[2:]), extractor, shown=len(rows))
+    found = _nearest(rows, training, list(images.shape[2:]), extractor, shown=len(rows))
+    distances, indices, pictures = _of_all(*found) if shared else found
     return [Nearest(int(indices[i]), float(distances[i]), pictures[i]) for i in range(len(rows))]
 
 
@@ -85,8 +87,8 @@ def find_copies(
     rows = sum_over_processes(found.rows if is_main() else torch.zeros(samples.count, extractor.dim))
 
     # The nearest images; a training image that is a sample, pixel by pixel, needs no features to be found.
-    unseen, _, _ = _nearest(rows, held_out.watch(), found.size, extractor)
-    seen, indices, pictures = _nearest(rows, training.watch(), found.size, extractor, unseen, _SHOWN)
+    unseen, _, _ = _of_all(*_nearest(rows, held_out.watch(), found.size, extractor))
+    seen, indices, pictures = _of_all(*_nearest(rows, training.watch(), found.size, extractor, unseen, _SHOWN))
     identical = int(torch.isin(samples.hashes[0], training.hashes[0]).sum())
     if identical == samples.count:
         path = training.identity["path"]
@@ -126,11 +128,11 @@ def save_closest(path: Path, card: dict[str, Any], pairs: list[tuple[Tensor, Ten
 def _nearest(
     rows: Tensor, chunks: Chunks, size: list[int], extractor: Extractor, scale: Tensor | None = None, shown: int = 0
 ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-    """Return the distance ``(N,)`` of each row to the nearest image of all processes, and the least index of such.
+    """Return the distance ``(N,)`` of each row to the nearest image of this process, and its index.
 
     Also the pictures nearest to as many rows as are ``shown``: those closest in proportion to ``scale (N,)``.
     """
-    # Of this process's images. Whichever row ends among the closest was so when its picture came by.
+    # Whichever row ends among the closest was so when its picture came by.
     rows, pictures = rows.to(extractor.device), dict[int, Tensor]()
     best, indices = torch.full((len(rows),), torch.inf, dtype=torch.float64), torch.full((len(rows),), LARGEST)
     for first, images in chunks:
@@ -145,8 +147,11 @@ def _nearest(
         best, indices = torch.where(closer, distances, best), torch.where(closer, here[where], indices)
         near = _closest(best, torch.ones(()) if scale is None else scale, shown)
         pictures = {i: images[where[i]] if closer[i] else pictures[i] for i in near}
+    return best, indices, pictures
 
-    # Of all processes.
+
+def _of_all(best: Tensor, indices: Tensor, pictures: dict[int, Tensor]) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    """Return the same of the images of all processes: of equally near images the least index."""
     parts = gather_objects((best, indices, pictures))
     best = torch.stack([part[0] for part in parts]).amin(dim=0)
     indices = torch.stack([part[1].where(part[0] == best, LARGEST) for part in parts]).amin(dim=0)

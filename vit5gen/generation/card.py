@@ -31,8 +31,9 @@ _HERE = "path/of/this/folder"  # where a pipeline is that has no name on the hub
 _TASK = "unconditional-image-generation"  # the nearest of those that the hub knows
 _DETAILS = ("n", "floor", "standard_error")
 _MARKDOWN = re.compile(r"([|<>`*_\[\]\\])")
-_FOLDERS = re.compile(r"""(^|[\s=\[{(,;>'"](?<!base64,))~?/(?:[^\s,\]})'"]*/)?(?=[^\s,\]})'"/])""", re.MULTILINE)
+_FOLDERS = re.compile(r"""(^|file://|[\s=\[{(,;>|`'"](?<!base64,))~?/(?:[^\s,\]})'"]*/)?(?=[^\s,\]})'"/])""", re.M)
 _SHOWN = re.compile(r'<(script|style)\b(?! type="application/json").*?</\1>|>[^<]+', re.DOTALL)  # of a page, or code
+_MADE = re.compile(r"autoencoder: [^\n]*|^## Training\n\n```\n.*?\n```(?:\n\nIt began [^\n]*)?", re.M | re.S)
 _URL = re.compile(r"""(\w+://)(?:[^/@\s]*@)?([^\s?'"]*)(?:\?[^\s'"]*)?""")
 
 
@@ -116,7 +117,8 @@ def write_card(pipe: Any, folder: Path, facts: TrainingFacts | None = None, repo
     home = find_pipeline(name) if name else None
     facts = facts or (read_facts(home) if home else TrainingFacts())
     folder.mkdir(parents=True, exist_ok=True)
-    for file in [facts.picture, *(home.glob("*.png") if home else ())]:
+    named = (file for file in (home.glob("*.png") if home else ()) if file.name in (facts.text or ""))
+    for file in [facts.picture, *named]:
         if file is not None and file.resolve() != (folder / file.name).resolve():
             shutil.copyfile(file, folder / file.name)
 
@@ -155,7 +157,7 @@ def with_scores(
         figures = {IN_TRAINING: figures}
     for card in cards:
         one = card["samples"][0]
-        drawn = one["sampling"] or {}
+        drawn = one.get("sampling") or {}
         if weights is not None and (one.get("sha256") or drawn.get("checkpoint_sha256")) not in weights:
             raise UserError(f"evaluation of {one['path']}: of other weights; score RUN, or what is published")
         drawn = drawn.get("settings", drawn)
@@ -214,11 +216,11 @@ def _completed(text: str, data: ModelCardData, repo: str) -> str:
         card = ModelCard(text)
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{README}: its front matter is not valid ({error}); correct it, or delete the file") from error
-    chosen = data["license"] != "other" or "license" not in card.data
+    chosen = data["license"] != "other" or not card.data.get("license")
     for key, value in vars(data).items():
         if chosen if key.startswith("license") else not card.data.get(key):
             card.data[key] = value
-    card.text = card.text.replace(_HERE, repo)
+    card.text = _MADE.sub(lambda part: names_only(part[0]), card.text).replace(_HERE, repo)
     return str(card)
 
 

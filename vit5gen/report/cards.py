@@ -54,13 +54,8 @@ def _comparison(card: Card) -> str:
         p = "–" if one["p_holm"] is None else f"{one['p_holm']:.2g}"
         verdict = words.get(card["verdicts"][name], "undecided")
         rows.append([name, *means, f"{shown(one['difference'])} [{low}, {high}]", p, verdict])
-    head = [
-        "score",
-        *(f"{side.upper()}: {card[side][0]['path']}" for side in "ab"),
-        "B - A [95 %]",
-        "p (Holm)",
-        "verdict",
-    ]
+    sides = [f"{side.upper()}: {card[side][0]['path']}" for side in "ab"]
+    head = ["score", *sides, "B - A [95 %]", "p (Holm)", "verdict"]
     return f'<p class="verdict">{escape(card["summary"])}</p>{table(head, rows)}'
 
 

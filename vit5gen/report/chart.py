@@ -1,6 +1,7 @@
 """Line charts as SVG, with axes, marks of events, and the values that the page shows on hover and by keyboard."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -90,9 +91,9 @@ def draw(chart: Chart) -> tuple[str, dict[str, Any]]:
         parts.append(f'<text x="{place}" y="{_FOOT + 15}" text-anchor="{anchor}">{x:,.0f}</text>')
 
     # Curves; one goes above the axes where its first values do.
-    key = escape(chart.key)
+    key, name = escape(chart.key), re.sub(r"\W", "-", chart.key)
     box = f'x="{_LEFT}" y="{_TOP - 4}" width="{_RIGHT - _LEFT + 5}" height="{_FOOT - _TOP + 5}"'
-    parts.append(f'<clipPath id="clip-{key}"><rect {box}/></clipPath><g clip-path="url(#clip-{key})">')
+    parts.append(f'<clipPath id="clip-{name}"><rect {box}/></clipPath><g clip-path="url(#clip-{name})">')
     for curve, points in curves:
         path = "L".join("{} {}".format(*at(x, y)) for x, y in points)
         parts.append(f'<g class="c{curve.colour % 8} {curve.kind}"><path d="M{path}"/>')

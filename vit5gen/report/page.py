@@ -8,8 +8,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-_TYPES = {".webp": "webp", ".png": "png", ".jpg": "jpeg"}
-
 
 def build_page(title: str, body: Iterable[str], data: Mapping[str, Any]) -> str:
     """Return the HTML of a page; ``data`` is what its script reads, once, as JSON without NaN.
@@ -31,8 +29,8 @@ def build_page(title: str, body: Iterable[str], data: Mapping[str, Any]) -> str:
 
 
 def data_uri(picture: Path) -> str:
-    """Return a picture of a format that browsers show as a ``data:`` address."""
-    return f"data:image/{_TYPES[picture.suffix]};base64,{base64.b64encode(picture.read_bytes()).decode()}"
+    """Return a picture, WebP or PNG, as a ``data:`` address."""
+    return f"data:image/{picture.suffix[1:]};base64,{base64.b64encode(picture.read_bytes()).decode()}"
 
 
 def section(title: str, *parts: str) -> str:

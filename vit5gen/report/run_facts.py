@@ -59,7 +59,13 @@ class RunFacts:
     @cached_property
     def distances(self) -> dict[int, dict[str, Any]]:
         """The reports of `metric` by step."""
-        return {one["step"]: one[self.metric] for one in self.evaluations if self.metric in one}
+        return self.reports.get(self.metric or "", {})
+
+    @cached_property
+    def reports(self) -> dict[str, dict[int, dict[str, Any]]]:
+        """The reports of each distance by step; an extractor that was changed has left several."""
+        names = dict.fromkeys(name for one in self.evaluations for name, told in one.items() if isinstance(told, dict))
+        return {name: {one["step"]: one[name] for one in self.evaluations if name in one} for name in names}
 
     @cached_property
     def best(self) -> int:

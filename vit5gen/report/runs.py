@@ -112,11 +112,12 @@ def _charts(runs: Named) -> Iterator[Chart]:
         of = _of(name, runs)
         losses.append(Curve(f"{of}training", run.series("loss"), n))
         losses += [Curve(f"{of}held-out", list(one.items()), n + alone, "dots") for one in run.held_out]
-        own, found = distances.setdefault(run.metric or "", []), run.distances.items()
-        errors = [report.get("standard_error") for _, report in found]
-        own.append(Curve(f"{of}{run.metric}", [(x, one["value"]) for x, one in found], n + 2 * alone, "dots", errors))
-        floors = [(x, one["floor"]) for x, one in found if one.get("floor") is not None]
-        own.append(Curve(f"{of}floor", floors, n + 7 * alone, "rule"))
+        for metric, found in run.reports.items():
+            own, errors = distances.setdefault(metric, []), [one.get("standard_error") for one in found.values()]
+            values = [(x, one["value"]) for x, one in found.items()]
+            own.append(Curve(f"{of}{metric}", values, n + 2 * alone, "dots", errors))
+            floors = [(x, one["floor"]) for x, one in found.items() if one.get("floor") is not None]
+            own.append(Curve(f"{of}floor", floors, n + 7 * alone, "rule"))
     charts = [Chart("loss", "Loss", "mean per image", losses, marks)]
     for metric, curves in distances.items():
         charts.append(Chart(f"distance {metric}", metric, "Fréchet distance, lower is better", curves, marks, True))

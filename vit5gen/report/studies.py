@@ -14,7 +14,7 @@ def describe_study(folder: Path) -> str:
     told = folder / _TABLE
     text = told.read_text(encoding="utf-8", errors="replace") if told.is_file() else ""
     tables = []
-    for block in text.split("\n\n"):
+    for block in filter(str.strip, text.split("\n\n")):
         head, *rows = ([cell.strip() for cell in line.strip("| ").split(" | ")] for line in block.strip().splitlines())
         tables.append(table(head, rows[1:]))
     picture = small_picture(folder / _PICTURE, f"differences between the cells of {folder}, of every seed")

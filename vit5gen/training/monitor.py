@@ -192,9 +192,6 @@ class Monitor:
             report = frechet_report(generated, self._reference.distance, self._reference.floor)
             entry[self._extractor.metric] = report
             self.accelerator.log({self._extractor.metric: report["value"]}, step=entry["step"])
-            if entry["step"] == self.config.training.num_steps:
-                with spare_run():
-                    self._report.find_nearest(grid, self._extractor, entry["step"])
         if self.accelerator.is_main_process:
             earlier = self.folder.evaluations()
             self._show(grid, [*earlier, entry])
@@ -202,6 +199,9 @@ class Monitor:
             facts = run_facts(self.folder, self.config, entry, command)
             with self.folder.new_pipeline() as new:
                 self._pipeline.save_pretrained(new, facts=facts, adapter=self._adapter)
+            if self._reference is not None and entry["step"] == self.config.training.num_steps:
+                with spare_run():
+                    self._report.find_nearest(grid, self._extractor, entry["step"])
             with spare_run():
                 self._report.refresh(grid, self._pipeline, [*earlier, entry], command)
             if note := floor_note(earlier, entry):

@@ -44,12 +44,12 @@ def publish(
     elif get_token() is None:
         raise UserError("no token of the hub; run `hf auth login`, or set HF_TOKEN, or try --dry-run FOLDER")
     pipe, folder = load_pipeline(source), pipeline_folder(source)
-    facts = facts_of(folder)
     scored = [read_json(file, "evaluation card") for file in cards]
-    for file, one in zip(cards, scored, strict=True):
-        if not (one.get("samples") and isinstance(one.get("metrics"), dict)):
-            raise UserError(f"--card {file}: no evaluation card; expected the --output of `vit5gen evaluate RUN`")
-    facts = card.with_scores(facts, scored, [card.pipeline_hash(folder)])
+    try:
+        facts = card.with_scores(facts_of(folder), scored, [card.pipeline_hash(folder)])
+    except (AttributeError, LookupError, TypeError) as error:
+        expected = "expected the --output of `vit5gen evaluate RUN`"
+        raise UserError(f"--card {' '.join(cards)}: no evaluation card ({error!r}); {expected}") from error
     facts = facts.model_copy(update={"licence": licence or facts.licence})
     build = partial(_build, pipe, folder, facts)
 
@@ -59,11 +59,11 @@ def publish(
         sizes = [file.stat().st_size for file in target.rglob("*") if file.is_file()]
         return f"{output}: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB; read README.md, then omit --dry-run to upload"
     with tempfile.TemporaryDirectory() as temporary:
-        build(repo, Path(temporary))
+        write_whole(partial(build, repo), whole := Path(temporary, "whole"))
         try:
             repo = create_repo(repo, private=private or None, exist_ok=True).repo_id
-            card.write_card(pipe, Path(temporary), facts, repo)  # now with the owner's name, too
-            upload_folder(repo_id=repo, folder_path=temporary, commit_message="Publish with vit5gen")
+            card.write_card(pipe, whole, facts, repo)  # now with the owner's name, too
+            upload_folder(repo_id=repo, folder_path=whole, commit_message="Publish with vit5gen")
         except Exception as error:  # what the network, the hub and the libraries for them raise has no end
             advice = "check the network, and with `hf auth whoami` whether your token may write there"
             raise UserError(f"--repo {repo}: {' '.join(str(error).split()) or repr(error)}; {advice}") from error

@@ -1,6 +1,6 @@
 """``report.html`` of a run: the small pictures that it is made of, and what else its folder tells."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vit5gen.config import Config, load_recorded
-from vit5gen.data.images import BrokenImage, ImageSet, open_images, readable
+from vit5gen.data.images import open_images, readable
 from vit5gen.evaluation import Extractor
 from vit5gen.evaluation.nearest_images import nearest_pictures
 from vit5gen.generation.card import commit, versions
@@ -20,7 +20,6 @@ from vit5gen.report.report_page import build_report
 from vit5gen.report.run_facts import RunFacts
 from vit5gen.report.small_pictures import FACTS, rows_of, save_small, sheet, step_picture
 from vit5gen.report.trajectory import find_trajectory
-from vit5gen.system.distributed import is_main, rank_and_world
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import read_json, write_json, write_text
 from vit5gen.training.build import build_model
@@ -41,23 +40,22 @@ class RunReport:
         self._nearest: dict[str, Any] = {}  # what its picture shows, where there is one
 
     def find_nearest(self, grid: Tensor, extractor: Extractor, step: int) -> None:
-        """Find the training images that are nearest to some of ``grid``; all processes share the pass.
+        """Find the training images that are nearest to some of ``grid``; of many some, a fraction of an evaluation.
 
-        Of many training images some, so that it takes a fraction of an evaluation.
+        The main process does it alone: were all to share the pass, a failure in one would leave the others waiting.
         """
         chosen = grid[:: -(-len(grid) // _SAMPLES)]
         images = open_images(self.config.data)
         order = np.random.default_rng(self.config.evaluation.seed).permutation(len(images))[:_SEARCHED]
         images = readable(images.select(torch.from_numpy(order)), self.config.data)
-        rank, world = rank_and_world()
-        parts = torch.arange(len(images)).split(self.config.evaluation.batch_size)[rank::world]
-        found = nearest_pictures(chosen, _whole_chunks(images, parts), extractor)
-        if is_main():
-            pairs = sheet([*chosen, *(one.picture for one in found)], len(chosen))
-            save_small(self.folder.pictures / "nearest.webp", pairs, self.samples.attribution)
-            what = f"Samples, and the nearest of {len(images):,} training images by {extractor.name} distance"
-            distances = [f"{one.distance:.3g}" for one in found]
-            self._nearest = {"what": what, "step": step, "rows": ["sample", "training"], "columns": distances}
+        parts = torch.arange(len(images)).split(self.config.evaluation.batch_size)
+        chunks = ((part, images.stack(part)) for part in parts)
+        found = nearest_pictures(chosen, chunks, extractor, shared=False)
+        pairs = sheet([*chosen, *(one.picture for one in found)], len(chosen))
+        save_small(self.folder.pictures / "nearest.webp", pairs, self.samples.attribution)
+        what = f"Samples, and the nearest of {len(images):,} training images by {extractor.name} distance"
+        distances = [f"{one.distance:.3g}" for one in found]
+        self._nearest = {"what": what, "step": step, "rows": ["sample", "training"], "columns": distances}
 
     def refresh(self, grid: Tensor, pipe: SiTPipeline, evaluations: Sequence[dict[str, Any]], command: str) -> None:
         """Keep what the newest of the evaluations drew, ``grid`` (N, 3, H, W) uint8, and write the page.
@@ -75,10 +73,10 @@ class RunReport:
         save_small(pictures / "trajectory.webp", sheet(formed, len(frames)), credit)
 
         # What they show, and what the page tells besides.
-        told: dict[str, Any] = {"rows": [names[label] for label in classes], "attribution": credit}
-        told["trajectory"] = {"what": "From noise (t = 0) to image (t = 1)", "step": step}
-        told["trajectory"] |= {"rows": [names[label] for label in forming], "columns": [f"{t:.2f}" for t in times]}
-        told |= {"nearest": self._nearest} if self._nearest else {}
+        rows, columns = [names[label] for label in classes], [f"{t:.2f}" for t in times]
+        told: dict[str, Any] = {"rows": rows, "attribution": credit, "nearest": self._nearest}
+        what = "From noise (t = 0) to image (t = 1)"
+        told["trajectory"] = {"what": what, "step": step, "rows": rows[:_FORMING], "columns": columns}
         told |= {"flops_per_image": self._flops, "command": command, "versions": versions(), "commit": self._commit}
         write_json(pictures / FACTS, told)
         write_text(self.folder.report, build_report([read_run(self.folder, evaluations)]))
@@ -94,13 +92,6 @@ class RunReport:
             model = build_model(self.config)
             choose_trainable(model, self.config.training)
         return model_cost(model, self.config.training.precision, recomputes=False).training_flops
-
-
-def _whole_chunks(images: ImageSet, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the images of each part but those with a broken one, which must not keep other processes waiting."""
-    for part in parts:
-        with suppress(BrokenImage):
-            yield part, images.stack(part)
 
 
 @contextmanager
