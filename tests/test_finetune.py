@@ -546,9 +546,8 @@ def test_resume_with_other_classes_points_to_init_from(
         options = ["--data.path", str(folder), "--output", str(tmp_path / "run"), "--resume", str(last), *more]
         accepted = ["train", str(tmp_path / "any.yaml"), *options, "--accept-changes"]
         refused(accepted, f"{told}.*{advice}", capsys)
-    for name, what in (("RUN", source), ("pipeline", source / "pipeline")):
-        options = ["--output", str(tmp_path / name), "--resume", str(what)]
-        refused(["train", str(config_file), *options], f"set --training.init_from {what}", capsys)
+    options = ["--output", str(tmp_path / "new"), "--resume", str(source / "pipeline")]
+    refused(["train", str(config_file), *options], f"set --training.init_from {source / 'pipeline'}", capsys)
 
 
 @pytest.mark.slow

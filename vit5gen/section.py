@@ -1,5 +1,6 @@
 """What a section of settings is, what its values may be, and what is said of one that is wrong."""
 
+import os
 import re
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -24,6 +25,8 @@ Decay = Annotated[Float, Field(ge=0, lt=1)]
 # Beyond these a value is a slip of the finger: it would end in a hang, an overflow or a machine without memory.
 MOST_WIDTH, MOST_LAYERS, MOST_CLASSES, MOST_SIDE = 2**16, 1000, 10**7, 2**14
 MOST_IMAGES, MOST_BATCH, MOST_STEPS, MOST_WORKERS = 10**7, 2**20, 10**6, 1024
+# A path, in which ~ is the home folder; a URL, or a name on the hub, stays as it is.
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 Name = Annotated[str, AfterValidator(composed)]
 Natural = Annotated[int, Field(ge=0, le=LARGEST)]
 Exif = Literal["apply", "ignore"]

@@ -42,7 +42,7 @@ def import_latents(config: Config, folder: str | Path, output: str | Path) -> No
         raise UserError("data.held_out: has no effect on latents that are ready; omit it")
     state, vae, config = start_processes(), load_autoencoder(config.vae.name), find_sizes(config)
     check_autoencoder(config, vae)
-    encode_dataset(open_ready_latents(Path(folder).expanduser(), config), vae, output, config, _take_shard)
+    encode_dataset(open_ready_latents(Path(folder), config), vae, output, config, _take_shard)
     if state.is_main_process:
         print(f"{output}: {len(LatentDataset(output))} latents. Next: train with --data.latents {output}")
 

@@ -21,7 +21,7 @@ from vit5gen.system.errors import UserError
 def cache_folder() -> Path:
     """Return the folder of derived data: ``VIT5GEN_CACHE``, else ``vit5gen`` in the user's cache folder."""
     if folder := os.environ.get("VIT5GEN_CACHE"):
-        return Path(folder)
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vit5gen"
 
 

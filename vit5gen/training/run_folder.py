@@ -194,14 +194,17 @@ class RunFolder:
         Raises `UserError` when the folder holds another run, or the checkpoint does not fit the configuration.
         """
         start, last = None, config.training.num_steps
-        if resume == "auto":
+        if resume in ("auto", "latest"):
             start = checkpoint.newest_valid(self.checkpoints)
         elif resume != "never":
-            start = Path(resume)
-            if fault := checkpoint.find_damage(start):
-                expected = "expected e.g. RUN/checkpoints/step_00000010, undamaged"
-                advice = f"to begin a new run with other weights, set --training.init_from {start}"
-                raise UserError(f"--resume {start}: {fault}; {expected}; {advice}")
+            # A run, or its checkpoints, stands for the newest; a file for the checkpoint that it is in.
+            folder = Path(resume).parent if Path(resume).is_file() else Path(resume)
+            found = checkpoint.newest_valid(folder / "checkpoints") or checkpoint.newest_valid(folder)
+            start = found or folder
+            if found is None and (fault := checkpoint.find_damage(folder)):
+                expected = "expected auto, latest, never, RUN, or RUN/checkpoints/step_00000010, undamaged"
+                advice = f"to begin a new run with other weights, set --training.init_from {resume}"
+                raise UserError(f"--resume {resume}: {fault}; {expected}; {advice}")
         elif checkpoint.steps(self.checkpoints):
             raise UserError(f"--output {self}: contains a run; choose a new folder, or --resume auto to resume it")
         recorded = {} if start is None else checkpoint.read_config(start)
