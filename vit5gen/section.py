@@ -4,7 +4,7 @@ import os
 import re
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from vit5gen.system.errors import LARGEST, UserError, composed, nearest, short
 
@@ -26,7 +26,7 @@ Decay = Annotated[Float, Field(ge=0, lt=1)]
 MOST_WIDTH, MOST_LAYERS, MOST_CLASSES, MOST_SIDE = 2**16, 1000, 10**7, 2**14
 MOST_IMAGES, MOST_BATCH, MOST_STEPS, MOST_WORKERS = 10**7, 2**20, 10**6, 1024
 # A path, in which ~ is the home folder; a URL, or a name on the hub, stays as it is.
-UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+UserPath = Annotated[str, AfterValidator(os.path.expanduser), WithJsonSchema({"type": "string", "format": "path"})]
 Name = Annotated[str, AfterValidator(composed)]
 Natural = Annotated[int, Field(ge=0, le=LARGEST)]
 Exif = Literal["apply", "ignore"]
@@ -42,6 +42,7 @@ Classes = Annotated[int, Field(ge=1, le=MOST_CLASSES)]
 Tiles = Annotated[int, Field(ge=1, le=1000)]
 Small = Annotated[int, Field(ge=0, le=MOST_WORKERS)]
 T = TypeVar("T", bound=BaseModel)
+_BOUNDS = {"minimum": "ge", "exclusiveMinimum": "gt", "maximum": "le", "exclusiveMaximum": "lt"}  # of JSON schema
 
 
 def _read_numbers(options: Any) -> Any:
@@ -69,6 +70,43 @@ class Section(BaseModel):
     def spell(cls, path: list[str]) -> str:
         """Return how messages name a key."""
         return ".".join(path)
+
+
+def kinds(section: type[BaseModel]) -> dict[str, str]:
+    """Return what the values of each key may be, as help shows it: ``N >= 1``, ``0..1``, ``{a,b}``, ``true|false``."""
+    return {key: _kind(one) for key, one in section.model_json_schema()["properties"].items()}
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return "|".join(_kind(one) for one in schema["anyOf"] if one.get("type") != "null")
+    if "enum" in schema:
+        return f"{{{','.join(map(str, schema['enum']))}}}"
+    match schema.get("type"):
+        case _ if "const" in schema:
+            return str(schema["const"])
+        case "boolean":
+            return "true|false"
+        case "string":
+            return "PATH" if schema.get("format") == "path" else "NAME"
+        case "integer" | "number" as number:
+            return _range("N" if number == "integer" else "X", schema)
+        case "array":
+            one = _kind(schema["items"])
+            return f"[{one}, {one if schema.get('maxItems') == 2 else '...'}]"
+    return "{KEY: VALUE}"
+
+
+def _range(name: str, schema: dict[str, Any]) -> str:
+    """Return the range of a number; where an int64 ends goes without saying."""
+    bounds = {_BOUNDS.get(key, key): bound for key, bound in schema.items() if bound != LARGEST}
+    least = [(bounds[key], sign) for key, sign in (("ge", ">="), ("gt", ">")) if key in bounds]
+    most = [f" {sign} {bounds[key]}" for key, sign in (("le", "<="), ("lt", "<")) if key in bounds]
+    if {"ge", "le"} <= bounds.keys():
+        return f"{bounds['ge']}..{bounds['le']}"
+    if least and most:
+        return f"{least[0][0]} {least[0][1].replace('>', '<')} {name}{most[0]}"
+    return "".join([name, *(f" {sign} {bound}" for bound, sign in least), *most])
 
 
 def validate(kind: type[T], data: dict[str, Any], what: str) -> T:

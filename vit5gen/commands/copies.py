@@ -1,5 +1,7 @@
 """`vit5gen copies`."""
 
+from typing import ClassVar
+
 from vit5gen.commands.evaluate import ExtractorOptions
 from vit5gen.commands.options import argument, with_picture
 from vit5gen.config import ReadConfig
@@ -12,6 +14,8 @@ class CopiesOptions(ReadConfig, ExtractorOptions):
 
     The samples closest to training images, as against held-out images, are shown beside these.
     """
+
+    unused: ClassVar = ("shuffle",)
 
     samples: UserPath = argument(..., "SAMPLES", "npz, folder, zip or tar of generated images", option="")
     training: UserPath = argument(..., "DATA", "images of the training: a configuration, or as SAMPLES")

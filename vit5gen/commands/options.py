@@ -34,8 +34,8 @@ def argument(default: Any, metavar: str, description: str, **more: Any) -> Any:
 class Options(Section):
     """The options of a command.
 
-    excludes: for an option, those that cannot be combined with it.  unused: the sections and keys of a configuration
-    that the command does not use.
+    excludes: for an option, those that cannot be combined with it.  unused: the options, and the sections and keys of a
+    configuration, that the command does not use.
     """
 
     excludes: ClassVar[dict[str, tuple[str, ...]]] = {}
