@@ -520,7 +520,9 @@ def test_dry_run_without_the_weights_lists_them(config_file: Path, tmp_path: Pat
     assert "sit 1x32" in printed
     unsized = tuned(config_file, tmp_path, training__init_from="SiT-XL-2-256x256.pt")
     refused(
-        ["train", str(unsized), "--dry-run"], "SiT-XL-2-256x256.pt is not here; get it, or set model.preset", capsys
+        ["train", str(unsized), "--dry-run"],
+        "SiT-XL-2-256x256.pt is not here; download it, or set model.preset",
+        capsys,
     )
 
 

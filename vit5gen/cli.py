@@ -172,6 +172,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
                 sys.exit(0)
             if not words[0].startswith("-"):
                 choose("command", words[0], COMMANDS)
+            elif words[0] not in ("-h", "--help", "--version"):
+                raise UserError(f"{short(words[0])} stands before the command; expected `vit5gen COMMAND [options]`")
             args, unknown = parser.parse_known_args(words)
             if unknown:
                 prog, first = args.parser.prog, short(unknown[0])

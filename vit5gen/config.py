@@ -247,14 +247,14 @@ class SamplingConfig(Section):
     @classmethod
     def _ordered(cls, interval: list[float]) -> list[float]:
         if interval[0] > interval[1]:
-            raise ValueError("expected the start first, then the end")
+            raise ValueError("set it to the start, then the end, e.g. [0.1, 0.9]")
         return interval
 
     def idle_limit(self) -> str | None:
         """Say which limit of guidance is set although the scale is 1, None if none is."""
         for key in ("guidance_interval", "guidance_channels"):
             if self.guidance_scale == 1 and getattr(self, key) != type(self).model_fields[key].default:
-                return f"{key}: has no effect at guidance_scale = 1 (off); set another scale, or omit {key}"
+                return f"{key}: has no effect at guidance_scale = 1 (off); set that to e.g. 1.5, or omit {key}"
         return None
 
 
@@ -275,7 +275,7 @@ class DrawConfig(SamplingConfig):
     @model_validator(mode="after")
     def _guided(self) -> "DrawConfig":
         if self.guide is not None and self.autoguidance_scale == 1:
-            raise ValueError("guide: has no effect at autoguidance_scale = 1 (off); set another scale")
+            raise ValueError("guide: has no effect at autoguidance_scale = 1 (off); set that to e.g. 2, or omit guide")
         if self.autoguidance_scale == 1 and (fault := self.idle_limit()):
             raise ValueError(fault)
         return self
@@ -327,8 +327,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _sizes(self) -> "Config":
         if self.training.init_from is None and not self.model.sized:
-            sizes = "preset, or hidden_size, num_layers, num_attention_heads and patch_size"
-            raise ValueError(f"sizes of the model are missing; add {sizes} to model, or set training.init_from")
+            sizes = "hidden_size, num_layers, num_attention_heads and patch_size in model, or training.init_from"
+            raise ValueError(f"sizes of the model are missing; set model.preset, e.g. to B/2, or {sizes}")
         return self
 
     @property
@@ -433,7 +433,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"configuration {path} is not valid YAML: {detail}; fix the file") from error
     if not isinstance(data, dict):
         found = type(data).__name__
-        raise UserError(f"configuration {path}: expected sections such as 'model:' at the top, found {found}")
+        raise UserError(f"configuration {path}: expected sections such as 'model:' at the top, not {found}; fix it")
     return data
 
 
@@ -451,7 +451,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
         for inner_key in inner:
             keys, key = keys.setdefault(key, {}), inner_key
             if not isinstance(keys, dict):
-                raise UserError(f"configuration {path}: unknown key {dotted!r}: {keys!r} has no {key!r}")
+                raise UserError(f"configuration {path}: unknown key {dotted!r}: {keys!r} has no {key!r}; omit it")
         keys[key] = deepcopy(value)
     return validate(Config, data, f"configuration {path}")
 

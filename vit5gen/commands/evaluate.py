@@ -96,7 +96,7 @@ def run(options: EvaluateOptions) -> int:
     if options.keep_groups and options.output is None:
         raise UserError("--keep-groups: there is no card to keep groups beside; give --output CARD.json")
     if options.save_statistics is not None and len(options.samples) != 1:
-        raise UserError(f"--save-statistics: {len(options.samples)} sets of images; expected one")
+        raise UserError(f"--save-statistics: {len(options.samples)} sets of images; expected one: give one SAMPLES")
     if (file := options.output or options.save_statistics) is not None:
         check_writable(file)
     state, batch_size, protocol = start_processes(), options.batch_size, options.protocol

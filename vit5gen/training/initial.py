@@ -146,7 +146,7 @@ def begin_from(config: Config) -> Config:
     pairs += [("training.init_digest", settings.init_digest or origin.digest, origin.digest)]
     for key, ours, theirs in pairs:
         if ours != theirs:
-            advice = f"set it to {theirs}, or choose other weights"
+            advice = f"set {key} to {theirs}, or choose other weights"
             raise UserError(f"{key} = {ours}, but training.init_from {settings.init_from} has {theirs}; {advice}")
 
     # Switches are those of the weights, whose rotary positions are stretched or squeezed onto another grid.
@@ -183,7 +183,7 @@ def initial_weights(config: Config) -> tuple[dict[str, Tensor] | None, dict[str,
         return None, {}
     names, origin = find_class_names(config), origin_of(config)
     if len(names) != config.num_classes:
-        found = f"data.num_classes = {config.num_classes}: the data have {len(names)} ({listed(names)})"
+        found = f"data.num_classes = {config.num_classes}: the data set has {len(names)} ({listed(names)})"
         raise UserError(f"{found}; set data.num_classes to {len(names)}")
     _check_scaling(config, origin)
     processes().print(describe(config, origin, names)[0])

@@ -199,9 +199,10 @@ class RunFolder:
         elif resume != "never":
             # A run, or its checkpoints, stands for the newest; a file for the checkpoint that it is in.
             folder = Path(resume).parent if Path(resume).is_file() else Path(resume)
-            found = checkpoint.newest_valid(folder / "checkpoints") or checkpoint.newest_valid(folder)
-            start = found or folder
-            if found is None and (fault := checkpoint.find_damage(folder)):
+            start = checkpoint.newest_valid(folder / "checkpoints") or checkpoint.newest_valid(folder)
+            fault = "" if start else checkpoint.find_damage(folder) if folder.exists() else "no such file or folder"
+            start = start or folder
+            if fault:
                 expected = "expected auto, latest, never, RUN, or RUN/checkpoints/step_00000010, undamaged"
                 advice = f"to begin a new run with other weights, set --training.init_from {resume}"
                 raise UserError(f"--resume {resume}: {fault}; {expected}; {advice}")
@@ -213,7 +214,7 @@ class RunFolder:
             _accept(start, "was made with another configuration", differences(recorded, config), accept_changes)
             config = as_recorded(config, recorded)
             if (step := checkpoint.read_state(start)["step"]) > last:
-                raise UserError(f"{start} is past training.num_steps = {last}; set it to {step} or more")
+                raise UserError(f"{start} is past training.num_steps = {last}; set that to {step} or more")
         config = settle(config, find)
         self.changes = [] if start is None else differences(recorded, config, changeable=())
         return start, config
