@@ -187,11 +187,20 @@ def test_dry_run_tells_where_a_run_would_start(tmp_path: Path, capsys: pytest.Ca
     printed = dry_run(capsys, config, *settings, *output, 3)
     assert printed[0] == f"start:    resumes from {last} in {tmp_path / 'run'}"
     assert printed[-1].startswith("trial:    3 real steps")
+    for place in (
+        "latest",
+        last,
+        last / "model.safetensors",
+        last.parent,
+        tmp_path / "run",
+        tmp_path / "run/log.jsonl",
+    ):
+        assert dry_run(capsys, config, *settings, *output, 3, "--resume", str(place))[0] == printed[0], place
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/a.txt").touch()
     for bad, message in [
         ([*output, 3, "--resume", "never"], "contains a run"),
-        ([*output, 3, "--resume", tmp_path / "run"], "checksums.json is missing"),
+        ([*output, 3, "--resume", tmp_path / "notes"], "expected auto, latest, never, RUN, or RUN/checkpoints/step_"),
         ([*output, 3, "--training.seed", 1], "training.seed: 0 -> 1"),
         ([*output, 1], "past training.num_steps = 1"),
         (["--output", tmp_path / "notes"], "contains files that are not a run"),

@@ -19,12 +19,13 @@ from pydantic import BaseModel
 from vit5gen import __version__
 from vit5gen.commands.options import ConfigOptions, Options, dashed
 from vit5gen.config import Config, SamplingConfig, parse_yaml
-from vit5gen.section import validate
+from vit5gen.section import kinds, validate
 from vit5gen.system.errors import UserError, choose, nearest, short
 
 COMMANDS: tuple[str, ...] = ("init", "train", "encode", "sample", "evaluate", "compare", "convert", "classify", "study")
 COMMANDS += ("copies", "report", "demo", "publish", "autoencoder", "benchmark")
 _AS_YAML = {"guidance_interval"}  # a list that is one value
+_WORDS = ("NAME", "PATH", "KEY")  # in kinds of values for which an option may have a better word
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,23 +64,24 @@ def _exit(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _add_field(group: Any, section: type[BaseModel], key: str, option: str) -> None:
-    """Make a field an argument whose values stay text until `_value` reads them."""
+def _add_field(group: Any, section: type[BaseModel], key: str, option: str, kind: str) -> None:
+    """Make a field an argument, shown as one of its ``kind``, whose values stay text until `_value` reads them."""
     field = section.model_fields[key]
     extra: dict[str, Any] = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     option = extra.get("option", option)
-    kinds = [field.annotation, *get_args(field.annotation)]
-    choices = [" | ".join(map(str, get_args(kind))) for kind in kinds if get_origin(kind) is Literal]
-    default = "" if field.is_required() or field.default is None else f" [{field.default}]"
-    shown: dict[str, Any] = {"help": f"{': '.join([str(field.description), *choices])}{default}".replace("%", "%%")}
-    switch = field.annotation is bool and "." not in option
-    shown |= {"action": "store_true"} if switch else {"metavar": extra.get("metavar", "VALUE")}
-    if any(get_origin(kind) is list for kind in kinds) and "." not in option and key not in _AS_YAML:
-        shown |= {"nargs": "+"} | ({"action": "extend"} if option else {})
+    switch, shown = field.annotation is bool and "." not in option, str(field.description)
+    if not (switch or field.is_required() or field.default is None):
+        shown += f" [{yaml.safe_dump(field.default, default_flow_style=True, width=999).splitlines()[0]}]"
+    more: dict[str, Any] = {"help": shown.replace("%", "%%")}
+    if kind.startswith("[") and "." not in option and key not in _AS_YAML:
+        kind = kind.removeprefix("[").removesuffix(", ...]")
+        more |= {"nargs": "+"} | ({"action": "extend"} if option else {})
+    metavar = extra.get("metavar", kind) if any(word in kind for word in _WORDS) else kind
+    more |= {"action": "store_true"} if switch else {"metavar": metavar}
     if option:
-        group.add_argument(option, dest=key if "." not in option else option, default=argparse.SUPPRESS, **shown)
+        group.add_argument(option, dest=key if "." not in option else option, default=argparse.SUPPRESS, **more)
     else:
-        group.add_argument(key, **shown)
+        group.add_argument(key, **more)
 
 
 def _value(section: type[BaseModel], key: str, option: str, text: Any) -> Any:
@@ -125,18 +127,21 @@ def build_parser() -> Parser:
         sub.set_defaults(command=(name, section, module.run), parser=sub)
         draws = issubclass(section, SamplingConfig)
         sampling = sub.add_argument_group("sampling", SamplingConfig.__doc__) if draws else sub
-        for key in section.model_fields:
-            if key != "overrides":
-                _add_field(sampling if key in SamplingConfig.model_fields else sub, section, key, f"--{dashed(key)}")
+        for key, kind in kinds(section).items():
+            if key not in ("overrides", *section.unused):
+                group = sampling if key in SamplingConfig.model_fields else sub
+                _add_field(group, section, key, f"--{dashed(key)}", kind)
         # Every key of the configuration is an option too.
         if issubclass(section, ConfigOptions):
             sub.usage = "%(prog)s CONFIG --output PATH [--section.key VALUE ...] [other options]"
             for part, field in Config.model_fields.items():
-                kind: Any = field.annotation
-                keys = [key for key in kind.model_fields if not {part, f"{part}.{key}"} & set(section.unused)]
-                group = sub.add_argument_group(part, kind.__doc__) if keys else sub
-                for key in keys:
-                    _add_field(group, kind, key, f"--{part}.{key}")
+                inner: Any = field.annotation
+                used = {
+                    key: kind for key, kind in kinds(inner).items() if not {part, f"{part}.{key}"} & set(section.unused)
+                }
+                group = sub.add_argument_group(part, inner.__doc__) if used else sub
+                for key, kind in used.items():
+                    _add_field(group, inner, key, f"--{part}.{key}", kind)
     return parser
 
 
@@ -167,6 +172,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
                 sys.exit(0)
             if not words[0].startswith("-"):
                 choose("command", words[0], COMMANDS)
+            elif words[0] not in ("-h", "--help", "--version"):
+                raise UserError(f"{short(words[0])} stands before the command; expected `vit5gen COMMAND [options]`")
             args, unknown = parser.parse_known_args(words)
             if unknown:
                 prog, first = args.parser.prog, short(unknown[0])

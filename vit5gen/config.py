@@ -5,6 +5,7 @@ A configuration is a YAML file of the sections below. Each key is also an option
 """
 
 import math
+import os
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,7 @@ from vit5gen.section import (
     StepCount,
     Tiles,
     Unit,
+    UserPath,
     Width,
     validate,
 )
@@ -90,7 +92,7 @@ class FlowConfig(Section):
 class VaeConfig(Section):
     """The autoencoder between images and latents."""
 
-    name: str = Field(
+    name: UserPath = Field(
         "stabilityai/sd-vae-ft-ema", description="hub name, folder, or one that ships: emoji, emoji-64, pixels"
     )
     latent_channels: Width | None = Field(None, description="latent channels; default: found in the autoencoder")
@@ -115,7 +117,7 @@ class DataConfig(Section):
 
     source: str = Field("folder", description="kind of data set: emoji, fashion-mnist, folder, huggingface or your own")
     source_kwargs: PlugOptions = Field({}, description="options of a data source of your own")
-    path: str | None = Field(None, description="folder of class folders, idx files, data set name, or URL")
+    path: UserPath | None = Field(None, description="folder of class folders, idx files, data set name, or URL")
     split: str = Field("train", description="split to train on")
     resolution: Side = Field(256, description="side of the square images, in pixels")
     classes: list[Name] | None = Field(None, description="use only these classes; default: all")
@@ -129,7 +131,7 @@ class DataConfig(Section):
     exif: Exif = Field("apply", description="whether to rotate photos upright by their EXIF orientation")
     rules: Rules = Field(2, description="version of the rules for which files are images; a resumed run keeps its own")
     on_broken_image: Literal["fail", "skip"] = Field("fail", description="what to do with an undecodable file")
-    latents: str | None = Field(
+    latents: UserPath | None = Field(
         None, description="folder written by `vit5gen encode`, or its URL; default: encode once to a cache"
     )
     from_images: bool = Field(False, description="encode every batch instead of reading latents")
@@ -169,7 +171,7 @@ class TrainingConfig(Section):
     precision: Literal["auto", "fp64", "fp32", "tf32", "bf16"] = Field(
         "tf32", description="precision of matrix products; auto: bf16 where the machine is fast at it"
     )
-    init_from: str | None = Field(
+    init_from: UserPath | None = Field(
         None, description="weights to begin with: of a run, checkpoint, pipeline, SiT file or shipped generator"
     )
     init_weights: str | None = Field(None, description="those of a run: ema_<decay> or model; default: its first EMA")
@@ -245,14 +247,14 @@ class SamplingConfig(Section):
     @classmethod
     def _ordered(cls, interval: list[float]) -> list[float]:
         if interval[0] > interval[1]:
-            raise ValueError("expected the start first, then the end")
+            raise ValueError("set it to the start, then the end, e.g. [0.1, 0.9]")
         return interval
 
     def idle_limit(self) -> str | None:
         """Say which limit of guidance is set although the scale is 1, None if none is."""
         for key in ("guidance_interval", "guidance_channels"):
             if self.guidance_scale == 1 and getattr(self, key) != type(self).model_fields[key].default:
-                return f"{key}: has no effect at guidance_scale = 1 (off); set another scale, or omit {key}"
+                return f"{key}: has no effect at guidance_scale = 1 (off); set that to e.g. 1.5, or omit {key}"
         return None
 
 
@@ -267,13 +269,13 @@ class DrawConfig(SamplingConfig):
     labels: Literal["balanced", "random"] = Field("balanced", description="how classes are assigned, fixed by the seed")
     precision: Literal["fp32", "tf32", "bf16"] = Field("fp32", description="precision of the network; the rest is fp32")
     compile: bool = Field(False, description="torch.compile the network")
-    guide: str | None = Field(None, description="run or pipeline folder of the weaker model for autoguidance")
+    guide: UserPath | None = Field(None, description="run or pipeline folder of the weaker model for autoguidance")
     autoguidance_scale: Float = Field(1.0, description="scale of autoguidance; 1 = off")
 
     @model_validator(mode="after")
     def _guided(self) -> "DrawConfig":
         if self.guide is not None and self.autoguidance_scale == 1:
-            raise ValueError("guide: has no effect at autoguidance_scale = 1 (off); set another scale")
+            raise ValueError("guide: has no effect at autoguidance_scale = 1 (off); set that to e.g. 2, or omit guide")
         if self.autoguidance_scale == 1 and (fault := self.idle_limit()):
             raise ValueError(fault)
         return self
@@ -325,8 +327,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _sizes(self) -> "Config":
         if self.training.init_from is None and not self.model.sized:
-            sizes = "preset, or hidden_size, num_layers, num_attention_heads and patch_size"
-            raise ValueError(f"sizes of the model are missing; add {sizes} to model, or set training.init_from")
+            sizes = "hidden_size, num_layers, num_attention_heads and patch_size in model, or training.init_from"
+            raise ValueError(f"sizes of the model are missing; set model.preset, e.g. to B/2, or {sizes}")
         return self
 
     @property
@@ -431,7 +433,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"configuration {path} is not valid YAML: {detail}; fix the file") from error
     if not isinstance(data, dict):
         found = type(data).__name__
-        raise UserError(f"configuration {path}: expected sections such as 'model:' at the top, found {found}")
+        raise UserError(f"configuration {path}: expected sections such as 'model:' at the top, not {found}; fix it")
     return data
 
 
@@ -449,7 +451,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
         for inner_key in inner:
             keys, key = keys.setdefault(key, {}), inner_key
             if not isinstance(keys, dict):
-                raise UserError(f"configuration {path}: unknown key {dotted!r}: {keys!r} has no {key!r}")
+                raise UserError(f"configuration {path}: unknown key {dotted!r}: {keys!r} has no {key!r}; omit it")
         keys[key] = deepcopy(value)
     return validate(Config, data, f"configuration {path}")
 
@@ -474,7 +476,8 @@ def recorded_values(data: dict[str, Any]) -> dict[str, Any]:
             for key, field in section.annotation.model_fields.items()  # type: ignore[union-attr]
         }
         if isinstance(found := data.get(name, {}), dict):  # what else it is, the check of all values tells
-            values[name] = defaults | found
+            paths = {key: os.path.expanduser(text) for key, text in found.items() if isinstance(text, str)}
+            values[name] = defaults | found | paths
     training = values["training"]
     if isinstance(training, dict) and training["init_from"] is None:  # then of no effect, and not refused at first
         training |= {key: TrainingConfig.model_fields[key].default for key in _OF_ORIGIN}

@@ -1,9 +1,10 @@
 """What a section of settings is, what its values may be, and what is said of one that is wrong."""
 
+import os
 import re
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from vit5gen.system.errors import LARGEST, UserError, composed, nearest, short
 
@@ -24,6 +25,8 @@ Decay = Annotated[Float, Field(ge=0, lt=1)]
 # Beyond these a value is a slip of the finger: it would end in a hang, an overflow or a machine without memory.
 MOST_WIDTH, MOST_LAYERS, MOST_CLASSES, MOST_SIDE = 2**16, 1000, 10**7, 2**14
 MOST_IMAGES, MOST_BATCH, MOST_STEPS, MOST_WORKERS = 10**7, 2**20, 10**6, 1024
+# A path, in which ~ is the home folder; a URL, or a name on the hub, stays as it is.
+UserPath = Annotated[str, AfterValidator(os.path.expanduser), WithJsonSchema({"type": "string", "format": "path"})]
 Name = Annotated[str, AfterValidator(composed)]
 Natural = Annotated[int, Field(ge=0, le=LARGEST)]
 Exif = Literal["apply", "ignore"]
@@ -39,6 +42,19 @@ Classes = Annotated[int, Field(ge=1, le=MOST_CLASSES)]
 Tiles = Annotated[int, Field(ge=1, le=1000)]
 Small = Annotated[int, Field(ge=0, le=MOST_WORKERS)]
 T = TypeVar("T", bound=BaseModel)
+# What pydantic says, and what is said here.
+_WORDS = {
+    "^Value error, ": "",
+    "^Input should be (?=greater|less)": "set it to a number ",
+    "^Input should be a valid integer.*": "set it to a whole number",
+    "^Input should be a valid boolean.*": "set it to true or false",
+    "^Input should be a valid list": "set it to a list, e.g. [a, b]",
+    "^Input should be a valid dictionary": "set it to a mapping, e.g. {key: value}",
+    "^Input should be a valid string": "set it to a text, in quotes where it looks like a number",
+    "^Input should be ": "set it to ",
+    "^List should have (.*) after validation.*": r"give \1",
+}
+_BOUNDS = {"minimum": "ge", "exclusiveMinimum": "gt", "maximum": "le", "exclusiveMaximum": "lt"}  # of JSON schema
 
 
 def _read_numbers(options: Any) -> Any:
@@ -68,6 +84,43 @@ class Section(BaseModel):
         return ".".join(path)
 
 
+def kinds(section: type[BaseModel]) -> dict[str, str]:
+    """Return what the values of each key may be, as help shows it: ``N >= 1``, ``0..1``, ``{a,b}``, ``true|false``."""
+    return {key: _kind(one) for key, one in section.model_json_schema()["properties"].items()}
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return "|".join(_kind(one) for one in schema["anyOf"] if one.get("type") != "null")
+    if "enum" in schema:
+        return f"{{{','.join(map(str, schema['enum']))}}}"
+    match schema.get("type"):
+        case _ if "const" in schema:
+            return str(schema["const"])
+        case "boolean":
+            return "true|false"
+        case "string":
+            return "PATH" if schema.get("format") == "path" else "NAME"
+        case "integer" | "number" as number:
+            return _range("N" if number == "integer" else "X", schema)
+        case "array":
+            one = _kind(schema["items"])
+            return f"[{one}, {one if schema.get('maxItems') == 2 else '...'}]"
+    return "{KEY: VALUE}"
+
+
+def _range(name: str, schema: dict[str, Any]) -> str:
+    """Return the range of a number; where an int64 ends goes without saying."""
+    bounds = {_BOUNDS.get(key, key): bound for key, bound in schema.items() if bound != LARGEST}
+    least = [(bounds[key], sign) for key, sign in (("ge", ">="), ("gt", ">")) if key in bounds]
+    most = [f" {sign} {bounds[key]}" for key, sign in (("le", "<="), ("lt", "<")) if key in bounds]
+    if {"ge", "le"} <= bounds.keys():
+        return f"{bounds['ge']}..{bounds['le']}"
+    if least and most:
+        return f"{least[0][0]} {least[0][1].replace('>', '<')} {name}{most[0]}"
+    return "".join([name, *(f" {sign} {bound}" for bound, sign in least), *most])
+
+
 def validate(kind: type[T], data: dict[str, Any], what: str) -> T:
     """Build ``kind`` from plain values; or raise a one-line `UserError` naming ``what`` and the first bad key."""
     try:
@@ -78,26 +131,57 @@ def validate(kind: type[T], data: dict[str, Any], what: str) -> T:
 
 def _first_problem(kind: type[BaseModel], error: ValidationError) -> str:
     # A mistyped key explains the one that is missing.
-    problem = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
+    found = error.errors(include_url=False)
+    problem = min(found, key=lambda one: one["type"] != "extra_forbidden")
     path = [str(part) for part in problem["loc"]]
-    where = kind.spell(path) if issubclass(kind, Section) else ".".join(path)
-    more = f" ({error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
+    section, keys = _section_of(kind, path)
+    others = len({one["loc"][: len(keys)] for one in found}) - 1
+    more = f" ({others} more problem{'s' * (others > 1)})" if others else ""
+
+    # Keys that are unknown or absent, and sections that are none.
     if problem["type"] == "extra_forbidden":
-        known = _keys(kind, path[:-1])
-        return f"unknown key {where!r}; expected one of {', '.join(known)}.{nearest(path[-1], known)}{more}"
+        hint = f"expected one of {', '.join(section.model_fields)}.{nearest(path[-1], section.model_fields)}"
+        return f"unknown key {_spell(kind, path)!r}; {hint}{more}"
     if problem["type"] == "missing":
-        return f"{where!r} is missing; add it{more}"
+        return f"{_spell(kind, path)!r} is missing; add it{more}"
+    inner, _ = _section_of(kind, [*path, ""])
     if problem["type"] == "model_type":
-        first = _keys(kind, path)[0]
-        return f"section {where!r}: expected keys such as '{first}:' in it, found {short(problem['input'])}{more}"
-    message = problem["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
+        expected = f"expected keys such as '{next(iter(inner.model_fields))}:' in it"
+        return f"section {_spell(kind, path)!r}: {expected}, found {short(problem['input'])}; fix the file{more}"
+
+    # Values: of what kind they must be, in words, and in which range.
+    message = _in_words(problem["msg"])
+    shown = kinds(section)[keys[-1]] if keys and issubclass(section, Section) else ""
+    if len(path) > len(keys) and "|" in shown and not shown.startswith("["):
+        path, message = keys, f"set it to {shown.replace('|', ' or ')}"
+    elif message.startswith("set it to a") and re.fullmatch(r"[^{]*\d[^{]*", shown):
+        message += f" ({shown})"
+    elif problem["type"] == "literal_error":
+        hint = nearest(str(problem["input"]), re.findall("'(.+?)'", problem["ctx"]["expected"]))
+        message += f".{hint}" if hint else ""
+    if (key := message.split()[0].rstrip(":")) in inner.model_fields and isinstance(problem["input"], dict):
+        return f"{_spell(kind, [*path, key])}{message.removeprefix(key)}{more}"
     value = "" if isinstance(problem["input"], dict) else f" = {short(problem['input'])}"
-    return f"{where}{value}: {message}{more}" if where else message + more
+    return f"{_spell(kind, path)}{value}: {message}{more}" if path else message + more
 
 
-def _keys(kind: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:
+def _in_words(message: str) -> str:
+    """Return pydantic's message in the words of this package."""
+    for words, ours in _WORDS.items():
+        message = re.sub(words, ours, message)
+    return message[0].lower() + message[1:]
+
+
+def _spell(kind: type[BaseModel], path: list[str]) -> str:
+    return kind.spell(path) if issubclass(kind, Section) else ".".join(path)
+
+
+def _section_of(kind: type[BaseModel], path: list[str]) -> tuple[type[BaseModel], list[str]]:
+    """Return the section in which a path ends, and the path as far as its parts name keys."""
+    for depth, part in enumerate(path[:-1], start=1):
         annotation: Any = kind.model_fields[part].annotation
-        kind = next(one for one in (annotation, *get_args(annotation)) if hasattr(one, "model_fields"))  # or None
-    return list(kind.model_fields)
+        inner = [one for one in (annotation, *get_args(annotation)) if hasattr(one, "model_fields")]  # or None
+        if not inner:
+            return kind, path[:depth]
+        kind = inner[0]
+    return kind, path

@@ -2,13 +2,13 @@
 
 from vit5gen.commands.options import Options, Utf8Path, argument
 from vit5gen.config import AutoencoderTraining, read_yaml
-from vit5gen.section import validate
+from vit5gen.section import UserPath, validate
 
 
 class AutoencoderOptions(Options):
     """Train a small image autoencoder; running the command again resumes it."""
 
-    config: str = argument(..., "CONFIG", "YAML file of an autoencoder, e.g. configs/vae/emoji.yaml", option="")
+    config: UserPath = argument(..., "CONFIG", "YAML file of an autoencoder, e.g. configs/vae/emoji.yaml", option="")
     output: Utf8Path = argument(..., "FOLDER", "folder of the trained AutoencoderKL")
 
 

@@ -7,19 +7,20 @@ from pydantic import model_validator
 
 from vit5gen.commands.options import Options, argument
 from vit5gen.lab.benchmark import Benchmark, GpuRow
+from vit5gen.section import UserPath
 from vit5gen.system.errors import choose
 
 
 class BenchmarkOptions(Options):
     """Measure against published code, side by side, and write ratios."""
 
-    sit: str | None = argument(None, "PATH", "checkout of willisma/SiT, whose code is run")
-    vit5: str | None = argument(None, "PATH", "checkout of wangf3014/ViT-5, whose code is run")
-    run: str | None = argument(None, "RUN", "folder of a run, needed for the benchmark `sampling`")
+    sit: UserPath | None = argument(None, "PATH", "checkout of willisma/SiT, whose code is run")
+    vit5: UserPath | None = argument(None, "PATH", "checkout of wangf3014/ViT-5, whose code is run")
+    run: UserPath | None = argument(None, "RUN", "folder of a run, needed for the benchmark `sampling`")
     only: Benchmark | None = argument(None, "NAME", "the only benchmark to run; default: all")
     rows: str | None = argument(None, "NAME[,NAME]", f"rows of --only gpu: {', '.join(get_args(GpuRow))}; default: all")
     quick: bool = argument(False, "", "tiny sizes, only to check that it runs: the figures mean nothing")
-    output: str = argument(..., "FILE.json", "results; a table FILE.md is written next to it")
+    output: UserPath = argument(..., "FILE.json", "results; a table FILE.md is written next to it")
 
     @model_validator(mode="after")
     def _all_is_used(self) -> "BenchmarkOptions":

@@ -4,7 +4,7 @@ from typing import Literal
 
 from vit5gen.commands.options import Options, argument
 from vit5gen.config import DataConfig
-from vit5gen.section import BatchSize, Small
+from vit5gen.section import BatchSize, Small, UserPath
 
 
 class ClassifyOptions(Options):
@@ -17,9 +17,9 @@ class ClassifyOptions(Options):
     L-384 86.0.
     """
 
-    folder: str = argument(..., "FOLDER", "folder of class folders, e.g. ImageNet's val", option="")
+    folder: UserPath = argument(..., "FOLDER", "folder of class folders, e.g. ImageNet's val", option="")
     model: Literal["vit5_small", "vit5_base", "vit5_large", "vit5_xlarge"] = argument(..., "NAME", "model of the file")
-    checkpoint: str = argument(..., "FILE", "published .pth file")
+    checkpoint: UserPath = argument(..., "FILE", "published .pth file")
     batch_size: BatchSize = argument(64, "N", "images per batch")
     num_workers: Small = argument(DataConfig().num_workers, "N", "processes that read images; 0 = this process reads")
 

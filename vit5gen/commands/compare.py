@@ -7,7 +7,7 @@ from typing import Any
 from vit5gen.commands.evaluate import ScoreOptions
 from vit5gen.commands.options import argument, with_picture
 from vit5gen.config import DrawConfig, EvaluationConfig, ReadConfig
-from vit5gen.section import Natural
+from vit5gen.section import Natural, UserPath
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import write_json
 
@@ -19,10 +19,10 @@ class CompareOptions(ScoreOptions):
     are drawn from the same noise and labels, or a folder (or quoted pattern) of several runs, paired by training seed.
     """
 
-    a: str = argument(..., "A", "images, card of `evaluate --keep-groups`, run, or folder of runs", option="")
-    b: str = argument(..., "B", "what is compared with A", option="")
-    reference: str = argument(..., "REF", "real images, as for `evaluate`")
-    output: str = argument(..., "CARD.json", "write all numbers to this card; a picture of pairs lies beside it")
+    a: UserPath = argument(..., "A", "images, card of `evaluate --keep-groups`, run, or folder of runs", option="")
+    b: UserPath = argument(..., "B", "what is compared with A", option="")
+    reference: UserPath = argument(..., "REF", "real images, as for `evaluate`")
+    output: UserPath = argument(..., "CARD.json", "write all numbers to this card; a picture of pairs lies beside it")
     seed: Natural = argument(
         EvaluationConfig().seed, "N", "seed of labels and noise, the same for both, for drawing from runs"
     )

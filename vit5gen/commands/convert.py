@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from vit5gen.commands.options import Options, Utf8Path, argument
-from vit5gen.section import Classes, Width
+from vit5gen.section import Classes, UserPath, Width
 
 
 class ConvertOptions(Options):
@@ -13,9 +13,11 @@ class ConvertOptions(Options):
         ("num_attention_heads", "num_classes", "drop_prefix", "reversed_time"), ("weights",)
     )
 
-    checkpoint: str = argument(..., "CHECKPOINT", "e.g. SiT-XL-2-256x256.pt, RUN or a checkpoint in it", option="")
+    checkpoint: UserPath = argument(..., "CHECKPOINT", "e.g. SiT-XL-2-256x256.pt, RUN or a checkpoint in it", option="")
     output: Utf8Path = argument(..., "FOLDER", "new folder")
-    vae: str | None = argument(None, "VAE", "name or folder of the autoencoder, or none; default: SiT's, or the run's")
+    vae: UserPath | None = argument(
+        None, "VAE", "name or folder of the autoencoder, or none; default: SiT's or the run's"
+    )
     weights: str | None = argument(None, "NAME", "weights of a run: ema_<decay> or model; default: its first average")
     num_attention_heads: Width | None = argument(None, "N", "heads of a SiT file whose width matches no preset")
     num_classes: Classes | None = argument(None, "N", "classes of a SiT file; tells whether it has a null row")

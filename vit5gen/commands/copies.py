@@ -1,9 +1,11 @@
 """`vit5gen copies`."""
 
+from typing import ClassVar
+
 from vit5gen.commands.evaluate import ExtractorOptions
 from vit5gen.commands.options import argument, with_picture
 from vit5gen.config import ReadConfig
-from vit5gen.section import Plug
+from vit5gen.section import Plug, UserPath
 from vit5gen.system.files import write_json
 
 
@@ -13,12 +15,14 @@ class CopiesOptions(ReadConfig, ExtractorOptions):
     The samples closest to training images, as against held-out images, are shown beside these.
     """
 
-    samples: str = argument(..., "SAMPLES", "npz, folder, zip or tar of generated images", option="")
-    training: str = argument(..., "DATA", "images of the training: a configuration, or as SAMPLES")
-    held_out: str | None = argument(
+    unused: ClassVar = ("shuffle",)
+
+    samples: UserPath = argument(..., "SAMPLES", "npz, folder, zip or tar of generated images", option="")
+    training: UserPath = argument(..., "DATA", "images of the training: a configuration, or as SAMPLES")
+    held_out: UserPath | None = argument(
         None, "DATA", "real images that no training has seen; default: the held-out split of the configuration"
     )
-    output: str = argument(..., "CARD.json", "write all numbers to this card; a picture of pairs lies beside it")
+    output: UserPath = argument(..., "CARD.json", "write all numbers to this card; a picture of pairs lies beside it")
     extractor: Plug = argument("dinov2", "NAME", "feature network, as for `evaluate`")
 
 

@@ -7,13 +7,14 @@ from pydantic import Field
 
 from vit5gen.commands.options import Options, argument
 from vit5gen.registry import missing_packages
+from vit5gen.section import UserPath
 from vit5gen.system.errors import UserError
 
 
 class DemoOptions(Options):
     """Open a page on this machine to play with a generator; needs the extra `demo`."""
 
-    checkpoint: str = argument(..., "RUN", "run, pipeline folder, or a generator that ships: emoji-64", option="")
+    checkpoint: UserPath = argument(..., "RUN", "run, pipeline folder, or a generator that ships: emoji-64", option="")
     port: Annotated[int, Field(ge=1, le=65535)] | None = argument(
         None, "P", "port of the page on 127.0.0.1; default: the first free one from 7860"
     )

@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 from vit5gen.commands.options import ConfigOptions, Utf8Path, argument
+from vit5gen.section import UserPath
 
 
 class EncodeOptions(ConfigOptions):
@@ -14,7 +15,7 @@ class EncodeOptions(ConfigOptions):
     unused: ClassVar = ("model", "flow", "training", "sampling", "evaluation", "data.latents", "data.from_images")
 
     output: Utf8Path = argument(..., "FOLDER", "folder of the shards and their manifest")
-    ready: str | None = argument(
+    ready: UserPath | None = argument(
         None, "FOLDER", "LightningDiT's latents, or latents.npy and labels.npy, of this vae", option="--from"
     )
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from vit5gen.commands.options import Images, Options, argument
 from vit5gen.config import DrawConfig, EvaluationConfig, ReadConfig
 from vit5gen.registry import name_and_options
-from vit5gen.section import BatchSize, Natural, Plug
+from vit5gen.section import BatchSize, Natural, Plug, UserPath
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import check_writable, write_json
 
@@ -23,7 +23,7 @@ class ExtractorOptions(Options):
     extractor: Plug = argument(
         "inception", "NAME", "inception, effnet-lite0, dinov2, clip, fdr6 or your own, e.g. 'NAME: {option: value}'"
     )
-    weights: str | None = argument(None, "FILE", "its weights (fdr6: a folder); default: its cache, or a download")
+    weights: UserPath | None = argument(None, "FILE", "its weights (fdr6: a folder); default: its cache, or a download")
     weights_sha256: str | None = argument(None, "HASH", "expected hash of --weights, if not the published file")
     batch_size: BatchSize = argument(50, "N", "images per batch, per process")
 
@@ -34,7 +34,7 @@ class ScoreOptions(DrawConfig, ReadConfig, ExtractorOptions):
     metrics: list[Plug] | None = argument(
         None, "NAME", "metrics to compute, e.g. fid 'pr: {k: 5}'; default: what the inputs allow, less the slow"
     )
-    denominators: str | None = argument(None, "REF", "validation images, for FDr^6; default: published figures")
+    denominators: UserPath | None = argument(None, "REF", "validation images, for FDr^6; default: published figures")
     num_images: Images = argument(50_000, "N", "images to draw from a run or pipeline folder")
 
     def check(self, paths: list[str]) -> None:
@@ -65,12 +65,12 @@ class EvaluateOptions(ScoreOptions):
         "protocol": ("denominators",),
     }
 
-    samples: Annotated[list[str], Field(min_length=1)] = argument(
+    samples: Annotated[list[UserPath], Field(min_length=1)] = argument(
         ..., "SAMPLES", "npz, folder, zip or tar of images, run or pipeline; several give mean and std", option=""
     )
-    reference: str | None = argument(None, "REF", "ADM npz or imagenet256 | imagenet512, statistics, or real images")
-    output: str | None = argument(None, "CARD.json", "write all settings and results to this card")
-    save_statistics: str | None = argument(None, "FILE", "write the statistics of SAMPLES, as a reference")
+    reference: UserPath | None = argument(None, "REF", "ADM npz, imagenet256 | imagenet512, statistics, real images")
+    output: UserPath | None = argument(None, "CARD.json", "write all settings and results to this card")
+    save_statistics: UserPath | None = argument(None, "FILE", "write the statistics of SAMPLES, as a reference")
     protocol: Literal["adm"] | None = argument(
         None, "adm", "ADM's metrics and settings; prints FID-50K only if all conditions are met"
     )
@@ -96,7 +96,7 @@ def run(options: EvaluateOptions) -> int:
     if options.keep_groups and options.output is None:
         raise UserError("--keep-groups: there is no card to keep groups beside; give --output CARD.json")
     if options.save_statistics is not None and len(options.samples) != 1:
-        raise UserError(f"--save-statistics: {len(options.samples)} sets of images; expected one")
+        raise UserError(f"--save-statistics: {len(options.samples)} sets of images; expected one: give one SAMPLES")
     if (file := options.output or options.save_statistics) is not None:
         check_writable(file)
     state, batch_size, protocol = start_processes(), options.batch_size, options.protocol

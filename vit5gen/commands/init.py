@@ -1,7 +1,7 @@
 """`vit5gen init`."""
 
 from vit5gen.commands.options import Options, Utf8Path, argument
-from vit5gen.section import Width
+from vit5gen.section import UserPath, Width
 
 
 class InitOptions(Options):
@@ -11,7 +11,7 @@ class InitOptions(Options):
         ..., "FOLDER", "folder with one subfolder per class (optionally inside train/ and test/)", option=""
     )
     output: Utf8Path = argument(..., "NAME.yaml", "configuration that is written")
-    init_from: str | None = argument(None, "WEIGHTS", "weights to begin with; see training.init_from", option="--from")
+    init_from: UserPath | None = argument(None, "WEIGHTS", "weights to begin with: training.init_from", option="--from")
     num_attention_heads: Width | None = argument(None, "N", "heads of a SiT file whose width matches no preset")
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import AfterValidator, Field, model_validator
 
 from vit5gen.config import Config, load_config
-from vit5gen.section import MOST_IMAGES, Section
+from vit5gen.section import MOST_IMAGES, Section, UserPath
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import check_writable
 
@@ -23,7 +23,7 @@ def _check_utf8(path: str) -> str:
 
 
 # Of an output that holds weights: safetensors can write a path that is no UTF-8, but cannot read it again.
-Utf8Path = Annotated[str, AfterValidator(_check_utf8)]
+Utf8Path = Annotated[UserPath, AfterValidator(_check_utf8)]
 
 
 def argument(default: Any, metavar: str, description: str, **more: Any) -> Any:
@@ -34,8 +34,8 @@ def argument(default: Any, metavar: str, description: str, **more: Any) -> Any:
 class Options(Section):
     """The options of a command.
 
-    excludes: for an option, those that cannot be combined with it.  unused: the sections and keys of a configuration
-    that the command does not use.
+    excludes: for an option, those that cannot be combined with it.  unused: the options, and the sections and keys of a
+    configuration, that the command does not use.
     """
 
     excludes: ClassVar[dict[str, tuple[str, ...]]] = {}
@@ -75,7 +75,7 @@ def with_picture(output: str) -> Path:
 class ConfigOptions(Options):
     """The options of a command that takes a run's configuration, whose keys are options too, but for the ``unused``."""
 
-    config: str = argument(..., "CONFIG", "YAML file, e.g. configs/quickstart.yaml", option="")
+    config: UserPath = argument(..., "CONFIG", "YAML file, e.g. configs/quickstart.yaml", option="")
     overrides: dict[str, Any] = Field({}, exclude=True)
 
     def load(self) -> Config:

@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from vit5gen.commands.options import Options, argument
+from vit5gen.section import UserPath
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import check_writable, read_json, write_text
 
@@ -16,8 +17,8 @@ class ReportOptions(Options):
     Each is the folder of a run, a card of `evaluate`, `compare`, `copies` or `sample`, or the folder of a study.
     """
 
-    inputs: Annotated[list[str], Field(min_length=1)] = argument(..., "RUN", "runs, cards or studies", option="")
-    output: str = argument(..., "FILE.html", "the page; one that exists is replaced")
+    inputs: Annotated[list[UserPath], Field(min_length=1)] = argument(..., "RUN", "runs, cards or studies", option="")
+    output: UserPath = argument(..., "FILE.html", "the page; one that exists is replaced")
 
 
 def run(options: ReportOptions) -> None:

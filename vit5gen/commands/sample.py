@@ -9,7 +9,7 @@ from pydantic import model_validator
 
 from vit5gen.commands.options import Images, Options, argument
 from vit5gen.config import DrawConfig, EvaluationConfig, SamplingConfig, parse_yaml
-from vit5gen.section import BatchSize, Natural, Several, Unit, validate
+from vit5gen.section import BatchSize, Natural, Several, Unit, UserPath, validate
 from vit5gen.system.errors import UserError, choose
 
 _EVALUATION = EvaluationConfig()
@@ -22,9 +22,9 @@ class SampleOptions(DrawConfig, Options):
 
     excludes: ClassVar = {"sweep": ("morph", "nearest"), "morph": ("classes", "labels", "nearest")}
 
-    checkpoint: str = argument(..., "RUN", "folder of a run, a pipeline folder, or a generator that ships: emoji-64")
+    checkpoint: UserPath = argument(..., "RUN", "run, pipeline folder, or a generator that ships: emoji-64")
     num_images: Images = argument(..., "N", "number of images")
-    output: str = argument(..., "FILE|FOLDER", "FILE.png (grid), FILE.npz, or a folder")
+    output: UserPath = argument(..., "FILE|FOLDER", "FILE.png (grid), FILE.npz, or a folder")
     seed: Natural = argument(_EVALUATION.seed, "N", "seed of labels, initial noise and the solver's noise")
     batch_size: BatchSize = argument(_EVALUATION.batch_size, "N", "images drawn at once, per process")
     sweep: list[str] | None = argument(
@@ -33,7 +33,7 @@ class SampleOptions(DrawConfig, Options):
     morph: list[str] | None = argument(None, "CLASS", "draw the way between two classes (FILE.png or FILE.gif)")
     frames: Several | None = argument(None, "N", f"images of --morph on the way; default: {_FRAMES}")
     nearest: bool = argument(False, "", "show below each image the nearest one that the run was trained on (FILE.png)")
-    image: str | None = argument(None, "FILE", "begin with this picture, scaled and cut to the size drawn")
+    image: UserPath | None = argument(None, "FILE", "begin with this picture, scaled and cut to the size drawn")
     strength: Unit | None = argument(None, "S", "how far from --image: 0 = the picture, 1 = noise; default: 0.8")
 
     @model_validator(mode="after")

@@ -4,13 +4,14 @@ import signal
 import sys
 
 from vit5gen.commands.options import Options, argument
+from vit5gen.section import UserPath
 
 
 class StudyOptions(Options):
     """Train and score every run of a study, one at a time; running the command again resumes it."""
 
-    config: str = argument(..., "CONFIG", "YAML file, e.g. configs/studies/backbones.yaml", option="")
-    output: str = argument(..., "FOLDER", "folder for rows.jsonl, table, plot and runs")
+    config: UserPath = argument(..., "CONFIG", "YAML file, e.g. configs/studies/backbones.yaml", option="")
+    output: UserPath = argument(..., "FOLDER", "folder for rows.jsonl, table, plot and runs")
 
 
 def run(options: StudyOptions) -> int:

@@ -3,6 +3,7 @@
 from pydantic import model_validator
 
 from vit5gen.commands.options import ConfigOptions, Utf8Path, argument
+from vit5gen.section import UserPath
 from vit5gen.system.errors import UserError
 
 
@@ -10,7 +11,7 @@ class TrainOptions(ConfigOptions):
     """Train a model; running the command again resumes from its newest checkpoint."""
 
     output: Utf8Path | None = argument(None, "RUN", "folder of the run; optional with --dry-run")
-    resume: str = argument("auto", "WHERE", "auto (the newest checkpoint) | never | a checkpoint folder")
+    resume: UserPath = argument("auto", "WHERE", "auto = latest (newest checkpoint) | never | RUN | checkpoint")
     accept_changes: bool = argument(False, "", "resume even if configuration or data differ")
     dry_run: bool = argument(False, "", "write nothing; check values, estimate costs, list what is missing")
 

@@ -170,7 +170,7 @@ def open_images(data: DataConfig, split: str | None = None) -> ImageSet:
         classes = distinct("data.classes", data.classes)
         opened = _keep_classes(opened, [choose("data.classes", name, names) for name in classes])
     if not len(opened):
-        raise UserError(f"data: {data.source} {data.path or ''} split {wanted!r} has no images")
+        raise UserError(f"data: {data.source} {data.path or ''} split {wanted!r} has no images; add some")
     check_classes(opened, data, opened.class_names if split in (None, data.split) else opened.instead)
     return opened
 

@@ -42,7 +42,7 @@ def import_latents(config: Config, folder: str | Path, output: str | Path) -> No
         raise UserError("data.held_out: has no effect on latents that are ready; omit it")
     state, vae, config = start_processes(), load_autoencoder(config.vae.name), find_sizes(config)
     check_autoencoder(config, vae)
-    encode_dataset(open_ready_latents(Path(folder).expanduser(), config), vae, output, config, _take_shard)
+    encode_dataset(open_ready_latents(Path(folder), config), vae, output, config, _take_shard)
     if state.is_main_process:
         print(f"{output}: {len(LatentDataset(output))} latents. Next: train with --data.latents {output}")
 
@@ -83,8 +83,8 @@ def open_ready_latents(folder: Path, config: Config) -> ImageSet:
         of_imagenet = count == ASSUMED_CLASSES
         names = imagenet_names(ImageNetInfo().label_names()) if of_imagenet else [str(i) for i in range(count)]
     if not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
-        found = f"labels from {int(labels.min())} to {int(labels.max())}"
-        raise UserError(f"--from {folder}: {found}, expected 0 to {len(names) - 1}; set data.classes or num_classes")
+        found = f"labels from {int(labels.min())} to {(top := int(labels.max()))}"
+        raise UserError(f"--from {folder}: {found}, expected 0 to {len(names) - 1}; set data.num_classes to {top + 1}")
     ends = list(accumulate(len(labels) for _, labels, _ in opened))
     read = partial(_read, [0, *ends], [read for *_, read in opened])
     ready = ImageSet(names, labels, read, partial(content_digest, folder, files), f"{folder}: latent {{}}".format)

@@ -36,7 +36,7 @@ def is_url(place: str) -> bool:
 def local_path(place: str) -> Path:
     """Return a path, or that of the copy of a URL, which may not be there yet."""
     if not is_url(place):
-        return Path(place).expanduser()
+        return Path(place)
     return cache_folder() / "copies" / sha256(place.rstrip("/").encode()).hexdigest()[:16]
 
 

@@ -78,7 +78,7 @@ def evaluation_card(
     Raises `UserError` on bad input.
     """
     if keep_groups is not None and len(samples) != 1:
-        raise UserError(f"--keep-groups: {len(samples)} sets of samples; expected one for each card")
+        raise UserError(f"--keep-groups: {len(samples)} sets of samples; expected one; score them one by one")
 
     # Which metrics: those that are asked for, ADM's, or all that reference and extractor allow.
     adm = protocol is not None and choose("protocol", protocol, ["adm"]) == "adm"

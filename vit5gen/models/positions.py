@@ -19,7 +19,7 @@ def patch_grid(what: str, size: Sequence[int], patch_size: int) -> Grid:
     """Return how many patches an image or latent of ``size (H, W)`` has; raise `UserError` unless they fill it."""
     height, width = size
     if height % patch_size or width % patch_size or min(height, width) < 1:
-        raise UserError(f"{what}: {height}x{width} is not divisible by patch_size {patch_size}.")
+        raise UserError(f"{what}: {height}x{width} is not divisible by patch_size {patch_size}; choose a divisor.")
     return height // patch_size, width // patch_size
 
 

@@ -23,7 +23,7 @@ MODEL_STUB = "transformer.py"  # beside a model's config.json; diffusers names i
 def cache_folder() -> Path:
     """Return the folder of derived data: ``VIT5GEN_CACHE``, else ``vit5gen`` in the user's cache folder."""
     if folder := os.environ.get("VIT5GEN_CACHE"):
-        return Path(folder)
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vit5gen"
 
 

@@ -40,10 +40,10 @@ def check_values(config: Config) -> None:
     if fault := sampling.idle_limit():  # not refused: runs of earlier versions may have it
         processes().print(f"note: sampling.{fault}")
     if (asked := sampling.guidance_channels or 0) > channels:
-        raise UserError(f"sampling.guidance_channels = {asked}; expected at most vae.latent_channels = {channels}")
+        raise UserError(f"sampling.guidance_channels = {asked}; set it to {channels} or less (vae.latent_channels)")
     if sampling.guidance_scale != 1 and config.model.class_dropout_prob == 0:
         untrained = "needs a null label, but with model.class_dropout_prob = 0 none is trained"
-        advice = "set class_dropout_prob above 0, or guidance_scale to 1"
+        advice = "set model.class_dropout_prob to e.g. 0.1, or sampling.guidance_scale to 1"
         raise UserError(f"sampling.guidance_scale = {sampling.guidance_scale}: {untrained}; {advice}")
     EXTRACTORS.check(*name_and_options(config.evaluation.extractor), "evaluation.extractor")
     choose("training.optimizer", config.training.optimizer, OPTIMIZERS.names())
@@ -73,7 +73,7 @@ def settle_auto(config: Config, recorded: dict[str, Any]) -> Config:
     if compiled and (fault := find_compiler_fault(device)):
         found = f"training.compile: no compiler for {device.type} on this machine: {fault}"
         if compiled is True:
-            advice = "install it, or set this to false (a run that began with it resumes so with --accept-changes)"
+            advice = "install one, or set training.compile to false (with --accept-changes if a run began with true)"
             raise UserError(f"{found}; {advice}")
         processes().print(f"note: {found}; training is slower without")
         compiled = False

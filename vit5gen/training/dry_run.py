@@ -258,7 +258,7 @@ def _begin_here(config: Config) -> Config:
     """Return what `begin_from` does; without the weights, the configuration as it is, if it gives all sizes."""
     if absent := initial.missing(config):
         if not config.model.sized:
-            raise UserError(f"training.init_from {next(iter(absent))} is not here; get it, or set model.preset")
+            raise UserError(f"training.init_from {next(iter(absent))} is not here; download it, or set model.preset")
         return config
     return initial.begin_from(config)
 

@@ -56,11 +56,13 @@ def batch_sizes(settings: TrainingConfig, world_size: int) -> tuple[int, int]:
     total = settings.global_batch_size
     local, rest = divmod(total, world_size)
     if rest:
-        raise UserError(f"training.global_batch_size = {total} must be a multiple of the {world_size} processes")
+        fault = f"training.global_batch_size = {total} must be a multiple of the {world_size} processes"
+        raise UserError(f"{fault}; set it to e.g. {total - rest + world_size}")
     micro = settings.micro_batch_size or local
     if local % micro:
         share = f"the {local} samples per process (global_batch_size {total} over {world_size} processes)"
-        raise UserError(f"training.micro_batch_size = {micro} must divide {share}")
+        fits = max(size for size in range(1, min(micro, local) + 1) if local % size == 0)
+        raise UserError(f"training.micro_batch_size = {micro} must divide {share}; set it to {fits}")
     return micro, local // micro
 
 

@@ -194,14 +194,18 @@ class RunFolder:
         Raises `UserError` when the folder holds another run, or the checkpoint does not fit the configuration.
         """
         start, last = None, config.training.num_steps
-        if resume == "auto":
+        if resume in ("auto", "latest"):
             start = checkpoint.newest_valid(self.checkpoints)
         elif resume != "never":
-            start = Path(resume)
-            if fault := checkpoint.find_damage(start):
-                expected = "expected e.g. RUN/checkpoints/step_00000010, undamaged"
-                advice = f"to begin a new run with other weights, set --training.init_from {start}"
-                raise UserError(f"--resume {start}: {fault}; {expected}; {advice}")
+            # A run, or its checkpoints, stands for the newest; a file for the checkpoint that it is in.
+            folder = Path(resume).parent if Path(resume).is_file() else Path(resume)
+            start = checkpoint.newest_valid(folder / "checkpoints") or checkpoint.newest_valid(folder)
+            fault = "" if start else checkpoint.find_damage(folder) if folder.exists() else "no such file or folder"
+            start = start or folder
+            if fault:
+                expected = "expected auto, latest, never, RUN, or RUN/checkpoints/step_00000010, undamaged"
+                advice = f"to begin a new run with other weights, set --training.init_from {resume}"
+                raise UserError(f"--resume {resume}: {fault}; {expected}; {advice}")
         elif checkpoint.steps(self.checkpoints):
             raise UserError(f"--output {self}: contains a run; choose a new folder, or --resume auto to resume it")
         recorded = {} if start is None else checkpoint.read_config(start)
@@ -210,7 +214,7 @@ class RunFolder:
             _accept(start, "was made with another configuration", differences(recorded, config), accept_changes)
             config = as_recorded(config, recorded)
             if (step := checkpoint.read_state(start)["step"]) > last:
-                raise UserError(f"{start} is past training.num_steps = {last}; set it to {step} or more")
+                raise UserError(f"{start} is past training.num_steps = {last}; set that to {step} or more")
         config = settle(config, find)
         self.changes = [] if start is None else differences(recorded, config, changeable=())
         return start, config

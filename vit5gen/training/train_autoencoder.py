@@ -134,7 +134,7 @@ def train_autoencoder(config: AutoencoderTraining, output: str | Path) -> int:
                     trainer.optimizer.zero_grad()
                     trainer.count(outcome := Outcome({"loss": loss.item()}, norm.item(), stop_asked(), clock.due()))
                     if not outcome.finite:
-                        raise UserError(f"the loss of step {trainer.step} is not finite; lower learning_rate")
+                        raise UserError(f"the loss of step {trainer.step} is not finite; set learning_rate lower")
                     shown = {"loss": f"{loss.item():.4f}", "kl": f"{divergence.item():.2f}"}
                     progress.set_postfix(shown, refresh=False)
                     progress.update()
@@ -157,10 +157,11 @@ def _check_sizes(config: AutoencoderTraining) -> None:
     groups, factor = config.norm_num_groups, 2 ** (len(config.block_out_channels) - 1)
     widths, side = config.block_out_channels, config.data.resolution
     if any(width % groups for width in widths):
-        raise UserError(f"block_out_channels = {widths}: expected multiples of norm_num_groups {groups}")
+        expected = f"expected multiples of norm_num_groups {groups}; set that to {math.gcd(*widths)}"
+        raise UserError(f"block_out_channels = {widths}: {expected}")
     if side % factor:
         what = f"a multiple of {factor}, for the {len(widths)} entries of block_out_channels"
-        raise UserError(f"data.resolution = {side}: expected {what}")
+        raise UserError(f"data.resolution = {side}: expected {what}; set it to e.g. {max(side // factor, 1) * factor}")
 
 
 def _resume(trainer: Trainer, shuffle: Shuffle, start: Path, config: AutoencoderTraining) -> None:

@@ -25,7 +25,8 @@ class FolderSource(Source):
         data, root = self.data, self.folder(split)
         found, instead = find_classes(root, data.rules)
         if not found:
-            raise UserError(f"data.path {root}: no class folders; expected one folder of images for each class")
+            advice = f"move the images of each class into a folder of its own, e.g. {root / 'cats'}"
+            raise UserError(f"data.path {root}: no class folders; {advice}")
         names = list(found)
         # Anything close to ImageNet's thousand ids is meant to be ImageNet; ten of them are a set of one's own.
         if sum(bool(re.fullmatch(r"n\d{8}", name)) for name in found) >= 900:
@@ -59,7 +60,7 @@ class FolderSource(Source):
         # Images of the whole folder are no second split.
         if split != data.split or (not asked and folders and not others):
             found = f"no folder {split!r} (it has {listed(folders) or 'none'})"
-            raise UserError(f"data.path {root}: {found}; expected the images of that split there")
+            raise UserError(f"data.path {root}: {found}; put the images of that split there, or set another split")
         return root
 
     def missing(self) -> dict[str, str]:

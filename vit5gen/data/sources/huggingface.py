@@ -10,10 +10,11 @@ from PIL import Image
 from vit5gen.config import DataConfig
 from vit5gen.data.images import ImageSet, Source, centre_crop, decoding, register_source
 from vit5gen.data.remote import fetch_folder
-from vit5gen.section import MOST_CLASSES
+from vit5gen.section import MOST_CLASSES, UserPath
 from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError, choose
 
+Files = UserPath | list[UserPath] | None
 _PLAIN = ("int", "uint", "string", "large_string")  # types of a column that may be labels, though it names no classes
 
 
@@ -26,7 +27,7 @@ class HuggingFaceSource(Source):
     streaming: read the files in order without storing them, for `vit5gen encode`.
     """
 
-    def __init__(self, data: DataConfig, *, streaming: bool = False, data_files: str | list[str] | None = None) -> None:
+    def __init__(self, data: DataConfig, *, streaming: bool = False, data_files: Files = None) -> None:
         super().__init__(data)
         if streaming and data.from_images:
             raise UserError("data.source_kwargs: streaming reads images in order; set data.from_images to false")
