@@ -69,6 +69,9 @@ def test_weights_of_one_class_are_that_class_bit_for_bit(dtype: torch.dtype) -> 
     mixed = model(x, t, rows)
     assert torch.equal(mixed[[0, 2, 3]], alone[[0, 2, 3]])
     assert not torch.equal(mixed[1], alone[1])
+    for width in (4, 7):
+        with pytest.raises(UserError, match=rf"class_labels: {width} weights; expected one for each of the 5 classes"):
+            model(x, t, torch.full((4, width), 1 / width))
 
 
 def test_mixed_embeddings_are_the_weighted_mean() -> None:
@@ -182,6 +185,7 @@ def test_every_kind_of_image_gives_the_same(pipe: SiTPipeline) -> None:
         ({"image": np.zeros((16, 16))}, "image: ndarray; expected a picture of PIL"),
         ({"image": "cat.png"}, "image: str; expected a picture of PIL"),
         ({"image": []}, "image: empty"),
+        ({"image": Image.new("F", (16, 16), 9)}, r"image does not decode \(mode F with values from 9 to 9; .*to RGB"),
         ({"image": pictures(1), "strength": 0.02, "sampler": "sde-euler"}, "t = 0.98, but the steps .* end at 0.96"),
     ],
 )
@@ -316,6 +320,10 @@ def test_an_image_to_begin_with(run: Path, tmp_path: Path) -> None:
         call_sample(run, tmp_path / "x.png", **FAST, image=tmp_path / "no.png")
     with pytest.raises(UserError, match=r"config.yaml does not decode"):
         call_sample(run, tmp_path / "x.png", **FAST, image=run / "config.yaml")
+    Image.new("F", (16, 16), 9).save(tmp_path / "f.tif")
+    with pytest.raises(UserError, match=r"image does not decode \(mode F with values from 9 to 9"):
+        call_sample(run, tmp_path / "x.png", **FAST, image=tmp_path / "f.tif")
+    assert not (tmp_path / ".x.png.part").exists()
 
 
 def test_nearest_pictures_are_those_of_least_distance() -> None:

@@ -79,7 +79,8 @@ def read_images(given: Any, height: int, width: int) -> Tensor:
 def _read(part: Any, height: int, width: int) -> Tensor:
     """Return one picture, or one array of images, as `read_images` does."""
     if isinstance(part, Image.Image):
-        picture = to_rgb(part, _DATA.exif, _DATA.rules)
+        with decoding("image", "convert it to RGB"):
+            picture = to_rgb(part, _DATA.exif, _DATA.rules)
         if picture.size != (width, height):
             picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
         part = np.asarray(picture)
