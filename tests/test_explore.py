@@ -272,6 +272,21 @@ def test_a_sweep_of_one_option_has_a_row_for_each_image(run: Path, tmp_path: Pat
     call_sample(run, tmp_path / "limits.png", **FAST, guidance_scale=2, sweep=["guidance_interval=[0,1],[0.5,1]"])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guide": True, "sweep": ["autoguidance_scale=1,2"]},
+        {"guide": True, "autoguidance_scale": 2, "sweep": ["guidance_interval=[0,1],[0.5,1]"]},
+        {"guidance_interval": [0.2, 0.8], "sweep": ["guidance_scale=1,2"]},
+    ],
+)
+def test_a_scale_that_is_swept_is_not_off(run: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    options |= {"guide": str(run)} if "guide" in options else {}
+    call_sample(run, tmp_path / "out.png", **FAST, **options)
+    with pytest.raises(UserError, match="has no effect at"):
+        call_sample(run, tmp_path / "x.png", **FAST, **options | {"autoguidance_scale": 1, "sweep": ["seed=1,2"]})
+
+
 def test_morphs_go_from_one_class_to_the_other(run: Path, tmp_path: Path) -> None:
     one = FAST | {"num_images": 2}
     call_sample(run, tmp_path / "morph.gif", **one, morph=["0", "none"], frames=3)

@@ -47,19 +47,22 @@ class SampleOptions(DrawConfig, Options):
             raise ValueError(f"--nearest: the pictures stand in a grid; expected --output FILE.png, not {self.output}")
         return self
 
+    @model_validator(mode="after")
+    def _guided(self) -> "SampleOptions":
+        if not any("scale" in text.partition("=")[0] for text in self.sweep or ()):  # one that is swept is not off
+            super()._guided()  # type: ignore[operator]  # of pydantic
+        return self
+
     def read_sweep(self) -> dict[str, list[Any]]:
         """Return the values of each option in --sweep, as the option itself would have them; `UserError` for others."""
-        given = {key: getattr(self, key) for key in ("checkpoint", "num_images", "output", "image")}
-        swept, found = [text.partition("=") for text in self.sweep or ()], dict[str, list[Any]]()
-        scale = 2.0 if any("scale" in name for name, _, _ in swept) else self.guidance_scale
-        for name, _, text in swept:
+        given, found = self.model_dump(exclude_unset=True), dict[str, list[Any]]()
+        for name, _, text in (swept := [text.partition("=") for text in self.sweep or ()]):
             key = choose("--sweep", name.lstrip("-").replace("-", "_"), _SWEPT)
-            others = given | ({"guidance_scale": scale} if key in ("guidance_interval", "guidance_channels") else {})
             try:
                 values = parse_yaml(f"[{text}]") or [""]
             except yaml.YAMLError as error:
                 raise UserError(f"--sweep {name}={text}: not valid YAML; expected e.g. {name}=V1,V2") from error
-            checked = [validate(SampleOptions, others | {key: value}, "--sweep") for value in values]
+            checked = [validate(SampleOptions, given | {key: value}, "--sweep") for value in values]
             found[key] = [getattr(one, key) for one in checked]
         if len(found) != len(swept) or len(found) > 2:
             raise UserError(f"--sweep {' '.join(self.sweep or ())}: expected one option, or two different ones")
@@ -85,8 +88,10 @@ def run(options: SampleOptions) -> None:
     from vit5gen.system.progress import Progress
 
     # The pipeline, what it is to draw, and the card that tells so.
-    state, draw, num_images = start_processes(), options.part(DrawConfig), options.num_images
-    draw = draw.model_copy(update={"classes": options.morph}) if options.morph else draw
+    state, num_images = start_processes(), options.num_images
+    given = options.model_dump(include=set(DrawConfig.model_fields), exclude_unset=True)
+    given |= {"classes": options.morph} if options.morph else {}
+    draw = DrawConfig.model_construct(**given)  # checked together with the sweep
     pipe = open_pipeline(options.checkpoint, draw, state.device)
     job = make_job(pipe, draw, num_images, options.seed, options.batch_size)
     told: dict[str, Any] = {}
