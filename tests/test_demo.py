@@ -33,7 +33,8 @@ def check_code(pipe: SiTPipeline, drawing: Drawing, checkpoint: str) -> torch.Te
     """Return the images (B, 3, H, W) of a drawing, once those of its Python code are found equal."""
     *_, (images, progress) = drawing.form(pipe, Event())
     assert progress.startswith("took ")
-    exec(drawing.as_python(checkpoint), found := {})
+    assert f".from_pretrained({checkpoint!r}).to('cuda')\n" in drawing.as_python(checkpoint, "cuda")
+    exec(drawing.as_python(checkpoint, "cpu"), found := {})
     assert np.array_equal(np.stack(found["images"]), images.permute(0, 2, 3, 1).numpy())
     return images
 
