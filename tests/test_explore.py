@@ -404,6 +404,10 @@ def test_nearest_training_pictures_stand_below(run: Path, tmp_path: Path) -> Non
         ({"classes": ["0=0.5,1=0.6"]}, "class '0=0.5,1=0.6': its weights sum to 1.1; expected 1"),
         ({"classes": ["0=0.5,1=x"]}, "class '0=0.5,1=x': could not convert string to float: 'x'; expected e.g. cat"),
         ({"classes": ["0=0.5,cat=0.5"]}, "class 'cat' does not exist"),
+        (
+            {"classes": ["0==1"]},
+            "^class '0==1': class '0=' does not exist; expected one of",
+        ),
         ({"classes": ["0=1.5,1=-0.5"]}, "has the weight -0.5; expected finite numbers"),
     ],
 )
