@@ -8,7 +8,7 @@ import yaml
 from pydantic import model_validator
 
 from vit5gen.commands.options import Images, Options, argument
-from vit5gen.config import DrawConfig, EvaluationConfig, SamplingConfig, parse_yaml
+from vit5gen.config import STRENGTH, DrawConfig, EvaluationConfig, SamplingConfig, parse_yaml
 from vit5gen.section import BatchSize, Natural, Several, Unit, validate
 from vit5gen.system.errors import UserError, choose
 
@@ -34,7 +34,9 @@ class SampleOptions(DrawConfig, Options):
     frames: Several | None = argument(None, "N", f"images of --morph on the way; default: {_FRAMES}")
     nearest: bool = argument(False, "", "show below each image the nearest one that the run was trained on (FILE.png)")
     image: str | None = argument(None, "FILE", "begin with this picture, scaled and cut to the size drawn")
-    strength: Unit | None = argument(None, "S", "how far from --image: 0 = the picture, 1 = noise; default: 0.8")
+    strength: Unit | None = argument(
+        None, "S", f"how far from --image: 0 = the picture, 1 = noise; default: {STRENGTH}"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> "SampleOptions":
@@ -79,7 +81,7 @@ def run(options: SampleOptions) -> None:
     from vit5gen.generation.card import pipeline_hash, versions
     from vit5gen.generation.explore import plan_jobs
     from vit5gen.generation.find_pipeline import pipeline_folder
-    from vit5gen.generation.image_start import STRENGTH, open_picture
+    from vit5gen.generation.image_start import open_picture
     from vit5gen.generation.many import describe_job, generate, make_job, open_pipeline
     from vit5gen.generation.outputs import GridOutput
     from vit5gen.system.distributed import start_processes
