@@ -34,9 +34,7 @@ class SampleOptions(DrawConfig, Options):
     frames: Several | None = argument(None, "N", f"images of --morph on the way; default: {_FRAMES}")
     nearest: bool = argument(False, "", "show below each image the nearest one that the run was trained on (FILE.png)")
     image: str | None = argument(None, "FILE", "begin with this picture, scaled and cut to the size drawn")
-    strength: Unit | None = argument(
-        None, "S", f"how far from --image: 0 = the picture, 1 = noise; default: {STRENGTH}"
-    )
+    strength: Unit | None = argument(None, "S", f"from 0 = --image itself to 1 = noise; default: {STRENGTH}")
 
     @model_validator(mode="after")
     def _complete(self) -> "SampleOptions":
