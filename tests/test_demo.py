@@ -33,7 +33,8 @@ def check_code(pipe: SiTPipeline, drawing: Drawing, checkpoint: str) -> torch.Te
     """Return the images (B, 3, H, W) of a drawing, once those of its Python code are found equal."""
     *_, (images, progress) = drawing.form(pipe, Event())
     assert progress.startswith("took ")
-    exec(drawing.as_python(checkpoint), found := {})
+    assert f".from_pretrained({checkpoint!r}).to('cuda')\n" in drawing.as_python(checkpoint, "cuda")
+    exec(drawing.as_python(checkpoint, "cpu"), found := {})
     assert np.array_equal(np.stack(found["images"]), images.permute(0, 2, 3, 1).numpy())
     return images
 
@@ -86,9 +87,9 @@ def test_images_form_and_stop_after_the_step_that_runs(pipe: SiTPipeline, monkey
     monkeypatch.setattr("vit5gen.generation.drawing._PAUSE", 0)
     *previews, (last, _) = draw(pipe, 0, {"num_inference_steps": 60}, [1], 2).form(pipe, Event())
     assert previews[0][1] == "step 1 of 60"
-    assert 3 <= len(previews) <= 30
+    assert 2 <= len(previews) < 60
     distance = [float((images.float() - last.float()).abs().mean()) for images, _ in previews]
-    assert distance[0] > distance[-1] > 0
+    assert distance[0] > distance[-1]  # the last preview may be of the last step
 
     stop = Event()
     forming = draw(pipe, 0, {"num_inference_steps": 100_000}, [1], 2).form(pipe, stop)

@@ -69,6 +69,9 @@ def test_weights_of_one_class_are_that_class_bit_for_bit(dtype: torch.dtype) -> 
     mixed = model(x, t, rows)
     assert torch.equal(mixed[[0, 2, 3]], alone[[0, 2, 3]])
     assert not torch.equal(mixed[1], alone[1])
+    for width in (4, 7):
+        with pytest.raises(UserError, match=rf"class_labels: {width} weights; expected one for each of the 5 classes"):
+            model(x, t, torch.full((4, width), 1 / width))
 
 
 def test_mixed_embeddings_are_the_weighted_mean() -> None:
@@ -182,6 +185,7 @@ def test_every_kind_of_image_gives_the_same(pipe: SiTPipeline) -> None:
         ({"image": np.zeros((16, 16))}, "image: ndarray; expected a picture of PIL"),
         ({"image": "cat.png"}, "image: str; expected a picture of PIL"),
         ({"image": []}, "image: empty"),
+        ({"image": Image.new("F", (16, 16), 9)}, r"image does not decode \(mode F with values from 9 to 9; .*to RGB"),
         ({"image": pictures(1), "strength": 0.02, "sampler": "sde-euler"}, "t = 0.98, but the steps .* end at 0.96"),
     ],
 )
@@ -268,6 +272,21 @@ def test_a_sweep_of_one_option_has_a_row_for_each_image(run: Path, tmp_path: Pat
     call_sample(run, tmp_path / "limits.png", **FAST, guidance_scale=2, sweep=["guidance_interval=[0,1],[0.5,1]"])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guide": True, "sweep": ["autoguidance_scale=1,2"]},
+        {"guide": True, "autoguidance_scale": 2, "sweep": ["guidance_interval=[0,1],[0.5,1]"]},
+        {"guidance_interval": [0.2, 0.8], "sweep": ["guidance_scale=1,2"]},
+    ],
+)
+def test_a_scale_that_is_swept_is_not_off(run: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    options |= {"guide": str(run)} if "guide" in options else {}
+    call_sample(run, tmp_path / "out.png", **FAST, **options)
+    with pytest.raises(UserError, match="has no effect at"):
+        call_sample(run, tmp_path / "x.png", **FAST, **options | {"autoguidance_scale": 1, "sweep": ["seed=1,2"]})
+
+
 def test_morphs_go_from_one_class_to_the_other(run: Path, tmp_path: Path) -> None:
     one = FAST | {"num_images": 2}
     call_sample(run, tmp_path / "morph.gif", **one, morph=["0", "none"], frames=3)
@@ -316,6 +335,10 @@ def test_an_image_to_begin_with(run: Path, tmp_path: Path) -> None:
         call_sample(run, tmp_path / "x.png", **FAST, image=tmp_path / "no.png")
     with pytest.raises(UserError, match=r"config.yaml does not decode"):
         call_sample(run, tmp_path / "x.png", **FAST, image=run / "config.yaml")
+    Image.new("F", (16, 16), 9).save(tmp_path / "f.tif")
+    with pytest.raises(UserError, match=r"image does not decode \(mode F with values from 9 to 9"):
+        call_sample(run, tmp_path / "x.png", **FAST, image=tmp_path / "f.tif")
+    assert not (tmp_path / ".x.png.part").exists()
 
 
 def test_nearest_pictures_are_those_of_least_distance() -> None:
@@ -381,6 +404,10 @@ def test_nearest_training_pictures_stand_below(run: Path, tmp_path: Path) -> Non
         ({"classes": ["0=0.5,1=0.6"]}, "class '0=0.5,1=0.6': its weights sum to 1.1; expected 1"),
         ({"classes": ["0=0.5,1=x"]}, "class '0=0.5,1=x': could not convert string to float: 'x'; expected e.g. cat"),
         ({"classes": ["0=0.5,cat=0.5"]}, "class 'cat' does not exist"),
+        (
+            {"classes": ["0==1"]},
+            "^class '0==1': class '0=' does not exist; expected one of",
+        ),
         ({"classes": ["0=1.5,1=-0.5"]}, "has the weight -0.5; expected finite numbers"),
     ],
 )

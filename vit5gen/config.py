@@ -47,6 +47,7 @@ ASSUMED_CLASSES, ASSUMED_CHANNELS, _ASSUMED_DOWNSAMPLE = 1000, 4, 8
 _SEED = 0
 _UNSHIFTED = 4096  # values of a latent: of as many `flow.time_shift: auto` is 1
 _HELD_OUT = "test"  # split
+STRENGTH = 0.8  # of image-to-image, as in diffusers
 _MOST_VALUES = 10**5  # of one file
 
 

@@ -8,7 +8,7 @@ import yaml
 from pydantic import model_validator
 
 from vit5gen.commands.options import Images, Options, argument
-from vit5gen.config import DrawConfig, EvaluationConfig, SamplingConfig, parse_yaml
+from vit5gen.config import STRENGTH, DrawConfig, EvaluationConfig, SamplingConfig, parse_yaml
 from vit5gen.section import BatchSize, Natural, Several, Unit, UserPath, validate
 from vit5gen.system.errors import UserError, choose
 
@@ -34,7 +34,7 @@ class SampleOptions(DrawConfig, Options):
     frames: Several | None = argument(None, "N", f"images of --morph on the way; default: {_FRAMES}")
     nearest: bool = argument(False, "", "show below each image the nearest one that the run was trained on (FILE.png)")
     image: UserPath | None = argument(None, "FILE", "begin with this picture, scaled and cut to the size drawn")
-    strength: Unit | None = argument(None, "S", "how far from --image: 0 = the picture, 1 = noise; default: 0.8")
+    strength: Unit | None = argument(None, "S", f"from 0 = --image itself to 1 = noise; default: {STRENGTH}")
 
     @model_validator(mode="after")
     def _complete(self) -> "SampleOptions":
@@ -47,19 +47,22 @@ class SampleOptions(DrawConfig, Options):
             raise ValueError(f"--nearest: the pictures stand in a grid; expected --output FILE.png, not {self.output}")
         return self
 
+    @model_validator(mode="after")
+    def _guided(self) -> "SampleOptions":
+        if not any("scale" in text.partition("=")[0] for text in self.sweep or ()):  # one that is swept is not off
+            super()._guided()  # type: ignore[operator]  # of pydantic
+        return self
+
     def read_sweep(self) -> dict[str, list[Any]]:
         """Return the values of each option in --sweep, as the option itself would have them; `UserError` for others."""
-        given = {key: getattr(self, key) for key in ("checkpoint", "num_images", "output", "image")}
-        swept, found = [text.partition("=") for text in self.sweep or ()], dict[str, list[Any]]()
-        scale = 2.0 if any("scale" in name for name, _, _ in swept) else self.guidance_scale
-        for name, _, text in swept:
+        given, found = self.model_dump(exclude_unset=True), dict[str, list[Any]]()
+        for name, _, text in (swept := [text.partition("=") for text in self.sweep or ()]):
             key = choose("--sweep", name.lstrip("-").replace("-", "_"), _SWEPT)
-            others = given | ({"guidance_scale": scale} if key in ("guidance_interval", "guidance_channels") else {})
             try:
                 values = parse_yaml(f"[{text}]") or [""]
             except yaml.YAMLError as error:
                 raise UserError(f"--sweep {name}={text}: not valid YAML; expected e.g. {name}=V1,V2") from error
-            checked = [validate(SampleOptions, others | {key: value}, "--sweep") for value in values]
+            checked = [validate(SampleOptions, given | {key: value}, "--sweep") for value in values]
             found[key] = [getattr(one, key) for one in checked]
         if len(found) != len(swept) or len(found) > 2:
             raise UserError(f"--sweep {' '.join(self.sweep or ())}: expected one option, or two different ones")
@@ -76,7 +79,7 @@ def run(options: SampleOptions) -> None:
     from vit5gen.generation.card import pipeline_hash, versions
     from vit5gen.generation.explore import plan_jobs
     from vit5gen.generation.find_pipeline import pipeline_folder
-    from vit5gen.generation.image_start import STRENGTH, open_picture
+    from vit5gen.generation.image_start import open_picture
     from vit5gen.generation.many import describe_job, generate, make_job, open_pipeline
     from vit5gen.generation.outputs import GridOutput
     from vit5gen.system.distributed import start_processes
@@ -85,8 +88,10 @@ def run(options: SampleOptions) -> None:
     from vit5gen.system.progress import Progress
 
     # The pipeline, what it is to draw, and the card that tells so.
-    state, draw, num_images = start_processes(), options.part(DrawConfig), options.num_images
-    draw = draw.model_copy(update={"classes": options.morph}) if options.morph else draw
+    state, num_images = start_processes(), options.num_images
+    given = options.model_dump(include=set(DrawConfig.model_fields), exclude_unset=True)
+    given |= {"classes": options.morph} if options.morph else {}
+    draw = DrawConfig.model_construct(**given)  # checked together with the sweep
     pipe = open_pipeline(options.checkpoint, draw, state.device)
     job = make_job(pipe, draw, num_images, options.seed, options.batch_size)
     told: dict[str, Any] = {}

@@ -62,7 +62,7 @@ def build_page(pipe: SiTPipeline, checkpoint: str, running: dict[str | None, Eve
             options |= {"sampler": sampler} if sampler else {}
             try:
                 drawing = ask(pipe, seed, options, *what)
-                codes = [drawing.as_python(checkpoint), drawing.as_command(checkpoint)]
+                codes = [drawing.as_python(checkpoint, pipe.device.type), drawing.as_command(checkpoint)]
                 for images, progress in drawing.form(pipe, stop):
                     yield [_figures(images, drawing.titles), progress, *codes]
             except UserError as error:

@@ -38,13 +38,14 @@ class Drawing:
     seed: int
     options: dict[str, Any]
 
-    def as_python(self, checkpoint: str) -> str:
-        """Return the Python code that draws these images."""
+    def as_python(self, checkpoint: str, device: str) -> str:
+        """Return the Python code that draws these images on a device of that type."""
         given = {"class_labels": self.python, "generator": f"[image_generator({self.seed}, i) for i in {self.noise!r}]"}
         given |= {name: repr(value) for name, value in self.options.items()}
         call = "".join(f"    {name}={value},\n" for name, value in given.items())
         imports = "from vit5gen import SiTPipeline\nfrom vit5gen.generation.many import image_generator\n"
-        return f"{imports}\npipe = SiTPipeline.from_pretrained({checkpoint!r})\nimages = pipe(\n{call}).images"
+        pipe = f"SiTPipeline.from_pretrained({checkpoint!r}){'' if device == 'cpu' else f'.to({device!r})'}"
+        return f"{imports}\npipe = {pipe}\nimages = pipe(\n{call}).images"
 
     def as_command(self, checkpoint: str) -> str:
         """Return the command that draws these images."""

@@ -17,14 +17,8 @@ from vit5gen.generation.scheduler import SAMPLERS
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.system.errors import UserError
 
-
-@dataclass(frozen=True)
-class Sheet:
-    """Jobs of equal noise, row by row, each a cell of a table; without rows, each image of a job has a row."""
-
-    jobs: list[SamplingJob]
-    columns: Axis
-    rows: Axis | None = None
+# Jobs of equal noise, row by row, each a cell of a table; without rows, each image of a job has a row.
+Sheet = tuple[list[SamplingJob], Axis, Axis | None]
 
 
 def plan_jobs(
@@ -37,14 +31,14 @@ def plan_jobs(
     """
     if not sweep and num_frames is None:
         return [job], open_output(path, (len(job.labels), *pipe.image_size, 3)), {}
-    sheet = _sweep(job, sweep) if num_frames is None else _morph(job, pipe.transformer, num_frames)
+    jobs, columns, rows = _sweep(job, sweep) if num_frames is None else _morph(job, pipe.transformer, num_frames)
     if path.suffix.lower() not in (".png", ".png" if sweep else ".gif"):
         expected = "FILE.png" if sweep else "FILE.png or FILE.gif"
         raise UserError(f"output {path}: a sheet of images is one picture; expected {expected}")
-    if (count := len(sheet.jobs) * len(job.labels)) > MOST_IMAGES:
+    if (count := len(jobs) * len(job.labels)) > MOST_IMAGES:
         raise UserError(f"output {path}: {count} images are too many for one picture; at most {MOST_IMAGES}")
     told = {"sweep": sweep} if sweep else {"morph": list(job.names.values()), "frames": num_frames}
-    return sheet.jobs, SheetOutput(path, (count, *pipe.image_size, 3), sheet), told
+    return jobs, SheetOutput(path, (count, *pipe.image_size, 3), columns, rows), told
 
 
 def _sweep(job: SamplingJob, sweep: Mapping[str, Sequence[Any]]) -> Sheet:
@@ -57,7 +51,8 @@ def _sweep(job: SamplingJob, sweep: Mapping[str, Sequence[Any]]) -> Sheet:
     ]
     (key, values), *others = sweep.items()
     rows = [{other: value} for other, swept in others for value in swept] or [{}]
-    return Sheet([_changed(job, {**row, key: value}) for row in rows for value in values], *axes)
+    jobs = [_changed(job, {**row, key: value}) for row in rows for value in values]
+    return jobs, axes[0], axes[1] if others else None
 
 
 def _changed(job: SamplingJob, values: dict[str, Any]) -> SamplingJob:
@@ -74,14 +69,15 @@ def _morph(job: SamplingJob, model: SiTTransformer2DModel, num_frames: int) -> S
     weights = [{width: ((1 - share) * first + share * last).tolist()} for share in shares]
     jobs = [replace(job, labels=[width] * len(job.labels), weights=one) for one in weights]
     start, end = (job.names[label] for label in job.classes)
-    return Sheet(jobs, Axis(f"from {start} to {end}", [f"{share:.3g}" for share in shares]), Axis("", [""]))
+    return jobs, Axis(f"from {start} to {end}", [f"{share:.3g}" for share in shares]), Axis("", [""])
 
 
 @dataclass(frozen=True)
 class SheetOutput(Output):
     """FILE.png, a table; or FILE.gif, a film of the columns. Nothing is kept of one that cannot be drawn."""
 
-    sheet: Sheet | None = None
+    columns: Axis
+    rows: Axis | None = None
 
     @property
     def card_file(self) -> Path:
@@ -94,9 +90,7 @@ class SheetOutput(Output):
             rmtree(self.part)
 
     def _assemble(self, card: dict[str, Any], labels: Sequence[int], titles: Sequence[str]) -> None:
-        assert self.sheet is not None
-        columns, rows = self.sheet.columns, self.sheet.rows
-        images = self.images().unflatten(0, (-1, len(columns.titles), len(labels)))
+        rows, images = self.rows, self.images().unflatten(0, (-1, len(self.columns.titles), len(labels)))
         if rows is None:  # the images of a class next to each other
             order = np.argsort([list(card["class_names"]).index(label) for label in labels], kind="stable")
             images = images[0].transpose(0, 1)[order][:, :, None]
@@ -105,4 +99,4 @@ class SheetOutput(Output):
             if self.path.suffix.lower() == ".gif":
                 save_gif(temporary, images[0], settings_of(card))
             else:
-                save_sheet(temporary, images, columns, rows, settings_of(card))
+                save_sheet(temporary, images, self.columns, rows, settings_of(card))

@@ -10,7 +10,7 @@ from diffusers import ModelMixin
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from vit5gen.config import DataConfig
+from vit5gen.config import STRENGTH, DataConfig
 from vit5gen.data.autoencoders.codec import encode, sizes_of
 from vit5gen.data.images import decoding
 from vit5gen.data.pictures import to_rgb
@@ -18,7 +18,6 @@ from vit5gen.flow import Flow
 from vit5gen.system.errors import UserError
 from vit5gen.system.precision import exact_float32
 
-STRENGTH = 0.8  # as in diffusers
 _DATA = DataConfig()
 
 
@@ -79,7 +78,8 @@ def read_images(given: Any, height: int, width: int) -> Tensor:
 def _read(part: Any, height: int, width: int) -> Tensor:
     """Return one picture, or one array of images, as `read_images` does."""
     if isinstance(part, Image.Image):
-        picture = to_rgb(part, _DATA.exif, _DATA.rules)
+        with decoding("image", "convert it to RGB"):
+            picture = to_rgb(part, _DATA.exif, _DATA.rules)
         if picture.size != (width, height):
             picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
         part = np.asarray(picture)

@@ -60,8 +60,8 @@ def read_mixture(text: str, names: dict[int, str], num_classes: int, has_null: b
     row = [0.0] * (num_classes + has_null)
     try:
         for name, weight in parts:
-            null = read_mixture(name, names, num_classes, has_null)
-            row[num_classes if null else find_class_ids([name], names, num_classes)[0]] += float(weight)
+            null = name == NONE and not ids_called(name, names)
+            row[int(read_labels(None if null else name, names, num_classes, has_null))] += float(weight)
         read_labels([row], names, num_classes, has_null)
     except ValueError as error:  # a UserError is one, too
         reason = str(error).removeprefix("class_labels: row 0").removeprefix(":").strip()

@@ -246,8 +246,10 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         if labels.dim() == 1:
             return self.label_embed(labels.expand(batch))
+        if (width := labels.shape[1]) not in (self.null_label, self.null_label + 1):
+            raise UserError(f"class_labels: {width} weights; expected one for each of the {self.null_label} classes")
         ids = torch.arange(self.null_label + self.has_null_label, device=labels.device)
-        weights = F.pad(labels.float(), (0, len(ids) - labels.shape[1])).expand(batch, -1)
+        weights = F.pad(labels.float(), (0, len(ids) - width)).expand(batch, -1)
         return F.embedding_bag(
             ids.repeat(batch, 1), self.label_embed(ids).float(), per_sample_weights=weights.contiguous(), mode="sum"
         )
