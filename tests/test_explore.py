@@ -381,7 +381,7 @@ def test_nearest_training_pictures_stand_below(run: Path, tmp_path: Path) -> Non
         ({"sweep": ["guidance_scale=1,x"]}, "--sweep: --guidance-scale = 'x': set it to a valid number"),
         ({"sweep": ["num_inference_steps=0"]}, "--sweep: --num-inference-steps = 0: set it to a number greater"),
         ({"sweep": ["sampler=ode-heun,ode-hein"]}, "'ode-hein' is not known.*Did you mean 'ode-heun'"),
-        ({"sweep": ["guidance_interval=[0.5,1]"]}, "guidance_interval: has no effect at guidance_scale = 1"),
+        ({"sweep": ["guidance_interval=[0.5,1]"]}, "--guidance-interval: has no effect at guidance_scale = 1"),
         ({"sweep": ["guidance_interval=[1,0.5]"], "guidance_scale": 2}, "set it to the start, then the end"),
         ({"sweep": ["guidance_scale="]}, "--sweep: --guidance-scale = '': set it to a valid number"),
         ({"sweep": ["guidance_interval=[0,1"]}, "not valid YAML"),

@@ -59,7 +59,7 @@ def open_origin(name: str, weights: str | None = None, num_attention_heads: int 
     weights: `training.init_weights`.  num_attention_heads: of a SiT file whose width matches no preset.
     Raises `UserError` where it is nothing of the kind, damaged, unsafe or not finite.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     try:
         if steps(path / "checkpoints") or ((path / CONFIG).is_file() and find_pipeline(path) is None):
             pipe, folder, chosen, _ = pipeline_of_run(path, "none", weights)
@@ -91,7 +91,7 @@ def _fetch(name: str) -> Path:
     """Return the folder of a pipeline of the hub, which is downloaded unless it was before."""
     expected = f"expected RUN, a checkpoint, a pipeline folder, a SiT file, a hub name, or {', '.join(shipped_names())}"
     if not _is_hub_name(name):
-        there = Path(name).exists()
+        there = Path(name).expanduser().exists()
         raise UserError(f"{'it is none of these' if there else 'there is no such file or folder'}; {expected}")
     try:
         if not _is_fetched(name):
@@ -120,7 +120,7 @@ def _is_fetched(name: str) -> bool:
 def missing(config: Config) -> dict[str, str]:
     """Return what a new run begins with, if it is neither here nor fetched yet, with how to get it."""
     name, digest = config.training.init_from, config.training.init_digest
-    if name is None or digest or Path(name).exists() or find_pipeline(name) or _is_fetched(name):
+    if name is None or digest or Path(name).expanduser().exists() or find_pipeline(name) or _is_fetched(name):
         return {}
     return {name: "weights to begin with: train or download them; those on the hub are downloaded on first use"}
 

@@ -81,7 +81,7 @@ def _folder(name: str) -> Path:
     """Return the folder of an autoencoder that ships, else the path of that name."""
     if name in _NAMED:
         return _NAMED[name]
-    folder = Path(name)
+    folder = Path(name).expanduser()
     return Path(shipped(name)) if name in shipped_names() and not folder.exists() else folder
 
 

@@ -60,7 +60,7 @@ class FolderSource(Source):
         # Images of the whole folder are no second split.
         if split != data.split or (not asked and folders and not others):
             found = f"no folder {split!r} (it has {listed(folders) or 'none'})"
-            raise UserError(f"data.path {root}: {found}; put the images of that split there, or set another split")
+            raise UserError(f"data.path {root}: {found}; expected the images of that split there: add them")
         return root
 
     def missing(self) -> dict[str, str]:
