@@ -34,11 +34,6 @@ MISTAKES = {
     f"{RUN} --training.trainable some": ["training.trainable = 'some'", "expected all, lora or a list"],
     f"{RUN} --training.init_partial true": ["training.init_partial is given", "set init_from, or omit"],
     f"{RUN} --training.micro_batch_size 3": ["training.micro_batch_size = 3", "divide the 4 samples", "set it to 2"],
-    f"{RUN} --data.num_classes 4": [
-        "data.num_classes = 4",
-        "has 3 (circle, square, star)",
-        "set data.num_classes to 3",
-    ],
     "init NONE --output OUT.yaml": ["data.path NONE", "no such folder", "check the path"],
     f"{RUN} --data.resolution 17": ["data.resolution = 17", "not a multiple of vae.downsample = 2", "choose e.g. 16"],
     f"{RUN} --training.seeds 1": ["'--training.seeds'", "Did you mean '--training.seed'?", "`vit5gen train --help`"],
