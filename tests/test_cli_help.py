@@ -1,4 +1,7 @@
-"""Help shows what a value may be, in which range, and lists only what a command reads."""
+"""Help shows what a value may be, in which range, and lists only what a command reads.
+
+Stands for test_hf_argparser.py of transformers, where an option's type and choices follow from its annotation.
+"""
 
 import importlib
 import inspect

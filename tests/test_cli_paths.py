@@ -1,4 +1,7 @@
-"""``~`` stands for the home folder in every path, of options and of configurations, of old runs too."""
+"""``~`` stands for the home folder in every path, of options and of configurations, of old runs too.
+
+No public suite tests this: upstream it is left to the shell, which expands no ``--output=~/run`` and no line of YAML.
+"""
 
 from importlib import import_module
 from pathlib import Path
@@ -38,7 +41,6 @@ def test_every_text_is_a_path_or_known_as_none(name: str) -> None:
 
 
 def test_the_home_folder_is_found_and_names_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The upstream scripts leave this to the shell, which expands no ``--output=~/run`` and no line of YAML."""
     monkeypatch.setenv("HOME", "/home/ada")
     section = sections()["sample"]
     given = {"checkpoint": "~/run", "num_images": 1, "output": "~/a.png", "guide": "~/weak", "autoguidance_scale": 2.0}

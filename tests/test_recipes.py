@@ -187,6 +187,7 @@ def test_dry_run_tells_where_a_run_would_start(tmp_path: Path, capsys: pytest.Ca
     printed = dry_run(capsys, config, *settings, *output, 3)
     assert printed[0] == f"start:    resumes from {last} in {tmp_path / 'run'}"
     assert printed[-1].startswith("trial:    3 real steps")
+    # Stands for test_text_to_image_checkpointing of diffusers' examples (--resume_from_checkpoint).
     for place in (
         "latest",
         last,
