@@ -83,6 +83,13 @@ def test_a_class_whose_name_leads_elsewhere_goes_by_its_id() -> None:
     assert shlex.split(drawing.as_command("x"))[7:12] == ["0", "1", "2", "it's $(a)", "4"]
 
 
+def test_a_field_that_is_empty_is_no_word_of_the_command(pipe: SiTPipeline) -> None:
+    drawing = draw(pipe, 0, {"guidance_scale": None, "num_inference_steps": 4}, [1], 1)
+    assert "--guidance-scale" not in drawing.as_command("x")
+    assert "--num-inference-steps 4" in drawing.as_command("x")
+    assert "guidance_scale=None" in drawing.as_python("x", "cpu")
+
+
 def test_images_form_and_stop_after_the_step_that_runs(pipe: SiTPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vit5gen.generation.drawing._PAUSE", 0)
     *previews, (last, _) = draw(pipe, 0, {"num_inference_steps": 60}, [1], 2).form(pipe, Event())
@@ -116,7 +123,7 @@ def test_a_visitor_who_leaves_ends_the_call(pipe: SiTPipeline) -> None:
         (0, 65, {}, "count = 65; expected a whole number of at least 1 and at most 64"),
         (0, 1.5, {}, "count = 1.5"),
         (0, 1, {"num_inference_steps": 2.5}, "num_inference_steps = 2.5; expected a whole number"),
-        (0, 1, {"guidance_scale": None}, "guidance_scale"),
+        (0, 1, {"guidance_scale": "2"}, "guidance_scale"),
     ],
 )
 def test_bad_values(pipe: SiTPipeline, seed: object, count: object, options: dict, message: str) -> None:

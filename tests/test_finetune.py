@@ -428,7 +428,11 @@ def test_other_things_that_are_no_weights(config_file: Path, source: Path, tmp_p
     ]:
         file = tuned(config_file, tmp_path, training__init_from=str(what))
         refused(["train", str(file), "--output", str(tmp_path / "run")], message, capsys)
-    refused(["train", str(config_file), "--model.hidden_size", "null", "--dry-run"], "set training.init_from", capsys)
+    refused(
+        ["train", str(config_file), "--model.hidden_size", "null", "--dry-run"],
+        r"set model\.preset.* or training\.init_from",
+        capsys,
+    )
 
 
 def test_without_init_from_nothing_of_it_counts(config_file: Path, source: Path, tmp_path: Path, capsys: Any) -> None:

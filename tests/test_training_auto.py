@@ -68,7 +68,7 @@ def test_an_auto_shift_follows_the_size_of_the_latents(
     values = {"model": {"preset": "S/2"}, "data": data, "vae": vae, "flow": {"time_shift": "auto"}}
     assert validate(Config, values, "test").time_shift == pytest.approx(shift, rel=1e-12)
     assert validate(Config, values | {"flow": {"time_shift": 2.5}}, "test").time_shift == 2.5
-    with pytest.raises(UserError, match=r"flow\.time_shift.*greater than 0"):
+    with pytest.raises(UserError, match=r"flow\.time_shift = 0\.0: set it to X > 0 or auto"):
         validate(Config, values | {"flow": {"time_shift": 0.0}}, "test")
 
 

@@ -51,7 +51,7 @@ class Drawing:
         """Return the command that draws these images."""
         words = ["vit5gen", "sample", "--checkpoint", checkpoint, *self.words, "--seed", self.seed]
         for name, value in self.options.items():
-            words += [f"--{name.replace('_', '-')}", value]
+            words += [] if value is None else [f"--{name.replace('_', '-')}", value]
         return shlex.join(map(str, [*words, "--output", "samples.png"]))
 
     def form(self, pipe: SiTPipeline, stop: Event) -> Iterator[tuple[Tensor, str]]:
