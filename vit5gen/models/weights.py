@@ -46,9 +46,7 @@ def read_checkpoint(source: Weights) -> dict[str, Tensor]:
     state = {key: value for key, value in state.items() if key.startswith(_AVERAGED)} or state
     names = {_WRAPPERS.sub("", key).replace("_orig_mod.", ""): key for key in state}
     if twins := state.keys() - names.values():
-        raise UserError(
-            f"checkpoint: holds several models, one with {min(twins)}; save the weights of one of them alone"
-        )
+        raise UserError(f"checkpoint: holds several models, one with {min(twins)}; save those of one alone")
     return {name: state[key] for name, key in names.items()}
 
 
