@@ -73,7 +73,7 @@ def test_a_mistake_is_named_with_its_value_what_is_expected_and_the_next_step(
 
 
 @pytest.mark.parametrize(
-    ("section", "key"), [("data: {1: 2}", "data.1"), ("training: {on: 2}", "training.True"), ("1: {}", "1")]
+    ("section", "key"), [("data: {1: 2}", "data.1"), ("training: {on: 2}", "training.1"), ("1: {}", "1")]
 )
 def test_a_key_that_is_no_text_is_unknown(
     section: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -54,7 +54,7 @@ _WORDS = {
     "^Input should be ": "set it to ",
     "^List should have (.*) after validation.*": r"give \1",
 }
-_UNKNOWN = ("extra_forbidden", "invalid_key")  # the latter is no text: 1, or YAML's true for on
+_UNKNOWN = ("extra_forbidden", "invalid_key")  # the latter is no text: 1, or on, YAML's true
 _BOUNDS = {"minimum": "ge", "exclusiveMinimum": "gt", "maximum": "le", "exclusiveMaximum": "lt"}  # of JSON schema
 
 
