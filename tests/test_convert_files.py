@@ -62,7 +62,7 @@ HOLDERS: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", HOLDERS)
 def test_the_usual_holders_are_opened_and_averages_preferred(name: str, tmp_path: Path) -> None:
-    """Stands for timm's `test_clean_state_dict` and for diffusers' `from_single_file` tests of wrapped checkpoints."""
+    """Stands for timm's test_resume_checkpoint_default_weights_only_namespace, whose weights lie under a key."""
     state = published()
     torch.save(HOLDERS[name](state), tmp_path / "sit.pt")
     found = read_checkpoint(tmp_path / "sit.pt")
