@@ -67,6 +67,21 @@ def test_a_mistake_is_named_with_its_value_what_is_expected_and_the_next_step(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("section", "key"), [("data: {1: 2}", "data.1"), ("training: {on: 2}", "training.1"), ("1: {}", "1")]
+)
+def test_a_key_that_is_no_text_is_unknown(
+    section: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(f"{section}\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(tmp_path / "run.yaml"), "--dry-run"])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert f"unknown key '{key}'; expected one of" in said
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize(("total", "size"), [(10, "12"), (3, "4")])
 def test_a_batch_that_processes_cannot_share_names_the_next_one(total: int, size: str) -> None:
     with pytest.raises(

@@ -3,6 +3,7 @@
 import json
 import re
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,33 @@ HOLDERS: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", HOLDERS)
 def test_the_usual_holders_are_opened_and_averages_preferred(name: str, tmp_path: Path) -> None:
-    """Stands for timm's `test_clean_state_dict` and for diffusers' `from_single_file` tests of wrapped checkpoints."""
+    """Stands for timm's test_resume_checkpoint_default_weights_only_namespace, whose weights lie under a key."""
     state = published()
     torch.save(HOLDERS[name](state), tmp_path / "sit.pt")
     found = read_checkpoint(tmp_path / "sit.pt")
     assert found.keys() == state.keys()
     assert all(torch.equal(found[key], state[key]) for key in state)
+
+
+def test_a_file_that_holds_itself_ends_in_one_line() -> None:
+    state: dict[str, Any] = {"epoch": 1}
+    state["model"] = {"ema": state}
+    with pytest.raises(UserError, match="contains no state dict"):
+        read_checkpoint(state)
+
+
+def test_two_models_in_one_file_are_not_mixed() -> None:
+    state = published()
+    with pytest.raises(UserError, match=r"holds several models, one with model\.\S+; save"):
+        read_checkpoint(prefixed(state, "model.") | prefixed(zeros(state), "net."))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_cannot_be_read_past_is_told(protocol: int, tmp_path: Path) -> None:
+    """A dictionary of another class, and pickles of a later protocol, which torch cannot read in safety."""
+    torch.save({"ema": {}, "args": defaultdict(int, a=1)}, tmp_path / "a.pt", pickle_protocol=protocol)
+    with pytest.raises(UserError, match=r"it holds more than can be read past\); save only its state dict\.$"):
+        read_tensors(tmp_path / "a.pt", "checkpoint", leave_out=True)
 
 
 def test_parts_of_the_training_are_named_and_left_out_when_asked_for(
@@ -122,6 +144,7 @@ def other_zip(path: Path) -> None:
         ("a.safetensors", pointer, r"is a Git LFS pointer"),
         ("a.pt", html, r"is an HTML page, not the weights .*; download the file itself"),
         ("a.safetensors", html, r"is an HTML page"),
+        ("a.pt", lambda path: path.write_text("\ufeff<!-- Error -->\r\n<html>"), r"is an HTML page"),
         ("a.pt", lambda path: save_file(published(), path), r"is a safetensors file .*; rename it to a\.safetensors"),
         ("a.safetensors", lambda path: torch.save(published(), path), r"is a torch file .*; rename it to a\.pt"),
         ("a.pt", lambda path: path.write_bytes(b"PK\x05\x06" + b"\xff" * 16 + b"\0\0"), r"cannot be read safely"),

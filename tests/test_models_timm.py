@@ -150,6 +150,17 @@ def test_checkpoint_path_takes_published_files(tmp_path: Path) -> None:
     assert torch.equal(create(img_size=(64, 16), checkpoint_path=tmp_path / "own.pth").pos_embed, own.pos_embed)
 
 
+def test_a_subclass_may_name_a_part_as_wrappers_do() -> None:
+    class Segmenter(ViT5):
+        def __init__(self) -> None:
+            super().__init__(**SIZES)
+            self.net = torch.nn.Linear(32, 2)
+
+    source, other = Segmenter(), Segmenter()
+    other.load_state_dict(source.state_dict())
+    assert torch.equal(other.net.weight, source.net.weight)
+
+
 def test_a_file_with_other_objects_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """timm: test_weights_only_blocks_non_allowlisted_globals. Nothing of the file is run."""
     source = create(img_size=32)

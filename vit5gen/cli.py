@@ -70,7 +70,7 @@ def _add_field(group: Any, section: type[BaseModel], key: str, option: str, kind
     extra: dict[str, Any] = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     option = extra.get("option", option)
     switch, shown = field.annotation is bool and "." not in option, str(field.description)
-    if not (switch or field.is_required() or field.default is None):
+    if not (switch or field.is_required() or field.default in (None, [])):
         shown += f" [{yaml.safe_dump(field.default, default_flow_style=True, width=999).splitlines()[0]}]"
     more: dict[str, Any] = {"help": shown.replace("%", "%%")}
     if kind.startswith("[") and "." not in option and key not in _AS_YAML:

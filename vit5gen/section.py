@@ -54,6 +54,7 @@ _WORDS = {
     "^Input should be ": "set it to ",
     "^List should have (.*) after validation.*": r"give \1",
 }
+_UNKNOWN = ("extra_forbidden", "invalid_key")  # the latter is no text: 1, or on, YAML's true
 _BOUNDS = {"minimum": "ge", "exclusiveMinimum": "gt", "maximum": "le", "exclusiveMaximum": "lt"}  # of JSON schema
 
 
@@ -132,14 +133,14 @@ def validate(kind: type[T], data: dict[str, Any], what: str) -> T:
 def _first_problem(kind: type[BaseModel], error: ValidationError) -> str:
     # A mistyped key explains the one that is missing.
     found = error.errors(include_url=False)
-    problem = min(found, key=lambda one: one["type"] != "extra_forbidden")
+    problem = min(found, key=lambda one: one["type"] not in _UNKNOWN)
     path = [str(part) for part in problem["loc"]]
     section, keys = _section_of(kind, path)
     others = len({one["loc"][: len(keys)] for one in found}) - 1
     more = f" ({others} more problem{'s' * (others > 1)})" if others else ""
 
     # Keys that are unknown or absent, and sections that are none.
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] in _UNKNOWN:
         hint = f"expected one of {', '.join(section.model_fields)}.{nearest(path[-1], section.model_fields)}"
         return f"unknown key {_spell(kind, path)!r}; {hint}{more}"
     if problem["type"] == "missing":

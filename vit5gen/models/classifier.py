@@ -221,9 +221,10 @@ def _square(patch_size: int | tuple[int, int]) -> int:
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: ViT5) -> dict[str, Tensor]:
     """Published state dict -> ours: unwrap it, drop the RoPE buffers, resample square positions to the model's grid.
 
-    Without those buffers it may be our own, whose positions, if they are as many as the model's, have its grid.
+    Without those buffers it may be our own, whose positions, if they are as many as the model's, have its grid. What
+    has the model's names, such as a subclass's, is not unwrapped.
     """
-    found = read_checkpoint(state_dict)
+    found = state_dict if state_dict.keys() == model.state_dict().keys() else read_checkpoint(state_dict)
     state = {key: value for key, value in found.items() if not key.endswith((".rope.freqs", ".rope_reg.freqs"))}
     positions = state.get("pos_embed", model.pos_embed)
     side, other = math.isqrt(positions.shape[1]), len(state) < len(found) or positions.shape != model.pos_embed.shape

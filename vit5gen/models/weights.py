@@ -39,12 +39,15 @@ def read_checkpoint(source: Weights) -> dict[str, Tensor]:
     """
     found: Any = read_tensors(Path(source), "checkpoint") if isinstance(source, str | Path) else source
     state: Any = found if isinstance(found, Mapping) else {None: found}  # a name that is none is refused below
-    while holder := next((key for key in _HOLDERS if isinstance(state.get(key), Mapping)), None):
-        state = state[holder]
+    for _ in _HOLDERS:  # no deeper, for a mapping may hold itself
+        state = next((state[key] for key in _HOLDERS if isinstance(state.get(key), Mapping)), state)
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         raise UserError(f"checkpoint: contains no state dict; expected tensors by name, or under {listed(_HOLDERS)}.")
-    averaged = {key: value for key, value in state.items() if key.startswith(_AVERAGED)}
-    return {_WRAPPERS.sub("", key).replace("_orig_mod.", ""): value for key, value in (averaged or state).items()}
+    state = {key: value for key, value in state.items() if key.startswith(_AVERAGED)} or state
+    names = {_WRAPPERS.sub("", key).replace("_orig_mod.", ""): key for key in state}
+    if twins := state.keys() - names.values():
+        raise UserError(f"checkpoint: holds several models, one with {min(twins)}; save those of one alone")
+    return {name: state[key] for name, key in names.items()}
 
 
 def without(state: Mapping[str, Tensor], prefixes: Sequence[str]) -> dict[str, Tensor]:
@@ -76,6 +79,8 @@ def read_tensors(path: Path, what: str, leave_out: bool = False) -> Any:
             reason, advice = f"it contains {unsafe[1]}", "save only its state dict"
             if what == "checkpoint" and not leave_out and "Unsupported" in unsafe[0]:
                 advice += f", as `vit5gen convert {path} --output FOLDER` does"
+        elif re.search("Can only (SETITEM|append)|Unsupported operand", str(error)):
+            reason, advice = "it holds more than can be read past", "save only its state dict"
         elif "weights_only" in str(error):  # torch advises to read it unsafely
             reason = "it is damaged, or holds something else"
             advice = "give a file of tensors: .pt, .pth or .safetensors"
@@ -98,7 +103,7 @@ def _other_kind(path: Path) -> str | None:
     size, torch_file = path.stat().st_size, path.suffix != ".safetensors"
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the weights; run `git lfs pull` in its repository, or download the file itself"
-    if re.match(rb"\s*<(!doctype|html|\?xml|head)", start, re.IGNORECASE):
+    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|!--|html|\?xml|head)", start, re.IGNORECASE):
         return "an HTML page, not the weights (of a login or an error, perhaps); download the file itself"
     if torch_file and start[8:9] == b"{" and 8 + int.from_bytes(start[:8], "little") <= size:
         return f"a safetensors file with the name of a torch file; rename it to {path.stem}.safetensors"
