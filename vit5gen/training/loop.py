@@ -116,8 +116,7 @@ def train(config: Config, output: str | Path, resume: str, accept_changes: bool)
     so that an interrupted run, resumed, equals an undisturbed one bit for bit.
 
     resume: ``auto`` or ``latest`` is the newest valid checkpoint of ``output``, ``never`` demands a new folder, a path
-    names a run, whose newest it is, a checkpoint, or a file in one.  accept_changes: resume although keys differ that
-    change what is computed.
+    names a run or a checkpoint.  accept_changes: resume although keys differ that change what is computed.
     Raises `UserError` for input that does not fit, and for a full disk or memory; checkpoints are then still valid.
     """
     # Wrong values end it here, before hours of encoding.
@@ -167,7 +166,7 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
             if (stop or last) and trainer.step > trainer.saved_step:
                 save(folder.checkpoints)
             if stop:
-                monitor.bar.close()  # what is told next stands last
+                monitor.bar.close()
                 accelerator.print(process.stopped(trainer.step, trainer.saved_step))
                 return process.STOPPED
             if last:
