@@ -114,7 +114,6 @@ def train(config: Config, output: str | Path, resume: str, accept_changes: bool)
 
     A run is a function of its configuration: every draw depends on (seed, step, position in the global batch) alone,
     so that an interrupted run, resumed, equals an undisturbed one bit for bit.
-
     resume: ``auto`` or ``latest`` is the newest valid checkpoint of ``output``, ``never`` demands a new folder, a path
     names a run or a checkpoint.  accept_changes: resume although keys differ that change what is computed.
     Raises `UserError` for input that does not fit, and for a full disk or memory; checkpoints are then still valid.
