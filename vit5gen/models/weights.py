@@ -79,7 +79,7 @@ def read_tensors(path: Path, what: str, leave_out: bool = False) -> Any:
             reason, advice = f"it contains {unsafe[1]}", "save only its state dict"
             if what == "checkpoint" and not leave_out and "Unsupported" in unsafe[0]:
                 advice += f", as `vit5gen convert {path} --output FOLDER` does"
-        elif re.search("Can only (SETITEM|append)|Unsupported operand", str(error)):
+        elif zipfile.is_zipfile(path) and re.search("Can only (SETITEM|append)|Unsupported operand", str(error)):
             reason, advice = "it holds more than can be read past", "save only its state dict"
         elif "weights_only" in str(error):  # torch advises to read it unsafely
             reason = "it is damaged, or holds something else"
