@@ -96,7 +96,7 @@ def test_draws_what_its_code_draws(visitor: Visitor, url: str) -> None:
     for name in ("dog", HOSTILE):
         page.get_by_label("Classes").fill(name[:20])
         page.get_by_role("option", name=name).click()
-    fill(page, Images=3, Steps=300, Seed=7)
+    fill(page, Images=3, Steps=1500, Seed=7)
     press(page, "Draw")
     wait(page, "^step ")
     early = pictures(page)
@@ -108,7 +108,7 @@ def test_draws_what_its_code_draws(visitor: Visitor, url: str) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     exec(code(page, "python"), found := {})
     assert np.array_equal(np.stack(found["images"]), drawn)
-    assert "--num-inference-steps 300" in code(page, "command")
+    assert "--num-inference-steps 1500" in code(page, "command")
 
 
 def test_morphs(visitor: Visitor, url: str) -> None:
