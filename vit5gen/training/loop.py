@@ -195,5 +195,5 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
     # All is learnt; say where it is.
     if trainer.saved_step < settings.num_steps:
         raise UserError(f"{folder}: the last step was not saved; free some disk space and run the same command again")
-    accelerator.print(f"{folder}: samples.png, loss.png, metrics.json, pipeline/. Try next:\n{monitor.next_command()}")
+    accelerator.print(f"{folder}: report.html, samples.png, metrics.json, pipeline/. Next:\n{monitor.next_command()}")
     return 0
