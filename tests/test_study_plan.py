@@ -42,6 +42,21 @@ def test_every_combination_runs_from_every_seed(tmp_path: Path) -> None:
     assert last.model.backbone_kwargs == {"gamma_init": 0.5, "norm": "layer"}
 
 
+def test_some_cells_have_more_seeds(tmp_path: Path) -> None:
+    more = {"vit5": [7, 1], "sit": [7]}
+    _, runs = read_study(write_study(tmp_path, more_seeds=more))
+    assert [run.name for run in runs if run.seed > 1] == ["vit5, seed 7", "sit, seed 7"]
+    assert len(runs) == 6
+
+
+def test_runs_save_and_log_where_they_are_scored(tmp_path: Path) -> None:
+    overrides = {"training.num_steps": 90, "training.checkpoint_every": 7, "training.log_every": 20}
+    for run in read_study(write_study(tmp_path, overrides=overrides, score_at=[30, 60, 90]))[1]:
+        settings = run.config.training
+        assert (settings.checkpoint_every, settings.keep_every, settings.log_every) == (30, 30, 10)
+        assert run.steps == (30, 60, 90)
+
+
 def test_sizes_of_latents_are_found(tmp_path: Path) -> None:
     """A held-out loss draws noise in their shape, and a row of an earlier version has recorded them."""
     file = write_study(tmp_path)
@@ -83,6 +98,10 @@ def test_a_cell_does_not_change_the_next(tmp_path: Path) -> None:
         ({"baseline": {"back": "vit5"}}, "axis: 'back' is not known.*Did you mean 'backbone'"),
         ({"grid": {"a": {"x": {}, "y": {"evaluation.extractor": "inception"}}}}, "effnet-lite0 and inception; use one"),
         ({"seeds": [0, 0]}, "list a seed twice"),
+        ({"more_seeds": {"vit6": [3]}}, "more_seeds: 'vit6' is not known.*Did you mean 'vit5'"),
+        ({"more_seeds": {"sit": [3]}}, "sit has seed 3, vit5 lacks it; add 'vit5' to more_seeds"),
+        ({"score_at": [4, 2]}, r"score_at = \[4, 2\]; list each step once, the last one last"),
+        ({"score_at": [1, 2]}, "num_steps = 4; expected 2, the last of score_at"),
         ({"gird": {}}, "unknown key 'gird'"),
         ({"base": "absent.yaml"}, "absent.yaml: No such file"),
     ],

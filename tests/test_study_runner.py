@@ -18,6 +18,7 @@ from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.lab.study import runner
 from vit5gen.lab.study.plan import read_rows, read_study
 from vit5gen.system.errors import UserError
+from vit5gen.system.files import locked_file
 from vit5gen.training.held_out import held_out_loss
 from vit5gen.training.process import STOPPED
 
@@ -117,6 +118,53 @@ def test_a_stop_keeps_rows_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(rows(tmp_path)) == 4
 
 
+def test_a_run_scored_at_several_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = {"grid": {"backbone": {"vit5": {}}}, "seeds": [0], "baseline": {}}
+    path, measure = write_study(tmp_path, **one, score_at=[2, 4]), runner.measure
+
+    # Stopped between its two rows, it is measured where it was not, and not trained again.
+    calls = iter([measure])
+    monkeypatch.setattr(runner, "measure", lambda *args: next(calls)(*args))
+    with pytest.raises((StopIteration, RuntimeError)):
+        study(path, tmp_path / "out")
+    (first,), run = rows(tmp_path), tmp_path / "out" / "runs" / "vit5, seed 0"
+    assert sorted(path.name for path in (run / "checkpoints").glob("step_*")) == ["step_00000002", "step_00000004"]
+    monkeypatch.setattr(runner, "measure", measure)
+    assert study(path, tmp_path / "out") == 0
+    assert "already trained to step 4; nothing to do" in capsys.readouterr().out
+    found = rows(tmp_path)
+    assert found[0] == first
+    assert [row["steps"] for row in found] == [2, 4]
+    assert found[1]["training_flops"] == 2 * found[0]["training_flops"] > 0
+    assert 0 < found[0]["seconds"] < found[1]["seconds"]
+    assert all(0 <= row["coverage"] <= 1 for row in found)
+    assert not (run / "checkpoints").exists()
+    assert (run / "pipeline").is_dir()
+
+    # At the constant rate, what it is after two steps is a run of two steps.
+    overrides = {"training.num_steps": 2, "training.trackers": []}
+    assert study(write_study(tmp_path, **one, overrides=overrides), tmp_path / "short" / "out") == 0
+    (short,) = rows(tmp_path / "short")
+    for key in ("loss", "held_out_loss", "distance", "coverage", "training_flops"):
+        assert short[key] == first[key]
+
+
+def test_processes_share_the_runs(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(done / "out", tmp_path / "out")
+    file = tmp_path / "out" / "rows.jsonl"
+    before = file.read_text()
+    file.write_text("".join(line + "\n" for line in before.splitlines() if "sit, seed 0" not in line))
+    kept = file.read_text()
+    with locked_file(tmp_path / "out" / "runs" / ".sit, seed 0.lock", wait=False):
+        assert study(done / "study.yaml", tmp_path / "out") == 0
+    assert "run 2 of 4: sit, seed 0 is another process's" in capsys.readouterr().out
+    assert file.read_text() == kept
+    assert study(done / "study.yaml", tmp_path / "out") == 0
+    assert sorted(file.read_text().splitlines()) == sorted(before.splitlines())
+
+
 def test_a_run_that_diverges_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -140,7 +188,7 @@ def test_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
     (tmp_path / "out" / "rows.jsonl").unlink()
     log = folder / "log.jsonl"
     log.write_text(log.read_text()[:-20])
-    with pytest.raises(UserError, match=r"run vit5, seed 0: .*log.jsonl ends at step 3; delete that folder"):
+    with pytest.raises(UserError, match=r"run vit5, seed 0: .*log.jsonl has no line of step 4; delete that folder"):
         study(path, tmp_path / "out")
 
 

@@ -141,12 +141,15 @@ class RunFolder:
         return str(self.path)
 
     @contextmanager
-    def locked(self, marks: Sequence[str] = ("checkpoints", "metrics.json"), write: bool = True) -> Iterator[None]:
+    def locked(
+        self, marks: Sequence[str] = ("checkpoints", "metrics.json"), write: bool = True, wait: bool = False
+    ) -> Iterator[None]:
         """Hold the kernel's lock on the folder, which is gone when this process is; make the folder if need be.
 
         marks: patterns of files by which a run that has begun is known. Bad input that shows before leaves no new
-        folder behind. write: False makes nothing, and locks where there is a lock. Raises `UserError` when another
-        process trains in this folder, it has other files, or it cannot be written or locked.
+        folder behind. write: False makes nothing, and locks where there is a lock. wait: for a process that has the
+        lock. Raises `UserError` when another process trains in this folder, it has other files, or it cannot be
+        written or locked.
         """
         # Only a new or empty folder, or that of a run.
         folder, lock, existed = self.path, self.path / ".lock", self.path.exists()
@@ -165,7 +168,7 @@ class RunFolder:
                 if write:
                     folder.mkdir(parents=True, exist_ok=True)
                 if write or lock.exists():
-                    stack.enter_context(locked_file(lock, wait=False))
+                    stack.enter_context(locked_file(lock, wait))
             except BlockingIOError:
                 advice = "another process is training in this folder; wait for it or choose another folder"
                 raise UserError(f"--output {folder}: {advice}") from None

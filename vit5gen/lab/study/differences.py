@@ -40,14 +40,14 @@ def find_differences(study: StudyConfig, rows: list[Row]) -> list[Difference]:
     Pairs share the seed; rows without a partner are left out. p is Holm's over all tests of one measure, and None with
     fewer than five pairs.
     """
-    found = []
+    found, seeds = [], sorted({row.seed for row in rows})
     for measure in MEASURES:
         values = {(tuple(row.levels.items()), row.seed): getattr(row, measure) for row in rows}
         family = []
         for levels in dict.fromkeys(levels for levels, _ in values):
             for axis, level in study.baseline.items():
                 reference = tuple((dict(levels) | {axis: level}).items())
-                shared = [seed for seed in study.seeds if {(levels, seed), (reference, seed)} <= values.keys()]
+                shared = [seed for seed in seeds if {(levels, seed), (reference, seed)} <= values.keys()]
                 if levels != reference and len(shared) > 1:
                     cell, baseline = (", ".join(dict(one).values()) for one in (levels, reference))
                     pairs = [values[levels, seed] - values[reference, seed] for seed in shared]
@@ -66,6 +66,8 @@ def _difference(cell: str, baseline: str, measure: str, pairs: list[float], refe
 
 def write_report(study: StudyConfig, rows: list[Row], output: Path) -> None:
     """Write ``table.md``, and ``differences.png`` if there are any, of the rows so far."""
+    last = max(row.steps for row in rows)
+    rows = [row for row in rows if row.steps == last or not study.score_at]
     found = find_differences(study, rows)
     write_text(output / "table.md", "\n\n".join([_values(rows), _table(found)]) + "\n")
     plot = output / "differences.png"

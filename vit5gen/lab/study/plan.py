@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from pydantic import Field, field_validator
 
 from vit5gen.config import Config, find_config, load_config, read_yaml, recorded_values
 from vit5gen.data.autoencoders.find_autoencoder import find_sizes
-from vit5gen.section import Natural, Section, validate
+from vit5gen.section import Count, Natural, Section, validate
 from vit5gen.system.errors import UserError, choose
 from vit5gen.training.build import check_values
 from vit5gen.training.run_folder import differences
@@ -24,20 +26,33 @@ class StudyConfig(Section):
     seeds: list[Natural] = Field([0, 1, 2], min_length=1, description="training seeds of every cell")
     grid: dict[str, dict[str, dict[str, Any]]] = Field(description="axis: {level: {section.key: value}}")
     baseline: dict[str, str] = Field({}, description="axis: the level that its other levels are compared with")
+    more_seeds: dict[str, list[Natural]] = Field({}, description="level: further seeds of the cells that have it")
+    score_at: list[Count] = Field(
+        [], description="steps at which each run is scored, which set when it saves and logs; default: its last"
+    )
+
+
+Key = tuple[str, int]  # of a row: the name of its run, and the step
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a study: its level on each axis, its seed, and the configuration that they give."""
+    """One run of a study: its level on each axis, its seed, the configuration that they give, and when it is scored."""
 
     levels: dict[str, str]
     seed: int
     config: Config
+    steps: tuple[int, ...]
 
     @property
     def name(self) -> str:
         """Name of the run and of its folder: its levels and its seed."""
         return ", ".join([*self.levels.values(), f"seed {self.seed}"])
+
+    @property
+    def keys(self) -> list[Key]:
+        """The rows that the run has once it is measured."""
+        return [(self.name, step) for step in self.steps]
 
 
 def read_study(path: str | Path) -> tuple[StudyConfig, list[Run]]:
@@ -51,6 +66,10 @@ def read_study(path: str | Path) -> tuple[StudyConfig, list[Run]]:
         raise UserError(f"study {path}: grid needs an axis, and every axis a level; add them")
     if len(set(study.seeds)) < len(study.seeds):
         raise UserError(f"study {path}: seeds {study.seeds} list a seed twice; list each once")
+    for level in study.more_seeds:
+        choose(f"study {path}: more_seeds", level, list(itertools.chain(*study.grid.values())))
+    if study.score_at != sorted(set(study.score_at)):
+        raise UserError(f"study {path}: score_at = {study.score_at}; list each step once, the last one last")
     for axis, level in study.baseline.items():
         choose(f"study {path}: baseline {axis}", level, study.grid[choose(f"study {path}: axis", axis, study.grid)])
 
@@ -62,13 +81,26 @@ def read_study(path: str | Path) -> tuple[StudyConfig, list[Run]]:
     if len(extractors := {str(config.evaluation.extractor) for config in cells.values()}) > 1:
         raise UserError(f"study {path}: evaluation.extractor is {' and '.join(sorted(extractors))}; use one for all")
 
-    # Every cell from every seed.
+    # Every cell from each of its seeds, which the cells that it is compared with have too.
+    seeds = {levels: {*study.seeds, *_more_seeds(study, levels)} for levels in cells}
+    for axis, level in study.baseline.items():
+        for levels in cells:
+            reference = tuple(level if name == axis else own for name, own in zip(study.grid, levels, strict=True))
+            if absent := seeds[levels] - seeds[reference]:
+                fault = f"{', '.join(levels)} has seed {min(absent)}, {', '.join(reference)} lacks it"
+                raise UserError(f"study {path}: {fault}; add {level!r} to more_seeds")
     return study, [
-        Run(dict(zip(study.grid, levels, strict=True)), seed, config.model_copy(update={"training": training}))
-        for seed in study.seeds
+        Run(dict(zip(study.grid, levels, strict=True)), seed, config.model_copy(update={"training": training}), steps)
+        for seed in dict.fromkeys([*study.seeds, *itertools.chain(*study.more_seeds.values())])
         for levels, config in cells.items()
+        if seed in seeds[levels]
         for training in [config.training.model_copy(update={"seed": seed})]
+        for steps in [tuple(study.score_at) or (training.num_steps,)]
     ]
+
+
+def _more_seeds(study: StudyConfig, levels: Sequence[str]) -> Iterable[int]:
+    return itertools.chain(*(study.more_seeds.get(level, []) for level in levels))
 
 
 def _config(path: str | Path, study: StudyConfig, levels: tuple[str, ...]) -> Config:
@@ -91,19 +123,31 @@ def _config(path: str | Path, study: StudyConfig, levels: tuple[str, ...]) -> Co
         check_values(config)
         if config.training.num_steps == 0:
             raise UserError("training.num_steps = 0; expected at least 1")
+        if study.score_at:
+            if (last := study.score_at[-1]) != config.training.num_steps:
+                raise UserError(
+                    f"training.num_steps = {config.training.num_steps}; expected {last}, the last of score_at"
+                )
+            common = math.gcd(*study.score_at)
+            kept = {
+                "checkpoint_every": common,
+                "keep_every": common,
+                "log_every": math.gcd(common, config.training.log_every),
+            }
+            config = config.model_copy(update={"training": config.training.model_copy(update=kept)})
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     return config
 
 
 class Row(Section):
-    """A finished run: what it was, what it cost, and how good it is."""
+    """A run at one of its steps, the last one unless the study says more: what it was, what it cost, how good it is."""
 
     run: str
     levels: dict[str, str]
     seed: Natural
     commit: str  # of the code when the run was last started
-    steps: Natural
+    steps: Natural  # so far, as are FLOPs and seconds
     parameters: Natural
     training_flops: int
     loss: float | None  # mean since the line of the log before, None if no step was finite
@@ -112,6 +156,7 @@ class Row(Section):
     distance: float
     floor: float
     n: Natural
+    coverage: float | None = None  # of held-out images by as many generated ones; None in rows of earlier versions
     seconds: float  # of training alone
     settings: Config
 
@@ -125,13 +170,17 @@ class Row(Section):
         """Name of the cell: its levels."""
         return ", ".join(self.levels.values())
 
+    @property
+    def key(self) -> Key:
+        return self.run, self.steps
 
-def read_rows(file: Path, runs: list[Run]) -> dict[str, Row]:
-    """Return the rows by the name of their run, those of no run of this study among them.
+
+def read_rows(file: Path, runs: list[Run]) -> dict[Key, Row]:
+    """Return the rows by run and step, those of no run of this study among them.
 
     Raises `UserError` for a row that is broken, stands twice, or was made with other settings.
     """
-    by_name, rows = {run.name: run for run in runs}, {}
+    by_name, rows = {run.name: run for run in runs}, dict[Key, Row]()
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
     for number, line in enumerate(lines, start=1):
         where = f"{file} line {number}"
@@ -141,14 +190,12 @@ def read_rows(file: Path, runs: list[Run]) -> dict[str, Row]:
             reason = str(error).removeprefix(f"{where}: ")
             advice = "restore it, or delete the line to do the run again"
             raise UserError(f"{where}: unreadable row ({reason}); {advice}") from None
-        if row.run in rows:
+        if row.key in rows:
             raise UserError(f"{where}: a second row of {row.run!r}; delete one of them")
-        if row.run not in by_name:
-            print(f"note: {where}: {row.run!r} is not a run of this study; ignored", flush=True)
-        elif changes := _changes(row, by_name[row.run]):
+        if row.run in by_name and (changes := _changes(row, by_name[row.run])):
             advice = "restore the settings, or choose another --output"
             raise UserError(f"{where}: {row.run!r} was made with other settings: {'; '.join(changes)}; {advice}")
-        rows[row.run] = row
+        rows[row.key] = row
     return rows
 
 

@@ -1,91 +1,125 @@
-"""Trains and measures the runs of a study one after another, and keeps a row of each that is finished."""
+"""Trains and measures the runs of a study one after another, and keeps the rows of each that is finished."""
 
 import json
+import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from vit5gen.config import Config, load_recorded, read_yaml
 from vit5gen.data.autoencoders.find_autoencoder import load_autoencoder
-from vit5gen.data.images import open_held_out
+from vit5gen.data.images import open_held_out, readable
 from vit5gen.data.latents import open_for
-from vit5gen.evaluation import Extractor, frechet_of, frechet_report, load_extractor
+from vit5gen.evaluation import Extractor, FeatureStatistics, density_coverage, frechet_report, load_extractor
+from vit5gen.evaluation.distances import COVERAGE_NEIGHBOURS
 from vit5gen.flow import NonFiniteError
 from vit5gen.generation.card import commit
 from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.generation.many import SamplingJob, generate
+from vit5gen.generation.pipeline import SiTPipeline
 from vit5gen.lab.study.differences import write_report
 from vit5gen.lab.study.plan import Row, Run, StudyConfig, read_rows, read_study
 from vit5gen.system.distributed import start_processes
 from vit5gen.system.errors import UserError
-from vit5gen.system.files import write_text
+from vit5gen.system.files import locked_file, write_text
 from vit5gen.system.precision import PRECISIONS
+from vit5gen.training.checkpoint import step_name
 from vit5gen.training.dry_run import run_cost
+from vit5gen.training.export import pipeline_of_run
 from vit5gen.training.held_out import check_count, held_out_loss
 from vit5gen.training.loop import train
 from vit5gen.training.process import NONFINITE, RESUME, STOPPED
 from vit5gen.training.reference_moments import TrainingReference, build_reference
 from vit5gen.training.run_folder import CHANGEABLE, RunFolder, differences
 
-# What runs are compared with, by the data and the evaluation of their configuration.
-References = dict[str, tuple[Extractor, TrainingReference]]
+# What runs are compared with, by the data and the evaluation of their configuration: the last are features of held-out
+# images (N, D).
+References = dict[str, tuple[Extractor, TrainingReference, Tensor]]
+MARKS = ("rows.jsonl", "runs/*/metrics.json")
 
 
 def run_study(path: str | Path, output: str | Path) -> int:
-    """Do the runs of a study that ``output`` has no row of, write rows.jsonl, table and plot; return the exit code.
+    """Do the runs of a study that ``output`` lacks rows of, write rows.jsonl, table and plot; return the exit code.
 
-    Each run is a folder ``output/runs/NAME``; an interrupted one is resumed. A row is written once its run is measured,
-    and never changed. A run that diverges has no row; the others continue. Raises `UserError` for a study or data that
-    do not fit, a row that cannot be read or was made with other settings, or another process at work in ``output``.
+    Each run is a folder ``output/runs/NAME``; an interrupted one is resumed. A row is written once it is measured, and
+    never changed. A run that diverges has no row; the others continue. Several processes may share the runs of one
+    ``output``: each leaves alone what another is at. Raises `UserError` for a study or data that do not fit, or a row
+    that cannot be read or was made with other settings.
     """
     study, runs = read_study(path)
     output = Path(output)
-    with RunFolder(output).locked(("rows.jsonl", "runs/*/metrics.json")):
-        try:
-            return _run_study(study, runs, output)
-        except OSError as error:
-            raise UserError(f"{error}; the rows so far are kept: fix this, then {RESUME}") from error
+    try:
+        # The rows so far, and whether all that the other runs need is there.
+        with RunFolder(output).locked(MARKS, wait=True):
+            rows = read_rows(output / "rows.jsonl", runs)
+            for name, step in rows.keys() - {key for run in runs for key in run.keys}:
+                print(f"note: {output}: {name!r} at step {step} is not of this study; ignored", flush=True)
+            check_inputs([run for run in runs if not rows.keys() >= set(run.keys)])
+        return _run_study(study, runs, output)
+    except OSError as error:
+        raise UserError(f"{error}; the rows so far are kept: fix this, then {RESUME}") from error
 
 
 def _run_study(study: StudyConfig, runs: list[Run], output: Path) -> int:
-    # The rows so far, and whether all that the other runs need is there.
-    rows, references, revision, failed = read_rows(output / "rows.jsonl", runs), References(), commit(), 0
-    check_inputs([run for run in runs if run.name not in rows])
-
-    def report() -> int:
-        if finished := [rows[run.name] for run in runs if run.name in rows]:
-            write_report(study, finished, output)
-        return len(finished)
-
+    references, revision, failed = References(), commit(), 0
     for number, run in enumerate(runs, start=1):
-        # Train and measure a run that has no row.
-        if run.name in rows:
-            continue
+        # A run that lacks rows, and that no other process is at.
         folder = output / "runs" / run.name
-        print(f"\nrun {number} of {len(runs)}: {run.name} ({'resumed ' * folder.exists()}in {folder})", flush=True)
-        try:
-            code = _train(run, folder)
-            if code == 0:
-                rows[run.name] = _row(run, folder, references, revision)
-        except NonFiniteError as error:
-            print(f"error: {error}")
-            code = NONFINITE
-        except UserError as error:
-            raise UserError(f"run {run.name}: {error}") from error
-        if code:
-            print(f"run {run.name} ended with exit code {code} and has no row", flush=True)
-            if code == STOPPED:
-                return code
-            failed = code  # that run diverged; the others need not wait
-            continue
+        with ExitStack() as stack:
+            rows = read_rows(output / "rows.jsonl", runs)
+            if rows.keys() >= set(run.keys):
+                continue
+            folder.parent.mkdir(exist_ok=True)
+            try:
+                stack.enter_context(locked_file(folder.with_name(f".{run.name}.lock"), wait=False))
+            except BlockingIOError:
+                print(f"\nrun {number} of {len(runs)}: {run.name} is another process's", flush=True)
+                continue
+            rows = read_rows(output / "rows.jsonl", runs)  # which that process may have written just now
 
-        # Keep its row; table and plot show all there are, in the order of the study.
-        lines = [json.dumps(row.model_dump(mode="json")) + "\n" for row in rows.values()]
-        write_text(output / "rows.jsonl", "".join(lines))
-        report()
-    print(f"{output}: rows.jsonl, table.md and, if there is a baseline, differences.png of {report()} runs")
+            # Train it, and measure it at its steps.
+            print(f"\nrun {number} of {len(runs)}: {run.name} ({'resumed ' * folder.exists()}in {folder})", flush=True)
+            try:
+                code = _train(run, folder)
+                for step in () if code else [step for name, step in run.keys if (name, step) not in rows]:
+                    _add(_row(run, folder, step, references, revision), study, runs, output)
+            except NonFiniteError as error:
+                print(f"error: {error}")
+                code = NONFINITE
+            except UserError as error:
+                raise UserError(f"run {run.name}: {error}") from error
+            if code:
+                print(f"run {run.name} ended with exit code {code} and has no row", flush=True)
+                if code == STOPPED:
+                    return code
+                failed = code  # that run diverged; the others need not wait
+            elif study.score_at:  # for which checkpoints were kept
+                shutil.rmtree(RunFolder(folder).checkpoints, ignore_errors=True)
+    with RunFolder(output).locked(MARKS, wait=True):
+        count = _report(study, runs, output)
+    print(f"{output}: rows.jsonl, table.md and, if there is a baseline, differences.png of {count} rows")
     return failed
+
+
+def _add(row: Row, study: StudyConfig, runs: list[Run], output: Path) -> None:
+    """Keep a row; table and plot show all there are."""
+    file = output / "rows.jsonl"
+    with RunFolder(output).locked(MARKS, wait=True):
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        write_text(file, "\n".join([*lines, json.dumps(row.model_dump(mode="json"))]) + "\n")
+        _report(study, runs, output)
+
+
+def _report(study: StudyConfig, runs: list[Run], output: Path) -> int:
+    """Write table and plot of the rows so far, in the order of the study; return how many there are."""
+    rows = read_rows(output / "rows.jsonl", runs)
+    if finished := [rows[key] for run in runs for key in run.keys if key in rows]:
+        write_report(study, finished, output)
+    return len(finished)
 
 
 def check_inputs(runs: list[Run]) -> None:
@@ -113,43 +147,70 @@ def _train(run: Run, folder: Path) -> int:
     return train(config, folder, "auto", accept_changes=False)
 
 
-def _row(run: Run, folder: Path, references: References, revision: str) -> Row:
-    config, lines = run.config, RunFolder(folder).lines()
+def _row(run: Run, folder: Path, step: int, references: References, revision: str) -> Row:
+    config, run_folder = run.config, RunFolder(folder)
+    lines = [line for line in run_folder.lines() if line["step"] <= step]
     steps = [0, *(line["step"] for line in lines)]
-    if steps[-1] != config.training.num_steps:
-        raise UserError(f"{RunFolder(folder).log} ends at step {steps[-1]}; delete that folder to do the run again")
-    cost = run_cost(load_recorded(RunFolder(folder).config))  # which knows the number of classes
+    if steps[-1] != step:
+        raise UserError(f"{run_folder.log} has no line of step {step}; delete that folder to do the run again")
+    if step == config.training.num_steps:
+        pipe = load_pipeline(folder)
+    else:
+        pipe, *_ = pipeline_of_run(run_folder.checkpoints / step_name(step), None, None)
+    recorded = load_recorded(run_folder.config)  # which knows the number of classes
     images = config.training.global_batch_size * np.diff(steps)
     return Row(
         run=run.name,
         levels=run.levels,
         seed=run.seed,
         commit=revision,
-        steps=config.training.num_steps,
-        parameters=cost.parameters,
-        training_flops=cost.training_flops * config.training.global_batch_size * config.training.num_steps,
+        steps=step,
+        parameters=run_cost(recorded).parameters,
+        training_flops=training_flops(recorded, step),
         loss=lines[-1]["loss"],
-        **measure(folder, config, references),
+        **measure(pipe, config, references),
         seconds=float(images @ [1 / line["images_per_second"] for line in lines]),
         settings=config,
     )
 
 
-def measure(folder: Path, config: Config, references: References) -> dict[str, Any]:
-    """Return ``held_out_loss``, and the distance as ``metric``, ``distance``, ``floor`` and ``n``.
+def training_flops(config: Config, steps: int) -> int:
+    """Return the FLOPs of the first steps of a run; an objective counts in the steps in which it is active."""
+    cost = run_cost(config)
+    return cost.training_flops * config.training.global_batch_size * steps
+
+
+def measure(pipe: SiTPipeline, config: Config, references: References) -> dict[str, Any]:
+    """Return ``held_out_loss``, ``coverage``, and the distance as ``metric``, ``distance``, ``floor`` and ``n``.
 
     All runs meet the same images, noise, times and labels. references: those made so far; a new one is added.
     """
     device, evaluation = start_processes().device, config.evaluation
-    pipe = load_pipeline(folder).to(device)
+    pipe = pipe.to(device)
     key = config.data.model_dump_json() + evaluation.model_dump_json()
     if key not in references:
         extractor = load_extractor(evaluation.extractor, device)
-        references[key] = extractor, build_reference(config, extractor)
-    extractor, reference = references[key]
+        references[key] = extractor, build_reference(config, extractor), _held_out_features(pipe, config, extractor)
+    extractor, reference, real = references[key]
     job = SamplingJob(reference.labels, evaluation.seed, evaluation.batch_size, config.sampling)
     with PRECISIONS[config.training.precision].autocast(device):
-        images = (images for _, images in generate(pipe, job))
-        report = frechet_report(frechet_of(images, extractor), reference.distance, reference.floor)
+        parts = [extractor(images).pooled for _, images in generate(pipe, job)]
+    statistics, generated = FeatureStatistics(extractor.dim), torch.cat(parts)
+    for part in parts:
+        statistics.update(part)
+    report = frechet_report(statistics, reference.distance, reference.floor)
     found = {"held_out_loss": held_out_loss(pipe, config), "metric": extractor.metric, "distance": report["value"]}
+    if min(len(real), len(generated)) > COVERAGE_NEIGHBOURS:
+        found["coverage"] = density_coverage(real, generated)[1]
     return found | {"floor": report["floor"], "n": report["n"]}
+
+
+def _held_out_features(pipe: SiTPipeline, config: Config, extractor: Extractor) -> Tensor:
+    """Return features (N, D) of held-out images, as many as are generated where there are."""
+    evaluation, generator = config.evaluation, torch.Generator().manual_seed(config.evaluation.seed)
+    names = [pipe.class_name(i) for i in range(pipe.transformer.config.num_classes)]
+    images = open_held_out(config.data, evaluation.held_out_split, names)
+    chosen = torch.randperm(len(images), generator=generator)[: evaluation.num_images]
+    images = readable(images.select(chosen), config.data)
+    chunks = torch.arange(len(images)).split(evaluation.batch_size)
+    return torch.cat([extractor(images.stack(chunk)).pooled for chunk in chunks])
