@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from vit5gen.lab.study.differences import write_report
 from vit5gen.lab.study.plan import read_rows, read_study
+from vit5gen.lab.study.tables import write_report
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {path.stem for path in (ROOT / "configs" / "studies").glob("*.yaml")}

@@ -49,12 +49,13 @@ def test_some_cells_have_more_seeds(tmp_path: Path) -> None:
     assert len(runs) == 6
 
 
-def test_runs_save_and_log_where_they_are_scored(tmp_path: Path) -> None:
-    overrides = {"training.num_steps": 90, "training.checkpoint_every": 7, "training.log_every": 20}
+def test_runs_save_where_they_are_scored(tmp_path: Path) -> None:
+    overrides = {"training.num_steps": 90, "training.checkpoint_every": 7, "training.log_every": 10}
     for run in read_study(write_study(tmp_path, overrides=overrides, score_at=[30, 60, 90]))[1]:
-        settings = run.config.training
-        assert (settings.checkpoint_every, settings.keep_every, settings.log_every) == (30, 30, 10)
+        assert (run.config.training.checkpoint_every, run.config.training.keep_every) == (30, 30)
         assert run.steps == (30, 60, 90)
+    with pytest.raises(UserError, match=r"multiples of training.log_every = 20"):
+        read_study(write_study(tmp_path, overrides=overrides | {"training.log_every": 20}, score_at=[30, 60, 90]))
 
 
 def test_sizes_of_latents_are_found(tmp_path: Path) -> None:
@@ -101,7 +102,13 @@ def test_a_cell_does_not_change_the_next(tmp_path: Path) -> None:
         ({"more_seeds": {"vit6": [3]}}, "more_seeds: 'vit6' is not known.*Did you mean 'vit5'"),
         ({"more_seeds": {"sit": [3]}}, "sit has seed 3, vit5 lacks it; add 'vit5' to more_seeds"),
         ({"score_at": [4, 2]}, r"score_at = \[4, 2\]; list each step once, the last one last"),
-        ({"score_at": [1, 2]}, "num_steps = 4; expected 2, the last of score_at"),
+        (
+            {"score_at": [1, 2]},
+            r"score_at = \[1, 2\]; expected multiples of training.log_every = 1 up to .*num_steps = 4",
+        ),
+        ({"replicate": "backbone", "score_at": [4]}, "replicate: 'backbone' is not known"),
+        ({"grid": {"width": {"x": {}}}, "replicate": "width"}, "replicate has no effect without score_at"),
+        ({"extrapolate_to": 9}, "extrapolate_to has no effect without replicate"),
         ({"gird": {}}, "unknown key 'gird'"),
         ({"base": "absent.yaml"}, "absent.yaml: No such file"),
     ],

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vit5gen.lab.study.differences import find_differences, write_report
+from vit5gen.lab.study.differences import find_differences
 from vit5gen.lab.study.plan import Row, StudyConfig
+from vit5gen.lab.study.tables import write_report
 
 
 def make_rows(seeds: int, levels: dict[str, float], budget: str = "short") -> list[Row]:

@@ -1,31 +1,43 @@
-"""Paired differences between the cells of a study, with their uncertainty, as a table and a plot."""
+"""Paired differences between the cells of a study, with their uncertainty, and what they say together."""
 
+import itertools
+import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from vit5gen.evaluation.distances import CONFIDENCE
 from vit5gen.evaluation.significance import FEWEST_SEEDS, Estimate, holm
 from vit5gen.lab.study.plan import Row, StudyConfig
-from vit5gen.system.files import atomic, write_text
 
 MEASURES = {"held_out_loss": ("held-out loss", 4), "distance": ("distance", 1)}  # name and digits in a table
+SCORES = MEASURES | {"coverage": ("coverage", 3)}  # of runs that are scored at several steps
+HIGHER = {"coverage"}  # is better
+BUDGETS = {"steps": "steps", "training_flops": "FLOPs", "seconds": "seconds"}  # of a row, and as a table calls them
+Levels = tuple[tuple[str, str], ...]  # of a cell: axis and level
+Curves = dict[tuple[Levels, int], list[Row]]  # the rows of a run, by levels and seed
 
 
 @dataclass(frozen=True)
 class Difference:
     """What a cell has more of ``measure`` than its baseline cell, seed by seed; ``low``..``high`` is 95 % (Student).
 
-    reference: the mean of the baseline cell over these seeds.
+    change: the cell's levels without that of `replicate`.  reference: the mean of the baseline cell over these seeds.
+    corrected: the interval by Bonferroni over all cells that are compared with that one.
+    budget, step: where runs are scored at several steps, both have spent as much as the baseline by this step.
     """
 
     cell: str
     baseline: str
+    change: str
     measure: str
+    budget: str
+    step: int
     values: tuple[float, ...]
     low: float
     high: float
+    corrected: tuple[float, float]
     reference: float
     p: float | None = None  # two-sided paired t-test, corrected over the study by Holm
 
@@ -34,107 +46,88 @@ class Difference:
         return float(np.mean(self.values))
 
 
-def find_differences(study: StudyConfig, rows: list[Row]) -> list[Difference]:
-    """Return, for both measures, the differences of cells that are one level away from a baseline.
+def find_curves(study: StudyConfig, rows: list[Row]) -> Curves:
+    """Return the runs that have all of their rows, which ``rows`` lists in the order of the steps."""
+    curves: Curves = {}
+    for row in rows:
+        curves.setdefault((tuple(row.levels.items()), row.seed), []).append(row)
+    return {key: own for key, own in curves.items() if len(own) == max(1, len(study.score_at))}
 
-    Pairs share the seed; rows without a partner are left out. p is Holm's over all tests of one measure, and None with
-    fewer than five pairs.
+
+def find_pairs(study: StudyConfig, runs: Collection[tuple[Levels, int]]) -> list[tuple[Levels, Levels, list[int]]]:
+    """Return the cells that are one level away from a baseline, each with that, and the seeds that both have.
+
+    Runs without a partner are left out, and so is a cell with one pair.
     """
-    found, seeds = [], sorted({row.seed for row in rows})
-    for measure in MEASURES:
-        values = {(tuple(row.levels.items()), row.seed): getattr(row, measure) for row in rows}
-        family = []
-        for levels in dict.fromkeys(levels for levels, _ in values):
-            for axis, level in study.baseline.items():
-                reference = tuple((dict(levels) | {axis: level}).items())
-                shared = [seed for seed in seeds if {(levels, seed), (reference, seed)} <= values.keys()]
-                if levels != reference and len(shared) > 1:
-                    cell, baseline = (", ".join(dict(one).values()) for one in (levels, reference))
-                    pairs = [values[levels, seed] - values[reference, seed] for seed in shared]
-                    mean = float(np.mean([values[reference, seed] for seed in shared]))
-                    family.append(_difference(cell, baseline, measure, pairs, mean))
-        corrected = holm([d.p for d in family])
-        found += [replace(d, p=p) for d, p in zip(family, corrected, strict=True)]
+    found, seeds = [], sorted({seed for _, seed in runs})
+    for levels in dict.fromkeys(levels for levels, _ in runs):
+        for axis, level in study.baseline.items():
+            reference = tuple((dict(levels) | {axis: level}).items())
+            shared = [seed for seed in seeds if {(levels, seed), (reference, seed)} <= set(runs)]
+            if levels != reference and len(shared) > 1:
+                found.append((levels, reference, shared))
     return found
 
 
-def _difference(cell: str, baseline: str, measure: str, pairs: list[float], reference: float) -> Difference:
-    found = Estimate.of_pairs(pairs)
-    p = found.p if len(pairs) >= FEWEST_SEEDS else None
-    return Difference(cell, baseline, measure, tuple(pairs), *found.interval, reference, p)
+def name_of(levels: Levels, without: str | None = None) -> str:
+    """Return the name of a cell, without the level of one axis."""
+    return ", ".join(level for axis, level in levels if axis != without)
 
 
-def write_report(study: StudyConfig, rows: list[Row], output: Path) -> None:
-    """Write ``table.md``, and ``differences.png`` if there are any, of the rows so far."""
-    last = max(row.steps for row in rows)
-    rows = [row for row in rows if row.steps == last or not study.score_at]
-    found = find_differences(study, rows)
-    write_text(output / "table.md", "\n\n".join([_values(rows), _table(found)]) + "\n")
-    plot = output / "differences.png"
-    if found:
-        with atomic(plot) as temporary:
-            _plot(study, found, rows[0].metric).savefig(temporary, format="png", dpi=120, bbox_inches="tight")
-    else:
-        plot.unlink(missing_ok=True)
+def find_differences(study: StudyConfig, rows: list[Row]) -> list[Difference]:
+    """Return the differences of each measure; of runs scored at several steps, at each, for each budget.
 
-
-def _values(rows: list[Row]) -> str:
-    """Table of the cells: mean ± standard deviation over seeds."""
-    lines = [
-        f"| cell | seeds | parameters | steps | TFLOPs | held-out loss | {rows[0].metric} (N, floor) | s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name in dict.fromkeys(row.cell for row in rows):
-        own = [row for row in rows if row.cell == name]
-        first, (loss, distance) = own[0], (_spread(own, measure) for measure in MEASURES)
-        cost = f"{first.parameters:,} | {first.steps} | {first.training_flops / 1e12:.1f}"
-        quality = f"{loss} | {distance} ({first.n}, {first.floor:.1f})"
-        lines.append(f"| {name} | {len(own)} | {cost} | {quality} | {np.mean([row.seconds for row in own]):.0f} |")
-    return "\n".join(lines)
-
-
-def _spread(rows: list[Row], measure: str) -> str:
-    values, (_, digits) = [getattr(row, measure) for row in rows], MEASURES[measure]
-    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{deviation}"
-
-
-def _table(found: list[Difference]) -> str:
-    lines = ["| cell - baseline | measure | difference [95 %] | seeds below 0 | p (Holm) |", "|---|---|---|---|---|"]
-    for d in found:
-        name, digits = MEASURES[d.measure]
-        mean, low, high = (f"{value:+.{digits}f}" for value in (d.mean, d.low, d.high))
-        below, p = sum(value < 0 for value in d.values), "" if d.p is None else f"{d.p:.2g}"
-        cells = f"{d.cell} - {d.baseline} | {name} | {mean} [{low}, {high}] | {below} of {len(d.values)} | {p}"
-        lines.append(f"| {cells} |")
-    return "\n".join(lines)
-
-
-def _plot(study: StudyConfig, found: list[Difference], metric: str) -> Figure:
-    """Draw a row for each difference, in per cent of its baseline, so that studies and measures compare.
-
-    A row has the seeds, their mean and its interval, and tells the number of seeds and p.
+    p is Holm's over all tests of one measure at one step, and None with fewer than five pairs.
     """
-    # A panel for each measure, with a row for each difference.
-    panels = [[d for d in found if d.measure == measure] for measure in MEASURES]
-    baseline = ", ".join(f"{axis}: {level}" for axis, level in study.baseline.items())
-    figure = Figure(figsize=(11, 1.4 + 0.34 * len(panels[0])), layout="constrained")
-    for axes, panel, title in zip(figure.subplots(1, 2, sharey=True), panels, ("held-out loss", metric), strict=True):
-        for height, d in enumerate(reversed(panel)):
-            values, mean, low, high = (100 * np.array(x) / d.reference for x in (d.values, d.mean, d.low, d.high))
-            axes.plot(values, [height] * len(d.values), "o", color="0.65", markersize=4)
-            axes.errorbar(mean, height, xerr=[[mean - low], [high - mean]], fmt="o", color="C0", capsize=3)
-            note = f"{len(d.values)} seeds" + ("" if d.p is None else f", p = {d.p:.2g}")
-            axes.annotate(note, (1.01, height), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    curves, found, scored = find_curves(study, rows), list[Difference](), bool(study.score_at)
+    measures = SCORES if scored and all(row.coverage is not None for row in rows) else MEASURES
+    rivals = sum(len(study.grid[axis]) - 1 for axis in study.baseline)
+    for budget, i, measure in itertools.product(BUDGETS if scored else [""], range(len(study.score_at) or 1), measures):
+        family = []
+        for levels, baseline, seeds in find_pairs(study, curves):
+            own, base = ([curves[one, seed] for seed in seeds] for one in (levels, baseline))
+            reference = [getattr(curve[i], measure) for curve in base]
+            values = _spent_alike(own, base, i, budget, measure)
+            pairs = [value - known for value, known in zip(values, reference, strict=True)]
+            if math.isnan(sum(pairs)):
+                continue
+            one, what = Estimate.of_pairs(pairs), (measure, budget, base[0][i].steps)
+            names = name_of(levels), name_of(baseline), name_of(levels, study.replicate)
+            wide, p = one.margin((1 - CONFIDENCE) / rivals), one.p if len(pairs) >= FEWEST_SEEDS else None
+            corrected = one.difference - wide, one.difference + wide
+            mean = float(np.mean(reference))
+            family.append(Difference(*names, *what, tuple(pairs), *one.interval, corrected, mean, p))
+        ps = holm([d.p for d in family])
+        found += [replace(d, p=p) for d, p in zip(family, ps, strict=True)]
+    return found
 
-        # The baseline is the line at 0; the rows have names at the left of the first panel.
-        axes.axvline(0, color="0.3", linewidth=0.8)
-        several = len(study.baseline) > 1  # else the cell tells with which it is compared
-        names = [f"{d.cell} - {d.baseline}" if several else d.cell for d in reversed(panel)]
-        axes.set_yticks(range(len(panel)), names)
-        axes.set_ylim(-0.6, len(panel) - 0.4)
-        axes.set_title(title, fontsize=11)
-        axes.set_xlabel(f"difference to the baseline ({baseline}), in % of it\n(95 % interval; left of 0 is better)")
-        axes.locator_params(axis="x", nbins=6)
-        axes.grid(axis="x", alpha=0.3)
-    return figure
+
+def _spent_alike(own: list[list[Row]], base: list[list[Row]], i: int, budget: str, measure: str) -> list[float]:
+    """Return the measure of each seed of a cell when it had spent what its baseline had at score ``i``.
+
+    What was spent is the mean of the seeds, linear between scores. A measure is linear in the log of the step, but NaN
+    before the first score and after the last. Without a budget it is that of score ``i``.
+    """
+    values = [[getattr(row, measure) for row in curve] for curve in own]
+    if not budget:
+        return [curve[i] for curve in values]
+    steps = [row.steps for row in own[0]]
+    spent, limit = (np.mean([[getattr(row, budget) for row in curve] for curve in one], axis=0) for one in (own, base))
+    at = math.log(np.interp(limit[i], [0, *spent], [0, *steps], right=math.nan))
+    logs = [math.log(step) for step in steps]
+    return [float(np.interp(at, logs, curve, left=math.nan, right=math.nan)) for curve in values]
+
+
+def find_verdicts(study: StudyConfig, found: list[Difference]) -> dict[tuple[str, str], str]:
+    """Return by change and measure what the last step says at equal steps, where all levels of `replicate` agree."""
+    signs: dict[tuple[str, str], list[int]] = {}
+    for d in found:
+        if d.budget == "steps" and d.step == study.score_at[-1]:
+            better = ((d.corrected[1] < 0) - (d.corrected[0] > 0)) * (-1 if d.measure in HIGHER else 1)
+            signs.setdefault((d.change, d.measure), []).append(better)
+    count = len(study.grid[study.replicate]) if study.replicate else 1
+    words = {1: "recommended", -1: "worse", 0: "not shown here"}
+    return {
+        key: "unfinished" if len(own) < count else words[own[0] if len(set(own)) == 1 else 0]
+        for key, own in signs.items()
+    }

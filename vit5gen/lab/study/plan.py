@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,9 @@ class StudyConfig(Section):
     grid: dict[str, dict[str, dict[str, Any]]] = Field(description="axis: {level: {section.key: value}}")
     baseline: dict[str, str] = Field({}, description="axis: the level that its other levels are compared with")
     more_seeds: dict[str, list[Natural]] = Field({}, description="level: further seeds of the cells that have it")
-    score_at: list[Count] = Field(
-        [], description="steps at which each run is scored, which set when it saves and logs; default: its last"
-    )
+    score_at: list[Count] = Field([], description="steps of which a run keeps checkpoints and rows; default: its last")
+    replicate: str | None = Field(None, description="axis whose levels must agree for a verdict, e.g. width")
+    extrapolate_to: Count | None = Field(None, description="parameters to which laws over `replicate` are extrapolated")
 
 
 Key = tuple[str, int]  # of a row: the name of its run, and the step
@@ -72,6 +71,11 @@ def read_study(path: str | Path) -> tuple[StudyConfig, list[Run]]:
         raise UserError(f"study {path}: score_at = {study.score_at}; list each step once, the last one last")
     for axis, level in study.baseline.items():
         choose(f"study {path}: baseline {axis}", level, study.grid[choose(f"study {path}: axis", axis, study.grid)])
+    if study.replicate is not None:
+        choose(f"study {path}: replicate", study.replicate, study.grid.keys() - study.baseline.keys())
+    for key, needed in (("replicate", "score_at"), ("extrapolate_to", "replicate")):
+        if getattr(study, key) and not getattr(study, needed):
+            raise UserError(f"study {path}: {key} has no effect without {needed}; add that, or omit {key}")
 
     # The cells, whose names become folders and rows of tables.
     names = [", ".join(levels) for levels in itertools.product(*study.grid.values())]
@@ -82,7 +86,8 @@ def read_study(path: str | Path) -> tuple[StudyConfig, list[Run]]:
         raise UserError(f"study {path}: evaluation.extractor is {' and '.join(sorted(extractors))}; use one for all")
 
     # Every cell from each of its seeds, which the cells that it is compared with have too.
-    seeds = {levels: {*study.seeds, *_more_seeds(study, levels)} for levels in cells}
+    more = study.more_seeds
+    seeds = {levels: {*study.seeds, *itertools.chain(*(more.get(one, []) for one in levels))} for levels in cells}
     for axis, level in study.baseline.items():
         for levels in cells:
             reference = tuple(level if name == axis else own for name, own in zip(study.grid, levels, strict=True))
@@ -91,16 +96,12 @@ def read_study(path: str | Path) -> tuple[StudyConfig, list[Run]]:
                 raise UserError(f"study {path}: {fault}; add {level!r} to more_seeds")
     return study, [
         Run(dict(zip(study.grid, levels, strict=True)), seed, config.model_copy(update={"training": training}), steps)
-        for seed in dict.fromkeys([*study.seeds, *itertools.chain(*study.more_seeds.values())])
+        for seed in dict.fromkeys([*study.seeds, *itertools.chain(*more.values())])
         for levels, config in cells.items()
         if seed in seeds[levels]
         for training in [config.training.model_copy(update={"seed": seed})]
         for steps in [tuple(study.score_at) or (training.num_steps,)]
     ]
-
-
-def _more_seeds(study: StudyConfig, levels: Sequence[str]) -> Iterable[int]:
-    return itertools.chain(*(study.more_seeds.get(level, []) for level in levels))
 
 
 def _config(path: str | Path, study: StudyConfig, levels: tuple[str, ...]) -> Config:
@@ -117,24 +118,18 @@ def _config(path: str | Path, study: StudyConfig, levels: tuple[str, ...]) -> Co
     if "training.seed" in overrides:
         raise UserError(f"{where}: sets training.seed; move it to the seeds of the study")
 
-    # The run that they give, checked as training would.
+    # The run that they give, with a checkpoint where it is scored, checked as training would.
+    if common := math.gcd(*study.score_at):
+        overrides |= {"training.checkpoint_every": common, "training.keep_every": common}
     try:
         config = find_sizes(load_config(find_config(path).parent / study.base, overrides))
         check_values(config)
         if config.training.num_steps == 0:
             raise UserError("training.num_steps = 0; expected at least 1")
-        if study.score_at:
-            if (last := study.score_at[-1]) != config.training.num_steps:
-                raise UserError(
-                    f"training.num_steps = {config.training.num_steps}; expected {last}, the last of score_at"
-                )
-            common = math.gcd(*study.score_at)
-            kept = {
-                "checkpoint_every": common,
-                "keep_every": common,
-                "log_every": math.gcd(common, config.training.log_every),
-            }
-            config = config.model_copy(update={"training": config.training.model_copy(update=kept)})
+        last, log_every = config.training.num_steps, config.training.log_every
+        if study.score_at and (study.score_at[-1] != last or common % log_every):
+            expected = f"multiples of training.log_every = {log_every} up to training.num_steps = {last}"
+            raise UserError(f"score_at = {study.score_at}; expected {expected}")
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     return config

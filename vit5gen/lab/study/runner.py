@@ -21,8 +21,8 @@ from vit5gen.generation.card import commit
 from vit5gen.generation.load_pipeline import load_pipeline
 from vit5gen.generation.many import SamplingJob, generate
 from vit5gen.generation.pipeline import SiTPipeline
-from vit5gen.lab.study.differences import write_report
 from vit5gen.lab.study.plan import Row, Run, StudyConfig, read_rows, read_study
+from vit5gen.lab.study.tables import write_report
 from vit5gen.system.distributed import start_processes
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import locked_file, write_text
@@ -66,12 +66,17 @@ def run_study(path: str | Path, output: str | Path) -> int:
 
 def _run_study(study: StudyConfig, runs: list[Run], output: Path) -> int:
     references, revision, failed = References(), commit(), 0
+
+    def due(run: Run) -> list[int]:
+        """Return the steps that have no row, of any process."""
+        rows = read_rows(output / "rows.jsonl", runs)
+        return [step for name, step in run.keys if (name, step) not in rows]
+
     for number, run in enumerate(runs, start=1):
         # A run that lacks rows, and that no other process is at.
         folder = output / "runs" / run.name
         with ExitStack() as stack:
-            rows = read_rows(output / "rows.jsonl", runs)
-            if rows.keys() >= set(run.keys):
+            if not due(run):
                 continue
             folder.parent.mkdir(exist_ok=True)
             try:
@@ -79,14 +84,15 @@ def _run_study(study: StudyConfig, runs: list[Run], output: Path) -> int:
             except BlockingIOError:
                 print(f"\nrun {number} of {len(runs)}: {run.name} is another process's", flush=True)
                 continue
-            rows = read_rows(output / "rows.jsonl", runs)  # which that process may have written just now
+            if not (steps := due(run)):  # that process has just ended
+                continue
 
             # Train it, and measure it at its steps.
             print(f"\nrun {number} of {len(runs)}: {run.name} ({'resumed ' * folder.exists()}in {folder})", flush=True)
             try:
                 code = _train(run, folder)
-                for step in () if code else [step for name, step in run.keys if (name, step) not in rows]:
-                    _add(_row(run, folder, step, references, revision), study, runs, output)
+                for step in () if code else steps:
+                    _add(_row(run, folder, step, references, revision), output)
             except NonFiniteError as error:
                 print(f"error: {error}")
                 code = NONFINITE
@@ -97,28 +103,27 @@ def _run_study(study: StudyConfig, runs: list[Run], output: Path) -> int:
                 if code == STOPPED:
                     return code
                 failed = code  # that run diverged; the others need not wait
-            elif study.score_at:  # for which checkpoints were kept
+                continue
+            if study.score_at:  # for which checkpoints were kept
                 shutil.rmtree(RunFolder(folder).checkpoints, ignore_errors=True)
-    with RunFolder(output).locked(MARKS, wait=True):
-        count = _report(study, runs, output)
-    print(f"{output}: rows.jsonl, table.md and, if there is a baseline, differences.png of {count} rows")
+            _report(study, runs, output)
+    print(f"{output}: rows.jsonl, table.md and, if there is a baseline, plots of {_report(study, runs, output)} rows")
     return failed
 
 
-def _add(row: Row, study: StudyConfig, runs: list[Run], output: Path) -> None:
-    """Keep a row; table and plot show all there are."""
+def _add(row: Row, output: Path) -> None:
     file = output / "rows.jsonl"
     with RunFolder(output).locked(MARKS, wait=True):
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         write_text(file, "\n".join([*lines, json.dumps(row.model_dump(mode="json"))]) + "\n")
-        _report(study, runs, output)
 
 
 def _report(study: StudyConfig, runs: list[Run], output: Path) -> int:
-    """Write table and plot of the rows so far, in the order of the study; return how many there are."""
-    rows = read_rows(output / "rows.jsonl", runs)
-    if finished := [rows[key] for run in runs for key in run.keys if key in rows]:
-        write_report(study, finished, output)
+    """Write table and plots of the rows so far, in the order of the study; return how many there are."""
+    with RunFolder(output).locked(MARKS, wait=True):
+        rows = read_rows(output / "rows.jsonl", runs)
+        if finished := [rows[key] for run in runs for key in run.keys if key in rows]:
+            write_report(study, finished, output)
     return len(finished)
 
 
