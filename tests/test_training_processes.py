@@ -110,6 +110,34 @@ def test_fsdp2_shards_blocks_and_trains_as_ddp_does(config_file: Path, runs: Pat
     assert run(config_file, runs / "fsdp", training__num_steps=52, training__checkpoint_every=50) == 0
 
 
+@pytest.mark.slow
+def test_muon_on_shards_trains_as_ddp_does(config_file: Path, tmp_path: Path) -> None:
+    muon = {"training.optimizer": "muon", "training.weight_decay": 0.1, "training.checkpoint_every": 50}
+
+    def job(name: str, num_steps: int) -> dict[str, Any]:
+        return {
+            "config": config_file,
+            "output": tmp_path / name,
+            "overrides": {"training.num_steps": num_steps, **muon},
+        }
+
+    assert train_in(2, [job("ddp", 50), job("ddp parts", 17), job("ddp parts", 50)], tmp_path)[0] == [0] * 3
+    codes, sharded = train_in(2, [job("fsdp", 50), job("fsdp parts", 17), job("fsdp parts", 50)], tmp_path, fsdp=True)
+    assert codes == [0] * 3
+    assert sharded[:3] == ["ViT5Block", "ViT5Block", "Learner"]
+    ddp, fsdp = weights(tmp_path / "ddp", 50), weights(tmp_path / "fsdp", 50)
+    assert_identical(ddp, weights(tmp_path / "ddp parts", 50))
+    assert_identical(fsdp, weights(tmp_path / "fsdp parts", 50))
+    assert ddp.keys() == fsdp.keys()
+    assert "optimizer/backbone.blocks.0.mlp.fc1.weight/momentum_buffer" in ddp
+    gap = np.abs(np.subtract(losses(tmp_path / "fsdp"), losses(tmp_path / "ddp"))).max()
+    print("FSDP2 against DDP:", gap, {name: (ddp[name] - fsdp[name]).abs().max().item() for name in ddp})
+    assert gap < 1e-3
+    for name in ddp:
+        if name.startswith(("model", "ema")):
+            assert (ddp[name] - fsdp[name]).abs().max() < 1e-4, name
+
+
 def start(config_file: Path, output: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     command = [*(launcher or (sys.executable,)), str(ROOT / "train.py"), str(config_file), "--output", str(output)]
     return subprocess.Popen(

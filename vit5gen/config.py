@@ -187,7 +187,8 @@ class TrainingConfig(Section):
     lora: LoraConfig | None = Field(
         None, description="options of trainable: lora, e.g. {rank: 16, targets: ['*.attn']}"
     )
-    optimizer: str = Field("adamw", description="name of the optimizer")
+    optimizer: str = Field("adamw", description="adamw, or muon: for the 2-D weights of blocks, AdamW for the rest")
+    optimizer_kwargs: PlugOptions = Field({}, description="options of the optimizer, e.g. {momentum: 0.9} of muon")
     learning_rate: Positive = Field(1e-4, description="peak learning rate")
     adam_betas: list[Decay] = Field([0.9, 0.999], min_length=2, max_length=2, description="decay rates of AdamW")
     weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")

@@ -18,7 +18,7 @@ from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError, choose, short
 from vit5gen.system.precision import PRECISIONS, find_compiler_fault, resolve
 from vit5gen.training.objectives import build_objectives, needing_image
-from vit5gen.training.optimizers import OPTIMIZERS
+from vit5gen.training.optimizers import OPTIMIZERS, build_optimizer
 from vit5gen.training.process import batch_sizes
 from vit5gen.training.trainable import choose_trainable
 
@@ -26,12 +26,15 @@ from vit5gen.training.trainable import choose_trainable
 def check_values(config: Config) -> None:
     """Raise `UserError` for wrong values that the types of the configuration cannot catch."""
     batch_sizes(config.training, processes().num_processes)
-    (channels, _, _), sampling = config.latent_shape, config.sampling
+    (channels, _, _), sampling, settings = config.latent_shape, config.sampling, config.training
+    choose("training.optimizer", settings.optimizer, OPTIMIZERS.names())
+    OPTIMIZERS.check(settings.optimizer, settings.optimizer_kwargs, "training.optimizer_kwargs")
     if config.training.init_from is None or config.training.init_digest is not None:  # else the model is not known yet
         with torch.device("meta"):
             model = build_model(config)
             choose_trainable(model, config.training)
             build_objectives(config.training, model, build_flow(config))
+            build_optimizer(model, settings)
         if model.config.patch_size == 1 and (width := model.config.hidden_size) < channels:
             found = f"model.hidden_size = {width} is below the {channels} channels of a latent"
             effect = f"at patch size 1 so narrow a model learns poorly (arXiv 2510.11690); {channels} or more is better"
@@ -46,7 +49,6 @@ def check_values(config: Config) -> None:
         advice = "set model.class_dropout_prob to e.g. 0.1, or sampling.guidance_scale to 1"
         raise UserError(f"sampling.guidance_scale = {sampling.guidance_scale}: {untrained}; {advice}")
     EXTRACTORS.check(*name_and_options(config.evaluation.extractor), "evaluation.extractor")
-    choose("training.optimizer", config.training.optimizer, OPTIMIZERS.names())
     for name in needing_image(config.training):
         if not config.data.from_images:
             raise UserError(f"training.objectives.{name}: needs images; set data.from_images to true")

@@ -59,6 +59,7 @@ class Cost:
     uncounted: tuple[str, ...] = ()  # objectives whose FLOPs are not known
     frozen: int = 0  # parameters of the model that are not trained
     of_adapters: int = 0  # parameters that are folded into others in the pipeline
+    one_moment: int = 0  # parameters of which the optimizer keeps one moment instead of two
 
     @property
     def trained(self) -> int:
@@ -159,14 +160,14 @@ def _trained_bytes(cost: Cost, config: Config) -> int:
 
 
 def optimizer_bytes(cost: Cost, config: Config) -> int:
-    """Return the size of the two moments of Adam."""
-    return 2 * _trained_bytes(cost, config)
+    """Return the size of the moments: two of Adam, one of the matrices of Muon."""
+    return (2 * cost.trained - cost.one_moment) * PRECISIONS[config.training.precision].weights.itemsize
 
 
 def memory_bytes(cost: Cost, config: Config, micro_batch_size: int, num_processes: int, sharded: bool = False) -> int:
     """Return the peak on each GPU; sharded: FSDP instead of DDP.
 
-    Weights, gradient and two moments of Adam, the averages, DDP's buckets, the cast weights of autocast, activations.
+    Weights, gradient and moments, the averages, DDP's buckets, the cast weights of autocast, activations.
     Not in it: the autoencoder (0.3 GB), CUDA's context, fragmentation, what compiling saves.
     """
     weights, trained = _weight_bytes(cost, config), _trained_bytes(cost, config)
@@ -216,7 +217,7 @@ def mfu(flops_per_second: float, gpu: str, precision: str) -> float:
 
 
 def checkpoint_bytes(cost: Cost, config: Config) -> int:
-    """Return the size of one checkpoint: weights, averages and two moments."""
+    """Return the size of one checkpoint: weights, averages and moments."""
     averages = len(config.training.ema_decays) * _trained_bytes(cost, config)
     return _weight_bytes(cost, config) + averages + optimizer_bytes(cost, config)
 

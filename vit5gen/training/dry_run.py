@@ -30,6 +30,7 @@ from vit5gen.training.batches import RandomLatents, SampleSource, micro_batches,
 from vit5gen.training.build import build_flow, build_model, check_values, settle_auto
 from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.objectives import OBJECTIVES, build_objectives, needing_image, shared_options
+from vit5gen.training.optimizers import build_optimizer
 from vit5gen.training.process import make_accelerator
 from vit5gen.training.run_folder import RunFolder, settle
 from vit5gen.training.trainable import choose_trainable
@@ -129,6 +130,7 @@ def run_cost(config: Config) -> cost.Cost:
         model = build_model(config)
         choose_trainable(model, config.training)
         objectives = build_objectives(config.training, model, build_flow(config))
+    groups = build_optimizer(model, config.training).param_groups
     found = cost.model_cost(model, config.training.precision, config.training.gradient_checkpointing)
     flops = cost.objective_flops(objectives, model, config)
     idle = {name: 1 - one.share(config.training.num_steps) for name, one in shared_options(config.training).items()}
@@ -138,6 +140,7 @@ def run_cost(config: Config) -> cost.Cost:
         objective_flops=sum(filter(None, flops.values())),
         idle_flops=round(sum((count or 0) * idle[name] for name, count in flops.items())),
         uncounted=tuple(name for name, count in flops.items() if count is None),
+        one_moment=sum(parameter.numel() for group in groups if group.get("muon") for parameter in group["params"]),
     )
 
 

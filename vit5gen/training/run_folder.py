@@ -73,9 +73,10 @@ def keep_origin(config: Config, recorded: dict[str, Any]) -> Config:
 
 
 def _accept(start: Path, fault: str, changes: list[str], accept_changes: bool) -> None:
-    """Refuse to resume ``start`` under changed conditions unless the user accepts that; with other classes always."""
-    if any(change.startswith(("classes ", "data.num_classes:")) for change in changes):
-        found = f"{start} {fault}: {'; '.join(changes)}; its label table is of its classes"
+    """Refuse to resume ``start`` under changed conditions unless the user accepts that; some always."""
+    if any(change.startswith(("classes ", "data.num_classes:", "training.optimizer:")) for change in changes):
+        reasons = "its label table is of its classes, and its moments are of its optimizer"
+        found = f"{start} {fault}: {'; '.join(changes)}; {reasons}"
         raise UserError(f"{found}. Restore them, or begin a new run with --training.init_from {start}")
     if changes and not accept_changes:
         advice = "Restore the recorded values, choose another --output, or add --accept-changes to resume with the new"

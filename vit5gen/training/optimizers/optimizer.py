@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -10,15 +9,16 @@ from torch import nn
 from vit5gen.config import TrainingConfig
 from vit5gen.registry import Registry
 
-# From groups of parameters with their weight decay to an optimizer.
-OPTIMIZERS: Registry[Callable[[list[dict[str, Any]], TrainingConfig], torch.optim.Optimizer]] = Registry("optimizer")
+# From a module and groups of its parameters with their weight decay to an optimizer.
+OPTIMIZERS: Registry[Callable[..., torch.optim.Optimizer]] = Registry("optimizer")
 
 
 def build_optimizer(module: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
     """Construct the optimizer ``training.optimizer``, which decays the matrices of layers.
 
     Not decayed are vectors (norms, biases, LayerScale), parameters that are no layer's ``weight`` (positions,
-    registers), and what a submodule's ``no_weight_decay()`` names, if it has that method.
+    registers), and what a submodule's ``no_weight_decay()`` names, if it has that method. Raises `UserError` for
+    options that do not fit.
     """
     excluded = {
         f"{prefix}.{name}".removeprefix(".")
@@ -31,7 +31,8 @@ def build_optimizer(module: nn.Module, training: TrainingConfig) -> torch.optim.
             groups[parameter.ndim >= 2 and name.endswith(".weight") and name not in excluded].append(parameter)
     decay = {True: training.weight_decay, False: 0.0}
     decayed = [{"params": params, "weight_decay": decay[kind]} for kind, params in groups.items() if params]
-    return OPTIMIZERS.get(training.optimizer)(decayed, training)
+    options, where = training.optimizer_kwargs, "training.optimizer_kwargs"
+    return OPTIMIZERS.build(training.optimizer, options, where, module, decayed, training)
 
 
 def learning_rate(step: int, training: TrainingConfig) -> float:
