@@ -243,3 +243,26 @@ def test_bad_input_ends_with_code_2(done: Path, capsys: pytest.CaptureFixture[st
         assert caught.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert not (done / "new").exists()
+
+
+def test_an_objective_costs_while_it_is_active_and_muon_its_products(tmp_path: Path) -> None:
+    """FLOPs of each step, from the shapes of what is multiplied."""
+    grid = {
+        "lever": {
+            "none": {},
+            "short": {"training.objectives": {"flow": {}, "self_alignment": {"tap": 1, "stop_at": 3}}},
+            "long": {"training.objectives": {"flow": {}, "self_alignment": {"tap": 1}}},
+            "muon": {"training.optimizer": "muon"},
+        }
+    }
+    _, runs = read_study(write_study(tmp_path, grid=grid, baseline={}, seeds=[0]))
+    flops = {run.levels["lever"]: [runner.cost_so_far(run.config, step)[1] for step in (2, 4)] for run in runs}
+    plain = flops["none"][0] // 2
+    assert flops["none"][1] == 4 * plain
+    added = flops["long"][0] // 2 - plain
+    assert added > 0
+    assert flops["short"] == [2 * (plain + added), 4 * plain + 3 * added]
+    # Five iterations of x x^T, its square, and a polynomial of it times x.
+    width, shapes = 32, [(3 * 32, 32), (32, 32), (4 * 32, 32), (32, 4 * 32), (6 * 32, 32)]
+    products = 2 * 5 * sum(2 * (2 * width**2 * max(shape) + width**3) for shape in shapes)
+    assert flops["muon"] == [steps * (plain + products) for steps in (2, 4)]

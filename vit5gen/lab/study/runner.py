@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from vit5gen.config import Config, load_recorded, read_yaml
 from vit5gen.data.autoencoders.find_autoencoder import load_autoencoder
@@ -27,11 +28,13 @@ from vit5gen.system.distributed import start_processes
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import locked_file, write_text
 from vit5gen.system.precision import PRECISIONS
+from vit5gen.training.build import build_model
 from vit5gen.training.checkpoint import step_name
 from vit5gen.training.dry_run import run_cost
 from vit5gen.training.export import pipeline_of_run
 from vit5gen.training.held_out import check_count, held_out_loss
 from vit5gen.training.loop import train
+from vit5gen.training.optimizers.muon import block_matrices, orthogonalise
 from vit5gen.training.process import NONFINITE, RESUME, STOPPED
 from vit5gen.training.reference_moments import TrainingReference, build_reference
 from vit5gen.training.run_folder import CHANGEABLE, RunFolder, differences
@@ -163,26 +166,41 @@ def _row(run: Run, folder: Path, step: int, references: References, revision: st
     else:
         pipe, *_ = pipeline_of_run(run_folder.checkpoints / step_name(step), None, None)
     recorded = load_recorded(run_folder.config)  # which knows the number of classes
-    images = config.training.global_batch_size * np.diff(steps)
+    (parameters, flops), batch_size = cost_so_far(recorded, step), config.training.global_batch_size
     return Row(
         run=run.name,
         levels=run.levels,
         seed=run.seed,
         commit=revision,
         steps=step,
-        parameters=run_cost(recorded).parameters,
-        training_flops=training_flops(recorded, step),
+        parameters=parameters,
+        training_flops=flops,
         loss=lines[-1]["loss"],
         **measure(pipe, config, references),
-        seconds=float(images @ [1 / line["images_per_second"] for line in lines]),
+        seconds=float(batch_size * np.diff(steps) @ [1 / line["images_per_second"] for line in lines]),
         settings=config,
     )
 
 
-def training_flops(config: Config, steps: int) -> int:
-    """Return the FLOPs of the first steps of a run; an objective counts in the steps in which it is active."""
-    cost = run_cost(config)
-    return cost.training_flops * config.training.global_batch_size * steps
+def cost_so_far(config: Config, steps: int) -> tuple[int, int]:
+    """Return the parameters of a run, and the FLOPs of its first steps.
+
+    With them count an objective in the steps in which it is active, an encoder for each image whether its features are
+    stored or not, and the products of Muon, which are not few for a small model.
+    """
+    stored = "features", "shards"
+    objectives = {
+        name: {key: value for key, value in given.items() if (key, value) != stored}
+        for name, given in config.training.objectives.items()
+    }
+    settings = config.training.model_copy(update={"num_steps": steps, "objectives": objectives})
+    cost, of_step = run_cost(config.model_copy(update={"training": settings})), 0
+    if settings.optimizer == "muon":
+        with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+            for weight in block_matrices(build_model(config)):
+                orthogonalise(weight, weight.dtype)
+        of_step = counter.get_total_flops()
+    return cost.parameters, (cost.training_flops * settings.global_batch_size + of_step) * steps
 
 
 def measure(pipe: SiTPipeline, config: Config, references: References) -> dict[str, Any]:
