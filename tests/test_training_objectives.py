@@ -136,7 +136,8 @@ def test_the_images_are_there_for_the_objective_that_asks(config_file: Path, tmp
     [
         ({"flwo": {}}, "objective: 'flwo' is not known; expected one of .*Did you mean 'flow'"),
         ({"flow": {"tap": 1}}, r"training.objectives.flow: 'tap' is not an option of 'flow'"),
-        ({"flow": {"weight": 0}}, "training.objectives.flow: weight = 0: set it to a number greater than 0"),
+        ({"flow": {"weight": -1}}, "training.objectives.flow: weight = -1: set it to a number greater than or equal"),
+        ({"flow": {"weight": 0}}, "training.objectives: every weight is 0; set one to a number greater than 0"),
         ({"test-look-ahead": {"early": 0}}, r"training.objectives.test-look-ahead: early = 0"),
         ({"test-look-ahead": {"early": "one"}}, r"training.objectives.test-look-ahead: early = 'one'"),
         ({"test-look-ahead": {"late": 3}}, r"test-look-ahead: tap 3 does not exist; expected 1 to 2"),

@@ -32,7 +32,7 @@ from vit5gen.system.precision import PRECISIONS
 from vit5gen.system.progress import Progress
 from vit5gen.training.build import check_values
 from vit5gen.training.checkpoint import read_state
-from vit5gen.training.objectives import OBJECTIVES, Batch
+from vit5gen.training.objectives import Batch, needing_image
 from vit5gen.training.process import batch_sizes, signals_blocked
 from vit5gen.training.random import data_index, sample_draws
 from vit5gen.training.run_folder import check_data
@@ -219,7 +219,7 @@ def micro_batches(
     """Yield this process's micro-batches (see `TrainingSet`) from ``first_step`` to the last, images encoded."""
     settings, workers, on_gpu = config.training, config.data.num_workers, accelerator.device.type == "cuda"
     dtype = PRECISIONS[settings.precision].weights
-    keeps_image = any(OBJECTIVES.get(name).needs_image for name in settings.objectives)
+    keeps_image = bool(needing_image(settings))
     keys = batch_keys(settings, first_step, accelerator.process_index, accelerator.num_processes)
     # Forked, workers would inherit the state of CUDA and of the trainer's threads.
     start: dict[str, Any] = {"num_workers": workers, "multiprocessing_context": "spawn"} if workers else {}

@@ -17,7 +17,7 @@ from vit5gen.registry import name_and_options
 from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError, choose, short
 from vit5gen.system.precision import PRECISIONS, find_compiler_fault, resolve
-from vit5gen.training.objectives import OBJECTIVES, build_objectives
+from vit5gen.training.objectives import build_objectives, needing_image
 from vit5gen.training.optimizers import OPTIMIZERS
 from vit5gen.training.process import batch_sizes
 from vit5gen.training.trainable import choose_trainable
@@ -47,8 +47,8 @@ def check_values(config: Config) -> None:
         raise UserError(f"sampling.guidance_scale = {sampling.guidance_scale}: {untrained}; {advice}")
     EXTRACTORS.check(*name_and_options(config.evaluation.extractor), "evaluation.extractor")
     choose("training.optimizer", config.training.optimizer, OPTIMIZERS.names())
-    for name in config.training.objectives:
-        if OBJECTIVES.get(name).needs_image and not config.data.from_images:
+    for name in needing_image(config.training):
+        if not config.data.from_images:
             raise UserError(f"training.objectives.{name}: needs images; set data.from_images to true")
     source = make_source(config.data)
     if source.splits is not None:

@@ -54,7 +54,8 @@ class Cost:
     activation_bytes: int
     recomputes: bool
     of_objectives: int = 0  # parameters that are trained but are not part of the pipeline
-    objective_flops: int = 0  # of their forward and backward passes
+    objective_flops: int = 0  # of their forward and backward passes while they are active
+    idle_flops: int = 0  # of these, what steps in which they are not save on average
     uncounted: tuple[str, ...] = ()  # objectives whose FLOPs are not known
     frozen: int = 0  # parameters of the model that are not trained
     of_adapters: int = 0  # parameters that are folded into others in the pipeline
@@ -66,7 +67,7 @@ class Cost:
 
     @property
     def training_flops(self) -> int:
-        return self.forward_flops + self.backward_flops + self.objective_flops
+        return self.forward_flops + self.backward_flops + self.objective_flops - self.idle_flops
 
     @property
     def executed_flops(self) -> int:

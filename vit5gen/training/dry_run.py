@@ -29,7 +29,7 @@ from vit5gen.training import cost, initial
 from vit5gen.training.batches import RandomLatents, SampleSource, micro_batches, open_training_data
 from vit5gen.training.build import build_flow, build_model, check_values, settle_auto
 from vit5gen.training.loop import build_trainer, train_step
-from vit5gen.training.objectives import OBJECTIVES, build_objectives
+from vit5gen.training.objectives import OBJECTIVES, build_objectives, needing_image, shared_options
 from vit5gen.training.process import make_accelerator
 from vit5gen.training.run_folder import RunFolder, settle
 from vit5gen.training.trainable import choose_trainable
@@ -101,7 +101,7 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
 
     # A few steps, or why there are none.
     encoded = config.data.latents is not None or config.data.from_images
-    pictures = any(OBJECTIVES.get(name).needs_image for name in config.training.objectives)
+    pictures = bool(needing_image(config.training))
     if (absent or not encoded or source.preparation()) and on_cpu and not pictures and step < LONGEST_STEP:
         trial = _synthetic(config, accelerator)
     elif absent:
@@ -128,13 +128,15 @@ def run_cost(config: Config) -> cost.Cost:
     with torch.device("meta"):
         model = build_model(config)
         choose_trainable(model, config.training)
-        _, objectives, _ = build_objectives(config.training, model, build_flow(config))
+        objectives = build_objectives(config.training, model, build_flow(config))
     found = cost.model_cost(model, config.training.precision, config.training.gradient_checkpointing)
     flops = cost.objective_flops(objectives, model, config)
+    idle = {name: 1 - one.share(config.training.num_steps) for name, one in shared_options(config.training).items()}
     return replace(
         found,
         of_objectives=sum(parameter.numel() for parameter in objectives.parameters()),
         objective_flops=sum(filter(None, flops.values())),
+        idle_flops=round(sum((count or 0) * idle[name] for name, count in flops.items())),
         uncounted=tuple(name for name, count in flops.items() if count is None),
     )
 
@@ -150,6 +152,8 @@ def describe(config: Config, found: cost.Cost, num_processes: int = 1) -> list[s
     part = f"trained:  {trained:,} parameters ({trained / found.parameters:.2%}), optimizer of {moments:,} bytes"
     forward, backward = _short(found.forward_flops / 1e9), _short(found.backward_flops / 1e9)
     extra = f", {_short(found.objective_flops / 1e9)} G in objectives" if found.objective_flops else ""
+    if found.idle_flops:
+        extra += f" while active ({_short((found.objective_flops - found.idle_flops) / 1e9)} G on average)"
     if found.uncounted:
         extra += f" (not counted: {', '.join(found.uncounted)}, which cannot run on torch's meta device)"
     return [
@@ -240,7 +244,7 @@ def missing(config: Config) -> dict[str, str]:
     absent |= find_autoencoder.missing(config.vae.name) | initial.missing(config)
     if not (unneeded and images):  # without images there is no distance
         absent |= registry.missing(EXTRACTORS.get(registry.name_and_options(config.evaluation.extractor)[0]))
-    for name in config.training.objectives:
+    for name in shared_options(config.training):
         absent |= registry.missing(OBJECTIVES.get(name))
     return absent | registry.missing(BACKBONES.get(config.model.backbone))
 

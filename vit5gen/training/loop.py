@@ -33,19 +33,15 @@ class Learner(nn.Module):
     def __init__(self, config: Config, weights: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         self.model, self.flow = build_model_to_train(config, weights), build_flow(config)
-        self.weights, self.objectives, self.asked = build_objectives(config.training, self.model, self.flow)
-        self.taps = tuple(sorted({k for taps in self.asked.values() for k in taps}))
+        self.objectives = build_objectives(config.training, self.model, self.flow)
         self._no_split_modules = self.model._no_split_modules  # what FSDP wraps
 
     def forward(self, batch: Batch, step: int) -> Tensor:
         """Return the weighted mean loss of every objective, (K,)."""
-        output = self.model(batch.x_t, batch.t, batch.labels, taps=self.taps)
-        prediction, hidden = output if self.taps else (output, {})
-        losses = []
-        for name, objective in self.objectives.items():
-            asked = {k: hidden[k] for k in self.asked[name]}
-            losses.append(self.weights[name] * objective(prediction, asked, batch, step).mean())
-        return torch.stack(losses)
+        taps = self.objectives.taps_at(step)
+        output = self.model(batch.x_t, batch.t, batch.labels, taps=taps)
+        prediction, hidden = output if taps else (output, {})
+        return self.objectives(prediction, hidden, batch, step)
 
 
 def build_trainer(config: Config, accelerator: Accelerator, weights: Mapping[str, Tensor] | None = None) -> Trainer:

@@ -20,7 +20,7 @@ from vit5gen.registry import missing_packages
 from vit5gen.system.cpu import keep_freed_memory
 from vit5gen.system.distributed import has_launcher, start_processes
 from vit5gen.system.errors import UserError
-from vit5gen.training.objectives import OBJECTIVES
+from vit5gen.training.objectives import OBJECTIVES, shared_options
 
 STOPPED = 75  # exit code after SIGTERM or SIGINT: saved, the same command resumes (EX_TEMPFAIL)
 NONFINITE = 70  # exit code after too many non-finite steps in a row (EX_SOFTWARE)
@@ -39,7 +39,7 @@ def make_accelerator(settings: TrainingConfig, output: Path) -> Accelerator:
     start_processes()
     keep_freed_memory(large=not settings.gradient_checkpointing)
     # A part of an objective need not have a gradient in every step.
-    train_all = all(OBJECTIVES.get(name).trains_all for name in settings.objectives)
+    train_all = all(OBJECTIVES.get(name).trains_all and one.always for name, one in shared_options(settings).items())
     # Where a run of an earlier version has its events, accelerate's folder for the project, they stay together.
     board = TensorBoardTracker("vit5gen" if (output / "vit5gen").is_dir() else "tensorboard", output)
     parts_unused = DistributedDataParallelKwargs(find_unused_parameters=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,7 +14,7 @@ from vit5gen.config import TrainingConfig
 from vit5gen.flow import Flow
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.registry import Registry
-from vit5gen.section import Positive, Section, validate
+from vit5gen.section import Natural, NonNegative, Section, validate
 from vit5gen.system.errors import UserError
 
 
@@ -44,8 +44,9 @@ class Objective(nn.Module):
     """Base of objectives: ``forward(prediction, hidden, batch, step)`` returns the loss of every sample (B,).
 
     prediction (B, C, h, w) is the model's; hidden holds ``{k: state (B, N, D) after k blocks}`` for k in ``taps``,
-    which the constructor sets; step is 0-based. Its parameters are optimised, averaged, checkpointed and resumed with
-    the model's, but are not part of the pipeline. Options are the keyword-only arguments of the constructor.
+    which the constructor sets; step is 0-based, and within the steps of `SharedOptions`. Its parameters are optimised,
+    averaged, checkpointed and resumed with the model's, but are not part of the pipeline. Options are the keyword-only
+    arguments of the constructor.
     A static method ``missing()`` may return what this machine lacks for it, each with how to get it.
     needs_image: whether the batch must hold the image, for which the run needs ``data.from_images``.
     trains_all: whether every step gives each parameter, the model's too, a gradient, so that processes need not look
@@ -80,30 +81,97 @@ register_objective = OBJECTIVES.register
 
 
 class SharedOptions(Section):
-    """The options of every objective, beside its own."""
+    """The options of every objective, beside its own; steps are 0-based."""
 
-    weight: Annotated[Positive, Field(le=1e6)] = Field(1.0, description="factor of its loss in the sum")
+    weight: Annotated[NonNegative, Field(le=1e6)] = Field(1.0, description="factor of its loss in the sum; 0: omitted")
+    start: Natural = Field(0, description="first step with it")
+    stop_at: Natural | None = Field(None, description="first step without it; default: it stays to the end")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "SharedOptions":
+        if self.stop_at is not None and self.stop_at <= self.start:
+            order = "is" if self.stop_at == self.start else "comes before"
+            raise ValueError(f"stop_at = {self.stop_at}: {order} start = {self.start}; set it to a later step")
+        return self
+
+    @property
+    def always(self) -> bool:
+        """Whether it is active in every step."""
+        return self.start == 0 and self.stop_at is None
+
+    def active(self, step: int) -> bool:
+        """Whether it is part of what the step minimises; otherwise it costs nothing."""
+        return self.start <= step and (self.stop_at is None or step < self.stop_at)
+
+    def share(self, num_steps: int) -> float:
+        """Return in which part of so many steps it is active."""
+        end = num_steps if self.stop_at is None else min(self.stop_at, num_steps)
+        return max(end - self.start, 0) / num_steps
 
 
-def _check_objective(name: str, given: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
-    """Return the weight of an objective and its own options; raise `UserError` for what does not fit."""
+def _check_objective(name: str, given: Mapping[str, Any]) -> tuple[SharedOptions, dict[str, Any]]:
+    """Return the shared options of an objective and its own; raise `UserError` for what does not fit."""
     where = f"training.objectives.{name}"
-    if "." in name or hasattr(nn.ModuleDict, name):
+    if "." in name or hasattr(Objectives, name):
         raise UserError(f"{where}: {name!r} is not a valid module name; choose another name")
-    shared = {key: value for key, value in given.items() if key in SharedOptions.model_fields}
+    declared = OBJECTIVES.options(name).keys() - {"weight"}  # a stop_at that the plug declares is its own
+    shared = {key: value for key, value in given.items() if key in SharedOptions.model_fields.keys() - declared}
     own = {key: value for key, value in given.items() if key not in shared}
-    return validate(SharedOptions, shared, where).weight, OBJECTIVES.check(name, own, where)
+    return validate(SharedOptions, shared, where), OBJECTIVES.check(name, own, where)
 
 
-def build_objectives(
-    training: TrainingConfig, model: SiTTransformer2DModel, flow: Flow
-) -> tuple[dict[str, float], nn.ModuleDict, dict[str, tuple[int, ...]]]:
-    """Return weights, objectives and the taps that each asks for, by name, as ``training.objectives`` lists them.
-
-    Parameters start from ``training.seed``, in the model's type. Raises `UserError` for an unknown name, options that
-    do not fit, or a tap that the model lacks.
-    """
+def _check_objectives(training: TrainingConfig) -> dict[str, tuple[SharedOptions, dict[str, Any]]]:
+    """Return the options of the objectives that a run has, without those of weight 0, by name."""
     checked = {name: _check_objective(name, given) for name, given in training.objectives.items()}
+    checked = {name: options for name, options in checked.items() if options[0].weight > 0}
+    if not checked:
+        raise UserError("training.objectives: every weight is 0; set one to a number greater than 0, or add flow: {}")
+    shared = [one for one, _ in checked.values()]
+    for step in sorted({0, *(one.stop_at for one in shared if one.stop_at is not None)}):
+        if step < training.num_steps and not any(one.active(step) for one in shared):
+            raise UserError(f"training.objectives: none is active at step {step}; set start or stop_at so that one is")
+    return checked
+
+
+def shared_options(training: TrainingConfig) -> dict[str, SharedOptions]:
+    """Return the shared options of the objectives that a run has, by name, building none; raises `UserError`."""
+    return {name: shared for name, (shared, _) in _check_objectives(training).items()}
+
+
+def needing_image(training: TrainingConfig) -> dict[str, SharedOptions]:
+    """Return the shared options of those objectives for which the batch holds the image while they are active."""
+    return {name: shared for name, shared in shared_options(training).items() if OBJECTIVES.get(name).needs_image}
+
+
+class Objectives(nn.ModuleDict):
+    """The objectives of a run by name, in their order, with the shared options and the taps of each."""
+
+    def __init__(self, objectives: Mapping[str, Objective], shared: Mapping[str, SharedOptions]) -> None:
+        super().__init__(objectives)
+        self._shared, self._asked = shared, {name: tuple(one.taps) for name, one in objectives.items()}
+
+    def taps_at(self, step: int) -> tuple[int, ...]:
+        """Return the taps that the objectives active at ``step`` ask for."""
+        return tuple(sorted({k for name, taps in self._asked.items() if self._shared[name].active(step) for k in taps}))
+
+    def forward(self, prediction: Tensor, hidden: dict[int, Tensor], batch: Batch, step: int) -> Tensor:
+        """Return the weighted mean loss of every objective, (K,); one that is not active has 0 and is not called."""
+        losses = dict.fromkeys(self, batch.x1.new_zeros(()))
+        for name, objective in self.items():
+            if self._shared[name].active(step):
+                asked = {k: hidden[k] for k in self._asked[name]}
+                losses[name] = self._shared[name].weight * objective(prediction, asked, batch, step).mean()
+        return torch.stack(list(losses.values()))
+
+
+def build_objectives(training: TrainingConfig, model: SiTTransformer2DModel, flow: Flow) -> Objectives:
+    """Return the objectives that ``training.objectives`` lists, without those of weight 0.
+
+    Parameters start from ``training.seed``, in the model's type. Raises `UserError` for an
+    unknown name, options that do not fit, a step without an objective, or a tap that the model lacks.
+    """
+    checked = _check_objectives(training)
+    objectives: dict[str, Objective]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         objectives = {name: OBJECTIVES.get(name)(model, flow, **options) for name, (_, options) in checked.items()}
@@ -112,5 +180,4 @@ def build_objectives(
         if beyond := [k for k in objective.taps if not 1 <= k <= model.config.num_layers]:
             found = f"tap {beyond[0]} does not exist; expected 1 to {model.config.num_layers}"
             raise UserError(f"training.objectives.{name}: {found}")
-    weights = {name: weight for name, (weight, _) in checked.items()}
-    return weights, nn.ModuleDict(objectives), {name: tuple(one.taps) for name, one in objectives.items()}
+    return Objectives(objectives, {name: shared for name, (shared, _) in checked.items()})
