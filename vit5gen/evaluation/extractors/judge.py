@@ -1,6 +1,7 @@
 """Judges: small classifiers that ship with the package, trained on real images alone by examples/train_classifier.py.
 
-No objective of a generator sees their features. The card beside the weights has command, seed and held-out accuracy.
+No objective of a generator sees their features, unless a run aligns with one (`alignment`): then score it elsewhere. The
+card beside the weights has command, seed and held-out accuracy.
 """
 
 from collections.abc import Callable
@@ -41,6 +42,7 @@ def _judge(folder: str, name: str, device: torch.device, weights: Path | None, d
     network = timm.create_model(model, num_classes=len(classes), **card["settings"]["model_kwargs"])
     network.load_state_dict(load_weights(weights or FOLDER / folder / "weights.safetensors", digest))  # fp16 into fp32
     mean, std = (torch.tensor(use[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
+    to_map = partial(_map, use["input_size"], mean, std)
     return Extractor(
         name=name,
         metric=f"FD-{name}",
@@ -48,7 +50,7 @@ def _judge(folder: str, name: str, device: torch.device, weights: Path | None, d
         weights_sha256=digest,
         settings={"model": model, "resize": "bilinear, antialiased, float32, half-pixel centres", **use},
         network=network.to(device).eval().requires_grad_(False),
-        features=partial(_features, to_map := partial(_map, use["input_size"], mean, std)),
+        features=partial(_features, to_map),
         map=to_map,
         device=device,
         num_classes=len(classes),
