@@ -209,7 +209,7 @@ def _shard_name(number: int) -> str:
 
 
 def _reserve(folder: Path, count: int, size: int) -> None:
-    """Print what the shards of ``count`` images of ``size`` bytes will take; `UserError` unless the disk has as much."""
+    """Print what the shards of ``count`` images of ``size`` bytes will take; `UserError` unless the disk has that."""
     needed = count * size / 1e9
     try:
         folder.mkdir(parents=True, exist_ok=True)

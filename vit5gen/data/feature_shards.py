@@ -36,14 +36,14 @@ def _make_shard(
     encode: ToFeatures, config: Config, images: ImageSet, progress: Progress
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors of one shard; no image is left out, as those that are broken were before."""
-    parts, indices = [], DataLoader(range(len(images)), config.vae.batch_size, collate_fn=list)  # type: ignore[arg-type]
-    for chosen in indices:
-        pixels = images.stack(chosen)
+    parts: list[Tensor] = []
+    indices: Any = range(len(images))  # which the workers turn into images
+    loader = DataLoader(indices, config.vae.batch_size, num_workers=config.data.num_workers, collate_fn=images.stack)
+    for pixels in loader:
         views = (pixels, pixels.flip(-1))[: 1 + config.data.horizontal_flip]
         parts.append(torch.stack([encode(view).cpu().half() for view in views], 1))
         if not all_finite(parts[-1]):
-            raise UserError(
-                f"features of images from {images.name(chosen[0])} overflow float16; set features to images"
-            )
-        progress.update(len(chosen))
+            found = f"features of {images.name(config.vae.batch_size * (len(parts) - 1))}, or of one of the next"
+            raise UserError(f"{found}, overflow float16; set features of the objective to images")
+        progress.update(len(pixels))
     return {"features": torch.cat(parts), "labels": images.labels}, []

@@ -36,10 +36,8 @@ class Encoder:
     def missing(self) -> dict[str, str]:
         """Return what this machine lacks for it, and how to get it."""
         if self.weights is not None:
-            absent = {} if Path(self.weights).is_file() else {self.weights: f"weights of {self.name}, as timm has them"}
-        else:
-            absent = registry.missing(EXTRACTORS.get(self.name)) if self.name in OFFLINE else self._space.missing()
-        return absent
+            return {} if Path(self.weights).is_file() else {self.weights: f"weights of {self.name}, as timm has them"}
+        return registry.missing(EXTRACTORS.get(self.name)) if self.name in OFFLINE else self._space.missing()
 
     def load(self, device: torch.device) -> tuple[ToMap, str]:
         """Return what encodes images, and the SHA-256 of its weights; on the meta device timm's have none.
@@ -51,8 +49,7 @@ class Encoder:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             if self.name in OFFLINE:
                 found = load_extractor(self.name, device, file)
-                assert found.map is not None
-                return partial(found.map, found.network, side=self.side), found.weights_sha256
+                return lambda images: found.map(found.network, images, self.side), found.weights_sha256  # type: ignore[misc]
             if device.type == "meta":
                 return partial(self._space.map, _on_meta(self.name, self.side)), ""
             found = self._space(device, file, None)
@@ -61,8 +58,8 @@ class Encoder:
     @property
     def _space(self) -> Space:
         assert self.side is not None
-        option = {"options": _sized(self.name, self.side), "option": "encoder_weights"}
-        return Space(self.name, self.name, self.side, "float", "cls", **option)
+        sized = _sized(self.name, self.side)
+        return Space(self.name, self.name, self.side, "float", "cls", options=sized, option="encoder_weights")
 
 
 def find_encoder(name: str, grid: int, side: int | None, weights: str | None) -> Encoder:

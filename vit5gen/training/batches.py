@@ -1,10 +1,11 @@
 """Where training samples come from: latent shards, or images that are encoded again in every step."""
 
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -34,7 +35,7 @@ from vit5gen.system.precision import PRECISIONS
 from vit5gen.system.progress import Progress
 from vit5gen.training.build import build_objectives_on_meta, check_values
 from vit5gen.training.checkpoint import read_state
-from vit5gen.training.objectives import Batch, SharedOptions, needing_image
+from vit5gen.training.objectives import Batch, Objective, SharedOptions, needing_image
 from vit5gen.training.process import batch_sizes, signals_blocked
 from vit5gen.training.random import data_index, sample_draws
 from vit5gen.training.run_folder import check_data
@@ -154,14 +155,19 @@ def open_training_data(
     # How many images were left out is known only now.
     broken = {"broken": data["samples"] - len(source)}
     check(broken)
-    return _with_more(config, accelerator, source), vae, data | broken
+    return (
+        _with_more(config, accelerator, source, 0 if start is None else read_state(start)["step"]),
+        vae,
+        data | broken,
+    )
 
 
 def _with_more(
-    config: Config, accelerator: Accelerator, source: ImageSet | LatentDataset
+    config: Config, accelerator: Accelerator, source: ImageSet | LatentDataset, first_step: int
 ) -> ImageSet | LatentDataset | WithMore:
-    """Return what a run trains on with the images, or their features, that its objectives need beside it."""
-    if not (wanted := needing_image(config.training)):
+    """Return what a run trains on, with the images or their features where objectives will still need them."""
+    wanted = {k: one for k, one in needing_image(config.training).items() if (one.stop_at or math.inf) > first_step}
+    if not wanted:
         return source
     images = source if isinstance(source, ImageSet) else open_images(config.data)
     if isinstance(source, LatentDataset):
@@ -169,11 +175,10 @@ def _with_more(
             images = images_of(source, replace(images, digest=partial(str, images.digest())), config)
     more: dict[str, Callable[[int, bool], Tensor]] = {}
     objectives = build_objectives_on_meta(config)
-    for name in wanted:
-        if objectives[name].stored:
-            more["features"] = ensure_features(
-                images, *objectives[name].load_encoder(accelerator.device), config
-            ).features
+    for objective in (cast(Objective, objectives[name]) for name in wanted):
+        if objective.stored:
+            encode_once, settings = objective.load_encoder(accelerator.device)
+            more["features"] = ensure_features(images, encode_once, settings, config).features
         elif isinstance(source, LatentDataset):
             more["image"] = images.view
     return WithMore(source, more, wanted)
@@ -282,7 +287,7 @@ def micro_batches(
             sample = {name: value.to(accelerator.device, non_blocking=True) for name, value in sample.items()}
             image = sample.get("image")
             if "posterior" in sample and vae is not None:  # the image's latents, drawn with the given noise
-                mean, std = encode(vae, image)
+                mean, std = encode(vae, sample["image"])
                 sample["x1"] = mean + std * sample["posterior"]
             x1, x0, empty = sample["x1"].to(dtype), sample["x0"].to(dtype), sample["x1"].new_empty(0)
             draws = (sample["uniform"], sample["position"], first)

@@ -48,7 +48,9 @@ def check_values(config: Config) -> None:
     EXTRACTORS.check(*name_and_options(config.evaluation.extractor), "evaluation.extractor")
     choose("training.optimizer", config.training.optimizer, OPTIMIZERS.names())
     if (wanted := needing_image(config.training)) and config.data.source_kwargs.get("streaming"):
-        found = f"training.objectives.{next(iter(wanted))}: needs images in any order, but data.source_kwargs: streaming"
+        found = (
+            f"training.objectives.{next(iter(wanted))}: needs images in any order, but data.source_kwargs: streaming"
+        )
         raise UserError(f"{found} reads them in order; set it to false")
     source = make_source(config.data)
     if source.splits is not None:

@@ -1,7 +1,7 @@
 """Judges: small classifiers that ship with the package, trained on real images alone by examples/train_classifier.py.
 
-No objective of a generator sees their features, unless a run aligns with one (`alignment`): then score it elsewhere. The
-card beside the weights has command, seed and held-out accuracy.
+No objective of a generator sees their features, unless a run aligns with one (`alignment`): score it in another space.
+The card beside the weights has command, seed and held-out accuracy.
 """
 
 from collections.abc import Callable
