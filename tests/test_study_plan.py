@@ -124,7 +124,17 @@ def test_bad_studies_are_one_line(tmp_path: Path, changes: dict[str, Any], messa
 def test_shipped_studies_are_valid(study: Path) -> None:
     plan, runs = read_study(study)
     assert f"{len(runs)} runs" in study.read_text()
-    assert len(plan.seeds) >= 3
+    assert len(plan.seeds) >= 3 or study.stem == "levers_rates"
+
+
+def test_rates_are_those_of_the_same_levers_from_another_seed() -> None:
+    levers, rates = (read_study(path)[0] for path in STUDIES if path.stem in ("levers", "levers_rates"))
+    rate = "training.learning_rate"
+    alone = {level: {key: v for key, v in keys.items() if key != rate} for level, keys in levers.grid["lever"].items()}
+    assert alone == rates.grid["lever"]
+    tried = {keys[rate] for keys in rates.grid["rate"].values()}
+    assert {keys[rate] for keys in levers.grid["lever"].values()} <= tried
+    assert not set(levers.seeds) & set(rates.seeds)
 
 
 def test_equal_flops_are_equal() -> None:

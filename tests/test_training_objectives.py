@@ -127,7 +127,13 @@ def test_the_weighted_sum_is_what_the_log_shows(config_file: Path, tmp_path: Pat
 def test_the_images_are_there_for_the_objective_that_asks(config_file: Path, tmp_path: Path) -> None:
     both = {"flow": {}, "test-image": {"weight": 1e-3}}
     for name, from_images in (("encoded", True), ("beside", False)):
-        run(config_file, tmp_path / name, training__objectives=both, data__from_images=from_images, training__num_steps=2)
+        run(
+            config_file,
+            tmp_path / name,
+            training__objectives=both,
+            data__from_images=from_images,
+            training__num_steps=2,
+        )
     seen = [
         [json.loads(line)["loss_test-image"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         for name in ("encoded", "beside")
