@@ -119,10 +119,13 @@ def _spent_alike(own: list[list[Row]], base: list[list[Row]], i: int, budget: st
 
 
 def find_verdicts(study: StudyConfig, found: list[Difference]) -> dict[tuple[str, str], str]:
-    """Return by change and measure what the last step says at equal steps, where all levels of `replicate` agree."""
+    """Return by change and measure what the last step says at equal steps, where all levels of `replicate` agree.
+
+    Runs that are still to come leave it open.
+    """
     signs: dict[tuple[str, str], list[int]] = {}
     for d in found:
-        if d.budget == "steps" and d.step == study.score_at[-1]:
+        if d.budget == "steps" and d.step == study.score_at[-1] and len(d.values) >= len(study.seeds):
             better = ((d.corrected[1] < 0) - (d.corrected[0] > 0)) * (-1 if d.measure in HIGHER else 1)
             signs.setdefault((d.change, d.measure), []).append(better)
     count = len(study.grid[study.replicate]) if study.replicate else 1

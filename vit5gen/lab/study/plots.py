@@ -44,7 +44,7 @@ def plot_curves(study: StudyConfig, curves: Curves) -> Figure:
     """Draw the mean held-out loss of the seeds over steps and FLOPs, with a panel for each level of `replicate`."""
     panels = list(study.grid[study.replicate]) if study.replicate else [""]
     figure = Figure(figsize=(1 + 4.5 * len(panels), 7.5), layout="constrained")
-    grid = figure.subplots(2, len(panels), sharex="row", sharey="col", squeeze=False)
+    grid = figure.subplots(2, len(panels), sharey="col", squeeze=False)
     for (line, budget), (column, panel) in itertools.product(zip(grid, BUDGETS, strict=False), enumerate(panels)):
         axes = line[column]
         cells = [levels for levels, _ in curves if not panel or (study.replicate, panel) in levels]

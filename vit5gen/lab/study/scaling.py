@@ -58,8 +58,9 @@ def find_trends(study: StudyConfig, curves: Curves) -> list[Trend]:
         seeds = [seed for seed in sizes[0][2] if all(seed in shared for _, _, shared in sizes)]
         if len(seeds) < 2 or len(sizes) < len(study.grid[str(study.replicate)]):  # unfinished
             continue
+        sides = [levels for levels, _, _ in sizes], [baseline for _, baseline, _ in sizes]
         for i in range(len(study.score_at)):
-            own, base = ([[curves[size[side], seed][i] for size in sizes] for seed in seeds] for side in (0, 1))
+            own, base = ([[curves[cell, seed][i] for cell in cells] for seed in seeds] for cells in sides)
             losses, reference = (
                 np.array([[row.held_out_loss for row in line] for line in cells]) for cells in (own, base)
             )
