@@ -21,7 +21,8 @@ RECIPES = sorted(ROOT.glob("configs/imagenet*/*.yaml"))
 OTHER_LATENTS = {"xl-1-rae": "nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08", "xl-1-vavae": "data/vavae-f16d32"}
 OTHER_LATENTS |= {"xl-1-dcae": "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", "b-16-pixels": "pixels"}
 SIT = [path for path in RECIPES if path.stem.startswith("sit-") and path.stem[4:] not in OTHER_LATENTS]
-VIT5 = [path for path in RECIPES if path.stem.startswith("vit5-")]
+SPEEDRUNS = [path for path in RECIPES if path.stem.endswith("-speedrun")]
+VIT5 = [path for path in RECIPES if path.stem.startswith("vit5-") and path not in SPEEDRUNS]
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +61,7 @@ def test_every_recipe_is_there() -> None:
     which = ("xl-1-rae", "xl-1-vavae", "b-16-pixels")
     expected |= {f"imagenet256-{kind}-{one}" for kind in ("sit", "vit5") for one in which}
     expected |= {"imagenet256-vit5-b-2-gamma1", "imagenet256-vit5-b-2-gate"}
+    expected |= {f"imagenet256-vit5-{size}-2-speedrun" for size in ("b", "xl")}
     assert {name(path) for path in RECIPES} == expected
 
 
@@ -74,6 +76,21 @@ def test_what_the_backbones_are_given() -> None:
     assert given.pop("imagenet256-vit5-b-2-gamma1") == {"gamma_init": 1.0}
     assert given.pop("imagenet256-vit5-b-2-gate") == {"layer_scale": "none"}
     assert set(map(str, given.values())) == {"{}"}
+
+
+@pytest.mark.parametrize("path", SPEEDRUNS, ids=name)
+def test_a_speedrun_changes_how_it_is_trained_not_what(path: Path) -> None:
+    plain = load_config(path.with_name(path.name.replace("-speedrun", "")))
+    config = load_config(path)
+    assert (config.model, config.data, config.vae) == (plain.model, plain.data, plain.vae)
+    assert config.evaluation == plain.evaluation
+    for key in ("num_steps", "global_batch_size", "learning_rate", "weight_decay", "ema_decays", "seed"):
+        assert getattr(config.training, key) == getattr(plain.training, key)
+    alignment = config.training.objectives["alignment"]
+    assert alignment["tap"] == {"B/2": 4, "XL/2": 8}[str(config.model.preset)]
+    assert alignment["stop_at"] < config.training.num_steps
+    assert (config.flow.time_distribution, config.flow.direction_weight) == ("logit_normal", 1)
+    assert config.training.num_steps % (config.training.ema_snapshot_every or 0) == 0
 
 
 @pytest.mark.parametrize("path", SIT, ids=name)
@@ -116,7 +133,7 @@ def test_dry_run_is_green_and_prints_what_the_head_says(
     head = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
     relative = path.relative_to(ROOT)
     assert any(line.startswith(f"{relative} --output runs/") for line in head)
-    for steps in (400_000, 7_000_000):
+    for steps in (400_000,) if path in SPEEDRUNS else (400_000, 7_000_000):
         printed = dry_run(capsys, path, "--training.num_steps", steps)
         facts = [line for line in printed if not line.startswith(("missing: ", "trial: "))]
         assert len(facts) == 6
@@ -135,7 +152,8 @@ def test_heads_and_page_give_the_same_published_figures() -> None:
     for path in RECIPES:
         figures = re.search(r"([\d.]+) at 200K steps, ([\d.]+) at 400K", path.read_text())
         if figures is None:
-            assert "gamma1" in path.stem or "gate" in path.stem or "512" in str(path) or "-2" not in path.stem
+            others = ("gamma1", "gate", "speedrun")
+            assert path.stem.endswith(others) or "512" in str(path) or "-2" not in path.stem
             continue
         row = next(line for line in page.splitlines() if line.startswith(f"| `{path.stem}`"))
         assert [cell.strip() for cell in row.split("|")[2:5:2]] == list(figures.groups()), path
