@@ -45,6 +45,8 @@ class Extractor:
     spatial features or logits. ``classes`` are the names of the logits, each with the share of held-out real images
     that they recognise. ``licences``: of the weights, by network, for the card. ``others``: dimensions of further
     spaces by name.
+    ``map``: returns what is pooled, by place (B, D, h, w), of ``(network, images, side)``, where images are resized to
+    that side, or to the extractor's own for None.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Extractor:
     classes: Mapping[str, float] = field(default_factory=dict)
     licences: dict[str, str] = field(default_factory=dict)
     others: Mapping[str, int] = field(default_factory=dict)
+    map: Callable[[nn.Module, Tensor, int | None], Tensor] | None = field(default=None, repr=False)
 
     @property
     def dims(self) -> dict[str, int]:

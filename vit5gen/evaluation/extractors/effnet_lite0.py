@@ -2,10 +2,11 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vit5gen.evaluation.features import Extractor, Features, load_weights, register_extractor
 from vit5gen.registry import missing_packages, needs
@@ -40,16 +41,20 @@ def effnet_lite0(device: torch.device, weights: Path | None, weights_sha256: str
         # twice as fast on CPU: depthwise convolutions
         network=network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False),
         features=_effnet_features,
+        map=_effnet_map,
         device=device,
         licences={"EffNetLite0@96": "Apache-2.0"} if digest == EFFNET_SHA256 else {},
     )
 
 
-def _effnet_features(network: nn.Module, images: Tensor) -> Features:
-    size = (EFFNET_SIDE, EFFNET_SIDE)
+def _effnet_features(network: Any, images: Tensor) -> Features:
+    return Features(pooled=network.forward_head(_effnet_map(network, images, None)))
+
+
+def _effnet_map(network: Any, images: Tensor, side: int | None) -> Tensor:
+    size = (side or EFFNET_SIDE,) * 2
     pixels = F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
-    pixels = (pixels / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-    return Features(pooled=network(pixels))
+    return network.forward_features((pixels / 127.5 - 1).contiguous(memory_format=torch.channels_last))
 
 
 def _package_file(package: str, file: str) -> Path:

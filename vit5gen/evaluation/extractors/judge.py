@@ -1,8 +1,10 @@
 """Judges: small classifiers that ship with the package, trained on real images alone by examples/train_classifier.py.
 
-No objective of a generator sees their features. The card beside the weights has command, seed and held-out accuracy.
+No objective of a generator sees their features, unless a run aligns with one (`alignment`): score it in another space.
+The card beside the weights has command, seed and held-out accuracy.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ def _judge(folder: str, name: str, device: torch.device, weights: Path | None, d
     network = timm.create_model(model, num_classes=len(classes), **card["settings"]["model_kwargs"])
     network.load_state_dict(load_weights(weights or FOLDER / folder / "weights.safetensors", digest))  # fp16 into fp32
     mean, std = (torch.tensor(use[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
+    to_map = partial(_map, use["input_size"], mean, std)
     return Extractor(
         name=name,
         metric=f"FD-{name}",
@@ -47,14 +50,20 @@ def _judge(folder: str, name: str, device: torch.device, weights: Path | None, d
         weights_sha256=digest,
         settings={"model": model, "resize": "bilinear, antialiased, float32, half-pixel centres", **use},
         network=network.to(device).eval().requires_grad_(False),
-        features=partial(_features, use["input_size"], mean, std),
+        features=partial(_features, to_map),
+        map=to_map,
         device=device,
         num_classes=len(classes),
         classes=classes,
     )
 
 
-def _features(side: int, mean: Tensor, std: Tensor, network: Any, images: Tensor) -> Features:
-    pixels = F.interpolate(images.float(), size=(side, side), mode="bilinear", align_corners=False, antialias=True)
-    pooled = network.forward_head(network.forward_features((pixels / 255 - mean) / std), pre_logits=True)
+def _features(to_map: Callable[[Any, Tensor, None], Tensor], network: Any, images: Tensor) -> Features:
+    pooled = network.forward_head(to_map(network, images, None), pre_logits=True)
     return Features(pooled=pooled, logits=network.get_classifier()(pooled))
+
+
+def _map(own_side: int, mean: Tensor, std: Tensor, network: Any, images: Tensor, side: int | None) -> Tensor:
+    size = (side or own_side,) * 2
+    pixels = F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
+    return network.forward_features((pixels / 255 - mean) / std)

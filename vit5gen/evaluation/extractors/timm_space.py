@@ -31,6 +31,7 @@ class Space:
     final norm), "mean" (of a map, over its places), "attention" (the network's own pool of tokens), or "head": what the
     network returns, projected and normalised to length 1.  as_dinov2: resample the positions as DINOv2's own code does,
     see `_positions`.  options: of ``timm.create_model``.  precision: "bf16" computes the network under autocast.
+    option: by which users name a file of weights.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Space:
     as_dinov2: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     precision: Literal["fp32", "bf16"] = "fp32"
+    option: str | None = None
 
     def missing(self) -> dict[str, str]:
         """Return where the weights come from, unless they are in the cache."""
@@ -88,9 +90,7 @@ class Space:
 
     def features(self, network: Any, images: Tensor) -> Features:
         """Return the pooled features of uint8 images."""
-        published = network.pretrained_cfg
-        mean, std = (torch.tensor(published[key], device=images.device)[:, None, None] for key in ("mean", "std"))
-        inputs = (self.pixels(images) - mean) / std
+        inputs = self._inputs(network, images)
         device = torch.device("cpu") if images.is_meta else images.device  # the meta device knows no autocast
         with PRECISIONS[self.precision].autocast(device):
             if self.pool == "head":
@@ -99,6 +99,16 @@ class Space:
             if self.pool == "mean":
                 return Features(found.mean(dim=(2, 3)).float())
             return Features((network.attn_pool(found) if self.pool == "attention" else found[:, 0]).float())
+
+    def map(self, network: Any, images: Tensor) -> Tensor:
+        """Return the last features of uint8 images by place, normalised where the network does, ``(B, D, h, w)``."""
+        options = {"indices": 1, "norm": True, "output_fmt": "NCHW", "intermediates_only": True}
+        return network.forward_intermediates(self._inputs(network, images), **options)[0]
+
+    def _inputs(self, network: Any, images: Tensor) -> Tensor:
+        published = network.pretrained_cfg
+        mean, std = (torch.tensor(published[key], device=images.device)[:, None, None] for key in ("mean", "std"))
+        return (self.pixels(images) - mean) / std
 
     @property
     def _repository(self) -> str:
@@ -113,8 +123,8 @@ class Space:
         except Exception as error:  # file, hub and http errors are those of many libraries
             reason = " ".join(str(error).split())[:120]
             problem = f"{self.name} weights: not in the cache and not downloadable ({reason})"
-            advice = f"pass {_FILE} of the hub's {self._repository} as --weights"
-            raise UserError(f"{problem}; {advice} (for fdr6 in a folder, as {self.model}.safetensors)") from error
+            option = self.option or f"--weights (for fdr6 in a folder, as {self.model}.safetensors)"
+            raise UserError(f"{problem}; pass {_FILE} of the hub's {self._repository} as {option}") from error
 
 
 def _positions(state: Mapping[str, Tensor], side: int) -> dict[str, Tensor]:
