@@ -58,10 +58,30 @@ def encode_dataset(
     Raises `UserError` when the folder has other latents, the disk is too small, an image is broken and
     `data.on_broken_image` is ``"fail"``, or has latents that are not finite in the shard's type.
     """
+    vae = vae.to(processes().device)
+    settings = settings_of(images, vae, config)
+
+    def make(chosen: ImageSet, progress: Progress) -> tuple[dict[str, torch.Tensor], list[str]]:
+        return (make_shard or encode_shard)(chosen, vae, config, progress)
+
+    write_shards(images, settings, shard_bytes(1, settings), make, folder, config.vae.normalize == "measured")
+
+
+def write_shards(
+    images: ImageSet,
+    settings: dict[str, Any],
+    size: int,
+    make: Callable[[ImageSet, Progress], tuple[dict[str, torch.Tensor], list[str]]],
+    folder: str | Path,
+    measure: bool = False,
+) -> None:
+    """Write shards of what ``make`` returns for their images, and a manifest; see `encode_dataset`.
+
+    settings: what the manifest says of how they were made.  size: of an image, in bytes.  measure: add the statistics
+    of latents to the manifest.
+    """
     # What this process still has to encode: shards that are there and sound are kept.
     state, folder = processes(), Path(folder)
-    vae = vae.to(state.device)
-    settings = settings_of(images, vae, config)
     chunks = torch.arange(len(images)).split(SHARD_SIZE)
     mine = range(state.process_index, len(chunks), state.num_processes)
     records = _finished(folder, settings, mine)
@@ -71,7 +91,7 @@ def encode_dataset(
     # Room for it, and the folder's manifest, by which an interrupted encoding is known.
     missing = sum(gather_objects(ours))  # every process has looked at the folder before any writes there
     if missing and state.is_main_process:
-        _reserve(folder, missing, settings)
+        _reserve(folder, missing, size)
         if not _begun(folder):
             write_json(folder / MANIFEST, settings | {"shards": None})
     state.wait_for_everyone()
@@ -80,14 +100,14 @@ def encode_dataset(
     silent = not (todo and state.is_main_process)
     with Progress("encode", ours, "image", silent=silent) as progress:
         for k in todo:
-            tensors, broken = (make_shard or encode_shard)(images.select(chunks[k]), vae, config, progress)
+            tensors, broken = make(images.select(chunks[k]), progress)
             records[k] = _write_shard(folder / _shard_name(k), tensors, broken)
     every = {k: record for part in gather_objects(records) for k, record in part.items()}
     shards = [every[k] for k in range(len(chunks))]
 
     # Their statistics, where these are asked for, and the manifest.
     measured = {}
-    if config.vae.normalize == "measured":
+    if measure:
         found = moments_of_shards([folder / shard["file"] for shard in shards])
         measured = {"statistics": statistics(found, recorded_in(settings))}
     if state.is_main_process:
@@ -97,14 +117,19 @@ def encode_dataset(
 
 def ensure_latents(images: ImageSet, vae: ModelMixin, config: Config) -> Path:
     """Return a folder in the cache that holds the latents of these images of `data`, encoding them if need be."""
-    path = None if config.data.path is None else str(local_path(config.data.path).resolve())
     settings = settings_of(images, vae, config)
+    return in_cache("latents", settings, config, partial(encode_dataset, images, vae, config=config))
+
+
+def in_cache(kind: str, settings: dict[str, Any], config: Config, write: Callable[..., None]) -> Path:
+    """Return the folder in the cache for shards of these settings, which ``write(folder=...)`` has filled."""
+    path = None if config.data.path is None else str(local_path(config.data.path).resolve())
     # What earlier versions did without recording it is not part of the name, so that their latents are found.
     recorded = {key: value for key, value in settings.items() if READ_BEFORE.get(key, ...) != value}
     key = json.dumps(recorded | {"path": path}, sort_keys=True)
-    folder = cache_folder() / f"latents-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    folder = cache_folder() / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     with _waiting_lock(folder.with_suffix(".lock")):
-        encode_dataset(images, vae, folder, config)
+        write(folder=folder)
     return folder
 
 
@@ -183,9 +208,9 @@ def _shard_name(number: int) -> str:
     return f"shard_{number:05d}.safetensors"
 
 
-def _reserve(folder: Path, count: int, settings: dict[str, Any]) -> None:
-    """Print how much the shards of ``count`` images will take; raise `UserError` unless the disk has as much."""
-    needed = shard_bytes(count, settings) / 1e9
+def _reserve(folder: Path, count: int, size: int) -> None:
+    """Print what the shards of ``count`` images of ``size`` bytes will take; `UserError` unless the disk has that."""
+    needed = count * size / 1e9
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -44,12 +44,23 @@ class ImageSet:
 
     def get(self, index: int, flip: bool) -> tuple[torch.Tensor, int]:
         """Return an image, or its mirror image, and its label, as `LatentDataset` does of latents."""
-        image, label = self[index]
-        return image.flip(-1) if flip else image, label
+        return self.view(index, flip), int(self.labels[index])
+
+    def view(self, index: int, flip: bool) -> torch.Tensor:
+        """Return an image, or its mirror image."""
+        return self.read(index).flip(-1) if flip else self.read(index)
 
     def stack(self, indices: Iterable[Any]) -> torch.Tensor:
         """Return these images as one batch (B, 3, H, W) uint8; raise `BrokenImage` for one that does not decode."""
         return torch.stack([self.read(int(index)) for index in indices])
+
+    def decodes(self, index: int) -> bool:
+        """Tell whether an image is not broken."""
+        try:
+            self.read(index)
+        except BrokenImage:
+            return False
+        return True
 
     def select(self, indices: Sequence[int] | torch.Tensor) -> "ImageSet":
         """Return only these images, in this order."""

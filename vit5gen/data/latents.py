@@ -118,6 +118,26 @@ def check_autoencoder(config: Config, vae: ModelMixin) -> None:
     _ = config.latent_shape  # raises where the resolution does not fit
 
 
+def images_of(latents: "LatentDataset", images: ImageSet, config: Config) -> ImageSet:
+    """Return the images of which latents were made, in their order, without those that were left out as broken.
+
+    Only shards from which some were left out are decoded. Raises `UserError` where ``images`` are others.
+    """
+    manifest, found = latents.manifest, settings_of_images(images, config)
+    differ = [key for key, value in found.items() if manifest.get(key, READ_BEFORE.get(key, value)) != value]
+    kept: list[int] = []
+    start = 0
+    for shard in manifest["shards"] if not differ else ():
+        rows = range(start, start + shard["images"] + len(shard.get("broken", ())))
+        start = rows.stop
+        kept += rows if len(rows) == shard["images"] else filter(images.decodes, rows)
+    chosen = images if kept == list(range(len(images))) else images.select(kept)
+    if differ or not torch.equal(chosen.labels, latents.labels):
+        fault = f"were made of other images than those of data, which an objective needs ({[*differ, 'labels'][0]}"
+        raise UserError(f"latents {latents.folder}: {fault} differ); correct data.path and data.split, or encode again")
+    return chosen
+
+
 class LatentDataset:
     """Latents on disk; opening reads the manifest alone, `get` maps and reads one sample.
 
@@ -156,15 +176,17 @@ class LatentDataset:
 
     def get(self, index: int, flip: bool = False) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Return mean and std (C, h, w) in fp32 and the label of one image, or of its mirror image."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        number = bisect_right(self._ends, index)
-        shard, row = self._shard(number), index - (self._ends[number - 1] if number else 0)
+        shard, row = self._place(index)
         mean, std = (shard.get_slice(name)[row, int(flip)].float() for name in ("mean", "std"))
         if self._change is not None:
             factor, offset = self._change
             mean, std = mean * factor + offset, std * factor
         return mean, std, int(shard.get_slice("labels")[row : row + 1])
+
+    def features(self, index: int, flip: bool) -> torch.Tensor:
+        """Return the features (C, h, w) fp16 of one image, where the shards hold those of an encoder."""
+        shard, row = self._place(index)
+        return shard.get_slice("features")[row, int(flip)]
 
     def measured(self) -> Normalization:
         """Return the normalisation to mean 0 and deviation 1 by the manifest's statistics, or those of the shards.
@@ -248,10 +270,15 @@ class LatentDataset:
             made = f"made with {key} {short(found)}, the run has {short(wanted)}{more}"
             raise UserError(f"latents {self.folder}: {made}; encode again or change the configuration")
 
-    def _shard(self, number: int) -> Any:
+    def _place(self, index: int) -> tuple[Any, int]:
+        """Return the shard of a sample, and its row there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number = bisect_right(self._ends, index)
+        row = index - (self._ends[number - 1] if number else 0)
         if number not in self._open:
             self._open[number] = safe_open(self.folder / self.manifest["shards"][number]["file"], framework="pt")
-        return self._open[number]
+        return self._open[number], row
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}  # maps stay with their process
@@ -283,6 +310,11 @@ def _reading(config: Config) -> dict[str, Any]:
 
 def settings_of(images: ImageSet, vae: ModelMixin, config: Config) -> dict[str, Any]:
     """Return what a manifest of these images' latents records of how they were made."""
+    return _latent_settings(vae, config) | settings_of_images(images, config)
+
+
+def settings_of_images(images: ImageSet, config: Config) -> dict[str, Any]:
+    """Return what a manifest records of the images, and of how they are read."""
     of_images: dict[str, Any] = {
         "source": config.data.source,
         "split": config.data.split,
@@ -293,7 +325,7 @@ def settings_of(images: ImageSet, vae: ModelMixin, config: Config) -> dict[str, 
     for key in ("source_kwargs", "held_out"):
         if value := getattr(config.data, key):
             of_images[key] = value
-    return _latent_settings(vae, config) | _reading(config) | of_images
+    return _reading(config) | of_images
 
 
 def read_labels(path: Path) -> torch.Tensor:
@@ -310,5 +342,5 @@ def find_shard_damage(path: Path, checksum: str | None) -> str:
     if not path.is_file() or sha256(path) != checksum:
         return "does not match its checksum; encode again to fix it"
     with safe_open(path, framework="pt") as shard:
-        finite = all(all_finite(shard.get_tensor(name)) for name in ("mean", "std"))
+        finite = all(all_finite(shard.get_tensor(name)) for name in shard.keys())  # noqa: SIM118 (no mapping)
     return "" if finite else "has values that are not finite; run `vit5gen encode` again; it will name the image"
