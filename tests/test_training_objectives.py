@@ -1,5 +1,6 @@
 """Objectives: the default one, and one of a user's own with taps, options and parameters."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -111,8 +112,6 @@ def test_an_objective_with_parameters_trains_resumes_and_stays_out_of_the_pipeli
 
 
 def test_the_weighted_sum_is_what_the_log_shows(config_file: Path, tmp_path: Path) -> None:
-    import json
-
     run(config_file, tmp_path / "run", training__num_steps=8, training__log_every=1, training__objectives=BOTH)
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     for line in lines:
@@ -125,10 +124,19 @@ def test_the_weighted_sum_is_what_the_log_shows(config_file: Path, tmp_path: Pat
 
 def test_the_images_are_there_for_the_objective_that_asks(config_file: Path, tmp_path: Path) -> None:
     both = {"flow": {}, "test-image": {"weight": 1e-3}}
-    with pytest.raises(UserError, match=r"test-image: needs images; set data\.from_images to true"):
-        run(config_file, tmp_path / "run", training__objectives=both)
-    assert not (tmp_path / "run").exists()
-    assert run(config_file, tmp_path / "run", training__objectives=both, data__from_images=True) == 0
+    for name, from_images in (("encoded", True), ("beside", False)):
+        run(
+            config_file,
+            tmp_path / name,
+            training__objectives=both,
+            data__from_images=from_images,
+            training__num_steps=2,
+        )
+    seen = [
+        [json.loads(line)["loss_test-image"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("encoded", "beside")
+    ]
+    assert seen[0] == seen[1]  # of the same images, and mirror images
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """Where training samples come from: latent shards, or images that are encoded again in every step."""
 
-from collections.abc import Generator, Iterator
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -17,12 +18,14 @@ from vit5gen.data.autoencoders.codec import Normalization, check_normalization, 
 from vit5gen.data.autoencoders.find_autoencoder import find_sizes, load_autoencoder
 from vit5gen.data.channel_moments import moments, normalization_from, statistics
 from vit5gen.data.encoding import ensure_latents
+from vit5gen.data.feature_shards import ensure_features
 from vit5gen.data.images import ImageSet, check_classes, check_num_classes, drop_broken, open_images
 from vit5gen.data.latents import (
     LatentDataset,
     check_autoencoder,
     fetch_data,
     identity,
+    images_of,
     open_latents,
     recorded_normalization,
     settings_of,
@@ -30,9 +33,9 @@ from vit5gen.data.latents import (
 from vit5gen.system.distributed import on_main, rank_and_world, sum_over_processes
 from vit5gen.system.precision import PRECISIONS
 from vit5gen.system.progress import Progress
-from vit5gen.training.build import check_values
+from vit5gen.training.build import build_objectives_on_meta, check_values
 from vit5gen.training.checkpoint import read_state
-from vit5gen.training.objectives import Batch, needing_image
+from vit5gen.training.objectives import Batch, Objective, SharedOptions, needing_image
 from vit5gen.training.process import batch_sizes, signals_blocked
 from vit5gen.training.random import data_index, sample_draws
 from vit5gen.training.run_folder import check_data
@@ -53,8 +56,32 @@ class RandomLatents:
         return torch.zeros(self.shape), torch.ones(self.shape), index % self.num_classes
 
 
+@dataclass(frozen=True)
+class WithMore:
+    """Latents or images, and what the objectives active in a step need beside them, by its name in `Batch`."""
+
+    samples: ImageSet | LatentDataset
+    more: Mapping[str, Callable[[int, bool], Tensor]]
+    wanted: Mapping[str, SharedOptions]
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.samples.class_names
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def get(self, index: int, flip: bool) -> tuple[Any, ...]:
+        return self.samples.get(index, flip)
+
+    def beside(self, step: int, index: int, flip: bool) -> dict[str, Tensor]:
+        """Return what the step needs of this image, or of its mirror image."""
+        active = any(shared.active(step) for shared in self.wanted.values())
+        return {name: read(index, flip) for name, read in self.more.items()} if active else {}
+
+
 # What training reads: latents ``(mean, std, label)`` or images ``(uint8 image, label)``.
-SampleSource = ImageSet | LatentDataset | RandomLatents
+SampleSource = ImageSet | LatentDataset | RandomLatents | WithMore
 
 
 def prepare(config: Config) -> Config:
@@ -70,8 +97,8 @@ def prepare(config: Config) -> Config:
 
 def open_training_data(
     config: Config, accelerator: Accelerator, start: Path | None, accept_changes: bool
-) -> tuple[ImageSet | LatentDataset, ModelMixin, dict[str, Any]]:
-    """Open what a run trains on, encoding latents first where there are none yet, and its autoencoder.
+) -> tuple[ImageSet | LatentDataset | WithMore, ModelMixin, dict[str, Any]]:
+    """Open what a run trains on, encoding latents and features first where there are none yet, and its autoencoder.
 
     Returned last is what a checkpoint records of the data: their `identity`, and ``broken``, the number of images left
     out. Either is compared with that of ``start`` as early as it is known, the first before anything is encoded.
@@ -128,7 +155,30 @@ def open_training_data(
     # How many images were left out is known only now.
     broken = {"broken": data["samples"] - len(source)}
     check(broken)
-    return source, vae, data | broken
+    first_step = 0 if start is None else read_state(start)["step"]
+    return _with_more(config, accelerator, source, first_step), vae, data | broken
+
+
+def _with_more(
+    config: Config, accelerator: Accelerator, source: ImageSet | LatentDataset, first_step: int
+) -> ImageSet | LatentDataset | WithMore:
+    """Return what a run trains on, with the images or their features where objectives will still need them."""
+    wanted = {k: one for k, one in needing_image(config.training).items() if (one.stop_at or math.inf) > first_step}
+    if not wanted:
+        return source
+    images = source if isinstance(source, ImageSet) else open_images(config.data)
+    if isinstance(source, LatentDataset):
+        with accelerator.main_process_first():  # the others find in the cache what it has read
+            images = images_of(source, replace(images, digest=partial(str, images.digest())), config)
+    more: dict[str, Callable[[int, bool], Tensor]] = {}
+    objectives = build_objectives_on_meta(config)
+    for objective in (cast(Objective, objectives[name]) for name in wanted):
+        if objective.stored:
+            encode_once, settings = objective.load_encoder(accelerator.device)
+            more["features"] = ensure_features(images, encode_once, settings, config).features
+        elif isinstance(source, LatentDataset):
+            more["image"] = images.view
+    return WithMore(source, more, wanted)
 
 
 def _normalization(
@@ -159,7 +209,7 @@ def _normalization(
 
 
 def nonfinite_fault(
-    config: Config, source: ImageSet | LatentDataset, vae: ModelMixin, step: int, in_a_row: int, saved: Path
+    config: Config, source: ImageSet | LatentDataset | WithMore, vae: ModelMixin, step: int, in_a_row: int, saved: Path
 ) -> str:
     """Say what to do about so many steps up to ``step`` that were not finite, after which the state was ``saved``.
 
@@ -186,7 +236,8 @@ class TrainingSet(Dataset[dict[str, Any]]):
     """Samples by (step, position): the data with the draws that belong to it.
 
     Yields ``x1`` (C, h, w) drawn from the latent's posterior, or ``image`` (3, H, W) uint8 and ``posterior`` noise;
-    and ``x0`` noise, ``uniform`` in [0, 1), ``label`` (already null where dropped) and ``index`` of the sample.
+    and ``x0`` noise, ``uniform`` in [0, 1), ``label`` (already null where dropped) and ``index`` of the sample; beside
+    latents also ``image``, or ``features``, in steps that need them.
     """
 
     source: SampleSource
@@ -199,6 +250,8 @@ class TrainingSet(Dataset[dict[str, Any]]):
         *data, label = self.source.get(index, config.data.horizontal_flip and draws.flip)
         sample = {"x0": draws.noise, "uniform": draws.uniform, "position": position, "index": index}
         sample["label"] = config.num_classes if draws.drop < config.model.class_dropout_prob else int(label)
+        if isinstance(self.source, WithMore):
+            sample |= self.source.beside(step, index, config.data.horizontal_flip and draws.flip)
         if len(data) == 2:
             mean, std = data
             return sample | {"x1": mean + std * draws.posterior}
@@ -229,13 +282,13 @@ def micro_batches(
         for sample in batches:
             first = int(sample["position"][0])
             sample = {name: value.to(accelerator.device, non_blocking=True) for name, value in sample.items()}
-            image = sample.get("image")
-            if image is not None and vae is not None:  # its latents, drawn with the given noise
-                mean, std = encode(vae, image)
+            if "posterior" in sample and vae is not None:  # the image's latents, drawn with the given noise
+                mean, std = encode(vae, sample["image"])
                 sample["x1"] = mean + std * sample["posterior"]
             x1, x0, empty = sample["x1"].to(dtype), sample["x0"].to(dtype), sample["x1"].new_empty(0)
             draws = (sample["uniform"], sample["position"], first)
-            yield Batch(x1, x0, sample["label"], *draws, image if keeps_image else None, empty, empty, empty)
+            image = sample.get("image") if keeps_image else None
+            yield Batch(x1, x0, sample["label"], *draws, image, empty, empty, empty, sample.get("features"))
     finally:
         if workers:
             # Left to garbage collection, workers that SIGTERM does not reach would keep a failed trainer from exiting.

@@ -17,7 +17,7 @@ from vit5gen.registry import name_and_options
 from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError, choose, short
 from vit5gen.system.precision import PRECISIONS, find_compiler_fault, resolve
-from vit5gen.training.objectives import build_objectives, needing_image
+from vit5gen.training.objectives import Objectives, build_objectives, needing_image
 from vit5gen.training.optimizers import OPTIMIZERS
 from vit5gen.training.process import batch_sizes
 from vit5gen.training.trainable import choose_trainable
@@ -47,9 +47,11 @@ def check_values(config: Config) -> None:
         raise UserError(f"sampling.guidance_scale = {sampling.guidance_scale}: {untrained}; {advice}")
     EXTRACTORS.check(*name_and_options(config.evaluation.extractor), "evaluation.extractor")
     choose("training.optimizer", config.training.optimizer, OPTIMIZERS.names())
-    for name in needing_image(config.training):
-        if not config.data.from_images:
-            raise UserError(f"training.objectives.{name}: needs images; set data.from_images to true")
+    if (wanted := needing_image(config.training)) and config.data.source_kwargs.get("streaming"):
+        found = (
+            f"training.objectives.{next(iter(wanted))}: needs images in any order, but data.source_kwargs: streaming"
+        )
+        raise UserError(f"{found} reads them in order; set it to false")
     source = make_source(config.data)
     if source.splits is not None:
         choose("data.split", config.data.split, source.splits)
@@ -125,6 +127,12 @@ def build_model_to_train(config: Config, weights: Mapping[str, Tensor] | None = 
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # its note on CUDA breaks the bar
         model.compile_repeated_blocks()
     return model
+
+
+def build_objectives_on_meta(config: Config) -> Objectives:
+    """Construct a run's objectives without numbers, to be asked what they need."""
+    with torch.device("meta"):
+        return build_objectives(config.training, build_model(config), build_flow(config))
 
 
 def build_flow(config: Config) -> Flow:

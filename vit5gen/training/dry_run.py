@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 
 from vit5gen import registry
-from vit5gen.config import ASSUMED_CLASSES, Config, DataConfig
+from vit5gen.config import ASSUMED_CLASSES, Config
 from vit5gen.data import encoding
 from vit5gen.data.autoencoders import find_autoencoder
 from vit5gen.data.images import Source, make_source, open_training_images
@@ -27,7 +27,7 @@ from vit5gen.system.distributed import on_main
 from vit5gen.system.errors import UserError
 from vit5gen.training import cost, initial
 from vit5gen.training.batches import RandomLatents, SampleSource, micro_batches, open_training_data
-from vit5gen.training.build import build_flow, build_model, check_values, settle_auto
+from vit5gen.training.build import build_flow, build_model, build_objectives_on_meta, check_values, settle_auto
 from vit5gen.training.loop import build_trainer, train_step
 from vit5gen.training.objectives import OBJECTIVES, build_objectives, needing_image, shared_options
 from vit5gen.training.process import make_accelerator
@@ -91,7 +91,7 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
     absent = missing(config)
     for path, remedy in absent.items():
         accelerator.print(f"missing: {path} ({remedy})")
-    if images and _latents_suffice(config.data):
+    if images and _latents_suffice(config):
         reason = next(iter(images))
         accelerator.print(f"images:   not found ({reason}): evaluations will draw samples without computing a distance")
     if config.vae.name not in absent:
@@ -112,6 +112,8 @@ def plan(config: Config, output: str | None, resume: str, accept_changes: bool) 
         trial = "skipped until the images are copied, which training does first"
     elif config.vae.normalize == "measured" and config.data.from_images:
         trial = "skipped until the latents of all images are measured, which training does first"
+    elif any(one.stored for one in build_objectives_on_meta(config).values()):
+        trial = "skipped: training first encodes the features that an objective stores"
     elif preparation := source.preparation():
         trial = f"skipped until {preparation}, which training does first"
     else:
@@ -237,7 +239,7 @@ def _short(value: float) -> str:
 
 def missing(config: Config) -> dict[str, str]:
     """Return what the run needs and this machine lacks, each with how to get it."""
-    data, images, unneeded = config.data, make_source(config.data).missing(), _latents_suffice(config.data)
+    data, images, unneeded = config.data, make_source(config.data).missing(), _latents_suffice(config)
     absent = {} if unneeded else images
     if data.latents is not None and not _has_latents(data.latents):
         absent[data.latents] = COPIED if is_url(data.latents) else f"vit5gen encode CONFIG --output {data.latents}"
@@ -245,13 +247,14 @@ def missing(config: Config) -> dict[str, str]:
     if not (unneeded and images):  # without images there is no distance
         absent |= registry.missing(EXTRACTORS.get(registry.name_and_options(config.evaluation.extractor)[0]))
     for name in shared_options(config.training):
-        absent |= registry.missing(OBJECTIVES.get(name))
+        absent |= OBJECTIVES.get(name).missing_with(config.training.objectives[name])
     return absent | registry.missing(BACKBONES.get(config.model.backbone))
 
 
-def _latents_suffice(data: DataConfig) -> bool:
+def _latents_suffice(config: Config) -> bool:
     """Whether a run trains on existing latents and so needs no images."""
-    return data.latents is not None and not data.from_images and _has_latents(data.latents)
+    data, alone = config.data, not needing_image(config.training)
+    return alone and data.latents is not None and not data.from_images and _has_latents(data.latents)
 
 
 def _has_latents(place: str) -> bool:

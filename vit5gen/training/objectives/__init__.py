@@ -5,6 +5,8 @@ from vit5gen.training.objectives.objective import (
     OBJECTIVES,
     Batch,
     Objective,
+    Objectives,
+    SharedOptions,
     build_objectives,
     needing_image,
     register_objective,

@@ -1,6 +1,6 @@
 """The plug of objectives: what one receives, and the registry that knows them by name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vit5gen.config import TrainingConfig
 from vit5gen.flow import Flow
 from vit5gen.models import SiTTransformer2DModel
-from vit5gen.registry import Registry
+from vit5gen.registry import Registry, missing
 from vit5gen.section import Natural, NonNegative, Section, validate
 from vit5gen.system.errors import UserError
 
@@ -23,8 +23,8 @@ class Batch:
     """A micro-batch with its random numbers; the loop draws t, before which the last three are empty.
 
     x1: latents (B, C, h, w) of the data.  x0: noise like x1.  labels (B,) int64, already null where dropped.
-    image (B, 3, H, W) uint8, where an objective needs it.  uniform (B,) and position (B,): what t is drawn from; first:
-    the first position, in the global batch.
+    image (B, 3, H, W) uint8, where an objective needs it, or features (B, C, h, w) that an encoder made of it before.
+    uniform (B,) and position (B,): what t is drawn from; first: the first position, in the global batch.
     t (B,): time in [0, 1].  x_t: the point at t between x0 and x1, which the model has seen; velocity: dx_t/dt there.
     """
 
@@ -38,6 +38,7 @@ class Batch:
     t: Tensor
     x_t: Tensor
     velocity: Tensor
+    features: Tensor | None = None
 
 
 class Objective(nn.Module):
@@ -48,7 +49,8 @@ class Objective(nn.Module):
     averaged, checkpointed and resumed with the model's, but are not part of the pipeline. Options are the keyword-only
     arguments of the constructor.
     A static method ``missing()`` may return what this machine lacks for it, each with how to get it.
-    needs_image: whether the batch must hold the image, for which the run needs ``data.from_images``.
+    needs_image: whether the batch must hold the image in the steps in which it is active; where ``stored``, instead the
+    features that `load_encoder` makes of it, once, before training.
     trains_all: whether every step gives each parameter, the model's too, a gradient, so that processes need not look
     for those without.
     """
@@ -56,10 +58,23 @@ class Objective(nn.Module):
     needs_image: ClassVar[bool] = False
     trains_all: ClassVar[bool] = False
     taps: tuple[int, ...] = ()
+    stored = False
 
     def __init__(self, model: SiTTransformer2DModel, flow: Flow) -> None:
         """Take the model to train and its flow, and keep neither among the parameters."""
         super().__init__()
+
+    @classmethod
+    def missing_with(cls, options: Mapping[str, Any]) -> dict[str, str]:
+        """Return what this machine lacks for it with these options, by default `missing`."""
+        return missing(cls)
+
+    def load_encoder(self, device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+        """Return, where it is ``stored``, what encodes images (B, 3, H, W) uint8 into the features of the batch.
+
+        Beside it what these depend on, with their ``shape`` (C, h, w).
+        """
+        raise NotImplementedError
 
     def flops(self, prediction: Tensor, hidden: dict[int, Tensor], batch: Batch) -> int | None:
         """Return the FLOPs of its forward and backward pass over one image, None where they are not known.
