@@ -112,8 +112,6 @@ def test_an_objective_with_parameters_trains_resumes_and_stays_out_of_the_pipeli
 
 
 def test_the_weighted_sum_is_what_the_log_shows(config_file: Path, tmp_path: Path) -> None:
-    import json
-
     run(config_file, tmp_path / "run", training__num_steps=8, training__log_every=1, training__objectives=BOTH)
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     for line in lines:

@@ -133,10 +133,8 @@ def images_of(latents: "LatentDataset", images: ImageSet, config: Config) -> Ima
         kept += rows if len(rows) == shard["images"] else filter(images.decodes, rows)
     chosen = images if kept == list(range(len(images))) else images.select(kept)
     if differ or not torch.equal(chosen.labels, latents.labels):
-        fault = (
-            f"were made of other images than those of data, which an objective needs ({(*differ, 'labels')[0]} differ)"
-        )
-        raise UserError(f"latents {latents.folder}: {fault}; correct data.path and data.split, or encode again")
+        fault = f"were made of other images than those of data, which an objective needs ({[*differ, 'labels'][0]}"
+        raise UserError(f"latents {latents.folder}: {fault} differ); correct data.path and data.split, or encode again")
     return chosen
 
 

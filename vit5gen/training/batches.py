@@ -155,11 +155,8 @@ def open_training_data(
     # How many images were left out is known only now.
     broken = {"broken": data["samples"] - len(source)}
     check(broken)
-    return (
-        _with_more(config, accelerator, source, 0 if start is None else read_state(start)["step"]),
-        vae,
-        data | broken,
-    )
+    first_step = 0 if start is None else read_state(start)["step"]
+    return _with_more(config, accelerator, source, first_step), vae, data | broken
 
 
 def _with_more(
@@ -285,13 +282,12 @@ def micro_batches(
         for sample in batches:
             first = int(sample["position"][0])
             sample = {name: value.to(accelerator.device, non_blocking=True) for name, value in sample.items()}
-            image = sample.get("image")
             if "posterior" in sample and vae is not None:  # the image's latents, drawn with the given noise
                 mean, std = encode(vae, sample["image"])
                 sample["x1"] = mean + std * sample["posterior"]
             x1, x0, empty = sample["x1"].to(dtype), sample["x0"].to(dtype), sample["x1"].new_empty(0)
             draws = (sample["uniform"], sample["position"], first)
-            image = image if keeps_image else None
+            image = sample.get("image") if keeps_image else None
             yield Batch(x1, x0, sample["label"], *draws, image, empty, empty, empty, sample.get("features"))
     finally:
         if workers:

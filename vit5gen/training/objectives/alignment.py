@@ -14,6 +14,7 @@ from vit5gen.evaluation.encoders import ToMap, find_encoder
 from vit5gen.flow import Flow
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.models.layers import init_linears
+from vit5gen.models.positions import patch_grid
 from vit5gen.section import Side, UserPath, Width
 from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError
@@ -57,8 +58,7 @@ class Alignment(Objective):
     ) -> None:
         super().__init__(model, flow)
         self.taps, self.spatial_norm, self.stored = (tap,), spatial_norm, features == "shards"
-        height, across = (size // model.config.patch_size for size in to_2tuple(model.config.sample_size))
-        self.grid = height, across
+        self.grid = patch_grid("latent size", to_2tuple(model.config.sample_size), model.config.patch_size)
         try:
             self.encoder = find_encoder(encoder, max(self.grid), side, encoder_weights)
             # Weights that are absent end it here, before data are opened; when values are checked, none are read.
