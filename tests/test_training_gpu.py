@@ -192,7 +192,7 @@ def test_averages_in_one_pass_are_those_of_one_by_one() -> None:
             for weight, average in zip(model.parameters(), expected, strict=True):
                 weight += step + 1
                 average.lerp_(weight, 1 - 0.9)
-        ema.update()
+        ema.update(step + 1)
     assert all(torch.equal(a, b) for a, b in zip(ema.averages[0.9], expected, strict=True))
 
 

@@ -307,7 +307,7 @@ def test_averages_follow_their_closed_form() -> None:
     ema, path = EMA(model, decays), [model.weight.detach().clone()]
     for step in range(1, 21):
         nn.init.constant_(model.weight, float(step))
-        ema.update()
+        ema.update(step)
         path.append(model.weight.detach().clone())
     for decay in decays:
         expected = decay**20 * path[0] + sum((1 - decay) * decay ** (20 - k) * path[k] for k in range(1, 21))

@@ -22,6 +22,7 @@ from vit5gen.section import (
     Float,
     Fraction,
     Layers,
+    Length,
     Name,
     Natural,
     NonNegative,
@@ -197,6 +198,12 @@ class TrainingConfig(Section):
     ema_decays: list[Decay] = Field(
         [0.9999], min_length=1, description="decays of the weight averages (EMA); the first is used to draw images"
     )
+    ema_lengths: list[Length] = Field(
+        [], description="lengths of averages by power functions, as parts of the training, e.g. [0.05, 0.1]"
+    )
+    ema_snapshot_every: Count | None = Field(
+        None, description="steps between snapshots of these averages; default: a 64th of num_steps"
+    )
     compile: bool | Literal["auto"] = Field(
         False, description="torch.compile every block; auto: where the machine computes in bf16 and has a compiler"
     )
@@ -210,6 +217,11 @@ class TrainingConfig(Section):
     log_every: Count = Field(100, description="steps between lines of log.jsonl")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="experiment trackers")
     max_nonfinite_steps: Count = Field(10, description="stop after this many non-finite steps in a row")
+
+    @property
+    def averages(self) -> tuple[list[float], list[float]]:
+        """The decays and the lengths of the averages that training keeps."""
+        return self.ema_decays, self.ema_lengths
 
     @property
     def origin(self) -> str | None:
@@ -464,6 +476,7 @@ DEFAULTS_BEFORE: dict[str, Any] = {
     "data.rules": 1,
     "training.checkpoint_every": 10_000,
     "training.checkpoint_minutes": None,
+    "training.ema_snapshot_every": None,
 }
 _FOUND = ("vae.latent_channels", "vae.downsample")  # and recorded when a run begins
 

@@ -22,6 +22,7 @@ NonNegative = Annotated[Float, Field(ge=0)]
 Unit = Annotated[Float, Field(ge=0, le=1)]
 Fraction = Annotated[Float, Field(gt=0, lt=1)]
 Decay = Annotated[Float, Field(ge=0, lt=1)]
+Length = Annotated[Float, Field(ge=0.01, le=0.28)]
 # Beyond these a value is a slip of the finger: it would end in a hang, an overflow or a machine without memory.
 MOST_WIDTH, MOST_LAYERS, MOST_CLASSES, MOST_SIDE = 2**16, 1000, 10**7, 2**14
 MOST_IMAGES, MOST_BATCH, MOST_STEPS, MOST_WORKERS = 10**7, 2**20, 10**6, 1024

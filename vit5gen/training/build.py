@@ -45,6 +45,9 @@ def check_values(config: Config) -> None:
         untrained = "needs a null label, but with model.class_dropout_prob = 0 none is trained"
         advice = "set model.class_dropout_prob to e.g. 0.1, or sampling.guidance_scale to 1"
         raise UserError(f"sampling.guidance_scale = {sampling.guidance_scale}: {untrained}; {advice}")
+    if config.training.ema_snapshot_every is not None and not config.training.ema_lengths:
+        advice = "set that to e.g. [0.05, 0.1], or omit ema_snapshot_every"
+        raise UserError(f"training.ema_snapshot_every: has no effect without training.ema_lengths; {advice}")
     EXTRACTORS.check(*name_and_options(config.evaluation.extractor), "evaluation.extractor")
     choose("training.optimizer", config.training.optimizer, OPTIMIZERS.names())
     for name in config.training.objectives:

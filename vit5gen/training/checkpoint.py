@@ -66,7 +66,9 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     return safetensors.torch.load_file(path)
 
 
-def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], config: str) -> None:
+def save(
+    folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], config: str | None = None
+) -> None:
     """Write ``folder/step_%08d`` so that it appears whole; an older checkpoint is untouched when this fails."""
     target = folder / step_name(step)
     temporary = folder / f".{target.name}.tmp"
@@ -77,11 +79,12 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
             contiguous = {key: value.contiguous() for key, value in values.items()}
             safetensors.torch.save_file(contiguous, temporary / f"{name}.safetensors")
         write_json(temporary / "state.json", {"step": step, **state, "versions": versions()})
-        (temporary / CONFIG).write_text(config, encoding="utf-8")
+        if config is not None:
+            (temporary / CONFIG).write_text(config, encoding="utf-8")
         files = sorted(temporary.iterdir())
         write_json(temporary / _CHECKSUMS, {file.name: sha256(file) for file in files})
         for file in files:
-            shutil.copymode(temporary / CONFIG, file)  # safetensors writes for the owner alone
+            shutil.copymode(temporary / "state.json", file)  # safetensors writes for the owner alone
         for file in [*files, temporary]:
             _fsync(file)
         # What stands there is broken, or later than the checkpoint that the user chose to resume.

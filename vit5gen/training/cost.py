@@ -162,6 +162,10 @@ def optimizer_bytes(cost: Cost, config: Config) -> int:
     return 2 * _trained_bytes(cost, config)
 
 
+def _averages_bytes(cost: Cost, config: Config) -> int:
+    return sum(map(len, config.training.averages)) * _trained_bytes(cost, config)
+
+
 def memory_bytes(cost: Cost, config: Config, micro_batch_size: int, num_processes: int, sharded: bool = False) -> int:
     """Return the peak on each GPU; sharded: FSDP instead of DDP.
 
@@ -169,7 +173,8 @@ def memory_bytes(cost: Cost, config: Config, micro_batch_size: int, num_processe
     Not in it: the autoencoder (0.3 GB), CUDA's context, fragmentation, what compiling saves.
     """
     weights, trained = _weight_bytes(cost, config), _trained_bytes(cost, config)
-    states = weights + (1 + len(config.training.ema_decays)) * trained + optimizer_bytes(cost, config)
+    averages = _averages_bytes(cost, config)
+    states = weights + trained + averages + optimizer_bytes(cost, config)
     if sharded:
         states = states // num_processes + 2 * weights // cost.num_blocks  # two blocks are whole
     elif num_processes > 1:
@@ -216,12 +221,13 @@ def mfu(flops_per_second: float, gpu: str, precision: str) -> float:
 
 def checkpoint_bytes(cost: Cost, config: Config) -> int:
     """Return the size of one checkpoint: weights, averages and two moments."""
-    averages = len(config.training.ema_decays) * _trained_bytes(cost, config)
-    return _weight_bytes(cost, config) + averages + optimizer_bytes(cost, config)
+    return _weight_bytes(cost, config) + _averages_bytes(cost, config) + optimizer_bytes(cost, config)
 
 
 def run_bytes(cost: Cost, config: Config) -> int:
-    """Return what a run needs on disk: the checkpoints it keeps and one more while it saves, and its pipeline twice."""
+    """Return what a run needs on disk: checkpoints and one more while it saves, its pipeline twice, and snapshots."""
     settings = config.training
     milestones = settings.num_steps // settings.keep_every if settings.keep_every else 0
-    return (settings.keep_last + milestones + 1) * checkpoint_bytes(cost, config) + 2 * 4 * cost.parameters
+    snapshots = len(settings.ema_lengths) * (settings.num_steps // (settings.ema_snapshot_every or 1))
+    files = 2 * 4 * cost.parameters + 2 * snapshots * cost.trained
+    return (settings.keep_last + milestones + 1) * checkpoint_bytes(cost, config) + files

@@ -52,7 +52,7 @@ def build_trainer(config: Config, accelerator: Accelerator, weights: Mapping[str
     """Construct what a run trains, from ``weights`` if there are any, shared out over the processes."""
     learner, settings = Learner(config, weights), config.training
     parts: dict[str, nn.Module] = {"model": learner.model, "objectives": learner.objectives}
-    return Trainer(accelerator, learner, build_optimizer(learner, settings), parts, settings.ema_decays)
+    return Trainer(accelerator, learner, build_optimizer(learner, settings), parts, *settings.averages)
 
 
 def train_step(
@@ -149,7 +149,7 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
     save = partial(trainer.save, config=to_yaml(config), keep_last=settings.keep_last, keep_every=settings.keep_every)
 
     # Step by step, until the last one or a signal.
-    stop, nonfinite, clock = False, 0, process.SaveClock(settings.checkpoint_minutes)
+    stop, clock = False, process.SaveClock(settings.checkpoint_minutes)
     with process.stop_signals() as stop_asked, ExitStack() as stack:
         monitor = Monitor(config, folder, trainer, vae, source.class_names, stop_asked)
         batches = monitor.describe_first(micro_batches(config, source, vae, accelerator, trainer.step))
@@ -173,7 +173,6 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
 
             # Learn.
             outcome = train_step(trainer, config, batches, stop_asked, clock.due)
-            nonfinite = 0 if outcome.finite else nonfinite + 1  # in a row
             stop, last = outcome.stop, trainer.step == settings.num_steps
 
             # Log.
@@ -182,14 +181,15 @@ def _train(config: Config, folder: RunFolder, accelerator: Accelerator, start: P
             monitor.bar.update()
 
             # Save by steps and by the clock.
+            trainer.snapshot(folder.averages, settings.ema_snapshot_every)
             if trainer.step % (settings.checkpoint_every or 1) == 0 or outcome.save or last:
                 save(folder.checkpoints)
                 clock.restart()
 
             # Give up where nothing is learnt any more.
-            if nonfinite == min(settings.max_nonfinite_steps, settings.num_steps):
+            if trainer.faults == min(settings.max_nonfinite_steps, settings.num_steps):
                 save(folder.nonfinite)
-                accelerator.print(nonfinite_fault(config, source, vae, trainer.step, nonfinite, folder.nonfinite))
+                accelerator.print(nonfinite_fault(config, source, vae, trainer.step, trainer.faults, folder.nonfinite))
                 return process.NONFINITE
 
     # All is learnt; say where it is.

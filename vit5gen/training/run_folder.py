@@ -26,7 +26,9 @@ from vit5gen.training.build import settle_auto
 _HOW_FAR = {"training.num_steps", "training.max_nonfinite_steps"}
 _WITH_WHAT = {"data.num_workers", "data.latents", "training.micro_batch_size", "training.gradient_checkpointing"}
 _KEPT = {"training.checkpoint_every", "training.checkpoint_minutes", "training.keep_last", "training.keep_every"}
+_KEPT |= {"training.ema_snapshot_every"}
 _SHOWN = {"evaluation", "sampling", "training.log_every", "training.trackers"}
+SNAPSHOTS = 64  # of averages: lengths of 0.021 to 0.24 can then be rebuilt from those of 0.05 and 0.10
 FindClasses = Callable[[Config], list[str] | None]
 CHANGEABLE = _HOW_FAR | _WITH_WHAT | _KEPT | _SHOWN
 
@@ -52,6 +54,8 @@ def settle(config: Config, find: FindClasses = find_class_names) -> Config:
     values = config.model_dump()
     if values["training"]["checkpoint_every"] is None:
         values["training"]["checkpoint_every"] = max(1, min(10_000, math.ceil(config.training.num_steps / 4)))
+    if values["training"]["ema_lengths"] and values["training"]["ema_snapshot_every"] is None:
+        values["training"]["ema_snapshot_every"] = max(1, math.ceil(config.training.num_steps / SNAPSHOTS))
     if values["data"]["num_classes"] is None:
         names = find(config)
         values["data"]["num_classes"] = None if names is None else len(names)
@@ -130,6 +134,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.checkpoints, self.nonfinite = self.path / "checkpoints", self.path / "nonfinite"
+        self.averages = self.path / "averages"  # snapshots of them
         self.config, self.data = self.path / checkpoint.CONFIG, self.path / "data.json"
         self.log, self.metrics = self.path / "log.jsonl", self.path / "metrics.json"
         self.samples, self.loss_curve = self.path / "samples.png", self.path / "loss.png"
@@ -222,7 +227,7 @@ class RunFolder:
     def record(self, config: Config, step: int, data: dict[str, Any]) -> None:
         """Write configuration and data of a run that starts from ``step``, now that all of its input has proved to fit.
 
-        Log lines after that step are removed: those steps will be computed again.
+        Log lines and snapshots after that step are removed: those steps will be computed again.
         """
         try:
             changed = read_json(self.data, "data") != data or bool(differences(read_yaml(self.config), config))
@@ -236,6 +241,9 @@ class RunFolder:
         if self.metrics.exists():
             kept = [entry for entry in self.evaluations() if entry["step"] <= step]
             write_json(self.metrics, {"evaluations": kept})
+        for snapshot in checkpoint.steps(self.averages):
+            if int(snapshot.name[5:]) > step:
+                shutil.rmtree(snapshot)
         write_text(self.config, to_yaml(config))
         write_json(self.data, data)
 

@@ -1,7 +1,7 @@
 """What a training carries from step to step: network, optimizer, averages and counters."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vit5gen.system.distributed import on_main
 from vit5gen.system.errors import UserError
 from vit5gen.training import checkpoint
-from vit5gen.training.averages import EMA
+from vit5gen.training.averages import EMA, halve
 from vit5gen.training.checkpoint import gather_shards, shard_like
 
 _COUNTERS = ("step", "skipped", "loss_sum", "loss_sums", "loss_count", "data")
@@ -45,9 +45,10 @@ class Trainer:
     """A network as the processes share it, with all that a checkpoint holds of its training.
 
     network: what is called and optimised.  parts: its modules by their name in a checkpoint, "model" first; those
-    without a state have no file.  decays: of the averages.
-    skipped: steps that were not finite.  loss_sum, loss_count: of the steps since the last line of the log; loss_sums:
-    of each of several objectives.  saved_step: of the newest checkpoint.
+    without a state have no file.  decays: of the averages.  lengths: of those by a power function, of the model alone.
+    skipped: steps that were not finite.  faults: of these the newest, without another between.
+    loss_sum, loss_count: of the steps since the last line of the log; loss_sums: of each of several objectives.
+    saved_step: of the newest checkpoint.
     data: what is recorded of the training data, empty where an earlier version did not. Random numbers and the place in
     the data follow from ``step``.
     """
@@ -59,6 +60,7 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         parts: Mapping[str, nn.Module],
         decays: Iterable[float] = (),
+        lengths: Iterable[float] = (),
     ) -> None:
         self.accelerator, self.model = accelerator, parts["model"]
         self.module: Any = network  # what DDP wraps
@@ -66,9 +68,9 @@ class Trainer:
         self.parts = {name: part for name, part in parts.items() if part.state_dict()}
         # The averages are of the parameters as prepared: sharded under FSDP.
         learning = {name: part for name, part in self.parts.items() if any(p.requires_grad for p in part.parameters())}
-        self.averages = {name: EMA(part, decays) for name, part in learning.items()}
+        self.averages = {name: EMA(part, decays, lengths if name == "model" else ()) for name, part in learning.items()}
         self.step, self.saved_step, self.skipped, self.loss_sum, self.loss_count = 0, 0, 0, 0.0, 0
-        self.loss_sums: dict[str, float] = {}
+        self.faults, self.loss_sums = 0, dict[str, float]()
         self.data: dict[str, Any] = {}
 
     def sharing_gradients(self, last: bool) -> AbstractContextManager:
@@ -85,7 +87,7 @@ class Trainer:
     def average(self) -> None:
         """Move the averages one step towards the present weights."""
         for ema in self.averages.values():
-            ema.update()
+            ema.update(self.step - self.skipped + 1)
 
     def count(self, outcome: Outcome) -> None:
         """Count a step, which was skipped where its outcome is not finite."""
@@ -96,6 +98,7 @@ class Trainer:
             self.loss_sum, self.loss_count = self.loss_sum + outcome.loss, self.loss_count + 1
         else:
             self.skipped += 1
+        self.faults = 0 if outcome.finite else self.faults + 1
         self.step += 1
 
     def mean_losses(self) -> tuple[float | None, dict[str, float]]:
@@ -113,7 +116,7 @@ class Trainer:
 
         Returns False, having said so, when the disk is full.
         """
-        tensors = self._gather()
+        tensors = self._gather([*self._files(), ("optimizer", self._moments())])
         counters = {name: getattr(self, name) for name in _COUNTERS if name != "loss_sums" or self.loss_sums}
 
         def write() -> bool:
@@ -129,12 +132,29 @@ class Trainer:
         self.saved_step = self.step if saved else self.saved_step
         return saved
 
-    def _gather(self) -> dict[str, dict[str, Tensor]]:
+    def snapshot(self, folder: Path, every: int | None) -> None:
+        """Write the averages by power functions as fp16, every so many steps; every process calls this.
+
+        A full disk costs this snapshot, and a warning.
+        """
+        ema = self.averages["model"]
+        if not ema.exponents or self.step % (every or 1):
+            return
+        tensors = self._gather([(f"ema_{key}", ema.items(key)) for key in ema.exponents])
+
+        def write() -> None:
+            halves = {file: {name: halve(value) for name, value in own.items()} for file, own in tensors.items()}
+            try:
+                checkpoint.save(folder, self.step, halves, {"skipped": self.skipped})
+            except (OSError, SafetensorError) as error:
+                print(f"\nwarning: averages of step {self.step} not saved: {error}; training continues", flush=True)
+
+        on_main(write)
+
+    def _gather(self, sets: Sequence[tuple[str, Iterable[tuple[str, Tensor]]]]) -> dict[str, dict[str, Tensor]]:
         """Collect whole tensors on the CPU by file name: a collective, of which the main process keeps the result."""
-        states = ((name, self.optimizer.optimizer.state[parameter]) for name, parameter in self._parameters())
-        moments = ((f"{name}/{key}", value) for name, state in states for key, value in state.items())
         files: dict[str, dict[str, Tensor]] = {}
-        for file, values in (*self._files(), ("optimizer", moments)):
+        for file, values in sets:
             gathered = ((name, gather_shards(value)) for name, value in values)
             files[file] = {name: value.cpu() for name, value in gathered if self.accelerator.is_main_process}
         return files
@@ -169,8 +189,14 @@ class Trainer:
         for name, part in self.parts.items():
             yield name, part.state_dict().items()
         for name, ema in self.averages.items():
-            for decay in ema.averages:
-                yield f"{'' if name == 'model' else name + '_'}ema_{decay}", ema.items(decay)
+            for key in ema.averages:
+                yield f"{'' if name == 'model' else name + '_'}ema_{key}", ema.items(key)
+
+    def _moments(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the state of the optimizer by the names of its parameters."""
+        for name, parameter in self._parameters():
+            for key, value in self.optimizer.optimizer.state[parameter].items():
+                yield f"{name}/{key}", value
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield all parameters by the names that they have in the file of the optimizer."""
