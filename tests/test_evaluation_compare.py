@@ -365,9 +365,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(folder, tmp_path, capsys
     refuses(a, tmp_path / "black.npz", "--extractor", "logarithms", part=f"{tmp_path}/black.npz: image 7: NaN or inf")
     refuses(card, folder / "b.json", "--output", card, part=f"--output {card}: is one of the two that are compared")
     picture = folder / "out" / "card.png"
-    refuses(
-        card, folder / "b.json", "--output", picture, part="a picture of pairs is written there; name the card card.js"
-    )
+    refuses(card, folder / "b.json", "--output", picture, part="a picture is written there; name the card card.js")
     changed, file = json.loads(card.read_text()), folder / "changed.json"
     file.write_text(json.dumps(changed | {"protocol": {"name": "adm"}}))
     refuses(file, folder / "b.json", part=f"{file} has adm as protocol, {folder}/b.json has None")

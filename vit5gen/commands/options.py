@@ -1,12 +1,13 @@
 """What the sections of commands share: how a field becomes an option, and which options cannot be combined."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from vit5gen.config import Config, load_config
-from vit5gen.section import MOST_IMAGES, Section, UserPath
+from vit5gen.section import MOST_IMAGES, Length, Section, UserPath
 from vit5gen.system.errors import UserError
 from vit5gen.system.files import check_writable
 
@@ -24,6 +25,17 @@ def _check_utf8(path: str) -> str:
 
 # Of an output that holds weights: safetensors can write a path that is no UTF-8, but cannot read it again.
 Utf8Path = Annotated[UserPath, AfterValidator(_check_utf8)]
+
+
+def _split(values: Any) -> Any:
+    """Return the parts of texts between commas, as numbers; what is none is told by the check of all values."""
+    with suppress(ValueError, TypeError):
+        return [float(part) for value in values for part in str(value).split(",")]
+    return values
+
+
+# 0.05,0.1 or 0.05 0.1; what is given twice counts once.
+Lengths = Annotated[list[Length], BeforeValidator(_split), AfterValidator(lambda found: list(dict.fromkeys(found)))]
 
 
 def argument(default: Any, metavar: str, description: str, **more: Any) -> Any:
@@ -66,7 +78,7 @@ class Options(Section):
 def with_picture(output: str) -> Path:
     """Return where the picture beside a card belongs; raise `UserError` unless both can be written."""
     if (picture := Path(output).with_suffix(".png")) == Path(output):
-        raise UserError(f"--output {output}: a picture of pairs is written there; name the card {picture.stem}.json")
+        raise UserError(f"--output {output}: a picture is written there; name the card {picture.stem}.json")
     for file in (output, picture):
         check_writable(file)
     return picture

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo
+from torch import Tensor
 
 from vit5gen.config import VaeConfig, load_recorded
 from vit5gen.data.autoencoders.codec import Normalization, codec_of, normalization_of, sizes_of
@@ -25,10 +26,11 @@ from vit5gen.models import SiTTransformer2DModel, ViT5, load_sit, load_vit5
 from vit5gen.models.published import check_variance, reverse_time
 from vit5gen.models.weights import Weights, check_finite, load_exactly, read_checkpoint, read_tensors, without
 from vit5gen.system.distributed import processes
-from vit5gen.system.errors import UserError, choose, short
+from vit5gen.system.errors import UserError, choose, listed, short
 from vit5gen.system.files import read_json
 from vit5gen.training.build import build_model, build_scheduler
 from vit5gen.training.checkpoint import CONFIG, find_damage, load_tensors, newest_valid, read_state
+from vit5gen.training.posthoc import rebuild
 from vit5gen.training.run_folder import RunFolder
 from vit5gen.training.trainable import adapter_of, fold
 
@@ -42,6 +44,7 @@ def export_pipeline(
     num_classes: int | None = None,
     drop_prefix: Sequence[str] = (),
     reversed_time: bool | None = None,
+    ema_length: Sequence[float] | None = None,
 ) -> None:
     """Write the folder ``output``, whole or not at all: a pipeline, or an autoencoder or classifier if that is given.
 
@@ -51,6 +54,7 @@ def export_pipeline(
     weights: of a run, ``ema_<decay>`` or ``model``, None its first average.
     num_attention_heads: of a SiT file whose width matches no preset.  drop_prefix: of its weights that are left out.
     num_classes: see `pipeline_of_file`.  reversed_time: whether its time runs from data (0) to noise (1).
+    ema_length: of the averages of a run to rebuild in place of ``weights``; several become folders in ``output``.
     Raises `UserError` for anything that is not such a checkpoint, and for an output that exists.
     """
     # The pipeline of a run's checkpoint, or of a published file, which knows no class names but ImageNet's.
@@ -62,9 +66,16 @@ def export_pipeline(
     if source.is_dir():
         if idle:
             raise UserError(f"{idle[0]} is only for published SiT files; a run records what it is; omit it")
+        if ema_length:
+            places = {length: "" if len(ema_length) == 1 else f"length_{length}" for length in ema_length}
+            write_whole(lambda new: export_lengths(source, vae, {k: new / v for k, v in places.items()}), target)
+            print(f"{output}: averages of {source}, of length {listed(map(str, places))}")
+            return
         pipe, folder, chosen, adapter = pipeline_of_run(source, vae, weights)
         source_name, began = f"{chosen} of {folder}", load_recorded(folder / CONFIG).training.origin
     else:
+        if ema_length:
+            raise UserError("--ema-length is only for runs and their checkpoints; omit it")
         if weights is not None:
             raise UserError(f"--weights {weights} is only for checkpoints of a run; a SiT file has one set of weights")
         state = read_checkpoint(read_tensors(source, "checkpoint", leave_out=True))
@@ -91,6 +102,16 @@ def export_pipeline(
     write_whole(partial(pipe.save_pretrained, facts=facts, adapter=adapter), target)
     advice = f"try `vit5gen sample --checkpoint {output} --num-images 8 --seed 0 --output samples.png`"
     print(f"{output}: {'without an autoencoder it generates latents only' if pipe.vae is None else advice}")
+
+
+def export_lengths(source: Path, vae: str | None, places: Mapping[float, Path]) -> None:
+    """Write a pipeline of a run or checkpoint into a folder for each length of the average of its weights."""
+    folder = _checkpoint_of(source)
+    for length, average in rebuild(folder, list(places)).items():
+        pipe, adapter = _pipeline_of(folder, vae, average)
+        command = f"converted from the average of length {length} of {folder}"
+        facts = TrainingFacts(command=command, origin=load_recorded(folder / CONFIG).training.origin)
+        pipe.save_pretrained(places[length], facts=facts, adapter=adapter)
 
 
 def _save_classifier(model: ViT5, folder: Path) -> None:
@@ -141,20 +162,33 @@ def pipeline_of_run(
 
     See `export_pipeline`.
     """
+    folder = _checkpoint_of(source)
+    settings = load_recorded(folder / CONFIG).training
+    averages = [f"ema_{decay}" for decay in settings.ema_decays]
+    chosen = choose("weights", weights or averages[0], [*averages, "model"])
+    pipe, adapter = _pipeline_of(folder, vae, load_tensors(folder, chosen))
+    return pipe, folder, chosen, adapter
+
+
+def _checkpoint_of(source: Path) -> Path:
+    """Return the checkpoint that a run, its newest, or a checkpoint stands for; raise `UserError` for what is none."""
     run = RunFolder(source)
     folder = newest_valid(run.checkpoints) if run.checkpoints.is_dir() else source
     if folder is None or not (folder / CONFIG).is_file():
         raise UserError(f"{source} is neither a run nor a checkpoint folder; expected RUN or one of RUN/checkpoints")
     if fault := find_damage(folder):
         raise UserError(f"checkpoint {folder}: {fault}; choose another checkpoint of the run")
+    return folder
+
+
+def _pipeline_of(folder: Path, vae: str | None, weights: Mapping[str, Tensor]) -> tuple[SiTPipeline, Adapter | None]:
+    """Return the pipeline of a checkpoint with the given weights, and what is folded into them."""
     config = load_recorded(folder / CONFIG)
     model = build_model(config)
-    averages = [f"ema_{decay}" for decay in config.training.ema_decays]
-    chosen = choose("weights", weights or averages[0], [*averages, "model"])
     # An average holds what is trained; the rest comes from the model.
-    state = {**load_tensors(folder, "model"), **load_tensors(folder, chosen)}
+    state = {**load_tensors(folder, "model"), **weights}
     load_exactly(model, fold(state, config.training))
-    adapter = adapter_of(state, load_tensors(folder, averages[0]), config.training)
+    adapter = adapter_of(state, load_tensors(folder, f"ema_{config.training.ema_decays[0]}"), config.training)
     index = RunFolder(folder.parent.parent).pipeline / "model_index.json"
     told = read_json(index, "pipeline") if index.is_file() else {}
     recorded = dict(enumerate(read_state(folder).get("data", {}).get("classes", [])))
@@ -162,8 +196,7 @@ def pipeline_of_run(
     names, attribution = told.get("id2label", recorded), told.get("attribution")
     trained = recorded_normalization(read_state(folder).get("data", {}))
     own = config.vae.normalize == "config"
-    pipe = _assemble(model, scheduler, vae or config.vae.name, names, attribution, trained, own)
-    return pipe, folder, chosen, adapter
+    return _assemble(model, scheduler, vae or config.vae.name, names, attribution, trained, own), adapter
 
 
 def _assemble(
