@@ -1,12 +1,14 @@
 """`vit5gen evaluate`."""
 
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from vit5gen.commands.options import Images, Options, argument
+from vit5gen.commands.options import Images, Lengths, Options, argument, with_picture
 from vit5gen.config import DrawConfig, EvaluationConfig, ReadConfig
 from vit5gen.registry import name_and_options
 from vit5gen.section import BatchSize, Natural, Plug, UserPath
@@ -63,6 +65,7 @@ class EvaluateOptions(ScoreOptions):
     excludes: ClassVar = {
         "save_statistics": ("reference", "output", "metrics", "keep_groups", "denominators", *_OF_SAMPLES),
         "protocol": ("denominators",),
+        "ema_length": ("save_statistics", "keep_groups"),
     }
 
     samples: Annotated[list[UserPath], Field(min_length=1)] = argument(
@@ -77,6 +80,9 @@ class EvaluateOptions(ScoreOptions):
     seed: list[Natural] = argument(
         [EvaluationConfig().seed], "N", "seeds for drawing from a run; several give mean and std"
     )
+    ema_length: Lengths | None = argument(
+        None, "L", "lengths of averages to rebuild from a run's snapshots and to compare; a plot lies beside the card"
+    )
     keep_groups: bool = argument(False, "", "keep moments beside the card, so that `compare` needs no images")
 
 
@@ -86,6 +92,7 @@ def run(options: EvaluateOptions) -> int:
         raise UserError("evaluate: give either --reference REF or --save-statistics FILE")
     from vit5gen.evaluation import load_extractor
     from vit5gen.evaluation.evaluation_card import evaluation_card, markdown, open_samples
+    from vit5gen.evaluation.length_scan import save_scan
     from vit5gen.evaluation.metrics.frechet_ratio import with_denominators
     from vit5gen.evaluation.reference import open_reference, reference_of, save_statistics
     from vit5gen.evaluation.samples import check_used, open_image_set
@@ -97,10 +104,15 @@ def run(options: EvaluateOptions) -> int:
         raise UserError("--keep-groups: there is no card to keep groups beside; give --output CARD.json")
     if options.save_statistics is not None and len(options.samples) != 1:
         raise UserError(f"--save-statistics: {len(options.samples)} sets of images; expected one: give one SAMPLES")
+    if options.ema_length and len(options.samples) != 1:
+        raise UserError(f"--ema-length: {len(options.samples)} sets of images; expected one run: give one SAMPLES")
+    picture = with_picture(options.output) if options.ema_length and options.output else None
     if (file := options.output or options.save_statistics) is not None:
         check_writable(file)
     state, batch_size, protocol = start_processes(), options.batch_size, options.protocol
-    read = options.part(ReadConfig)
+    read, draw = options.part(ReadConfig), options.part(DrawConfig)
+    how: tuple[Any, ...] = draw, options.num_images, options.seed, batch_size, protocol, read
+    opened = _open_lengths(options.samples[0], options.ema_length, how) if options.ema_length else []
     network = load_extractor(options.extractor, state.device, options.weights, options.weights_sha256)
 
     # A reference alone.
@@ -114,21 +126,42 @@ def run(options: EvaluateOptions) -> int:
         return 0
 
     # The samples, the reference, and the card of their scores.
-    draw, opened = options.part(DrawConfig), []
-    for path in dict.fromkeys(options.samples):  # what is given twice counts once
-        opened += open_samples(path, draw, options.num_images, options.seed, batch_size, protocol, read)
+    for path in () if opened else dict.fromkeys(options.samples):  # what is given twice counts once
+        opened += open_samples(path, *how)
     assert options.reference is not None
     real = open_reference(options.reference, network, batch_size, protocol, read)
     if options.denominators is not None:
         real = with_denominators(real, open_reference(options.denominators, network, batch_size, read=read), network)
     check_used(read, [real.identity, real.identity.get("denominators", {}), *(images.identity for images in opened)])
     kept = options.output if options.keep_groups else None
-    card = evaluation_card(opened, real, network, options.metrics, protocol, kept)
+    card = evaluation_card(opened, real, network, options.metrics, protocol, kept, options.ema_length or ())
     if state.is_main_process:
         for warning in card["warnings"]:
             kind = "note" if " is not computed: " in warning else "warning"
             print(f"{kind}: {warning}", file=sys.stderr)
         if options.output is not None:
             write_json(options.output, card)
+        if picture is not None:
+            save_scan(picture, card["scan"], f"{Path(options.samples[0]).name}, {opened[0].count} images each")
         print("\n".join(markdown(card)))
     return 0
+
+
+def _open_lengths(run: str, lengths: list[float], how: tuple[Any, ...]) -> list[Any]:
+    """Return the `Samples` that averages of a run draw, whose pipelines are written to a temporary folder."""
+    from vit5gen.evaluation.evaluation_card import open_samples
+    from vit5gen.system.distributed import gather_objects, on_main
+    from vit5gen.training.export import export_lengths
+
+    opened = []
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(on_main(lambda: own))  # of the main process
+        places = {length: folder / f"length_{length}" for length in lengths}
+        on_main(lambda: export_lengths(Path(run), None, places))
+        for length, place in places.items():
+            for images in open_samples(str(place), *how):
+                images.sampling["vae"] = f"of {run}"  # type: ignore[index]  # not the temporary folder's
+                told = {"path": f"{run}, length {length}", "ema_length": length}
+                opened.append(replace(images, identity=images.identity | told))
+        gather_objects(None)  # all have read them
+    return opened

@@ -17,6 +17,7 @@ from vit5gen.config import DrawConfig, ReadConfig
 from vit5gen.evaluation.extractors.inception import INCEPTION_SHA256
 from vit5gen.evaluation.features import Extractor
 from vit5gen.evaluation.groups import save_groups
+from vit5gen.evaluation.length_scan import find_best
 from vit5gen.evaluation.metric import RELIABLE_COUNT, Metric, Score, available, scores
 from vit5gen.evaluation.reference import REFERENCE_ROWS, Reference, Scan, scan
 from vit5gen.evaluation.samples import Samples, open_image_set
@@ -68,6 +69,7 @@ def evaluation_card(
     metrics: Sequence[Plug] | None = None,
     protocol: str | None = None,
     keep_groups: str | Path | None = None,
+    lengths: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Score sets of samples and return the evaluation card.
 
@@ -75,6 +77,7 @@ def evaluation_card(
     ``protocol="adm"`` fixes ADM's metrics with their settings, and allows the name FID-50K if all of them are met.
     ``models`` holds the scores of each model: of several seeds (see `_by_model`) their mean, with the deviation between
     them. ``metrics`` are the scores of the first. ``keep_groups``: write the groups of the one set beside this card.
+    ``lengths``: of the average that each model is, of one run: ``metrics`` are then the scores of the best.
     Raises `UserError` on bad input.
     """
     if keep_groups is not None and len(samples) != 1:
@@ -105,21 +108,31 @@ def evaluation_card(
     # The card: a model has the mean over its seeds, and the name FID-50K is earned by keeping all of ADM's protocol.
     differences = _differences_from_adm(samples, reference, extractor) if adm else []
     label = "FID-50K" if adm and not differences else extractor.metric
-    models = [{"samples": sets, "metrics": _join([runs[i] for i in sets])} for sets in _by_model(samples)]
+    models: list[dict[str, Any]] = [
+        {"samples": sets, "metrics": _join([runs[i] for i in sets])} for sets in _by_model(samples)
+    ]
+    best = find_best([model["metrics"] for model in models]) if lengths else {}
+    first = next(iter(best.values()), 0)
     card: dict[str, Any] = {
         "samples": described,
         "reference": reference.identity | {"count": reference.count},
         "extractor": extractor.identity,
         "licences": extractor.licences,
-        "metrics": models[0]["metrics"],
+        "metrics": models[first]["metrics"],
         "models": models,
         "skipped": skipped,
         "protocol": {"name": protocol, "differences": differences, "label": label},
-        "warnings": _warnings(samples, len(models), extractor, wanted, skipped, differences)
+        "warnings": _warnings(samples, 1 if lengths else len(models), extractor, wanted, skipped, differences)
         + doubts(described, reference, extractor, wanted),
         "processes": rank_and_world()[1],
         "versions": versions() | {"torch-fidelity": version("torch-fidelity"), "scipy": version("scipy")},
     }
+    if lengths:
+        card["scan"] = {
+            "ema_lengths": list(lengths),
+            "metrics": {name: [model["metrics"][name] for model in models] for name in models[0]["metrics"]},
+            "best": {name: lengths[number] for name, number in best.items()},
+        }
     if keep_groups is not None:
         card["groups"] = save_groups(found, reference, keep_groups)
     if given := {name: options for name, options in map(name_and_options, metrics or ()) if options}:
