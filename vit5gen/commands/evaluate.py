@@ -4,7 +4,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,9 +14,6 @@ from vit5gen.registry import name_and_options
 from vit5gen.section import BatchSize, Natural, Plug, UserPath
 from vit5gen.system.errors import UserError, choose
 from vit5gen.system.files import check_writable, write_json
-
-if TYPE_CHECKING:
-    from vit5gen.evaluation.samples import Samples
 
 _OF_PIPELINES = (*DrawConfig.model_fields, "num_images", "seed")
 _OF_SAMPLES = (*_OF_PIPELINES, "shuffle")
@@ -113,8 +110,7 @@ def run(options: EvaluateOptions) -> int:
     if (file := options.output or options.save_statistics) is not None:
         check_writable(file)
     state, batch_size, protocol = start_processes(), options.batch_size, options.protocol
-    read = options.part(ReadConfig)
-    draw = options.part(DrawConfig)
+    read, draw = options.part(ReadConfig), options.part(DrawConfig)
     how: tuple[Any, ...] = draw, options.num_images, options.seed, batch_size, protocol, read
     opened = _open_lengths(options.samples[0], options.ema_length, how) if options.ema_length else []
     network = load_extractor(options.extractor, state.device, options.weights, options.weights_sha256)
@@ -151,8 +147,8 @@ def run(options: EvaluateOptions) -> int:
     return 0
 
 
-def _open_lengths(run: str, lengths: list[float], how: tuple[Any, ...]) -> "list[Samples]":
-    """Return what the averages of a run of these lengths draw, whose pipelines are written to a temporary folder."""
+def _open_lengths(run: str, lengths: list[float], how: tuple[Any, ...]) -> list[Any]:
+    """Return the `Samples` that averages of a run draw, whose pipelines are written to a temporary folder."""
     from vit5gen.evaluation.evaluation_card import open_samples
     from vit5gen.system.distributed import gather_objects, on_main
     from vit5gen.training.export import export_lengths
@@ -164,9 +160,8 @@ def _open_lengths(run: str, lengths: list[float], how: tuple[Any, ...]) -> "list
         on_main(lambda: export_lengths(Path(run), None, places))
         for length, place in places.items():
             for images in open_samples(str(place), *how):
-                assert images.sampling is not None
-                images.sampling["vae"] = f"of {run}"
-                identity = images.identity | {"path": f"{run}, length {length}", "ema_length": length}
-                opened.append(replace(images, identity=identity))
+                images.sampling["vae"] = f"of {run}"  # type: ignore[index]  # not the temporary folder's
+                told = {"path": f"{run}, length {length}", "ema_length": length}
+                opened.append(replace(images, identity=images.identity | told))
         gather_objects(None)  # all have read them
     return opened

@@ -108,7 +108,9 @@ def evaluation_card(
     # The card: a model has the mean over its seeds, and the name FID-50K is earned by keeping all of ADM's protocol.
     differences = _differences_from_adm(samples, reference, extractor) if adm else []
     label = "FID-50K" if adm and not differences else extractor.metric
-    models = [{"samples": sets, "metrics": _join([runs[i] for i in sets])} for sets in _by_model(samples)]
+    models: list[dict[str, Any]] = [
+        {"samples": sets, "metrics": _join([runs[i] for i in sets])} for sets in _by_model(samples)
+    ]
     best = find_best([model["metrics"] for model in models]) if lengths else {}
     first = next(iter(best.values()), 0)
     card: dict[str, Any] = {

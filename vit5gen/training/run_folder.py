@@ -28,7 +28,7 @@ _WITH_WHAT = {"data.num_workers", "data.latents", "training.micro_batch_size", "
 _KEPT = {"training.checkpoint_every", "training.checkpoint_minutes", "training.keep_last", "training.keep_every"}
 _KEPT |= {"training.ema_snapshot_every"}
 _SHOWN = {"evaluation", "sampling", "training.log_every", "training.trackers"}
-SNAPSHOTS = 64  # of averages: lengths of 0.022 to 0.24 can then be rebuilt from those of 0.05 and 0.10
+SNAPSHOTS = 64  # of averages: lengths of 0.021 to 0.24 can then be rebuilt from those of 0.05 and 0.10
 FindClasses = Callable[[Config], list[str] | None]
 CHANGEABLE = _HOW_FAR | _WITH_WHAT | _KEPT | _SHOWN
 
