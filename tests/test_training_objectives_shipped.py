@@ -48,7 +48,7 @@ def begin(config: Config, start: Path | None = None) -> tuple[Trainer, Iterator[
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
     """Return every tensor that a checkpoint would hold, as it is now."""
-    files = trainer._gather()
+    files = trainer._gather([*trainer._files(), ("optimizer", trainer._moments())])
     return {f"{file}/{name}": value.clone() for file, found in files.items() for name, value in found.items()}
 
 

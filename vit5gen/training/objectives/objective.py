@@ -121,7 +121,7 @@ class SharedOptions(Section):
     def share(self, num_steps: int) -> float:
         """Return in which part of so many steps it is active."""
         end = num_steps if self.stop_at is None else min(self.stop_at, num_steps)
-        return max(end - self.start, 0) / num_steps
+        return max(end - self.start, 0) / num_steps if num_steps else float(self.active(0))
 
 
 def _check_objective(name: str, given: Mapping[str, Any]) -> tuple[SharedOptions, dict[str, Any]]:
