@@ -105,14 +105,15 @@ def find_differences(study: StudyConfig, rows: list[Row]) -> list[Difference]:
 def _spent_alike(own: list[list[Row]], base: list[list[Row]], i: int, budget: str, measure: str) -> list[float]:
     """Return the measure of each seed of a cell when it had spent what its baseline had at score ``i``.
 
-    What was spent is the mean of the seeds, linear between scores. A measure is linear in the log of the step, but NaN
-    before the first score and after the last. Without a budget it is that of score ``i``.
+    What was spent is the median of the seeds, one of which may have shared its machine; it is linear between scores. A
+    measure is linear in the log of the step, but NaN before the first score and after the last. Without a budget it is
+    that of score ``i``.
     """
     values = [[getattr(row, measure) for row in curve] for curve in own]
     if not budget:
         return [curve[i] for curve in values]
     steps = [row.steps for row in own[0]]
-    spent, limit = (np.mean([[getattr(row, budget) for row in curve] for curve in one], axis=0) for one in (own, base))
+    spent, limit = (np.median([[getattr(row, budget) for row in curve] for curve in one], axis=0) for one in (own, base))
     at = math.log(np.interp(limit[i], [0, *spent], [0, *steps], right=math.nan))
     logs = [math.log(step) for step in steps]
     return [float(np.interp(at, logs, curve, left=math.nan, right=math.nan)) for curve in values]
