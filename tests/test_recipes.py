@@ -13,7 +13,9 @@ from tiny_run import forget_processes, make_inputs
 
 from vit5gen.cli import main
 from vit5gen.config import Config, load_config
+from vit5gen.training.averages import exponent_of
 from vit5gen.training.dry_run import utilisation
+from vit5gen.training.posthoc import combine
 from vit5gen.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +92,14 @@ def test_a_speedrun_changes_how_it_is_trained_not_what(path: Path) -> None:
     assert alignment["tap"] == {"B/2": 4, "XL/2": 8}[str(config.model.preset)]
     assert alignment["stop_at"] < config.training.num_steps
     assert (config.flow.time_distribution, config.flow.direction_weight) == ("logit_normal", 1)
-    assert config.training.num_steps % (config.training.ema_snapshot_every or 0) == 0
+    # The lengths that its head tells to compare can be rebuilt.
+    steps, every = config.training.num_steps, config.training.ema_snapshot_every or 0
+    assert steps % every == 0
+    tracked = [exponent_of(length) for length in config.training.ema_lengths]
+    kept = [(float(step), exponent) for step in range(every, steps + 1, every) for exponent in tracked]
+    (told,) = re.findall(r"--ema-length (\S+)", path.read_text())
+    for length in map(float, told.split(",")):
+        assert combine(kept, (steps, exponent_of(length)), len(tracked))[1] <= 0.01, length
 
 
 @pytest.mark.parametrize("path", SIT, ids=name)
