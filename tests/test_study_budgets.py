@@ -89,6 +89,36 @@ def test_budgets_are_equal_and_nothing_is_extrapolated(lever: str, budget: str, 
         assert d.values == pytest.approx(expected)
 
 
+def test_a_run_that_waited_for_its_machine_does_not_count_as_slow() -> None:
+    rows = make_rows()
+    waited = [row.model_copy(update={"seconds": row.seconds * (1 + 9 * (row.seed == 1))}) for row in rows]
+    assert find_differences(study(), waited) == find_differences(study(), rows)
+
+
+def test_each_of_several_baselines_has_its_own_verdict_and_law() -> None:
+    """Both together are better than one of them alone, and worse than the other alone."""
+    grid = {"lever": {"none": {}, "helps": {}}, "optimizer": {"a": {}, "b": {}}, "width": {key: {} for key in SIZES}}
+    plan = study(grid=grid, baseline={"lever": "none", "optimizer": "a"}, extrapolate_to=10**8)
+    rows = [
+        row.model_copy(
+            update={
+                "levels": {"lever": row.levels["lever"], "optimizer": optimizer, "width": row.levels["width"]},
+                "held_out_loss": row.held_out_loss + (optimizer == "b") * (0.2 + 0.001 * row.seed),
+            }
+        )
+        for row in make_rows()
+        for optimizer in grid["optimizer"]
+        if row.levels["lever"] in grid["lever"]
+    ]
+    found = find_verdicts(plan, find_differences(plan, rows))
+    assert found["helps, b - none, b", "held_out_loss"] == "recommended"
+    assert found["helps, b - helps, a", "held_out_loss"] == "worse"
+    trends = find_trends(plan, find_curves(plan, rows))
+    pairs = [("none, b", "none, a"), ("helps, a", "none, a"), ("helps, b", "none, b"), ("helps, b", "helps, a")]
+    assert [(trend.change, trend.baseline) for trend in trends] == [pair for pair in pairs for _ in STEPS]
+    assert {trend.losses.shape for trend in trends} == {(3, 3)}
+
+
 def test_corrected_intervals_are_bonferronis_over_the_cells_of_a_baseline() -> None:
     found = find_differences(study(), make_rows())
     for measure, sign in (("held_out_loss", 1), ("coverage", -0.1)):
@@ -103,7 +133,7 @@ def test_verdicts_need_every_width_after_correction() -> None:
     found = find_verdicts(study(), find_differences(study(), make_rows()))
     words = {"helps": "recommended", "harms": "worse", "mixed": "not shown here"}
     measures = ("held_out_loss", "distance", "coverage")
-    assert found == {(lever, measure): word for measure in measures for lever, word in words.items()}
+    assert found == {(f"{lever} - none", measure): word for measure in measures for lever, word in words.items()}
 
     # An interval of one difference at a time without 0 does not suffice.
     def noisy(lever: str, width: str, seed: int, step: float) -> float:
@@ -118,7 +148,7 @@ def test_verdicts_need_every_width_after_correction() -> None:
     for lacking in ({"helps, wide, seed 1", "helps, wide, seed 2"}, {"helps, wide, seed 2"}):
         rows = [row for row in make_rows() if row.run not in lacking or row.steps < 1200]
         found = find_differences(study(), rows)
-        assert find_verdicts(study(), found)["helps", "held_out_loss"] == "unfinished"
+        assert find_verdicts(study(), found)["helps - none", "held_out_loss"] == "unfinished"
         assert {len(d.values) for d in select(found, "helps, wide", "steps").values()} <= {2}
 
 
@@ -164,7 +194,7 @@ def test_the_report_shows_all_of_it(tmp_path: Path) -> None:
     mean = np.mean([by_law("helps", "wide", seed, 600) for seed in range(3)])
     assert f"| helps, wide | 3 | 1,000,000 | 600 | 0.0 | {mean:.4f} ±" in values
     assert "| helps, wide - none, wide | held-out loss | FLOPs, 600 |" in differences
-    assert "| helps | held-out loss | recommended |" in verdicts
+    assert "| helps - none | held-out loss | recommended |" in verdicts
     change, far = (
         f"{100 * math.expm1(x):+.2f} [" for x in (-0.019 * math.log(10), math.log(0.96) - 0.019 * math.log(1e8))
     )

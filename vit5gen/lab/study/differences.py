@@ -23,7 +23,8 @@ Curves = dict[tuple[Levels, int], list[Row]]  # the rows of a run, by levels and
 class Difference:
     """What a cell has more of ``measure`` than its baseline cell, seed by seed; ``low``..``high`` is 95 % (Student).
 
-    change: the cell's levels without that of `replicate`.  reference: the mean of the baseline cell over these seeds.
+    change: of both cells what is left without the level of `replicate`.  reference: the mean of the baseline cell over
+    these seeds.
     corrected: the interval by Bonferroni over all cells that are compared with that one.
     budget, step: where runs are scored at several steps, both have spent as much as the baseline by this step.
     """
@@ -92,7 +93,8 @@ def find_differences(study: StudyConfig, rows: list[Row]) -> list[Difference]:
             if math.isnan(sum(pairs)):
                 continue
             one, what = Estimate.of_pairs(pairs), (measure, budget, base[0][i].steps)
-            names = name_of(levels), name_of(baseline), name_of(levels, study.replicate)
+            change = f"{name_of(levels, study.replicate)} - {name_of(baseline, study.replicate)}"
+            names = name_of(levels), name_of(baseline), change
             wide, p = one.margin((1 - CONFIDENCE) / rivals), one.p if len(pairs) >= FEWEST_SEEDS else None
             corrected = one.difference - wide, one.difference + wide
             mean = float(np.mean(reference))
@@ -113,7 +115,7 @@ def _spent_alike(own: list[list[Row]], base: list[list[Row]], i: int, budget: st
     if not budget:
         return [curve[i] for curve in values]
     steps = [row.steps for row in own[0]]
-    spent, limit = (np.median([[getattr(row, budget) for row in curve] for curve in one], axis=0) for one in (own, base))
+    spent, limit = (np.median([[getattr(row, budget) for row in curve] for curve in one], 0) for one in (own, base))
     at = math.log(np.interp(limit[i], [0, *spent], [0, *steps], right=math.nan))
     logs = [math.log(step) for step in steps]
     return [float(np.interp(at, logs, curve, left=math.nan, right=math.nan)) for curve in values]

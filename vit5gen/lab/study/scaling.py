@@ -50,11 +50,11 @@ def find_trends(study: StudyConfig, curves: Curves) -> list[Trend]:
     """Return a trend for each change and step, over the two or more seeds that all sizes have."""
     if study.extrapolate_to is None:
         return []
-    groups: dict[str, list[tuple[Levels, Levels, list[int]]]] = {}
+    groups: dict[tuple[str, ...], list[tuple[Levels, Levels, list[int]]]] = {}
     for pair in find_pairs(study, curves):
-        groups.setdefault(name_of(pair[0], study.replicate), []).append(pair)
+        groups.setdefault(tuple(name_of(cell, study.replicate) for cell in pair[:2]), []).append(pair)
     found = []
-    for change, sizes in groups.items():
+    for (change, baseline), sizes in groups.items():
         seeds = [seed for seed in sizes[0][2] if all(seed in shared for _, _, shared in sizes)]
         if len(seeds) < 2 or len(sizes) < len(study.grid[str(study.replicate)]):  # unfinished
             continue
@@ -66,5 +66,5 @@ def find_trends(study: StudyConfig, curves: Curves) -> list[Trend]:
             )
             samples = base[0][0].steps * base[0][0].settings.training.global_batch_size
             parameters = np.array([row.parameters for row in base[0]])
-            found.append(Trend(change, name_of(sizes[0][1], study.replicate), samples, parameters, losses, reference))
+            found.append(Trend(change, baseline, samples, parameters, losses, reference))
     return found
