@@ -258,6 +258,12 @@ def test_a_damaged_snapshot_is_passed_over(kept: Simulated, tmp_path: Path, caps
         rebuild(tmp_path / "run/checkpoints/step_00000096", [0.07])
 
 
+def test_a_tracked_length_between_those_tried_is_named(tmp_path: Path, vae: str) -> None:
+    run = Simulated(tmp_path, vae, [0.0525]).train(EARLY, every=EARLY)
+    with pytest.raises(UserError, match=r"these can: 0.0525; choose one of them"):
+        rebuild(run.newest, [0.2])
+
+
 def test_convert_writes_one_pipeline_or_several(kept: Simulated, tmp_path: Path) -> None:
     call_convert(kept.folder, tmp_path / "one", ema_length=["0.07"])
     call_convert(kept.newest, tmp_path / "two", ema_length=["0.07,0.10", 0.1])
@@ -311,7 +317,7 @@ def test_lengths_are_of_runs_alone(kept: Simulated, tmp_path: Path) -> None:
         call_convert(tmp_path / "file.pt", tmp_path / "out", ema_length=[0.05])
     with pytest.raises(UserError, match="--weights has no effect with --ema-length"):
         call_convert(kept.folder, tmp_path / "out", ema_length=[0.05], weights="model")
-    for samples, match in (([tmp_path], "neither a run nor"), ([kept.folder, tmp_path], "expected one run")):
+    for samples, match in (([tmp_path], "neither a run nor"), ([kept.folder, tmp_path], "--ema-length: 2 sets")):
         with pytest.raises(UserError, match=match):
             call_evaluate(*samples, reference=tmp_path, ema_length=[0.05])
 
@@ -319,8 +325,8 @@ def test_lengths_are_of_runs_alone(kept: Simulated, tmp_path: Path) -> None:
 def test_evaluate_scans_lengths(kept: Simulated, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     real = write_folder(tmp_path / "real", pictures(16, side=16))
     how = {"reference": real, "extractor": "colours", "num_images": 8, "num_inference_steps": 2, "metrics": ["fid"]}
-    lengths = [0.15, 0.05]
-    assert call_evaluate(kept.folder, **how, ema_length=lengths, output=tmp_path / "a.json") == 0
+    lengths = [0.05, 0.15]
+    assert call_evaluate(kept.folder, **how, ema_length=["0.15,0.05"], output=tmp_path / "a.json") == 0
     card = json.loads((tmp_path / "a.json").read_text())
     scan = card["scan"]
     assert scan["ema_lengths"] == lengths
@@ -330,7 +336,7 @@ def test_evaluate_scans_lengths(kept: Simulated, tmp_path: Path, capsys: pytest.
     best = scan["best"]["FD-Colours"]
     assert best == lengths[values.index(min(values))]
     assert card["metrics"] == card["models"][lengths.index(best)]["metrics"]
-    assert [(one["ema_length"], one["sampling"]["seed"]) for one in card["samples"]] == [(0.15, 0), (0.05, 0)]
+    assert [(one["ema_length"], one["sampling"]["seed"]) for one in card["samples"]] == [(0.05, 0), (0.15, 0)]
     assert card["samples"][0]["sampling"]["vae"] == f"of {kept.folder}"
     assert not any("models:" in warning for warning in card["warnings"])
     with Image.open(tmp_path / "a.png") as picture:
@@ -338,7 +344,7 @@ def test_evaluate_scans_lengths(kept: Simulated, tmp_path: Path, capsys: pytest.
     # The scores of one length are those of its pipeline.
     call_convert(kept.folder, tmp_path / "b", ema_length=[0.05])
     call_evaluate(tmp_path / "b", **how, output=tmp_path / "b.json")
-    assert json.loads((tmp_path / "b.json").read_text())["metrics"] == card["models"][1]["metrics"]
+    assert json.loads((tmp_path / "b.json").read_text())["metrics"] == card["models"][0]["metrics"]
 
 
 def test_the_best_is_where_a_score_says_which_way_is_better() -> None:

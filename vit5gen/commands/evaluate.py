@@ -102,10 +102,9 @@ def run(options: EvaluateOptions) -> int:
     options.check(options.samples)
     if options.keep_groups and options.output is None:
         raise UserError("--keep-groups: there is no card to keep groups beside; give --output CARD.json")
-    if options.save_statistics is not None and len(options.samples) != 1:
-        raise UserError(f"--save-statistics: {len(options.samples)} sets of images; expected one: give one SAMPLES")
-    if options.ema_length and len(options.samples) != 1:
-        raise UserError(f"--ema-length: {len(options.samples)} sets of images; expected one run: give one SAMPLES")
+    alone = "--save-statistics" if options.save_statistics is not None else "--ema-length" if options.ema_length else ""
+    if alone and len(options.samples) != 1:
+        raise UserError(f"{alone}: {len(options.samples)} sets of images; expected one: give one SAMPLES")
     picture = with_picture(options.output) if options.ema_length and options.output else None
     if (file := options.output or options.save_statistics) is not None:
         check_writable(file)

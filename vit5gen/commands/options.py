@@ -34,8 +34,8 @@ def _split(values: Any) -> Any:
     return values
 
 
-# 0.05,0.1 or 0.05 0.1; what is given twice counts once.
-Lengths = Annotated[list[Length], BeforeValidator(_split), AfterValidator(lambda found: list(dict.fromkeys(found)))]
+# 0.05,0.1 or 0.05 0.1, in ascending order; what is given twice counts once.
+Lengths = Annotated[list[Length], BeforeValidator(_split), AfterValidator(lambda found: sorted(set(found)))]
 
 
 def argument(default: Any, metavar: str, description: str, **more: Any) -> Any:

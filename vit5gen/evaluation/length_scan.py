@@ -27,13 +27,12 @@ def save_scan(path: Path, scan: dict[str, Any], title: str) -> None:
     figure = Figure(figsize=(7, 0.8 + 2 * len(metrics)), layout="constrained")
     panels = figure.subplots(len(metrics), sharex=True, squeeze=False)[:, 0]
     for axes, (name, scores) in zip(panels, metrics.items(), strict=True):
-        points = sorted(zip(lengths, scores, strict=True), key=lambda point: point[0])
-        xs, values = [x for x, _ in points], [score["value"] for _, score in points]
-        errors = [score.get("deviation", score.get("standard_error")) or 0.0 for _, score in points]
-        axes.errorbar(xs, values, yerr=errors, fmt="o-", color="C0", markersize=4, capsize=2)
+        values = [score["value"] for score in scores]
+        errors = [score.get("deviation", score.get("standard_error")) or 0.0 for score in scores]
+        axes.errorbar(lengths, values, yerr=errors, fmt="o-", color="C0", markersize=4, capsize=2)
         if name in scan["best"]:
             best = scan["best"][name]
-            value = values[xs.index(best)]
+            value = values[lengths.index(best)]
             axes.plot([best], [value], "*", color="C3", markersize=13, label=f"best: {value:.4g} at {best:g}")
             axes.legend(fontsize=8)
         axes.set_ylabel(name)

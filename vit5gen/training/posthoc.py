@@ -21,7 +21,6 @@ from vit5gen.training.run_folder import RunFolder
 Profile = tuple[float, float]  # t in updates, gamma
 _TOLERANCE = 0.01  # of the error of `combine`
 _ROUNDING = 2**-11 / math.sqrt(3)  # standard deviation of what fp16 changes, as a part of a value
-_TRIED = [number / 200 for number in range(2, 57)]  # lengths among which a message looks for those within tolerance
 
 
 def inner_products(a: Sequence[Profile], b: Sequence[Profile]) -> np.ndarray:
@@ -53,7 +52,7 @@ def rebuild(folder: Path, lengths: Sequence[float]) -> dict[float, dict[str, Ten
     reported. Raises `UserError` where the run keeps none, and for a length that these cannot give.
     """
     # What there is: of each file how many updates it has seen, and its exponent.
-    if not load_recorded(folder / checkpoint.CONFIG).training.ema_lengths:
+    if not (tracked := load_recorded(folder / checkpoint.CONFIG).training.ema_lengths):
         advice = "set training.ema_lengths, e.g. to [0.05, 0.1], when the run begins"
         raise UserError(f"--ema-length: {folder} keeps no averages of which it could be rebuilt; {advice}")
     step, kept = checkpoint.read_state(folder)["step"], dict[Path, Profile]()
@@ -77,7 +76,7 @@ def rebuild(folder: Path, lengths: Sequence[float]) -> dict[float, dict[str, Ten
         if error > _TOLERANCE:
             found = f"--ema-length {length}: cannot be rebuilt from the {len(kept)} averages of {folder.parent.parent}"
             advice = "choose one of them, or train with more training.ema_lengths or snapshots"
-            raise UserError(f"{found}; these can: {_ranges(profiles, last, exact)}; {advice}")
+            raise UserError(f"{found}; these can: {_ranges(profiles, last, exact, tracked)}; {advice}")
     sums: dict[float, dict[str, Tensor]] = {length: {} for length in lengths}
     for number, file in enumerate(kept):
         for name, value in checkpoint.load_tensors(file.parent, file.stem).items():
@@ -87,8 +86,9 @@ def rebuild(folder: Path, lengths: Sequence[float]) -> dict[float, dict[str, Ten
     return sums
 
 
-def _ranges(kept: Sequence[Profile], last: float, exact: int) -> str:
-    """Return in words which lengths are within tolerance, in steps of 0.005."""
-    fits = groupby(_TRIED, lambda length: combine(kept, (last, exponent_of(length)), exact)[1] <= _TOLERANCE)
+def _ranges(kept: Sequence[Profile], last: float, exact: int, tracked: Sequence[float]) -> str:
+    """Return in words which lengths are within tolerance, of the tracked ones and steps of 0.005."""
+    tried = sorted({*tracked, *(number / 200 for number in range(2, 57))})
+    fits = groupby(tried, lambda length: combine(kept, (last, exponent_of(length)), exact)[1] <= _TOLERANCE)
     runs = [list(group) for good, group in fits if good]
     return ", ".join(f"{run[0]:g} to {run[-1]:g}" if len(run) > 1 else f"{run[0]:g}" for run in runs)
