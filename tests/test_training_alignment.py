@@ -150,6 +150,12 @@ def test_a_model_of_timm_gives_a_feature_for_each_token(tmp_path: Path) -> None:
     assert len(digest) == 64
 
 
+def test_an_encoder_has_as_many_channels_as_its_map() -> None:
+    encoder = find_encoder("samvit_base_patch16.sa1b", 4, None, None)  # whose neck has fewer than its blocks
+    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device="meta")
+    assert encoder.load(images.device)[0](images).shape == (1, encoder.channels, 4, 4)
+
+
 def open_data(file: Path, **options: Any) -> tuple[TrainingSet, Any]:
     forget_processes()
     config = load_config(file, options)
@@ -241,7 +247,8 @@ def test_training_reads_images_until_stop_at_and_resumes_bit_for_bit(
     [
         ({"encoder": "effnet-lite"}, r"alignment: encoder = 'effnet-lite' is not known.*Did you mean 'effnet-lite0'"),
         ({"encoder": "vit_base_patch14_dinov2"}, "weights' tag. Did you mean 'vit_base_patch14_dinov2.lvd142m'"),
-        ({"encoder": "vit_base_patch14_dinov2.lvd142m", "side": 4}, "side = 4: .* takes images of 14 pixels or more"),
+        ({"encoder": "vit_base_patch14_dinov2.lvd142m", "side": 4}, "no features by place of images of side = 4 in timm"),
+        ({"encoder": "hiera_base_224.mae", "side": None}, "'hiera_base_224.mae' has no features by place in timm; choose"),
         ({"tap": 3}, "alignment: tap 3 does not exist; expected 1 to 2"),
         ({"encoder_weights": "absent.safetensors"}, "alignment: extractor weights: 'absent.safetensors' is not a file"),
         ({"encoder": "vit_base_patch14_dinov2.lvd142m"}, "not downloadable .no network.; pass model.safetensors of .*"),

@@ -1,7 +1,7 @@
 """Encoders whose features by place a training aligns with: extractors that work offline, and models of timm."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def find_encoder(name: str, grid: int, side: int | None, weights: str | None) ->
     """Return the encoder of that name, of whose weights nothing is read.
 
     Where ``side`` is None, timm's models get images of the size at which they have ``grid`` x ``grid`` places, as in
-    REPA. Raises `UserError` for an unknown name, or a model without features by place.
+    REPA. Raises `UserError` for an unknown name, or a model without features by place of such images.
     """
     if name in OFFLINE:
         return Encoder(name, OFFLINE[name], side, weights)
@@ -74,15 +74,13 @@ def find_encoder(name: str, grid: int, side: int | None, weights: str | None) ->
         expected = f"expected {listed(OFFLINE)}, or a model of timm with its weights' tag"
         raise UserError(f"encoder = {name!r} is not known; {expected}.{nearest(name, [*OFFLINE, *known])}")
     try:
-        last = _on_meta(name, None).feature_info[-1]
-        channels, stride = last["num_chs"], last["reduction"]
-    except (AttributeError, TypeError, KeyError, IndexError) as error:
-        raise UserError(f"encoder = {name!r} has no features by place in timm; choose another model") from error
-    if side is not None and side < stride:
-        raise UserError(
-            f"side = {side}: {name} takes images of {stride} pixels or more; set it to e.g. {grid * stride}"
-        )
-    return Encoder(name, channels, side or grid * stride, weights)
+        stride = _on_meta(name, None).feature_info[-1]["reduction"]
+        found = Encoder(name, 0, side or grid * stride, weights)
+        images = torch.zeros(1, 3, stride, stride, dtype=torch.uint8, device="meta")
+        return replace(found, channels=found.load(images.device)[0](images).shape[1])
+    except Exception as error:  # whatever a network raises that has none, or none of such images
+        of, advice = "" if side is None else f" of images of side = {side}", "choose another encoder, or side"
+        raise UserError(f"encoder = {name!r} has no features by place{of} in timm; {advice}") from error
 
 
 @lru_cache(maxsize=8)

@@ -10,7 +10,7 @@ from pydantic import Field
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from vit5gen.evaluation.encoders import ToMap, find_encoder
+from vit5gen.evaluation.encoders import Encoder, ToMap, find_encoder
 from vit5gen.flow import Flow
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.models.layers import init_linears
@@ -77,7 +77,7 @@ class Alignment(Objective):
 
     @classmethod
     def missing_with(cls, options: Mapping[str, Any]) -> dict[str, str]:
-        return find_encoder(options["encoder"], 1, None, options.get("encoder_weights")).missing()
+        return Encoder(options["encoder"], 0, 1, options.get("encoder_weights")).missing()
 
     def forward(self, prediction: Tensor, hidden: dict[int, Tensor], batch: Batch, step: int) -> Tensor:
         """Return the negative mean cosine of each sample, (B,)."""
