@@ -193,9 +193,20 @@ def test_other_images_than_those_of_the_latents_are_refused(inputs: Path, tmp_pa
         open_data(inputs, **options)
 
 
-def test_features_of_shards_are_those_of_the_images(inputs: Path) -> None:
+class Pictures(Objective):
+    """Another objective that needs the images."""
+
+    needs_image = True
+
+
+def test_features_of_shards_are_those_of_the_images(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OBJECTIVES._known, "pictures", Pictures)
     images, _ = open_data(inputs, **{"training.objectives": aligned()})
-    stored, _ = open_data(inputs, **{"training.objectives": aligned(features="shards")})
+    both = aligned(features="shards", start=1) | {"pictures": {"stop_at": 3}}
+    stored, _ = open_data(inputs, **{"training.objectives": both})
+    # Each is read while what needs it is active.
+    found = [{"image", "features"} & stored[step, 0].keys() for step in (0, 2, 3)]
+    assert found == [{"image"}, {"image", "features"}, {"features"}]
     to_map, _ = find_encoder("fashion-judge", 4, 64, None).load(CPU)
     for position in range(8):
         sample, other = images[3, position], stored[3, position]
