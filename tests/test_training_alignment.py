@@ -113,6 +113,13 @@ def test_the_loss_is_that_of_numpy(options: dict[str, Any]) -> None:
     np.testing.assert_allclose(found.numpy(), -cosine.mean((1, 2)), atol=1e-5)
 
 
+def test_the_features_of_one_token_can_be_normalised() -> None:
+    model = tiny_transformer(backbone="vit5", patch_size=8)
+    objective, batch = make_objective(model, spatial_norm=True), make_batch(model, 64)
+    _, hidden = model(batch.x_t, batch.t, batch.labels, taps=(1,))
+    assert objective(batch.x1, hidden, batch, 0).isfinite().all()  # the deviation over one place is 0
+
+
 def test_the_gradient_reaches_what_is_below_the_tap_and_the_projector() -> None:
     model = tiny_transformer(backbone="vit5", num_layers=3)
     objective, batch = make_objective(model, tap=2), make_batch(model, 16)
@@ -258,10 +265,14 @@ def test_training_reads_images_until_stop_at_and_resumes_bit_for_bit(
     [
         ({"encoder": "effnet-lite"}, r"alignment: encoder = 'effnet-lite' is not known.*Did you mean 'effnet-lite0'"),
         ({"encoder": "vit_base_patch14_dinov2"}, "weights' tag. Did you mean 'vit_base_patch14_dinov2.lvd142m'"),
-        ({"encoder": "vit_base_patch14_dinov2.lvd142m", "side": 4}, "no features by place of images of side = 4 in timm"),
-        ({"encoder": "hiera_base_224.mae", "side": None}, "'hiera_base_224.mae' has no features by place in timm; choose"),
+        ({"encoder": "vit_base_patch14_dinov2.lvd142m", "side": 4}, "no features by place of images of side = 4 "),
+        ({"encoder": "hiera_base_224.mae", "side": None}, "hiera_base_224.mae' has no features by place in timm; "),
         ({"tap": 3}, "alignment: tap 3 does not exist; expected 1 to 2"),
-        ({"encoder_weights": "absent.safetensors"}, "alignment: extractor weights: 'absent.safetensors' is not a file"),
+        ({"encoder_weights": "own.safetensors"}, "encoder_weights = 'own.safetensors': fashion-judge has its own; "),
+        (
+            {"encoder": "test_vit3.r160_in1k", "encoder_weights": "absent.safetensors"},
+            "alignment: extractor weights: 'absent.safetensors' is not a file",
+        ),
         ({"encoder": "vit_base_patch14_dinov2.lvd142m"}, "not downloadable .no network.; pass model.safetensors of .*"),
     ],
 )
