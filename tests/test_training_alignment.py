@@ -113,6 +113,13 @@ def test_the_loss_is_that_of_numpy(options: dict[str, Any]) -> None:
     np.testing.assert_allclose(found.numpy(), -cosine.mean((1, 2)), atol=1e-5)
 
 
+def test_the_features_of_one_token_can_be_normalised() -> None:
+    model = tiny_transformer(backbone="vit5", patch_size=8)
+    objective, batch = make_objective(model, spatial_norm=True), make_batch(model, 64)
+    _, hidden = model(batch.x_t, batch.t, batch.labels, taps=(1,))
+    assert objective(batch.x1, hidden, batch, 0).isfinite().all()  # the deviation over one place is 0
+
+
 def test_the_gradient_reaches_what_is_below_the_tap_and_the_projector() -> None:
     model = tiny_transformer(backbone="vit5", num_layers=3)
     objective, batch = make_objective(model, tap=2), make_batch(model, 16)
@@ -148,6 +155,12 @@ def test_a_model_of_timm_gives_a_feature_for_each_token(tmp_path: Path) -> None:
         torch.testing.assert_close(to_map(images).flatten(2).transpose(1, 2), tokens, atol=1e-4, rtol=1e-4)
     assert encoder.channels == tokens.shape[2]
     assert len(digest) == 64
+
+
+def test_an_encoder_has_as_many_channels_as_its_map() -> None:
+    encoder = find_encoder("samvit_base_patch16.sa1b", 4, None, None)  # whose neck has fewer than its blocks
+    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device="meta")
+    assert encoder.load(images.device)[0](images).shape == (1, encoder.channels, 4, 4)
 
 
 def open_data(file: Path, **options: Any) -> tuple[TrainingSet, Any]:
@@ -187,9 +200,20 @@ def test_other_images_than_those_of_the_latents_are_refused(inputs: Path, tmp_pa
         open_data(inputs, **options)
 
 
-def test_features_of_shards_are_those_of_the_images(inputs: Path) -> None:
+class Pictures(Objective):
+    """Another objective that needs the images."""
+
+    needs_image = True
+
+
+def test_features_of_shards_are_those_of_the_images(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OBJECTIVES._known, "pictures", Pictures)
     images, _ = open_data(inputs, **{"training.objectives": aligned()})
-    stored, _ = open_data(inputs, **{"training.objectives": aligned(features="shards")})
+    both = aligned(features="shards", start=1) | {"pictures": {"stop_at": 3}}
+    stored, _ = open_data(inputs, **{"training.objectives": both})
+    # Each is read while what needs it is active.
+    found = [{"image", "features"} & stored[step, 0].keys() for step in (0, 2, 3)]
+    assert found == [{"image"}, {"image", "features"}, {"features"}]
     to_map, _ = find_encoder("fashion-judge", 4, 64, None).load(CPU)
     for position in range(8):
         sample, other = images[3, position], stored[3, position]
@@ -241,9 +265,14 @@ def test_training_reads_images_until_stop_at_and_resumes_bit_for_bit(
     [
         ({"encoder": "effnet-lite"}, r"alignment: encoder = 'effnet-lite' is not known.*Did you mean 'effnet-lite0'"),
         ({"encoder": "vit_base_patch14_dinov2"}, "weights' tag. Did you mean 'vit_base_patch14_dinov2.lvd142m'"),
-        ({"encoder": "vit_base_patch14_dinov2.lvd142m", "side": 4}, "side = 4: .* takes images of 14 pixels or more"),
+        ({"encoder": "vit_base_patch14_dinov2.lvd142m", "side": 4}, "no features by place of images of side = 4 "),
+        ({"encoder": "hiera_base_224.mae", "side": None}, "hiera_base_224.mae' has no features by place in timm; "),
         ({"tap": 3}, "alignment: tap 3 does not exist; expected 1 to 2"),
-        ({"encoder_weights": "absent.safetensors"}, "alignment: extractor weights: 'absent.safetensors' is not a file"),
+        ({"encoder_weights": "own.safetensors"}, "encoder_weights = 'own.safetensors': fashion-judge has its own; "),
+        (
+            {"encoder": "test_vit3.r160_in1k", "encoder_weights": "absent.safetensors"},
+            "alignment: extractor weights: 'absent.safetensors' is not a file",
+        ),
         ({"encoder": "vit_base_patch14_dinov2.lvd142m"}, "not downloadable .no network.; pass model.safetensors of .*"),
     ],
 )

@@ -1,7 +1,7 @@
 """Encoders whose features by place a training aligns with: extractors that work offline, and models of timm."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ ToMap = Callable[[Tensor], Tensor]  # uint8 images (B, 3, H, W) to features by p
 class Encoder:
     """An encoder by name; ``channels`` are those of its features.
 
-    side: of the square that images are resized to; None: the extractor's own.  weights: a file in place of the
-    published one that a package, the hub or its cache has.
+    side: of the square that images are resized to; None: the extractor's own.  weights: a file in place of the one that
+    the hub or its cache has, for a model of timm.
     """
 
     name: str
@@ -44,15 +44,14 @@ class Encoder:
 
         Raises `UserError` when the weights are absent and cannot be fetched, or do not fit.
         """
-        file = None if self.weights is None else Path(self.weights)
         # Networks draw their weights before these are read; the cost of a step is counted where all is on meta.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             if self.name in OFFLINE:
-                found = load_extractor(self.name, device, file)
+                found = load_extractor(self.name, device)
                 return lambda images: found.map(found.network, images, self.side), found.weights_sha256  # type: ignore[misc]
             if device.type == "meta":
                 return partial(self._space.map, _on_meta(self.name, self.side)), ""
-            found = self._space(device, file, None)
+            found = self._space(device, None if self.weights is None else Path(self.weights), None)
             return partial(self._space.map, found.network), found.weights_sha256
 
     @property
@@ -66,23 +65,24 @@ def find_encoder(name: str, grid: int, side: int | None, weights: str | None) ->
     """Return the encoder of that name, of whose weights nothing is read.
 
     Where ``side`` is None, timm's models get images of the size at which they have ``grid`` x ``grid`` places, as in
-    REPA. Raises `UserError` for an unknown name, or a model without features by place.
+    REPA. Raises `UserError` for an unknown name, a model without features by place of such images, and weights for an
+    encoder that comes with its own.
     """
     if name in OFFLINE:
-        return Encoder(name, OFFLINE[name], side, weights)
+        if weights is not None:
+            raise UserError(f"encoder_weights = {weights!r}: {name} has its own; omit it")
+        return Encoder(name, OFFLINE[name], side, None)
     if name not in (known := timm.list_pretrained()):
         expected = f"expected {listed(OFFLINE)}, or a model of timm with its weights' tag"
         raise UserError(f"encoder = {name!r} is not known; {expected}.{nearest(name, [*OFFLINE, *known])}")
     try:
-        last = _on_meta(name, None).feature_info[-1]
-        channels, stride = last["num_chs"], last["reduction"]
-    except (AttributeError, TypeError, KeyError, IndexError) as error:
-        raise UserError(f"encoder = {name!r} has no features by place in timm; choose another model") from error
-    if side is not None and side < stride:
-        raise UserError(
-            f"side = {side}: {name} takes images of {stride} pixels or more; set it to e.g. {grid * stride}"
-        )
-    return Encoder(name, channels, side or grid * stride, weights)
+        stride = _on_meta(name, None).feature_info[-1]["reduction"]
+        found = Encoder(name, 0, side or grid * stride, weights)
+        images = torch.zeros(1, 3, stride, stride, dtype=torch.uint8, device="meta")
+        return replace(found, channels=found.load(images.device)[0](images).shape[1])
+    except Exception as error:  # whatever a network raises that has none, or none of such images
+        of, advice = "" if side is None else f" of images of side = {side}", "choose another encoder, or side"
+        raise UserError(f"encoder = {name!r} has no features by place{of} in timm; {advice}") from error
 
 
 @lru_cache(maxsize=8)

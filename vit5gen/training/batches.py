@@ -1,7 +1,7 @@
 """Where training samples come from: latent shards, or images that are encoded again in every step."""
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -58,11 +58,10 @@ class RandomLatents:
 
 @dataclass(frozen=True)
 class WithMore:
-    """Latents or images, and what the objectives active in a step need beside them, by its name in `Batch`."""
+    """Latents or images, and what each of some objectives needs beside them while it is active."""
 
     samples: ImageSet | LatentDataset
-    more: Mapping[str, Callable[[int, bool], Tensor]]
-    wanted: Mapping[str, SharedOptions]
+    more: list[tuple[SharedOptions, str, Callable[[int, bool], Tensor]]]  # str: its name in `Batch`
 
     @property
     def class_names(self) -> list[str]:
@@ -76,8 +75,8 @@ class WithMore:
 
     def beside(self, step: int, index: int, flip: bool) -> dict[str, Tensor]:
         """Return what the step needs of this image, or of its mirror image."""
-        active = any(shared.active(step) for shared in self.wanted.values())
-        return {name: read(index, flip) for name, read in self.more.items()} if active else {}
+        wanted = {name: read for shared, name, read in self.more if shared.active(step)}
+        return {name: read(index, flip) for name, read in wanted.items()}
 
 
 # What training reads: latents ``(mean, std, label)`` or images ``(uint8 image, label)``.
@@ -170,15 +169,15 @@ def _with_more(
     if isinstance(source, LatentDataset):
         with accelerator.main_process_first():  # the others find in the cache what it has read
             images = images_of(source, replace(images, digest=partial(str, images.digest())), config)
-    more: dict[str, Callable[[int, bool], Tensor]] = {}
+    more: list[tuple[SharedOptions, str, Callable[[int, bool], Tensor]]] = []
     objectives = build_objectives_on_meta(config)
-    for objective in (cast(Objective, objectives[name]) for name in wanted):
-        if objective.stored:
+    for name, shared in wanted.items():
+        if (objective := cast(Objective, objectives[name])).stored:
             encode_once, settings = objective.load_encoder(accelerator.device)
-            more["features"] = ensure_features(images, encode_once, settings, config).features
+            more += [(shared, "features", ensure_features(images, encode_once, settings, config).features)]
         elif isinstance(source, LatentDataset):
-            more["image"] = images.view
-    return WithMore(source, more, wanted)
+            more += [(shared, "image", images.view)]
+    return WithMore(source, more)
 
 
 def _normalization(

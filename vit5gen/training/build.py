@@ -53,10 +53,8 @@ def check_values(config: Config) -> None:
         raise UserError(f"training.ema_snapshot_every: has no effect without training.ema_lengths; {advice}")
     EXTRACTORS.check(*name_and_options(config.evaluation.extractor), "evaluation.extractor")
     if (wanted := needing_image(config.training)) and config.data.source_kwargs.get("streaming"):
-        found = (
-            f"training.objectives.{next(iter(wanted))}: needs images in any order, but data.source_kwargs: streaming"
-        )
-        raise UserError(f"{found} reads them in order; set it to false")
+        found = f"training.objectives.{next(iter(wanted))}: needs images in any order"
+        raise UserError(f"{found}, but data.source_kwargs: streaming reads them in order; set it to false")
     source = make_source(config.data)
     if source.splits is not None:
         choose("data.split", config.data.split, source.splits)

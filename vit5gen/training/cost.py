@@ -172,11 +172,11 @@ def memory_bytes(cost: Cost, config: Config, micro_batch_size: int, num_processe
     """Return the peak on each GPU; sharded: FSDP instead of DDP.
 
     Weights, gradient and moments, the averages, DDP's buckets, the cast weights of autocast, activations.
-    Not in it: the autoencoder (0.3 GB), CUDA's context, fragmentation, what compiling saves.
+    Not in it: the autoencoder (0.3 GB), what objectives keep for the backward pass and their encoders, CUDA's context,
+    fragmentation, what compiling saves.
     """
     weights, trained = _weight_bytes(cost, config), _trained_bytes(cost, config)
-    averages = _averages_bytes(cost, config)
-    states = weights + trained + averages + optimizer_bytes(cost, config)
+    states = weights + trained + _averages_bytes(cost, config) + optimizer_bytes(cost, config)
     if sharded:
         states = states // num_processes + 2 * weights // cost.num_blocks  # two blocks are whole
     elif num_processes > 1:

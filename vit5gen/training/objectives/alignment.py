@@ -10,7 +10,7 @@ from pydantic import Field
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from vit5gen.evaluation.encoders import ToMap, find_encoder
+from vit5gen.evaluation.encoders import Encoder, ToMap, find_encoder
 from vit5gen.flow import Flow
 from vit5gen.models import SiTTransformer2DModel
 from vit5gen.models.layers import init_linears
@@ -30,11 +30,11 @@ class Alignment(Objective):
 
     h_phi is a projector that is trained; the encoder is not, and is no part of a checkpoint. ``mlp``: three layers with
     SiLU, ``width`` wide, as in REPA; ``conv``: one 3 x 3 convolution over the tokens' grid, as in iREPA. spatial_norm
-    (iREPA): ``(y - 0.6 mean(y)) / (std(y) + 1e-6)`` of each channel, over the places of one image.
+    (iREPA): ``(y - 0.6 mean(y)) / (std(y) + 1e-6)`` of each channel, over the places (one or more) of an image.
     encoder: ``effnet-lite0``, ``emoji-judge``, ``fashion-judge``, which resize images as for evaluation, or a model of
     timm, for which images are resized so that it has a feature for each token, as in REPA; ``side`` sets the size.
     Features of another grid are resized to the tokens', bilinearly, antialiased where that is coarser. The encoder
-    computes in the precision of the step.  encoder_weights: a file, in place of the published one.
+    computes in the precision of the step.  encoder_weights: a file, in place of the one that timm fetches.
     features: of the step's ``images``, or from ``shards``, for which each image is encoded once, before training.
     Published: SiT-XL/2 in 400K steps as good as without it in 7M (FID without guidance); tap 8 of 28, DINOv2-B, weight
     0.5. iREPA: faster still with each of 27 encoders, weight 1.
@@ -77,7 +77,7 @@ class Alignment(Objective):
 
     @classmethod
     def missing_with(cls, options: Mapping[str, Any]) -> dict[str, str]:
-        return find_encoder(options["encoder"], 1, None, options.get("encoder_weights")).missing()
+        return Encoder(options["encoder"], 0, 1, options.get("encoder_weights")).missing()
 
     def forward(self, prediction: Tensor, hidden: dict[int, Tensor], batch: Batch, step: int) -> Tensor:
         """Return the negative mean cosine of each sample, (B,)."""
@@ -86,7 +86,7 @@ class Alignment(Objective):
         target = target.to(batch.x1.dtype)
         if self.spatial_norm:
             places = target.flatten(2)
-            mean, std = (value[..., None, None] for value in (places.mean(2), places.std(2)))
+            mean, std = (value[..., None, None] for value in (places.mean(2), places.std(2, correction=0)))
             target = (target - _KEPT_MEAN * mean) / (std + 1e-6)
         tokens = hidden[self.taps[0]]
         if isinstance(self.projector, nn.Conv2d):

@@ -34,9 +34,7 @@ def muon(
     is no matrix.
     """
     if not (matrices := block_matrices(module)):
-        raise UserError(
-            "training.optimizer = muon: no 2-D weight of the backbone's `blocks` is trained; set it to adamw"
-        )
+        raise UserError("training.optimizer = muon: no 2-D weight of the backbone's `blocks` is trained; set adamw")
     options = {"momentum": momentum, "nesterov": nesterov, "scale": scale, "precision": training.precision}
     split = []
     for group in groups:
