@@ -55,6 +55,9 @@ def plot_curves(study: StudyConfig, curves: Curves) -> Figure:
             axes.plot(*np.mean(own, axis=0).T, "o-", markersize=4, label=name_of(levels, study.replicate))
         axes.set(xscale="log", title=panel, xlabel=BUDGETS[budget], ylabel="held-out loss")
         axes.grid(alpha=0.3)
+        if budget == "steps":
+            axes.set_xticks(study.score_at, study.score_at)
+            axes.minorticks_off()
     grid[0, -1].legend(fontsize=8)
     return figure
 
@@ -77,9 +80,13 @@ def plot_trends(trends: list[Trend]) -> Figure:
         right.plot(many, mean, color=color, label=f"{one.change} / {one.baseline}, {one.samples:,} samples")
         right.fill_between(many, low, high, color=color, alpha=0.15, linewidth=0)
     left.set(yscale="log", title="held-out loss")
+    left.yaxis.set_major_formatter("{x:.1f}")
+    left.yaxis.set_minor_formatter("{x:.1f}")
     right.set(title="difference of the held-out loss, in % of the baseline's")
     for axes in (left, right):
-        axes.set(xscale="log", xlabel="parameters")
+        axes.set(xscale="log", xlabel="parameters, in millions")
+        axes.set_xticks(trends[0].parameters, [f"{n / 1e6:.2f}" for n in trends[0].parameters])
+        axes.xaxis.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     return figure
