@@ -131,7 +131,9 @@ def test_rates_are_those_of_the_same_levers_from_another_seed() -> None:
     levers, rates = (read_study(path)[0] for path in STUDIES if path.stem in ("levers", "levers_rates"))
     rate = "training.learning_rate"
     alone = {level: {key: v for key, v in keys.items() if key != rate} for level, keys in levers.grid["lever"].items()}
+    together = alone.pop("Muon + logit-normal t")
     assert alone == rates.grid["lever"]
+    assert together == alone["Muon"] | alone["logit-normal t"]
     tried = {keys[rate] for keys in rates.grid["rate"].values()}
     assert {keys[rate] for keys in levers.grid["lever"].values()} <= tried
     assert not set(levers.seeds) & set(rates.seeds)
