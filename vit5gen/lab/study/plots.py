@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from vit5gen.lab.study.differences import BUDGETS, MEASURES, Curves, Difference, name_of
 from vit5gen.lab.study.plan import StudyConfig
@@ -57,7 +58,10 @@ def plot_curves(study: StudyConfig, curves: Curves) -> Figure:
         axes.grid(alpha=0.3)
         if budget == "steps":
             axes.set_xticks(study.score_at, study.score_at)
-            axes.minorticks_off()
+        else:
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(EngFormatter())
+        axes.minorticks_off()
     grid[0, -1].legend(fontsize=8)
     return figure
 
