@@ -274,6 +274,10 @@ def test_training_reads_images_until_stop_at_and_resumes_bit_for_bit(
             "alignment: extractor weights: 'absent.safetensors' is not a file",
         ),
         ({"encoder": "vit_base_patch14_dinov2.lvd142m"}, "not downloadable .no network.; pass model.safetensors of .*"),
+        (
+            {"encoder": "vit_base_patch14_dinov2.lvd142m", "features": "shards"},
+            "training.objectives.alignment: .* not downloadable .no network.; pass model.safetensors of .*",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_data_are_opened(

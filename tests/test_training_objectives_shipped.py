@@ -222,7 +222,7 @@ def test_an_option_that_a_plug_declares_is_its_own(config_file: Path, monkeypatc
             {"dispersive": {"start": 5, "stop_at": 3}},
             "training.objectives.dispersive: stop_at = 3: comes before start = 5; set it to a later step",
         ),
-        ({"dispersive": {"start": 5, "stop_at": 5}}, "stop_at = 5: is start = 5; set it to a later step"),
+        ({"dispersive": {"start": 5, "stop_at": 5}}, "stop_at = 5: equals start = 5; set it to a later step"),
         ({"dispersive": {"weight": 0, "tau": -1}}, "dispersive: tau = -1"),
         ({"dispersive": {"start": 5}}, "training.objectives: none is active at step 0; set start or stop_at"),
         (

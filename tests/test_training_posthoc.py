@@ -226,6 +226,10 @@ def test_without_lengths_a_checkpoint_is_what_it_was(kept: Simulated, tmp_path: 
     assert not (tmp_path / "averages").exists()
     for name in tensors:
         assert (off.newest / name).read_bytes() == (kept.folder / f"checkpoints/step_{EARLY:08d}" / name).read_bytes()
+    with pytest.raises(
+        UserError, match=r"has no 'ema_power_0.05': averages and objectives cannot begin in a run; .*init_from"
+    ):
+        Simulated(tmp_path, vae, [0.05]).trainer.restore(off.newest)
     with pytest.raises(UserError, match=r"keeps no averages .*; set training.ema_lengths, e.g. to \[0.05, 0.1\]"):
         rebuild(off.newest, [0.05])
 

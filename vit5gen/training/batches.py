@@ -1,11 +1,11 @@
 """Where training samples come from: latent shards, or images that are encoded again in every step."""
 
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -35,7 +35,7 @@ from vit5gen.system.precision import PRECISIONS
 from vit5gen.system.progress import Progress
 from vit5gen.training.build import build_objectives_on_meta, check_values
 from vit5gen.training.checkpoint import read_state
-from vit5gen.training.objectives import Batch, Objective, SharedOptions, needing_image
+from vit5gen.training.objectives import Batch, SharedOptions, needing_image
 from vit5gen.training.process import batch_sizes, signals_blocked
 from vit5gen.training.random import data_index, sample_draws
 from vit5gen.training.run_folder import check_data
@@ -111,6 +111,13 @@ def open_training_data(
         found = identity(settings)
         return found if config.vae.normalize == "config" else {k: v for k, v in found.items() if k != "autoencoder"}
 
+    # Encoders whose features will be read: their weights are missed now, not after hours of encoding.
+    first_step = 0 if start is None else read_state(start)["step"]
+    wanted = {k: one for k, one in needing_image(config.training).items() if (one.stop_at or math.inf) > first_step}
+    built: Any = build_objectives_on_meta(config) if wanted else {}
+    stored = {name: one for name, one in built.items() if name in wanted and one.stored}
+    encoders = {name: one.load_encoder(accelerator.device) for name, one in stored.items()}
+
     # Latents on disk, whose manifest tells at once of what they are.
     vae = load_autoencoder(config.vae.name).to(accelerator.device)
     source: ImageSet | LatentDataset
@@ -154,15 +161,17 @@ def open_training_data(
     # How many images were left out is known only now.
     broken = {"broken": data["samples"] - len(source)}
     check(broken)
-    first_step = 0 if start is None else read_state(start)["step"]
-    return _with_more(config, accelerator, source, first_step), vae, data | broken
+    return _with_more(config, accelerator, source, wanted, encoders), vae, data | broken
 
 
 def _with_more(
-    config: Config, accelerator: Accelerator, source: ImageSet | LatentDataset, first_step: int
+    config: Config,
+    accelerator: Accelerator,
+    source: ImageSet | LatentDataset,
+    wanted: Mapping[str, SharedOptions],
+    encoders: Mapping[str, tuple[Callable[[Tensor], Tensor], dict[str, Any]]],
 ) -> ImageSet | LatentDataset | WithMore:
-    """Return what a run trains on, with the images or their features where objectives will still need them."""
-    wanted = {k: one for k, one in needing_image(config.training).items() if (one.stop_at or math.inf) > first_step}
+    """Return what a run trains on, with the images, or their features of ``encoders``, that objectives will need."""
     if not wanted:
         return source
     images = source if isinstance(source, ImageSet) else open_images(config.data)
@@ -170,11 +179,9 @@ def _with_more(
         with accelerator.main_process_first():  # the others find in the cache what it has read
             images = images_of(source, replace(images, digest=partial(str, images.digest())), config)
     more: list[tuple[SharedOptions, str, Callable[[int, bool], Tensor]]] = []
-    objectives = build_objectives_on_meta(config)
     for name, shared in wanted.items():
-        if (objective := cast(Objective, objectives[name])).stored:
-            encode_once, settings = objective.load_encoder(accelerator.device)
-            more += [(shared, "features", ensure_features(images, encode_once, settings, config).features)]
+        if name in encoders:
+            more += [(shared, "features", ensure_features(images, *encoders[name], config).features)]
         elif isinstance(source, LatentDataset):
             more += [(shared, "image", images.view)]
     return WithMore(source, more)

@@ -45,8 +45,11 @@ def fill(targets: Iterable[tuple[str, Tensor]], folder: Path, file: str, frozen:
     """Copy one file of a checkpoint into tensors by name, sharding it as they are.
 
     frozen: what the file may hold besides: earlier versions also averaged parameters that are not trained.
-    Raises `UserError` when names or shapes differ.
+    Raises `UserError` when the file is absent, or names or shapes differ.
     """
+    if not (folder / f"{file}.safetensors").is_file():
+        advice = "restore the settings, or begin a new run with --training.init_from"
+        raise UserError(f"checkpoint {folder} has no {file!r}: averages and objectives cannot begin in a run; {advice}")
     where, saved = f"checkpoint {folder}: {file}", load_tensors(folder, file)
     for name, value in targets:
         tensor = saved.pop(name, None)

@@ -16,7 +16,7 @@ def write_report(study: StudyConfig, rows: list[Row], output: Path) -> None:
     found, curves = find_differences(study, rows), find_curves(study, rows)
     trends, last = find_trends(study, curves), max(row.steps for row in rows)
     final = [d for d in found if not d.budget or (d.budget, d.step) == ("steps", last)]
-    tables = [_values(rows), _table(found), _verdicts(study, found), _trends(study, trends)]
+    tables = [_values(rows), _table(found) if found else "", _verdicts(study, found), _trends(study, trends)]
     write_text(output / "table.md", "\n\n".join(filter(None, tables)) + "\n")
     figures = {
         "differences": plot_differences(study, final, rows[0].metric) if final else None,

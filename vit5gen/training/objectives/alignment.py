@@ -61,11 +61,11 @@ class Alignment(Objective):
         self.grid = patch_grid("latent size", to_2tuple(model.config.sample_size), model.config.patch_size)
         try:
             self.encoder = find_encoder(encoder, max(self.grid), side, encoder_weights)
-            # Weights that are absent end it here, before data are opened; when values are checked, none are read.
-            reads = not self.stored and not next(model.parameters()).is_meta
-            self._to_map: ToMap | None = self.encoder.load(processes().device)[0] if reads else None
         except UserError as error:
             raise UserError(f"{_WHERE}: {error}") from error
+        # Weights that are absent end it here, before data are opened; when values are checked, none are read.
+        reads = not self.stored and not next(model.parameters()).is_meta
+        self._to_map: ToMap | None = self._load(processes().device)[0] if reads else None
         size, channels = model.config.hidden_size, self.encoder.channels
         self.projector: nn.Module
         if projector == "conv":
@@ -103,15 +103,21 @@ class Alignment(Objective):
         return super().flops(prediction, hidden, batch)
 
     def load_encoder(self, device: torch.device) -> tuple[ToMap, dict[str, Any]]:
-        to_map, digest = self.encoder.load(device)
+        to_map, digest = self._load(device)
         made = {"encoder": self.encoder.name, "encoder_sha256": digest, "side": self.encoder.side}
         shape = [self.encoder.channels, *self.grid]
         return lambda images: encode_to_grid(to_map, images.to(device), self.grid), made | {"shape": shape}
 
     def _encode(self, images: Tensor | None) -> Tensor:
         assert images is not None
-        self._to_map = self._to_map or self.encoder.load(images.device)[0]
+        self._to_map = self._to_map or self._load(images.device)[0]
         return encode_to_grid(self._to_map, images, self.grid)
+
+    def _load(self, device: torch.device) -> tuple[ToMap, str]:
+        try:
+            return self.encoder.load(device)
+        except UserError as error:
+            raise UserError(f"{_WHERE}: {error}") from error
 
 
 def encode_to_grid(to_map: ToMap, images: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -105,7 +105,7 @@ class SharedOptions(Section):
     @model_validator(mode="after")
     def _in_order(self) -> "SharedOptions":
         if self.stop_at is not None and self.stop_at <= self.start:
-            order = "is" if self.stop_at == self.start else "comes before"
+            order = "equals" if self.stop_at == self.start else "comes before"
             raise ValueError(f"stop_at = {self.stop_at}: {order} start = {self.start}; set it to a later step")
         return self
 
