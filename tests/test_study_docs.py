@@ -122,12 +122,12 @@ def lever_lines() -> list[tuple[str, str]]:
         steps = [by[measure, "steps"] for measure in SCORES]
         words = [verdicts[steps[0].change, measure] for measure in SCORES]
         verdict = ", ".join(words if len(set(words)) > 1 else words[:1])
-        end = " | ".join([width.removeprefix("width "), str(len(steps[0].values)), *map(cell, steps), verdict])
-        gains.append((f"| {lever} |", f"| {end} |"))
-        budgets = "training_flops", "seconds"
+        budgets, name = ("training_flops", "seconds"), width.removeprefix("width ")
         costs = [cost(lever, width, budget) for budget in budgets]
-        costs += [cell(by.get((measure, budget))) for budget in budgets for measure in ("held_out_loss", "distance")]
-        equal.append((f"| {lever} |", f" {' | '.join([width.removeprefix('width '), *costs])} |"))
+        end = " | ".join([name, str(len(steps[0].values)), *map(cell, steps), *costs, verdict])
+        gains.append((f"| {lever} |", f"| {end} |"))
+        spent = [cell(by.get((measure, budget))) for budget in budgets for measure in ("held_out_loss", "distance")]
+        equal.append((f"| {lever} |", f" {' | '.join([name, *spent])} |"))
     return gains + equal
 
 
