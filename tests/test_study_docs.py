@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from vit5gen.evaluation.significance import Estimate
 from vit5gen.lab.study.differences import SCORES, Difference, find_curves, find_differences, find_verdicts
-from vit5gen.lab.study.plan import read_rows, read_study
+from vit5gen.lab.study.plan import Run, StudyConfig, read_rows, read_study
 from vit5gen.lab.study.scaling import find_trends
 from vit5gen.lab.study.tables import write_report
 
@@ -20,9 +21,14 @@ LEVERS = {"levers", "levers_rates", "scaling"}  # of the page docs/levers.md
 STUDIES = sorted(path.parent for path in (ROOT / "docs" / "study").glob("*/rows.jsonl") if path.parent.name in CONFIGS)
 
 
+@cache
+def read(name: str) -> tuple[StudyConfig, list[Run]]:
+    return read_study(ROOT / "configs" / "studies" / f"{name}.yaml")
+
+
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
 def test_tables_are_those_of_the_rows(study: Path, tmp_path: Path) -> None:
-    config, runs = read_study(ROOT / "configs" / "studies" / f"{study.name}.yaml")
+    config, runs = read(study.name)
     rows = read_rows(study / "rows.jsonl", runs)
     keys = [key for run in runs for key in run.keys]
     assert rows.keys() <= set(keys)
@@ -50,7 +56,7 @@ def test_the_page_on_levers_has_the_figures_of_their_rows() -> None:
 
 def test_the_page_predicts_what_the_laws_say() -> None:
     page = " ".join((ROOT / "docs" / "levers.md").read_text().split())
-    study, runs = read_study(ROOT / "configs" / "studies" / "scaling.yaml")
+    study, runs = read("scaling")
     rows = list(read_rows(ROOT / "docs" / "study" / "scaling" / "rows.jsonl", runs).values())
     assert study.extrapolate_to is not None
     trend = find_trends(study, find_curves(study, rows))[-1]
@@ -93,7 +99,7 @@ def average_lines() -> list[str]:
 
 def lever_lines() -> list[tuple[str, str]]:
     """Beginning and end of the lines of the tables, between which is at most what others have published."""
-    study, runs = read_study(ROOT / "configs" / "studies" / "levers.yaml")
+    study, runs = read("levers")
     rows = read_rows(ROOT / "docs" / "study" / "levers" / "rows.jsonl", runs)
     last, kept = study.score_at[-1], [rows[key] for run in runs for key in run.keys if key in rows]
     found = find_differences(study, kept)

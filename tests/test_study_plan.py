@@ -7,7 +7,9 @@ import pytest
 import yaml
 from tiny_run import make_inputs
 
-from vit5gen.lab.study.plan import Run, read_study
+from vit5gen.config import read_yaml
+from vit5gen.lab.study.plan import Run, StudyConfig, read_study
+from vit5gen.section import validate
 from vit5gen.system.errors import UserError
 from vit5gen.training.dry_run import run_cost
 
@@ -128,7 +130,8 @@ def test_shipped_studies_are_valid(study: Path) -> None:
 
 
 def test_rates_are_those_of_the_same_levers_from_another_seed() -> None:
-    levers, rates = (read_study(path)[0] for path in STUDIES if path.stem in ("levers", "levers_rates"))
+    paths = [path for path in STUDIES if path.stem in ("levers", "levers_rates")]
+    levers, rates = (validate(StudyConfig, read_yaml(path), path.stem) for path in paths)
     rate = "training.learning_rate"
     alone = {level: {key: v for key, v in keys.items() if key != rate} for level, keys in levers.grid["lever"].items()}
     together = alone.pop("Muon + logit-normal t")

@@ -105,6 +105,7 @@ def test_rows_that_do_not_fit_are_named(done: Path, tmp_path: Path, mangle: Any,
         read_rows(file, runs)
 
 
+@pytest.mark.slow
 def test_a_stop_keeps_rows_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, train = write_study(tmp_path), runner.train
     codes = iter([0, STOPPED])
@@ -118,6 +119,7 @@ def test_a_stop_keeps_rows_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(rows(tmp_path)) == 4
 
 
+@pytest.mark.slow
 def test_a_run_scored_at_several_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,6 +179,7 @@ def test_a_run_that_diverges_leaves_the_others(
     assert "run sit, seed 0 ended with exit code 70" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
     path = write_study(tmp_path, seeds=[0])
     folder = tmp_path / "out" / "runs" / "vit5, seed 0"
