@@ -90,7 +90,12 @@ def without_notes(text: str) -> str:
     return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("Note: "))
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+LONGEST = {"memory", "scaling"}  # which start many processes
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONGEST)) for name in EXPECTED]
+)
 def test_runs(name: str, folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # of the processes that are started
     monkeypatch.setattr(cpu, "has_bf16", lambda: name != "memory")  # which would start as many processes again
