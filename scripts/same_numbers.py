@@ -155,11 +155,11 @@ def record(side: Path, base: Path, folder: Path, only: str) -> dict[str, Any]:
 
 
 def of_run(name: str, output: Path) -> dict[str, Any]:
-    """Return losses, weights and pictures of a run."""
+    """Return losses, checkpoints, weights and pictures of a run."""
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     found: dict[str, Any] = {f"{name}: loss {line['step']}": line["loss"] for line in lines}
     files = [
-        *output.glob("checkpoints/*/*.safetensors"),
+        *output.glob("checkpoints/*/*"),
         output / "pipeline/transformer/diffusion_pytorch_model.safetensors",
     ]
     found |= {f"{name}: {file.relative_to(output)}": digest(file) for file in [*files, output / "samples.png"]}

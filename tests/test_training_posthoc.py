@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from called import call_convert, call_evaluate
 from launch import train_in
@@ -20,8 +21,9 @@ from tiny_run import forget_processes, run
 from torch import Tensor, nn
 
 from vit5gen.cli import main
-from vit5gen.config import Config, as_recorded, load_config
+from vit5gen.config import Config, as_recorded, load_config, recorded_values
 from vit5gen.evaluation.length_scan import find_best
+from vit5gen.section import validate
 from vit5gen.system.errors import UserError
 from vit5gen.training import checkpoint
 from vit5gen.training.averages import EMA, exponent_of, halve
@@ -29,7 +31,7 @@ from vit5gen.training.build import build_model_to_train, check_values
 from vit5gen.training.cost import checkpoint_bytes, run_bytes
 from vit5gen.training.dry_run import run_cost
 from vit5gen.training.posthoc import combine, inner_products, rebuild
-from vit5gen.training.run_folder import CHANGEABLE, settle, to_yaml
+from vit5gen.training.run_folder import CHANGEABLE, differences, settle, to_yaml
 from vit5gen.training.trainer import Outcome, Trainer
 
 STEPS, EARLY, EVERY, SKIPPED = 96, 24, 4, 5
@@ -232,6 +234,24 @@ def test_without_lengths_a_checkpoint_is_what_it_was(kept: Simulated, tmp_path: 
         Simulated(tmp_path, vae, [0.05]).trainer.restore(off.newest)
     with pytest.raises(UserError, match=r"keeps no averages .*; set training.ema_lengths, e.g. to \[0.05, 0.1\]"):
         rebuild(off.newest, [0.05])
+
+
+def test_a_checkpoint_of_a_run_without_what_came_later_does_not_record_it(config_file: Path) -> None:
+    later: dict[str, Any] = {
+        "optimizer_kwargs": {"eps": 1e-6},
+        "ema_lengths": [0.05, 0.1],
+        "ema_snapshot_every": 2,
+    }
+    plain = settle(load_config(config_file))
+    given = load_config(config_file, {f"training.{key}": value for key, value in later.items()})
+    without, with_all = yaml.safe_load(to_yaml(plain)), yaml.safe_load(to_yaml(given))
+    assert list(without["training"]) == [key for key in with_all["training"] if key not in later]
+    assert {key: with_all["training"][key] for key in later} == later
+    assert validate(Config, recorded_values(without), "") == plain
+    # Setting one and omitting one are changes all the same.
+    for recorded, asked in ((without, given), (with_all, plain)):
+        found = {line.split(":")[0] for line in differences(recorded, asked, changeable=())}
+        assert found >= {f"training.{key}" for key in later}
 
 
 def test_a_full_disk_costs_a_snapshot_alone(

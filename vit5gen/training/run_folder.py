@@ -28,6 +28,8 @@ _WITH_WHAT = {"data.num_workers", "data.latents", "training.micro_batch_size", "
 _KEPT = {"training.checkpoint_every", "training.checkpoint_minutes", "training.keep_last", "training.keep_every"}
 _KEPT |= {"training.ema_snapshot_every"}
 _SHOWN = {"evaluation", "sampling", "training.log_every", "training.trackers"}
+# Keys that are recorded where they are set: a checkpoint of a run without them has the bytes it had before them.
+_RECORDED_IF_SET = {"optimizer_kwargs", "ema_lengths", "ema_snapshot_every"}
 SNAPSHOTS = 64  # of averages: lengths of 0.021 to 0.24 can then be rebuilt from those of 0.05 and 0.10
 FindClasses = Callable[[Config], list[str] | None]
 CHANGEABLE = _HOW_FAR | _WITH_WHAT | _KEPT | _SHOWN
@@ -35,7 +37,11 @@ CHANGEABLE = _HOW_FAR | _WITH_WHAT | _KEPT | _SHOWN
 
 def to_yaml(config: Section) -> str:
     """Return the resolved configuration as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    values = config.model_dump(mode="json")
+    values["training"] = {
+        key: value for key, value in values["training"].items() if value or key not in _RECORDED_IF_SET
+    }
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def differences(old: dict[str, Any], config: Config, changeable: Collection[str] = CHANGEABLE) -> list[str]:
