@@ -290,7 +290,7 @@ def test_a_tracked_length_between_those_tried_is_named(tmp_path: Path, vae: str)
 
 def test_convert_writes_one_pipeline_or_several(kept: Simulated, tmp_path: Path) -> None:
     call_convert(kept.folder, tmp_path / "one", ema_length=["0.07"])
-    call_convert(kept.newest, tmp_path / "two", ema_length=["0.07,0.10", 0.1])
+    call_convert(kept.newest, tmp_path / "two", ema_length=["0.07,0.10", [0.1, 0.07]])
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["length_0.07", "length_0.1"]
     one, two = (load_file(tmp_path / name / FILE) for name in ("one", "two/length_0.07"))
     assert all(torch.equal(one[name], two[name]) for name in two)
@@ -320,6 +320,7 @@ def test_what_is_not_trained_comes_from_the_model(tmp_path: Path, vae: str, trai
         ("0", ["--ema-length = 0.0", "0.01"]),
         ("-0.1", ["--ema-length = -0.1", "0.01"]),
         ("nan", ["--ema-length = nan", "finite"]),
+        ("[]", ["--ema-length = []", "number"]),
         ("0.05,long", ["--ema-length", "'0.05,long'", "number"]),
         ("0.05,0.28", ["--ema-length 0.28: cannot be rebuilt from the 48 averages", "these can: 0.04 to 0.19;"]),
     ],

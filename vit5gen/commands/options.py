@@ -30,11 +30,11 @@ Utf8Path = Annotated[UserPath, AfterValidator(_check_utf8)]
 def _split(values: Any) -> Any:
     """Return the parts of texts between commas, as numbers; what is none is told by the check of all values."""
     with suppress(ValueError, TypeError):
-        return [float(part) for value in values for part in str(value).split(",")]
+        return [float(part) for value in values for part in str(value).strip("[]").split(",")]
     return values
 
 
-# 0.05,0.1 or 0.05 0.1, in ascending order; what is given twice counts once.
+# 0.05,0.1 or 0.05 0.1 or [0.05, 0.1], in ascending order; what is given twice counts once.
 Lengths = Annotated[list[Length], BeforeValidator(_split), AfterValidator(lambda found: sorted(set(found)))]
 
 
