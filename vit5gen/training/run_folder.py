@@ -38,9 +38,9 @@ CHANGEABLE = _HOW_FAR | _WITH_WHAT | _KEPT | _SHOWN
 def to_yaml(config: Section) -> str:
     """Return the resolved configuration as YAML."""
     values = config.model_dump(mode="json")
-    values["training"] = {
-        key: value for key, value in values["training"].items() if value or key not in _RECORDED_IF_SET
-    }
+    training = values.get("training", {})
+    for key in _RECORDED_IF_SET - {key for key, value in training.items() if value}:
+        training.pop(key, None)
     return yaml.safe_dump(values, sort_keys=False)
 
 
