@@ -47,9 +47,6 @@ def fill(targets: Iterable[tuple[str, Tensor]], folder: Path, file: str, frozen:
     frozen: what the file may hold besides: earlier versions also averaged parameters that are not trained.
     Raises `UserError` when the file is absent, or names or shapes differ.
     """
-    if not (folder / f"{file}.safetensors").is_file():
-        advice = "restore the settings, or begin a new run with --training.init_from"
-        raise UserError(f"checkpoint {folder} has no {file!r}: averages and objectives cannot begin in a run; {advice}")
     where, saved = f"checkpoint {folder}: {file}", load_tensors(folder, file)
     for name, value in targets:
         tensor = saved.pop(name, None)
@@ -64,8 +61,8 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     """Read one file of a checkpoint; raise `UserError` when the checkpoint lacks it."""
     path = folder / f"{name}.safetensors"
     if not path.is_file():
-        found = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors"))) or "no weights"
-        raise UserError(f"checkpoint {folder} has no {name!r}; choose one of {found}")
+        advice = "restore the settings, or begin a new run with --training.init_from"
+        raise UserError(f"checkpoint {folder} has no {name!r}: averages and objectives cannot begin in a run; {advice}")
     return safetensors.torch.load_file(path)
 
 
