@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from vit5gen.system.errors import UserError
 from vit5gen.training.batches import TrainingSet, WithMore, open_training_data
 from vit5gen.training.dry_run import missing, run_cost
 from vit5gen.training.monitor import Monitor
-from vit5gen.training.objectives import OBJECTIVES, Batch, Objective
+from vit5gen.training.objectives import OBJECTIVES, Batch, Objective, build_objectives
 from vit5gen.training.objectives.alignment import encode_to_grid
 
 CPU = torch.device("cpu")
@@ -129,6 +130,17 @@ def test_the_gradient_reaches_what_is_below_the_tap_and_the_projector() -> None:
     assert reached == {n for n, _ in model.named_parameters() if not n.startswith(("head.", "backbone.blocks.2."))}
     assert all(weight.grad is not None and weight.grad.any() for weight in objective.parameters())
     assert {name.split(".")[0] for name in objective.state_dict()} == {"projector"}  # nothing of the encoder
+
+
+def test_the_encoder_is_freed_where_the_objective_stops(inputs: Path) -> None:
+    config, model = load_config(inputs), tiny_transformer(backbone="vit5")
+    training = config.training.model_copy(update={"objectives": aligned(start=1, stop_at=2)})
+    objectives, batch = build_objectives(training, model, Flow()), make_batch(model, 16)
+    prediction, hidden = model(batch.x_t, batch.t, batch.labels, taps=(1,))
+    encoder = weakref.ref(objectives["alignment"]._to_map)
+    for step in range(4):
+        loss = objectives(prediction, hidden, batch, step)[1]
+        assert (loss != 0, encoder() is not None) == (step == 1, step < 2)
 
 
 @pytest.mark.parametrize("name", OFFLINE)

@@ -102,6 +102,9 @@ class Alignment(Objective):
             batch = replace(batch, features=batch.x1.new_zeros(shape))
         return super().flops(prediction, hidden, batch)
 
+    def release(self) -> None:
+        self._to_map = None
+
     def load_encoder(self, device: torch.device) -> tuple[ToMap, dict[str, Any]]:
         to_map, digest = self._load(device)
         made = {"encoder": self.encoder.name, "encoder_sha256": digest, "side": self.encoder.side}

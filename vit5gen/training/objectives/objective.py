@@ -76,6 +76,9 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
+    def release(self) -> None:
+        """Free what only its steps need; called in every step after them."""
+
     def flops(self, prediction: Tensor, hidden: dict[int, Tensor], batch: Batch) -> int | None:
         """Return the FLOPs of its forward and backward pass over one image, None where they are not known.
 
@@ -173,9 +176,12 @@ class Objectives(nn.ModuleDict):
         """Return the weighted mean loss of every objective, (K,); one that is not active has 0 and is not called."""
         losses = dict.fromkeys(self, batch.x1.new_zeros(()))
         for name, objective in self.items():
+            assert isinstance(objective, Objective)
             if self._shared[name].active(step):
                 asked = {k: hidden[k] for k in self._asked[name]}
                 losses[name] = self._shared[name].weight * objective(prediction, asked, batch, step).mean()
+            elif step >= self._shared[name].start:
+                objective.release()
         return torch.stack(list(losses.values()))
 
 
