@@ -20,7 +20,7 @@ from vit5gen.data.autoencoders.codec import encode
 from vit5gen.data.encoding import encode_images
 from vit5gen.data.images import ImageSet
 from vit5gen.evaluation import load_extractor
-from vit5gen.evaluation.encoders import OFFLINE, find_encoder
+from vit5gen.evaluation.encoders import OFFLINE, Encoder, ToMap, find_encoder
 from vit5gen.evaluation.extractors import timm_space
 from vit5gen.flow import Flow
 from vit5gen.models import SiTTransformer2DModel
@@ -132,15 +132,25 @@ def test_the_gradient_reaches_what_is_below_the_tap_and_the_projector() -> None:
     assert {name.split(".")[0] for name in objective.state_dict()} == {"projector"}  # nothing of the encoder
 
 
-def test_the_encoder_is_freed_where_the_objective_stops(inputs: Path) -> None:
+def test_the_encoder_is_there_in_the_steps_of_the_objective_alone(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, load = list[weakref.ref](), Encoder.load
+
+    def keep(self: Encoder, device: torch.device) -> tuple[ToMap, str]:
+        found = load(self, device)
+        loaded.append(weakref.ref(found[0]))
+        return found
+
+    monkeypatch.setattr(Encoder, "load", keep)
     config, model = load_config(inputs), tiny_transformer(backbone="vit5")
-    training = config.training.model_copy(update={"objectives": aligned(start=1, stop_at=2)})
+    training = config.training.model_copy(update={"objectives": aligned(start=1, stop_at=3)})
     objectives, batch = build_objectives(training, model, Flow()), make_batch(model, 16)
     prediction, hidden = model(batch.x_t, batch.t, batch.labels, taps=(1,))
-    encoder = weakref.ref(objectives["alignment"]._to_map)
-    for step in range(4):
+    for step in range(5):
         loss = objectives(prediction, hidden, batch, step)[1]
-        assert (loss != 0, encoder() is not None) == (step == 1, step < 2)
+        assert bool(loss) == any(one() for one in loaded) == (1 <= step < 3)
+    assert len(loaded) == 1
 
 
 @pytest.mark.parametrize("name", OFFLINE)
@@ -268,7 +278,9 @@ def test_training_reads_images_until_stop_at_and_resumes_bit_for_bit(
     open_data(inputs, **{"training.objectives": stored["training__objectives"]})
     assert before == {file: file.stat().st_mtime_ns for file in features.iterdir()}  # encoded once
     shutil.rmtree(features)
-    assert run(inputs, tmp_path / "stored", training__num_steps=5, **stored) == 0  # past stop_at nothing is encoded
+    monkeypatch.delattr(Encoder, "load")  # past stop_at nothing is loaded, and nothing encoded
+    assert run(inputs, tmp_path / "stored", training__num_steps=5, **stored) == 0
+    assert run(inputs, tmp_path / "whole", training__num_steps=5, **options) == 0
     assert not features.exists()
 
 

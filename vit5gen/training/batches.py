@@ -111,12 +111,12 @@ def open_training_data(
         found = identity(settings)
         return found if config.vae.normalize == "config" else {k: v for k, v in found.items() if k != "autoencoder"}
 
-    # Encoders whose features will be read: their weights are missed now, not after hours of encoding.
+    # Encoders: their weights are missed now, not after hours of encoding; kept are those whose features will be read.
     first_step = 0 if start is None else read_state(start)["step"]
     wanted = {k: one for k, one in needing_image(config.training).items() if (one.stop_at or math.inf) > first_step}
     built: Any = build_objectives_on_meta(config) if wanted else {}
-    stored = {name: one for name, one in built.items() if name in wanted and one.stored}
-    encoders = {name: one.load_encoder(accelerator.device) for name, one in stored.items()}
+    encoders = {name: built[name].load_encoder(accelerator.device) for name in wanted}
+    encoders = {name: one for name, one in encoders.items() if built[name].stored}
 
     # Latents on disk, whose manifest tells at once of what they are.
     vae = load_autoencoder(config.vae.name).to(accelerator.device)

@@ -20,7 +20,7 @@ from vit5gen.training.run_folder import RunFolder
 
 Profile = tuple[float, float]  # t in updates, gamma
 _TOLERANCE = 0.01  # of the error of `combine`
-_ROUNDING = 2**-11 / math.sqrt(3)  # standard deviation of what fp16 changes, as a part of a value
+_FP16, _FP32 = 2**-11 / math.sqrt(3), 2**-24 / math.sqrt(3)  # standard deviation of rounding, as a part of a value
 
 
 def inner_products(a: Sequence[Profile], b: Sequence[Profile]) -> np.ndarray:
@@ -34,12 +34,15 @@ def combine(kept: Sequence[Profile], wanted: Profile, exact: int) -> tuple[np.nd
     """Return the factors (N,) of the ``kept`` averages whose sum is the ``wanted`` one, and the error of that.
 
     The factors are least squares of the difference of the profiles, as a part of the wanted one's norm, plus what
-    rounding to fp16 adds in all but the last ``exact`` of the kept; the error is the root of that sum. Scaled to sum to
-    1, they give weights that never moved as they are.
+    rounding adds: to fp16, and in the last ``exact`` of the kept to fp32 in every update. The error is the root of that
+    sum. Scaled to sum to 1, they give weights that never moved as they are.
     """
+    if wanted in kept[len(kept) - exact :]:
+        return np.eye(len(kept))[kept.index(wanted)], 0.0
     norm = inner_products([wanted], [wanted]).item()
     products, target = inner_products(kept, kept) / norm, inner_products(kept, [wanted])[:, 0] / norm
-    products += np.diag(_ROUNDING**2 * (np.arange(len(kept), 0, -1) > exact))
+    rounding = [_FP16] * (len(kept) - exact) + [_FP32 * math.sqrt(t) for t, _ in kept[len(kept) - exact :]]
+    products += np.diag(np.square(rounding))
     factors = np.linalg.solve(products, target)
     factors /= factors.sum()
     return factors, math.sqrt(max(0.0, 1 - 2 * factors @ target + factors @ products @ factors))

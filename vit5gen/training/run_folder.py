@@ -60,8 +60,8 @@ def settle(config: Config, find: FindClasses = find_class_names) -> Config:
     values = config.model_dump()
     if values["training"]["checkpoint_every"] is None:
         values["training"]["checkpoint_every"] = max(1, min(10_000, math.ceil(config.training.num_steps / 4)))
-    if values["training"]["ema_lengths"] and values["training"]["ema_snapshot_every"] is None:
-        values["training"]["ema_snapshot_every"] = max(1, math.ceil(config.training.num_steps / SNAPSHOTS))
+    every = values["training"]["ema_snapshot_every"] or max(1, math.ceil(config.training.num_steps / SNAPSHOTS))
+    values["training"]["ema_snapshot_every"] = every if config.training.ema_lengths else None
     if values["data"]["num_classes"] is None:
         names = find(config)
         values["data"]["num_classes"] = None if names is None else len(names)

@@ -16,7 +16,6 @@ from vit5gen.models import SiTTransformer2DModel
 from vit5gen.models.layers import init_linears
 from vit5gen.models.positions import patch_grid
 from vit5gen.section import Side, UserPath, Width
-from vit5gen.system.distributed import processes
 from vit5gen.system.errors import UserError
 from vit5gen.training.objectives.objective import Batch, Objective, register_objective
 
@@ -63,9 +62,7 @@ class Alignment(Objective):
             self.encoder = find_encoder(encoder, max(self.grid), side, encoder_weights)
         except UserError as error:
             raise UserError(f"{_WHERE}: {error}") from error
-        # Weights that are absent end it here, before data are opened; when values are checked, none are read.
-        reads = not self.stored and not next(model.parameters()).is_meta
-        self._to_map: ToMap | None = self._load(processes().device)[0] if reads else None
+        self._to_map: ToMap | None = None  # until the first step with it
         size, channels = model.config.hidden_size, self.encoder.channels
         self.projector: nn.Module
         if projector == "conv":

@@ -69,12 +69,13 @@ class Objective(nn.Module):
         """Return what this machine lacks for it with these options, by default `missing`."""
         return missing(cls)
 
-    def load_encoder(self, device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
-        """Return, where it is ``stored``, what encodes images (B, 3, H, W) uint8 into the features of the batch.
+    def load_encoder(self, device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]] | None:
+        """Return what encodes images (B, 3, H, W) uint8 into the features of the batch, None where there is none.
 
-        Beside it what these depend on, with their ``shape`` (C, h, w).
+        Beside it what these depend on, with their ``shape`` (C, h, w). Called before data are opened, unless its steps
+        are over; raises `UserError` where weights are absent.
         """
-        raise NotImplementedError
+        return None
 
     def release(self) -> None:
         """Free what only its steps need; called in every step after them."""
