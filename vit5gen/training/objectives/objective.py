@@ -120,6 +120,8 @@ class SharedOptions(Section):
 
     def active(self, step: int) -> bool:
         """Whether it is part of what the step minimises; otherwise it costs nothing."""
+        if self.always:  # a step that is compared costs a second graph where the network is compiled
+            return True
         return self.start <= step and (self.stop_at is None or step < self.stop_at)
 
     def share(self, num_steps: int) -> float:
