@@ -20,7 +20,7 @@ from vit5gen.training.run_folder import RunFolder
 
 Profile = tuple[float, float]  # t in updates, gamma
 _TOLERANCE = 0.01  # of the error of `combine`
-_FP16, _FP32 = 2**-11 / math.sqrt(3), 2**-24 / math.sqrt(3)  # standard deviation of rounding, as a part of a value
+_ROUNDING = 2**-11 / math.sqrt(3)  # standard deviation of what fp16 changes, as a part of a value
 
 
 def inner_products(a: Sequence[Profile], b: Sequence[Profile]) -> np.ndarray:
@@ -30,19 +30,17 @@ def inner_products(a: Sequence[Profile], b: Sequence[Profile]) -> np.ndarray:
     return (gamma + 1) * (delta + 1) / (gamma + delta + 1) * (np.minimum(t, u) / later) ** of_later / later
 
 
-def combine(kept: Sequence[Profile], wanted: Profile, exact: int) -> tuple[np.ndarray, float]:
+def combine(kept: Sequence[Profile], wanted: Profile) -> tuple[np.ndarray, float]:
     """Return the factors (N,) of the ``kept`` averages whose sum is the ``wanted`` one, and the error of that.
 
     The factors are least squares of the difference of the profiles, as a part of the wanted one's norm, plus what
-    rounding adds: to fp16, and in the last ``exact`` of the kept to fp32 in every update. The error is the root of that
-    sum. Scaled to sum to 1, they give weights that never moved as they are.
+    rounding to fp16 adds; the error is the root of that sum. An average in fp32 counts as rounded too: each of its
+    updates was, and factors of close lengths are large. Scaled to sum to 1, they give weights that never moved as they
+    are.
     """
-    if wanted in kept[len(kept) - exact :]:
-        return np.eye(len(kept))[kept.index(wanted)], 0.0
     norm = inner_products([wanted], [wanted]).item()
     products, target = inner_products(kept, kept) / norm, inner_products(kept, [wanted])[:, 0] / norm
-    rounding = [_FP16] * (len(kept) - exact) + [_FP32 * math.sqrt(t) for t, _ in kept[len(kept) - exact :]]
-    products += np.diag(np.square(rounding))
+    products += _ROUNDING**2 * np.eye(len(kept))
     factors = np.linalg.solve(products, target)
     factors /= factors.sum()
     return factors, math.sqrt(max(0.0, 1 - 2 * factors @ target + factors @ products @ factors))
@@ -72,16 +70,18 @@ def rebuild(folder: Path, lengths: Sequence[float]) -> dict[float, dict[str, Ten
         raise UserError(f"--ema-length: {folder} has made no step yet; train first")
 
     # The factors of each in every length, then the sums, of which one file at a time is read.
-    profiles, factors = list(kept.values()), dict[float, np.ndarray]()
-    (last, _), exact = profiles[-1], sum(file.parent == folder for file in kept)
+    files, profiles, factors = list(kept), list(kept.values()), dict[float, np.ndarray]()
+    last, _ = profiles[-1]
     for length in lengths:
-        factors[length], error = combine(profiles, (last, exponent_of(length)), exact)
-        if error > _TOLERANCE:
+        factors[length], error = combine(profiles, (last, exponent_of(length)))
+        if length in tracked:  # as it is
+            factors[length] = np.eye(len(kept))[files.index(folder / f"ema_power_{length}.safetensors")]
+        elif error > _TOLERANCE:
             found = f"--ema-length {length}: cannot be rebuilt from the {len(kept)} averages of {folder.parent.parent}"
             advice = "choose one of them, or train with more training.ema_lengths or snapshots"
-            raise UserError(f"{found}; these can: {_ranges(profiles, last, exact, tracked)}; {advice}")
+            raise UserError(f"{found}; these can: {_ranges(profiles, last, tracked)}; {advice}")
     sums: dict[float, dict[str, Tensor]] = {length: {} for length in lengths}
-    for number, file in enumerate(kept):
+    for number, file in enumerate(files):
         for name, value in checkpoint.load_tensors(file.parent, file.stem).items():
             for length, total in sums.items():
                 part = value.float() * float(factors[length][number])
@@ -89,9 +89,9 @@ def rebuild(folder: Path, lengths: Sequence[float]) -> dict[float, dict[str, Ten
     return sums
 
 
-def _ranges(kept: Sequence[Profile], last: float, exact: int, tracked: Sequence[float]) -> str:
+def _ranges(kept: Sequence[Profile], last: float, tracked: Sequence[float]) -> str:
     """Return in words which lengths are within tolerance, of the tracked ones and steps of 0.005."""
     tried = sorted({*tracked, *(number / 200 for number in range(2, 57))})
-    fits = groupby(tried, lambda length: combine(kept, (last, exponent_of(length)), exact)[1] <= _TOLERANCE)
+    fits = groupby(tried, lambda length: combine(kept, (last, exponent_of(length)))[1] <= _TOLERANCE)
     runs = [list(group) for good, group in fits if good]
     return ", ".join(f"{run[0]:g} to {run[-1]:g}" if len(run) > 1 else f"{run[0]:g}" for run in runs)

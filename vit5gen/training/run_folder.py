@@ -30,7 +30,7 @@ _KEPT |= {"training.ema_snapshot_every"}
 _SHOWN = {"evaluation", "sampling", "training.log_every", "training.trackers"}
 # Keys that are recorded where they are set: a checkpoint of a run without them has the bytes it had before them.
 _RECORDED_IF_SET = {"optimizer_kwargs", "ema_lengths", "ema_snapshot_every"}
-SNAPSHOTS = 64  # of averages: lengths of 0.021 to 0.24 can then be rebuilt from those of 0.05 and 0.10
+SNAPSHOTS = 64  # of averages: lengths of 0.022 to 0.24 can then be rebuilt from those of 0.05 and 0.10
 FindClasses = Callable[[Config], list[str] | None]
 CHANGEABLE = _HOW_FAR | _WITH_WHAT | _KEPT | _SHOWN
 

@@ -73,8 +73,10 @@ class Objective(nn.Module):
         """Return what encodes images (B, 3, H, W) uint8 into the features of the batch, None where there is none.
 
         Beside it what these depend on, with their ``shape`` (C, h, w). Called before data are opened, unless its steps
-        are over; raises `UserError` where weights are absent.
+        are over, where it ``needs_image``; raises `UserError` where weights are absent.
         """
+        if self.stored:
+            raise NotImplementedError(f"{type(self).__name__} is stored, but has no load_encoder")
         return None
 
     def release(self) -> None:
