@@ -73,18 +73,20 @@ def rebuild(folder: Path, lengths: Sequence[float]) -> dict[float, dict[str, Ten
     files, profiles, factors = list(kept), list(kept.values()), dict[float, np.ndarray]()
     last, _ = profiles[-1]
     for length in lengths:
-        factors[length], error = combine(profiles, (last, exponent_of(length)))
         if length in tracked:  # as it is
             factors[length] = np.eye(len(kept))[files.index(folder / f"ema_power_{length}.safetensors")]
-        elif error > _TOLERANCE:
+            continue
+        factors[length], error = combine(profiles, (last, exponent_of(length)))
+        if error > _TOLERANCE:
             found = f"--ema-length {length}: cannot be rebuilt from the {len(kept)} averages of {folder.parent.parent}"
             advice = "choose one of them, or train with more training.ema_lengths or snapshots"
             raise UserError(f"{found}; these can: {_ranges(profiles, last, tracked)}; {advice}")
     sums: dict[float, dict[str, Tensor]] = {length: {} for length in lengths}
     for number, file in enumerate(files):
-        for name, value in checkpoint.load_tensors(file.parent, file.stem).items():
-            for length, total in sums.items():
-                part = value.float() * float(factors[length][number])
+        parts = {length: float(own[number]) for length, own in factors.items() if own[number]}
+        for name, value in checkpoint.load_tensors(file.parent, file.stem).items() if parts else ():
+            for length, factor in parts.items():
+                part, total = value.float() * factor, sums[length]
                 total[name] = total[name].add_(part) if name in total else part
     return sums
 

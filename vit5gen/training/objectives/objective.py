@@ -80,7 +80,7 @@ class Objective(nn.Module):
         return None
 
     def release(self) -> None:
-        """Free what only its steps need; called in every step after them."""
+        """Free what only its steps need; called in place of `forward` in every other step."""
 
     def flops(self, prediction: Tensor, hidden: dict[int, Tensor], batch: Batch) -> int | None:
         """Return the FLOPs of its forward and backward pass over one image, None where they are not known.
@@ -185,7 +185,7 @@ class Objectives(nn.ModuleDict):
             if self._shared[name].active(step):
                 asked = {k: hidden[k] for k in self._asked[name]}
                 losses[name] = self._shared[name].weight * objective(prediction, asked, batch, step).mean()
-            elif step >= self._shared[name].start:
+            else:
                 objective.release()
         return torch.stack(list(losses.values()))
 
